@@ -1,0 +1,45 @@
+# Everything a person does here. `just` alone lists it.
+
+venv := env("VENV", justfile_directory() / ".venv")
+python := venv / "bin/python"
+
+[private]
+default:
+    @just --list --unsorted
+
+# make or refresh the virtual environment
+setup:
+    @scripts/setup >/dev/null
+
+# run the relay on an embedded PostgreSQL and NATS, with a summary at the end
+demo *arguments:
+    @scripts/demo {{ arguments }}
+
+# environment, servers, checks and tests; arguments go to pytest
+test *arguments:
+    @scripts/test {{ arguments }}
+
+# format, lint, types, import floors, SQL style, version agreement
+check:
+    @scripts/check
+
+# format the code and repair what the linter can repair
+fmt: setup
+    {{ venv }}/bin/ruff check --quiet --fix .
+    {{ venv }}/bin/ruff format .
+
+# measure throughput and latency against their targets
+bench *arguments: setup
+    @scripts/bench {{ arguments }}
+
+# write the parts of the documentation that are generated
+docs: setup
+    {{ python }} scripts/docs.py
+
+# bring the database of PGTRICKLE_RELAY_POSTGRES_URL up to date
+migrate *arguments: setup
+    {{ python }} -m relay migrate {{ arguments }}
+
+# fail when the places that state the version disagree
+check-version-sync: setup
+    {{ python }} scripts/check_version_sync.py

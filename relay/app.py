@@ -1,0 +1,254 @@
+"""The composition root: builds a relay from its settings, runs it, and owns the signals.
+
+Start, main loop, stop: `run_relay` reads as these three. Everything that the process holds open is
+opened and closed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets as randomness
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from relay import __version__, log
+from relay.assembly import Assembly
+from relay.board import Board
+from relay.catalog import CONFIG_CHANNEL, OUTBOX_CHANNEL, Catalog
+from relay.coordinator import Coordinator
+from relay.errors import CatalogMissing
+from relay.events import Events
+from relay.housekeeping import Housekeeping
+from relay.http import HttpServer
+from relay.locks import Locks
+from relay.metrics import Metrics
+from relay.migrate import MigrationStep, migrate
+from relay.postgres import Database, connect
+from relay.secrets import OPERATOR, SecretPolicy, Secrets
+from relay.settings import PostgresSettings, Settings, UiSettings
+
+_log = logging.getLogger(__name__)
+
+# Beyond the time for what is in flight: to close connections.
+_LAST_WORD_S = 3.0
+
+
+class Relay:
+    """One relay process, built and not yet running."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
+        self._settings = settings
+        operator_secrets = Secrets(OPERATOR, environment)
+        catalog_secrets = Secrets(
+            SecretPolicy(
+                file_roots=settings.secrets.file_roots, env_allow=settings.secrets.env_allow
+            ),
+            environment,
+        )
+        self._masks = (operator_secrets.mask, catalog_secrets.mask)
+        postgres = resolved(settings.postgres, operator_secrets)
+        self.worker_id = settings.relay.worker_id or _own_name()
+        self.events = Events()
+        self.board = Board(
+            worker_id=self.worker_id,
+            group_id=settings.relay.group_id,
+            stalled_after_s=settings.metrics.stalled_after_s,
+            mask=self.mask,
+        )
+        self._metrics = Metrics(stalled=self.board.stalled)
+        self.database = Database(postgres)
+        self.catalog = Catalog(self.database, settings.relay.group_id)
+        self.coordinator = Coordinator(
+            settings=settings.relay,
+            database=self.database,
+            catalog=self.catalog,
+            locks=Locks(postgres, settings.relay.group_id),
+            builder=Assembly(
+                settings=settings,
+                database=self.database,
+                catalog=self.catalog,
+                secrets=catalog_secrets,
+                operator_secrets=operator_secrets,
+                worker_id=self.worker_id,
+                emit=self.events.emit,
+            ),
+            emit=self.events.emit,
+        )
+        self._housekeeping = Housekeeping(
+            catalog=self.catalog,
+            worker_id=self.worker_id,
+            owned=lambda: self.coordinator.rows,
+            report=lambda: self.board.snapshot().to_json(),
+            emit=self.events.emit,
+        )
+        self.http = HttpServer(
+            settings.metrics,
+            board=self.board,
+            render_metrics=self._metrics.render,
+            measure_lag=self._housekeeping.observe_lag,
+        )
+        self.events.subscribe(self.board)
+        self.events.subscribe(self._metrics)
+
+    def mask(self, text: str) -> str:
+        """The text without any secret that this process has resolved."""
+        for mask in self._masks:
+            text = mask(text)
+        return text
+
+    async def run(self, *, until_drained: bool = False) -> bool:
+        """Work until stopped or drained; True when everything in flight was finished.
+
+        Raises `ConfigurationError`, `CatalogMissing`, or `Outage` when it can't even start.
+        """
+        async with AsyncExitStack() as opened:
+            await opened.enter_async_context(self.http)
+            await self.database.open()
+            opened.push_async_callback(self.database.aclose)
+            await self._require_catalog()
+            await opened.enter_async_context(self._background())
+            return await self.coordinator.run(until_drained=until_drained)
+
+    async def _require_catalog(self) -> None:
+        version = await self.catalog.version()
+        if _numbers(version) < _numbers(__version__):
+            raise CatalogMissing(
+                f"the catalog is of version {version}, this relay of {__version__}",
+                remedy="run `pgtrickle-relay migrate`",
+            )
+
+    @contextlib.asynccontextmanager
+    async def _background(self) -> AsyncIterator[None]:
+        pace = self._settings.relay
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self.database.listen((CONFIG_CHANNEL, OUTBOX_CHANNEL))),
+                tasks.create_task(
+                    self._housekeeping.run(
+                        lag_interval_s=self._settings.metrics.lag_interval_s,
+                        sweep_interval_s=pace.sweep_interval_s,
+                        report_interval_s=pace.report_interval_s,
+                    )
+                ),
+            ]
+            try:
+                yield
+            finally:
+                for task in background:
+                    task.cancel()
+        await self._housekeeping.retire()
+
+
+async def run_relay(settings: Settings, *, until_drained: bool = False) -> int:
+    """Run a relay in this process until a signal ends it; the exit code."""
+    relay = Relay(settings, os.environ)
+    async with AsyncExitStack() as opened:
+        logs = opened.enter_context(contextlib.closing(log.configure(settings.log, relay.mask)))
+        event_log = opened.enter_context(contextlib.closing(log.EventLog(settings.log.repeat_s)))
+        relay.events.subscribe(event_log)
+        restore_terminal = await opened.enter_async_context(_shown(relay, logs, settings.ui))
+        patience_s = settings.relay.shutdown_timeout_s + _LAST_WORD_S
+        opened.enter_context(_signals(relay.coordinator, restore_terminal, patience_s))
+        is_complete = await relay.run(until_drained=until_drained)
+    return 0 if is_complete else 1
+
+
+async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:
+    """Install or upgrade the catalog, saying what is done; the exit code."""
+    postgres = resolved(settings.postgres, Secrets(OPERATOR, os.environ))
+    connection = await connect(postgres, purpose="migrate")
+
+    def on_step(step: MigrationStep) -> None:
+        say(f"{'applied' if step.is_applied else 'present'}  {step.filename}")
+
+    try:
+        report = await migrate(connection, on_step=on_step)
+    finally:
+        await connection.close()
+    for notice in report.notices:
+        say(notice)
+    if not report.has_own_role:
+        say(f"the role pgtrickle_owner could not be created: {report.owner} owns the functions")
+    say(f"the catalog is at {report.version_after}")
+    return 0
+
+
+def resolved(settings: PostgresSettings, secrets: Secrets) -> PostgresSettings:
+    """The same settings with secret references resolved. Raises `SecretUnresolved`."""
+    return msgspec.convert(secrets.resolve(msgspec.to_builtins(settings)), PostgresSettings)
+
+
+@contextlib.asynccontextmanager
+async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[Callable[[], None]]:
+    """The status view, where it is asked for and possible; gives what restores the terminal."""
+    if ui.mode != "tui" or not sys.stdout.isatty():
+        yield lambda: None
+        return
+    from relay.status import OwnRelay, StatusView, can_show
+
+    if not can_show():
+        yield lambda: None
+        return
+    logs.show_on_stderr(shown=False)
+    try:
+        watched = OwnRelay(relay.board, relay.database, relay.catalog)
+        async with StatusView(watched, logs.ring, ui, on_closed=relay.coordinator.stop) as view:
+            yield view.restore
+    finally:
+        logs.show_on_stderr(shown=True)
+
+
+@contextlib.contextmanager
+def _signals(
+    coordinator: Coordinator, restore_terminal: Callable[[], None], patience_s: float
+) -> Iterator[None]:
+    """First SIGTERM or SIGINT: stop gracefully. Second: exit at once. SIGHUP: reload.
+
+    After ``patience_s`` the process ends whatever still hangs; what was not acknowledged is
+    delivered again.
+    """
+    loop = asyncio.get_running_loop()
+    is_stopping = False
+
+    def stop(number: int) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            restore_terminal()
+            os._exit(128 + number)
+        is_stopping = True
+        coordinator.stop()
+        loop.call_later(patience_s, give_up)
+
+    def give_up() -> None:
+        restore_terminal()
+        _log.error("not everything ended in time, what was not acknowledged is delivered again")
+        os._exit(1)
+
+    handlers: dict[int, Callable[[], None]] = {
+        signal.SIGTERM: lambda: stop(signal.SIGTERM),
+        signal.SIGINT: lambda: stop(signal.SIGINT),
+        signal.SIGHUP: coordinator.reload,
+    }
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in handlers:
+            loop.remove_signal_handler(number)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{randomness.token_hex(2)}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -1,0 +1,169 @@
+"""From a catalog row to a pipeline that is ready to run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from relay.catalog import Catalog, DeadLetter, PipelineRow, StoredDeadLetter
+from relay.context import BackendContext
+from relay.contracts import Sink
+from relay.delivery import RetryPolicy, Transform
+from relay.errors import ConfigurationError
+from relay.events import Direction, Event, PipelineDescribed
+from relay.mapping import compile_reverse
+from relay.message import RelayMessage
+from relay.pipeline import Pipeline
+from relay.pipeline_config import PipelineConfig, pace_of, parse_config, with_profile
+from relay.postgres import Database
+from relay.registry import build_sink, build_source
+from relay.secrets import Secrets, masked
+from relay.settings import Settings
+
+
+class CatalogDeadLetters:
+    """The dead-letter queue of one pipeline, in the catalog."""
+
+    def __init__(self, catalog: Catalog, pipeline: str, direction: Direction) -> None:
+        self._catalog = catalog
+        self._pipeline = pipeline
+        self._direction = direction
+
+    async def store(self, letters: Sequence[DeadLetter]) -> list[int]:
+        """Keep these; gives their ids in order."""
+        return await self._catalog.dead_letter(self._pipeline, self._direction, letters)
+
+    async def take(self, max_rows: int) -> list[StoredDeadLetter]:
+        """Those for which a retry was asked."""
+        return await self._catalog.take_dead_letters(self._pipeline, max_rows)
+
+    async def settle(self, ids: Sequence[int]) -> None:
+        """These were delivered."""
+        await self._catalog.settle_dead_letters(ids)
+
+    async def fail(self, ids: Sequence[int], errors: Sequence[str]) -> None:
+        """These were rejected again."""
+        await self._catalog.fail_dead_letters(ids, errors)
+
+    async def put_back(self, ids: Sequence[int]) -> None:
+        """Ask for a retry of these."""
+        await self._catalog.put_back(ids)
+
+
+class Assembly:
+    """Builds pipelines from catalog rows, under the settings of this process."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        database: Database,
+        catalog: Catalog,
+        secrets: Secrets,
+        operator_secrets: Secrets,
+        worker_id: str,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._catalog = catalog
+        self._secrets = secrets
+        self._operator_secrets = operator_secrets
+        self._worker_id = worker_id
+        self._emit = emit
+        self._file_roots = _file_roots(settings)
+
+    def describe(self, row: PipelineRow) -> None:
+        """Tell observers what a row is, whether or not it can be built."""
+        self._emit(
+            PipelineDescribed(
+                pipeline=row.name,
+                direction=row.direction,
+                source=str(row.config.get("source_type", "?")),
+                sink=str(row.config.get("sink_type", "?")),
+                settings=_shown(row.config),
+            )
+        )
+
+    def build(self, row: PipelineRow) -> Pipeline:
+        """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""
+        config = parse_config(row.direction, row.config)
+        pace = pace_of(config, self._settings.relay)
+        context = BackendContext(
+            pipeline=row.name,
+            direction=row.direction,
+            worker_id=self._worker_id,
+            database=self._database,
+            catalog=self._catalog,
+            emit=self._emit,
+            file_roots=self._file_roots,
+            batch_size=pace.batch_size,
+            batch_bytes=self._settings.relay.batch_bytes,
+            poll_interval_s=pace.poll_interval_s,
+            dedup_namespace=config.dedup_namespace,
+            ordering=config.ordering,
+            pipeline_options=msgspec.structs.asdict(config),
+        )
+        source = build_source(
+            config.source_type, self._options("source", config.source_type, config.source), context
+        )
+        sink = build_sink(
+            config.sink_type, self._options("sink", config.sink_type, config.sink), context
+        )
+        return Pipeline(
+            name=row.name,
+            direction=row.direction,
+            source=source,
+            sink=sink,
+            transform=_transform(row.direction, config, sink),
+            dead_letters=CatalogDeadLetters(self._catalog, row.name, row.direction),
+            emit=self._emit,
+            policy=RetryPolicy(
+                initial_s=pace.retry_initial_s,
+                max_s=pace.retry_max_s,
+                max_attempts=pace.max_attempts,
+                breaker_threshold=pace.breaker_threshold,
+            ),
+            prefetch=pace.prefetch,
+            failed_retry_s=self._settings.relay.failed_retry_s,
+        )
+
+    def _options(
+        self, role: str, type_: str, options: Mapping[str, object]
+    ) -> Mapping[str, object]:
+        stated = options.get("type", type_)
+        if stated != type_:
+            raise ConfigurationError(f"{role}.type is {stated!r}, but {role}_type is {type_!r}")
+        resolved = {name: self._secrets.resolve(value) for name, value in options.items()}
+        profiles = {
+            name: {key: self._operator_secrets.resolve(value) for key, value in profile.items()}
+            for name, profile in self._settings.backends.items()
+            if name == options.get("profile")
+        }
+        return with_profile(role, type_, resolved, profiles) | {"type": type_}
+
+
+def _transform(direction: Direction, config: PipelineConfig, sink: Sink) -> Transform:
+    subject_of = sink.subject_of
+    if direction == "reverse":
+        return compile_reverse(config.dedup_key_from, config.event_type_from)
+
+    def routed(message: RelayMessage) -> RelayMessage:
+        return msgspec.structs.replace(message, subject=subject_of(message))
+
+    return routed
+
+
+def _shown(config: Mapping[str, object]) -> dict[str, object]:
+    shown = masked(config)
+    return shown if isinstance(shown, dict) else {}
+
+
+def _file_roots(settings: Settings) -> tuple[Path, ...]:
+    roots = settings.files.roots
+    if roots is None:
+        return (Path.cwd(), Path(tempfile.gettempdir()))
+    return tuple(Path(root) for root in roots)

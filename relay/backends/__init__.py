@@ -1,0 +1,1 @@
+"""One module for each vendor; loaded when a pipeline first names it."""

@@ -1,0 +1,21 @@
+"""Files and standard streams: the types ``file``, ``stdout`` and ``stdin``.
+
+Sink. Guarantees: a batch is written, flushed and synced before `publish` returns; one writer per
+file (advisory lock); a crash leaves no torn line, because an unfinished last one, which nobody
+acknowledged, is taken away when the file is opened again. Ordering: always strict, at no cost:
+one thread writes. Deduplication: none; a repeated message is written again with the same key.
+What it does not do: create directories, follow a symbolic link out of the allowed directories.
+
+Source. Guarantees: JSON lines in order, each byte of a file handed out at least once; the position
+is kept in the catalog and moves only with an acknowledgement; a file that was rotated is read to
+its end before its successor. Deduplication: by the ``dedup_key`` of the object, else
+``{file name}:{identity}:{byte offset}``, which is the same on every reading; lines of stdin have a
+UUID, made when they are read. What it does not do: remember a position in stdin, notice a file
+that is overwritten in place while it is read, read files that were removed before their end.
+"""
+
+from relay.backends.files.sink import FileSink
+from relay.backends.files.source import FileSource
+from relay.backends.files.stdin import StdinSource
+
+__all__ = ["FileSink", "FileSource", "StdinSource"]

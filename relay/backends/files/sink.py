@@ -1,0 +1,122 @@
+"""The sink: one thread per sink encodes, writes and syncs whole batches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+from relay.backends.files.errors import allowed_path
+from relay.backends.files.format import Format, file_format
+from relay.backends.files.options import FileSinkOptions
+from relay.backends.files.output import FileOutput, Output
+from relay.backends.files.stdout import STDOUT
+from relay.context import BackendContext
+from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
+from relay.errors import ConfigurationError, MessageRejected, NotConnected
+from relay.message import RelayMessage
+from relay.options import parse_options
+from relay.template import Render, compile_routing
+
+
+class FileSink:
+    """Writes to one file, or to stdout. See the package for what it guarantees."""
+
+    def __init__(self, output: Output, format_: Format, subject_of: Render, name: str) -> None:
+        self._output = output
+        self._format = format_
+        self._render = subject_of
+        self._name = name
+        self._thread: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
+        """Build from the ``sink`` object of a pipeline. Raises `ConfigurationError`."""
+        parsed = parse_options(options, FileSinkOptions, path="sink")
+        _check(parsed)
+        render = compile_routing(parsed.subject_template, parsed.routing)
+        format_ = file_format(parsed.format, parsed.content or "envelope", context.dedup_namespace)
+        if parsed.output is None:
+            return cls(STDOUT.writer(format_.header), format_, render, "stdout")
+        allowed_path(parsed.output, context.file_roots)
+        output = FileOutput(
+            parsed.output,
+            context.file_roots,
+            format_,
+            rotate_bytes=parsed.rotate_bytes,
+            rotate_keep=parsed.rotate_keep,
+        )
+        return cls(output, format_, render, parsed.output)
+
+    async def connect(self) -> None:
+        """Open the file, as the only writer, and repair its end."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="file-sink")
+        # A cancelled publish may still be waiting for a reader that does not read.
+        self._output.stop()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._output.open)
+
+    def subject_of(self, message: RelayMessage) -> str:
+        """What the template says."""
+        return self._render(message)
+
+    async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+        """Write all and sync. A cancelled publish may still be written, before anything later."""
+        if self._thread is None or not self._output.is_open:
+            raise NotConnected(f"{self._name} is not open")
+        if not messages:
+            return ALL_ACCEPTED
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._write, messages)
+
+    async def is_healthy(self) -> bool:
+        """True while the file is open and its last write has worked."""
+        return self._output.is_open
+
+    async def aclose(self) -> None:
+        """Close the file behind what is still being written."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._output.stop()
+        closing = asyncio.get_running_loop().run_in_executor(thread, self._output.close)
+        thread.shutdown(wait=False)
+        with contextlib.suppress(Exception):
+            await asyncio.shield(closing)
+
+    def _write(self, messages: Sequence[RelayMessage]) -> PublishResult:
+        lines: list[bytes] = []
+        failures: list[Failure] = []
+        for index, message in enumerate(messages):
+            try:
+                lines.append(self._format.encode(message))
+            except MessageRejected as error:
+                failures.append(Failure(index, error))
+        if lines:
+            self._output.append(lines)
+        return PublishResult(failures=failures) if failures else ALL_ACCEPTED
+
+
+def _check(options: FileSinkOptions) -> None:
+    if options.type == "file" and not options.output:
+        raise ConfigurationError("sink.output is missing", remedy="name the file to write")
+    if options.type == "stdout" and options.output is not None:
+        raise ConfigurationError(
+            "sink.output does not go with type stdout", remedy="use type file for a file"
+        )
+    if options.format == "csv" and options.content is not None:
+        raise ConfigurationError(
+            "sink.content does not go with format csv",
+            remedy="the columns of csv are fixed; use jsonl or json_pretty",
+        )
+    if options.rotate_bytes is None and options.rotate_keep is not None:
+        raise ConfigurationError(
+            "sink.rotate_keep is set, but sink.rotate_bytes is not",
+            remedy="say at which size a file is rotated",
+        )
+    if options.type == "stdout" and options.rotate_bytes is not None:
+        raise ConfigurationError(
+            "sink.rotate_bytes does not go with type stdout", remedy="use type file for a file"
+        )

@@ -1,0 +1,300 @@
+"""The sink: one insert per batch, and a search for the rows that PostgreSQL refuses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import msgspec
+
+from relay.backends.inbox.options import InboxSinkOptions, inbox_sink_options
+from relay.backends.inbox.row import Read, Row, as_column, compile_fields, read_rows
+from relay.backends.inbox.table import InboxTable, table_named, table_of_inbox
+from relay.catalog import Catalog
+from relay.context import BackendContext
+from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
+from relay.errors import (
+    CatalogMissing,
+    ConfigurationError,
+    MessageRejected,
+    NotConnected,
+    Outage,
+    RelayError,
+)
+from relay.message import RelayMessage
+from relay.postgres import Database, PooledConnection, postgres_errors
+from relay.template import Render, compile_routing
+
+DEFAULT_SUBJECT_TEMPLATE = "{stream_table}.{op}"
+
+_DOING = "writing to the inbox"
+# What an interrupted search repeats at most; nor shall its transaction stay open for long.
+_SEARCHED_ROWS = 2000
+_POOL_SIZE = 2
+_HEALTH_TIMEOUT_S = 3.0
+
+
+class InboxSink:
+    """Writes messages into one inbox table; the promises stand in the package's docstring."""
+
+    def __init__(
+        self,
+        options: InboxSinkOptions,
+        context: BackendContext,
+        *,
+        render_subject: Render,
+        reads: Mapping[str, Read],
+        mapped: Sequence[str],
+    ) -> None:
+        self._options = options
+        self._context = context
+        self._render_subject = render_subject
+        self._reads = reads
+        self._mapped = mapped
+        self._remote: Database | None = None
+        self._insert: _Insert | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
+        """Build from the ``sink`` object of the catalog. Raises `ConfigurationError`."""
+        parsed = inbox_sink_options(options)
+        columns = {**_pipeline_columns(context), **parsed.columns}
+        return cls(
+            parsed,
+            context,
+            render_subject=_subject_renderer(parsed, context),
+            reads=compile_fields(columns, source=parsed.source, pipeline=context.pipeline),
+            mapped=tuple(columns),
+        )
+
+    async def connect(self) -> None:
+        """Open the other database, if any, and examine the table.
+
+        Raises `DestinationMissing` for a table that is not there, `AuthenticationRefused` where
+        rights on it are missing, `ConfigurationError` where it does not fit; `Outage`.
+        """
+        await self.aclose()
+        try:
+            self._insert = await self._prepared(await self._opened())
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def subject_of(self, message: RelayMessage) -> str:
+        """The event type: forward from the template, reverse the message's subject as it is."""
+        return self._render_subject(message)
+
+    async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+        """Write all in one transaction; where rows are refused, all but those.
+
+        Raises `Outage` where nothing is known of any message, `DestinationMissing` for a table
+        that is gone, `ConfigurationError` for whatever else is wrong with all of them.
+        """
+        insert = self._insert
+        if insert is None:
+            raise NotConnected("the inbox is not connected")
+        rows, failures = read_rows(messages, insert.reads)
+        written = _Written(failures=failures)
+        if rows:
+            await insert.write(rows, written)
+        if written.rows == len(messages):
+            return ALL_ACCEPTED
+        return PublishResult(
+            failures=sorted(failures, key=lambda failure: failure.index),
+            duplicates=len(messages) - len(failures) - written.rows,
+        )
+
+    async def is_healthy(self) -> bool:
+        """True when the database answers."""
+        if self._insert is None:
+            return False
+        with contextlib.suppress(RelayError):
+            async with self._insert.database.connection("checking health") as connection:
+                await connection.execute("select 1", timeout=_HEALTH_TIMEOUT_S)
+            return True
+        return False
+
+    async def aclose(self) -> None:
+        """Close the other database; the relay's own stays open."""
+        self._insert = None
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            await remote.aclose()
+
+    async def _opened(self) -> Database:
+        options, own = self._options, self._context.database
+        if options.url is None:
+            return own
+        self._remote = Database(
+            msgspec.structs.replace(
+                own.settings,
+                url=options.url,
+                sslmode=options.sslmode,
+                sslrootcert=options.sslrootcert,
+                sslcert=options.sslcert,
+                sslkey=options.sslkey,
+                pool_size=_POOL_SIZE,
+            )
+        )
+        await self._remote.open()
+        return self._remote
+
+    async def _prepared(self, database: Database) -> _Insert:
+        table = await self._table(database)
+        _require_mapped(table, self._mapped)
+        return _Insert(
+            database=database,
+            statement=table.insert(makes_durable=not await _is_commit_durable(database)),
+            reads=tuple(
+                as_column(name, self._reads[name], column.type)
+                for name, column in table.columns.items()
+            ),
+        )
+
+    async def _table(self, database: Database) -> InboxTable:
+        options = self._options
+        if options.inbox_table:
+            return await table_named(database, options.inbox_table, options.schema)
+        inbox = options.inbox or ""
+        if options.url is None:
+            return await table_of_inbox(self._context.catalog, database, inbox, options.schema)
+        catalog = Catalog(database, self._context.catalog.group_id)
+        try:
+            return await table_of_inbox(catalog, database, inbox, options.schema)
+        except CatalogMissing:
+            raise CatalogMissing(
+                "the database of sink.url has no relay catalog, or an older one",
+                remedy="run `pgtrickle-relay migrate` there, or name its table with inbox_table",
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Insert:
+    """The insert of one table: how its values are read, and where it runs."""
+
+    database: Database
+    statement: str
+    reads: tuple[Read, ...]
+
+    async def write(self, rows: Sequence[Row], written: _Written) -> None:
+        """Write all at once; where that is refused for some row's sake, find it."""
+        try:
+            async with self.database.connection(_DOING) as connection:
+                written.rows += await self._run(connection, rows)
+            return
+        except MessageRejected as error:
+            refusal = error
+        if len(rows) == 1:
+            written.failures.append(Failure(rows[0].index, refusal))
+        elif len(rows) <= _SEARCHED_ROWS:
+            await self._search(rows, written, refusal)
+        else:
+            for start in range(0, len(rows), _SEARCHED_ROWS):
+                await self._search(rows[start : start + _SEARCHED_ROWS], written, None)
+
+    async def _search(
+        self, rows: Sequence[Row], written: _Written, known_error: MessageRejected | None
+    ) -> None:
+        """Write, in one transaction, all rows but those that are refused."""
+        try:
+            async with self.database.connection(_DOING) as connection, connection.transaction():
+                # A deferred constraint that waited for the commit would condemn all rows.
+                await connection.execute("set constraints all immediate")
+                await self._bisect(connection, rows, written, known_error)
+        except MessageRejected as error:
+            raise Outage(
+                f"the inbox refuses the commit, for the sake of no row: {error}"
+            ) from error
+
+    async def _bisect(
+        self,
+        connection: PooledConnection,
+        rows: Sequence[Row],
+        written: _Written,
+        known_error: MessageRejected | None,
+    ) -> None:
+        """Write the rows, halving where they are refused; in order, each half behind the other.
+
+        ``known_error`` says that they will be: they were, together with others that were not.
+        """
+        error = known_error
+        if error is None or len(rows) == 1:
+            error = await self._try(connection, rows, written)
+        if error is None:
+            return
+        if len(rows) == 1:
+            written.failures.append(Failure(rows[0].index, error))
+            return
+        half = len(rows) // 2
+        failures_before = len(written.failures)
+        await self._bisect(connection, rows[:half], written, None)
+        is_in_front = len(written.failures) > failures_before
+        await self._bisect(connection, rows[half:], written, None if is_in_front else error)
+
+    async def _try(
+        self, connection: PooledConnection, rows: Sequence[Row], written: _Written
+    ) -> MessageRejected | None:
+        """Write the rows under a savepoint; gives the error where some row is refused."""
+        try:
+            with postgres_errors(_DOING):
+                async with connection.transaction():
+                    written.rows += await self._run(connection, rows)
+        except MessageRejected as error:
+            return error
+        return None
+
+    async def _run(self, connection: PooledConnection, rows: Sequence[Row]) -> int:
+        """How many rows were new."""
+        status = await connection.execute(
+            self.statement, *zip(*[row.values for row in rows], strict=True)
+        )
+        return int(status.rpartition(" ")[2])
+
+
+@dataclass
+class _Written:
+    """What has become of a publish so far."""
+
+    failures: list[Failure] = field(default_factory=list)
+    rows: int = 0
+
+
+def _pipeline_columns(context: BackendContext) -> Mapping[str, str]:
+    columns = context.pipeline_options.get("columns") or {}
+    try:
+        return msgspec.convert(columns, dict[str, str])
+    except msgspec.ValidationError:
+        raise ConfigurationError(
+            "columns must be an object of inbox field to where its value comes from"
+        ) from None
+
+
+def _subject_renderer(options: InboxSinkOptions, context: BackendContext) -> Render:
+    if context.direction == "forward":
+        return compile_routing(
+            options.subject_template or DEFAULT_SUBJECT_TEMPLATE, options.routing
+        )
+    if options.subject_template or options.routing:
+        raise ConfigurationError(
+            "sink.subject_template and sink.routing are for forward pipelines",
+            remedy="say event_type_from on the pipeline",
+        )
+    return lambda message: message.subject
+
+
+def _require_mapped(table: InboxTable, mapped: Sequence[str]) -> None:
+    absent = [name for name in mapped if name not in table.columns]
+    if absent:
+        raise ConfigurationError(
+            f"columns maps {', '.join(absent)}, but {table.relation} has no such column",
+            remedy="take it out of columns, or add the column",
+        )
+
+
+async def _is_commit_durable(database: Database) -> bool:
+    row = await database.fetch_row(
+        _DOING, "select current_setting('synchronous_commit') <> 'off' as is_durable"
+    )
+    return row is not None and bool(row["is_durable"])

@@ -1,0 +1,234 @@
+"""Everything that can go wrong with NATS, as errors of the relay.
+
+Two tables: one for the exceptions of the client library, one for the numbered errors that a
+JetStream server answers with
+(https://github.com/nats-io/nats-server/blob/main/server/errors.json).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import msgspec
+from nats import errors as client
+from nats.js import errors as jetstream
+
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    DriverMissing,
+    MessageRejected,
+    MessageTooLarge,
+    NotConnected,
+    Outage,
+    PositionLost,
+    RelayError,
+    TimedOut,
+)
+
+# The nearest class of an exception's ancestry decides.
+CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
+    client.Error: Outage,
+    client.TimeoutError: TimedOut,
+    client.NoRespondersError: DestinationMissing,
+    client.StaleConnectionError: NotConnected,
+    client.OutboundBufferLimitError: Outage,
+    client.UnexpectedEOF: NotConnected,
+    client.FlushTimeoutError: TimedOut,
+    client.ConnectionClosedError: NotConnected,
+    client.SecureConnRequiredError: ConfigurationError,
+    client.SecureConnWantedError: ConfigurationError,
+    client.SecureConnFailedError: ConfigurationError,
+    client.BadSubscriptionError: Outage,
+    client.BadSubjectError: ConfigurationError,
+    client.BadHeaderError: MessageRejected,
+    client.SlowConsumerError: Outage,
+    client.BadTimeoutError: ConfigurationError,
+    client.AuthorizationError: AuthenticationRefused,
+    client.NoServersError: NotConnected,
+    client.JsonParseError: Outage,
+    client.MaxPayloadError: MessageTooLarge,
+    client.DrainTimeoutError: TimedOut,
+    client.ConnectionDrainingError: NotConnected,
+    client.ConnectionReconnectingError: NotConnected,
+    client.InvalidUserCredentialsError: AuthenticationRefused,
+    client.InvalidCallbackTypeError: ConfigurationError,
+    client.ProtocolError: NotConnected,
+    client.ServerNotInPoolError: NotConnected,
+    client.NotJSMessageError: Outage,
+    client.MsgAlreadyAckdError: Outage,
+    jetstream.Error: Outage,
+    jetstream.APIError: Outage,
+    jetstream.ServiceUnavailableError: Outage,
+    jetstream.ServerError: Outage,
+    jetstream.NotFoundError: DestinationMissing,
+    jetstream.BadRequestError: ConfigurationError,
+    jetstream.NoStreamResponseError: DestinationMissing,
+    jetstream.TooManyStalledMsgsError: Outage,
+    jetstream.FetchTimeoutError: TimedOut,
+    jetstream.ConsumerSequenceMismatchError: Outage,
+}
+
+# By the server's own number; any other by its HTTP-like code.
+JETSTREAM_ERRORS: Mapping[int, type[RelayError]] = {
+    10002: Outage,  # resource limits exceeded for account
+    10008: Outage,  # JetStream system temporarily unavailable
+    10014: DestinationMissing,  # consumer not found
+    10023: Outage,  # insufficient resources
+    10028: Outage,  # insufficient memory resources
+    10037: DestinationMissing,  # no message found
+    10039: ConfigurationError,  # JetStream not enabled for account
+    10047: Outage,  # insufficient storage resources
+    10054: MessageTooLarge,  # message size exceeds maximum allowed
+    10058: ConfigurationError,  # stream name in use with another configuration
+    10059: DestinationMissing,  # stream not found
+    10060: ConfigurationError,  # expected stream does not match
+    10065: ConfigurationError,  # subjects overlap with an existing stream
+    10076: ConfigurationError,  # JetStream not enabled
+    10077: Outage,  # stream store failed: full by messages, by bytes, or by a subject
+    10097: MessageTooLarge,  # header size exceeds maximum allowed of 64k
+    10109: ConfigurationError,  # stream is sealed
+    10167: Outage,  # too many requests
+}
+
+_TOO_MANY_REQUESTS = 429
+_SERVER_ERRORS = 500
+_NOT_FOUND = 404
+_REFUSED = (401, 403)
+
+_REFUSALS = ("authorization violation", "authentication", "user authentication", "nkey")
+_TIGHTER_LIMITS = ("maximum connections exceeded", "maximum account", "maximum subscriptions")
+
+
+class ApiError(msgspec.Struct, frozen=True):
+    """The ``error`` object of a JetStream answer."""
+
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+def of_jetstream(error: ApiError, doing: str, *, is_publish: bool = False) -> RelayError:
+    """The relay's error for a JetStream answer. ``is_publish`` blames a bad request on a message.
+
+    The text holds the server's number and words.
+    """
+    kind = JETSTREAM_ERRORS.get(error.err_code) or _by_code(error.code, is_publish=is_publish)
+    remedy = _REMEDIES.get(error.err_code, "")
+    return kind(f"{doing}: {error.description} (NATS error {error.err_code})", remedy=remedy)
+
+
+def of_server_text(text: str, doing: str) -> RelayError:
+    """The relay's error for what a server says on the connection itself (``-ERR``)."""
+    plain = text.removeprefix("nats: ").strip("' ")
+    lowered = plain.lower()
+    if "permissions violation" in lowered:
+        return AuthenticationRefused(
+            f"{doing}: {plain}", remedy="give the user this permission on the NATS server"
+        )
+    if any(refusal in lowered for refusal in _REFUSALS):
+        return AuthenticationRefused(f"{doing}: the server says: {plain}")
+    if any(limit in lowered for limit in _TIGHTER_LIMITS):
+        return Outage(f"{doing}: the server says: {plain}")
+    return NotConnected(f"{doing}: {plain}")
+
+
+def of_exception(error: BaseException, doing: str) -> RelayError | None:
+    """The relay's error for what the client library, TLS or the network raised; None for others."""
+    if isinstance(error, RelayError):
+        return error
+    if isinstance(error, ImportError):
+        return DriverMissing(
+            f"{doing}: {error.name or 'a module'} is not installed",
+            remedy="pip install 'pgtrickle-relay[nats]'",
+        )
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConfigurationError(
+            f"{doing}: the server's certificate is not trusted:"
+            f" {getattr(error, 'verify_message', 'it does not verify')}",
+            remedy="point tls_ca at the authority that signed it",
+        )
+    if isinstance(error, ssl.SSLError):
+        return _of_tls(error, doing)
+    number = getattr(error, "err_code", None)
+    if isinstance(error, jetstream.APIError) and isinstance(number, int):
+        answer = ApiError(error.code or 0, number, error.description or "")
+        return of_jetstream(answer, doing)
+    if type(error) is client.Error:
+        return of_server_text(str(error), doing)
+    if isinstance(error, client.Error):
+        kind = next(CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS)
+        return kind(f"{doing}: {_words(error)}")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return TimedOut(f"{doing}: no answer in time")
+    if isinstance(error, EOFError):
+        return NotConnected(f"{doing}: the server ended the connection")
+    if isinstance(error, OSError):
+        return NotConnected(f"{doing}: {error.strerror or type(error).__name__}")
+    return None
+
+
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Turn whatever the client library raises inside into an error of the relay."""
+    try:
+        yield
+    except Exception as error:
+        ours = of_exception(error, doing)
+        if ours is None or ours is error:
+            raise
+        raise ours from error
+
+
+def consumer_gone(stream: str, consumer: str) -> PositionLost:
+    """The durable consumer, and with it the position, was deleted while we used it."""
+    return PositionLost(
+        f"the consumer {consumer!r} of stream {stream!r} was deleted while it was read",
+        remedy="it is made anew on the next start and begins where deliver_policy says",
+    )
+
+
+_REMEDIES: Mapping[int, str] = {
+    10039: "enable JetStream for this account",
+    10047: "the server's JetStream storage is full",
+    10059: "create the stream, or set create_stream",
+    10060: "another stream listens on this subject: correct stream, or the stream's subjects",
+    10065: "choose other subjects, or name the stream that has them",
+    10076: "start the server with JetStream",
+    10077: "raise the stream's limits or remove messages",
+    10109: "unseal the stream or publish to another",
+}
+
+
+def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:
+    if code >= _SERVER_ERRORS or code == _TOO_MANY_REQUESTS:
+        return Outage
+    if code == _NOT_FOUND:
+        return DestinationMissing
+    if code in _REFUSED:
+        return AuthenticationRefused
+    return MessageRejected if is_publish else ConfigurationError
+
+
+def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
+    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
+    if "certificate" in reason or "unknown ca" in reason:
+        return AuthenticationRefused(
+            f"{doing}: the server refuses our certificate: {reason}",
+            remedy="set tls_cert and tls_key to a certificate that the server trusts",
+        )
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return NotConnected(f"{doing}: TLS was ended by the server")
+    return ConfigurationError(f"{doing}: TLS failed: {reason}")
+
+
+def _words(error: client.Error) -> str:
+    """What the library says; some of its errors can't be turned into text."""
+    try:
+        return str(error).removeprefix("nats: ")
+    except (AttributeError, TypeError):
+        return type(error).__name__

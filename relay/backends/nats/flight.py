@@ -1,0 +1,164 @@
+"""The bookkeeping of one publish: what may be sent, what is under way, what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+
+from relay.contracts import Failure
+from relay.errors import ErrorKind, RelayError
+from relay.message import RelayMessage
+
+# States of a message, one byte each; 0 is waiting.
+_UNDER_WAY = 1
+_SETTLED = 2
+
+
+class Flight:
+    """The messages of one publish, from waiting to settled.
+
+    Messages are sent in order, except that with ``is_strict`` a message waits while another of its
+    key is unsettled. The first failure that is not the fault of its own message grounds the
+    flight: nothing more is sent, and what was not sent fails for the same reason.
+    """
+
+    def __init__(self, messages: Sequence[RelayMessage], *, is_strict: bool, window: int) -> None:
+        self.messages = messages
+        self.duplicates = 0
+        self.settled = 0
+        self.bytes_under_way = 0
+        self._states = bytearray(len(messages))
+        self._sizes = [0] * len(messages)
+        self._count_under_way = 0
+        self._window = window
+        self._next = 0
+        self._freed: deque[int] = deque()
+        # Only a key that comes more than once has an order to keep.
+        self._ordered_keys = _repeated_keys(messages) if is_strict else frozenset()
+        # Of these, the ones that have a message under way, each with those that wait for it.
+        self._behind: dict[str, deque[int]] = {}
+        self._errors: dict[int, RelayError] = {}
+        self._grounded: RelayError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """True when nothing is under way and nothing more will be sent."""
+        return not self._count_under_way and (self._grounded is not None or not self._has_more)
+
+    @property
+    def wants_sender(self) -> bool:
+        """True when the sender has something to do: to send, or to report the end."""
+        if not self._count_under_way or self._freed:
+            return True
+        may_go = self._grounded is None and self._next < len(self.messages)
+        return may_go and self._count_under_way * 2 <= self._window
+
+    def under_way(self) -> list[int]:
+        """What was sent and is not settled, in order."""
+        return [index for index, state in enumerate(self._states) if state == _UNDER_WAY]
+
+    def is_under_way(self, index: int) -> bool:
+        """True for what was sent and is not settled; any number may be asked for."""
+        return 0 <= index < len(self._states) and self._states[index] == _UNDER_WAY
+
+    def take(self) -> int | None:
+        """The next message that may be sent now, counted as under way; None for none."""
+        if self._grounded is not None or self._count_under_way >= self._window:
+            return None
+        if self._freed:
+            index = self._freed.popleft()
+        else:
+            found = self._next_with_free_key()
+            if found is None:
+                return None
+            index = found
+        self._states[index] = _UNDER_WAY
+        self._count_under_way += 1
+        return index
+
+    def weigh(self, index: int, size_bytes: int) -> None:
+        """Note how large a message under way is."""
+        self._sizes[index] = size_bytes
+        self.bytes_under_way += size_bytes
+
+    def accept(self, indices: Iterable[int], *, are_duplicates: bool = False) -> None:
+        """Of these, all that are under way are durable; any number may be among them."""
+        landed = self._land(indices)
+        if are_duplicates:
+            self.duplicates += landed
+
+    def fail(self, index: int, error: RelayError) -> None:
+        """The message was not accepted."""
+        if error.kind is not ErrorKind.MESSAGE and self._grounded is None:
+            self._grounded = error
+        if self._land((index,)):
+            self._errors[index] = error
+
+    def fail_all(self, error: RelayError) -> None:
+        """Nothing more will be heard of what is under way."""
+        if self._grounded is None:
+            self._grounded = error
+        for index in self.under_way():
+            self.fail(index, error)
+
+    def failures(self) -> list[Failure]:
+        """Every message that is not durable, in order, with its reason; once the flight is over."""
+        if self._grounded is not None:
+            unsent = [*self._freed, *range(self._next, len(self.messages))]
+            unsent.extend(index for behind in self._behind.values() for index in behind)
+            for index in unsent:
+                self._errors[index] = self._grounded
+        return [Failure(index, self._errors[index]) for index in sorted(self._errors)]
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self._freed) or self._next < len(self.messages)
+
+    def _next_with_free_key(self) -> int | None:
+        while self._next < len(self.messages):
+            index = self._next
+            self._next += 1
+            key = self.messages[index].key
+            if key is None or key not in self._ordered_keys:
+                return index
+            behind = self._behind.get(key)
+            if behind is None:
+                self._behind[key] = deque()
+                return index
+            behind.append(index)
+        return None
+
+    def _land(self, indices: Iterable[int]) -> int:
+        """Settle those that are under way; how many that were."""
+        states, sizes, ordered_keys = self._states, self._sizes, self._ordered_keys
+        count = len(states)
+        landed = size = 0
+        for index in indices:
+            if not 0 <= index < count or states[index] != _UNDER_WAY:
+                continue
+            states[index] = _SETTLED
+            landed += 1
+            size += sizes[index]
+            if ordered_keys:
+                key = self.messages[index].key
+                if key is not None and key in ordered_keys:
+                    self._free(key)
+        self.bytes_under_way -= size
+        self.settled += landed
+        self._count_under_way -= landed
+        return landed
+
+    def _free(self, key: str) -> None:
+        behind = self._behind[key]
+        if behind:
+            self._freed.append(behind.popleft())
+        else:
+            del self._behind[key]
+
+
+def _repeated_keys(messages: Sequence[RelayMessage]) -> AbstractSet[str]:
+    keys = [message.key for message in messages]
+    if len(set(keys)) == len(keys):
+        return frozenset()
+    return {key for key, count in Counter(keys).items() if count > 1 and key is not None}

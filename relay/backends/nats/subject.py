@@ -1,0 +1,108 @@
+"""Subjects: what a value may contribute to one, and which ones a server takes.
+
+A value that a template puts into a subject never adds a token, a wildcard or a line: ``.``, ``*``,
+``>``, ``%``, white space, control characters and a ``$`` in front become ``%XX`` of their UTF-8
+bytes. An empty value becomes ``_`` and the value ``_`` becomes ``%5F``, so that the escaping can
+be undone. Other characters stay as they are; subjects are UTF-8
+(https://docs.nats.io/nats-concepts/subjects).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
+
+# A server ends the connection at a control line above 4,096 bytes, which also holds the reply.
+MAX_SUBJECT_BYTES = 2048
+
+_TO_ESCAPE = re.compile(r"[.*>%\s\x00-\x20\x7f\ud800-\udfff]|^\$")
+_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
+_UNSENDABLE = re.compile(r"[\s\x00-\x20\x7f\ud800-\udfff]")
+
+
+class SubjectInvalid(MessageRejected):
+    """The subject of this message is none that NATS accepts."""
+
+    found_before_sending = True
+
+
+def escape(value: str) -> str:
+    """One value of a template, fit to be part of a token."""
+    if value in ("", "_"):
+        return "%5F" if value else "_"
+    return _TO_ESCAPE.sub(_percent, value)
+
+
+@lru_cache(maxsize=4096)
+def check_subject(subject: str) -> str:
+    """The subject, when a message can be published to it.
+
+    Raises `SubjectInvalid`, or `MessageTooLarge` naming the limit.
+    """
+    problem = _problem(subject)
+    if problem:
+        raise SubjectInvalid(f"the subject {subject[:80]!r} {problem}")
+    size = len(subject.encode())
+    if size > MAX_SUBJECT_BYTES:
+        raise MessageTooLarge(
+            f"the subject has {size} bytes, the limit is {MAX_SUBJECT_BYTES} bytes"
+        )
+    return subject
+
+
+def check_template(text: str) -> None:
+    """Raise `TemplateInvalid` where no value could make a subject of this template."""
+    problem = _problem(_VARIABLE.sub("x", text))
+    if problem:
+        raise TemplateInvalid(f"the subject template {text!r} {problem}")
+
+
+def filter_of(template: str) -> str:
+    """The subject filter that covers exactly the tokens of a template."""
+    tokens = _VARIABLE.sub("\x00", template).split(".")
+    return ".".join("*" if "\x00" in token else token for token in tokens)
+
+
+def covering(templates: Iterable[str]) -> list[str]:
+    """Filters that cover all templates: the constant beginning of each, then everything.
+
+    Raises `TemplateInvalid` for a template that begins with a variable.
+    """
+    filters: list[str] = []
+    for template in templates:
+        tokens = filter_of(template).split(".")
+        if tokens[0] == "*":
+            raise TemplateInvalid(
+                f"no stream can be created for the subject template {template!r}",
+                remedy="begin it with a constant token, or create the stream yourself",
+            )
+        constant = tokens.index("*") if "*" in tokens else None
+        filters.append(
+            ".".join(tokens) if constant is None else ".".join([*tokens[:constant], ">"])
+        )
+    unique = list(dict.fromkeys(filters))
+    return [one for one in unique if not any(_covers(other, one) for other in unique)]
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    return wide != narrow and wide.endswith(">") and narrow.startswith(wide[:-1])
+
+
+def _problem(subject: str) -> str:
+    if not subject:
+        return "is empty"
+    if _UNSENDABLE.search(subject):
+        return "has white space or control characters"
+    for token in subject.split("."):
+        if not token:
+            return "has an empty token"
+        if token in ("*", ">"):
+            return f"has the wildcard {token}"
+    return ""
+
+
+def _percent(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

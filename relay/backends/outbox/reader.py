@@ -1,0 +1,303 @@
+"""Reading an outbox in commit order: no row is skipped, whatever order transactions end in.
+
+The rules and why they are sound: `docs/decisions/0001-commit-order.md`. In short, one round reads
+the rows above the position together with the due gaps (one statement, ordered by id), *then* looks
+who holds the outbox's insert lock, and only then decides what the read may be used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from relay.backends.outbox.decoder import OutboxRow
+from relay.backends.outbox.gap import (
+    MAX_ID,
+    NOBODY,
+    GapBook,
+    GapQuestion,
+    Holders,
+    LockView,
+    PositionDelta,
+)
+from relay.catalog import OutboxDescription
+from relay.errors import CatalogError, OutboxUnsafe
+from relay.postgres import Database, PooledConnection
+
+QUESTION_RANGES: Final = 20_000
+"""Gaps that one statement asks about; measured at less than 1 µs each."""
+
+DEAD_GAPS_PER_COMMIT: Final = 10_000
+
+# ``is_surely_open`` is what proves that a holder's rows were invisible to the statement before: its
+# transaction is still in progress in this later statement's snapshot, or has no transaction id yet
+# and hence no rows. The lock alone proves it less well: a transaction becomes visible shortly
+# before it gives its locks back. A prepared transaction (no pid) always has an id. Ids in pg_locks
+# have 32 bits: they are extended next to the snapshot's own. Several belong to a transaction with
+# savepoints; the oldest is its own.
+_LOCK_VIEW: Final = """
+with lock as materialized (
+    select l.locktype, l.virtualtransaction, l.pid, l.transactionid::text::bigint as short_id
+    from pg_catalog.pg_locks as l
+    where l.granted
+        and (
+            (
+                l.locktype = 'relation'
+                and l.mode = 'RowExclusiveLock'
+                and l.relation = $1
+                and l.database = (
+                    select d.oid from pg_catalog.pg_database as d
+                    where d.datname = pg_catalog.current_database()
+                )
+            )
+            or (l.locktype = 'transactionid' and l.mode = 'ExclusiveLock')
+        )
+),
+now as materialized (
+    select
+        pg_catalog.pg_current_snapshot() as snapshot,
+        pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint as next_id
+),
+transaction as (
+    select
+        x.virtualtransaction,
+        min(n.next_id + mod(x.short_id - n.next_id % 4294967296 + 3 * 2147483648, 4294967296)
+            - 2147483648) as id
+    from lock as x
+    cross join now as n
+    where x.locktype = 'transactionid'
+    group by x.virtualtransaction
+),
+holder as (
+    select
+        l.virtualtransaction as name,
+        case
+            when t.id is null then l.pid is not null
+            else not pg_catalog.pg_visible_in_snapshot(t.id::text::xid8, n.snapshot)
+        end as is_surely_open
+    from lock as l
+    cross join now as n
+    left join transaction as t using (virtualtransaction)
+    where l.locktype = 'relation'
+)
+select
+    coalesce(array_agg(h.name), '{}') as holders,
+    coalesce(array_agg(h.name) filter (where h.is_surely_open), '{}') as surely_open,
+    pg_catalog.pg_postmaster_start_time()::text as server_started_at,
+    pg_catalog.pg_is_in_recovery() as is_standby
+from holder as h
+"""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """What one round read: whole outbox rows in ascending order of id, that may go out as such."""
+
+    rows: Sequence[OutboxRow]
+    question: GapQuestion
+    locks: LockView | None
+
+
+class CommitOrderReader:
+    """Reads one outbox from a position with its gaps; has no connection of its own."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        outbox: OutboxDescription,
+        batch_size: int,
+        batch_bytes: int,
+    ) -> None:
+        self._database = database
+        self._outbox_oid = outbox.outbox_oid
+        self._batch_size = batch_size
+        self._batch_bytes = batch_bytes
+        columns = (
+            "select o.id, o.refresh_id, o.created_at, o.inserted_count, o.deleted_count,"
+            f" o.is_claim_check, o.payload, {'o.headers' if outbox.has_headers else 'null::jsonb'}"
+            f" as headers from {outbox.outbox_relation} as o"
+        )
+        above = f"{columns} where o.id > $1 order by o.id limit $2"
+        # Most gaps are one id wide; a list of those is the cheapest to look up by far.
+        at_ids = f"{columns} where o.id = any($4::bigint[]) order by o.id limit $2"
+        in_ranges = (
+            "select o.* from unnest($5::bigint[], $6::bigint[]) as g (first_id, last_id)"
+            f" cross join lateral ({columns} where o.id between g.first_id and g.last_id"
+            " order by o.id limit $2) as o order by o.id limit $2"
+        )
+        self._above_position = _bounded(above)
+        self._above_position_and_in_gaps = _bounded(
+            f"select o.* from (({at_ids}) union all ({in_ranges}) union all ({above})) as o"
+            " order by o.id limit $2"
+        )
+        self._book = GapBook(0)
+        self._server_started_at = ""
+        self._recovered: Holders = NOBODY
+
+    @property
+    def position(self) -> int:
+        """The highest id that was read."""
+        return self._book.position
+
+    @property
+    def pending_gaps(self) -> int:
+        """How many ranges of ids are waited for."""
+        return len(self._book)
+
+    @property
+    def has_due_gaps(self) -> bool:
+        """True when the next round has more to read than what is new."""
+        return self._book.has_due_gaps
+
+    @property
+    def has_changes(self) -> bool:
+        """True when gaps have come or gone since the last `settle` handed out a delta."""
+        return self._book.has_changes
+
+    async def start(self, position: int, firsts: Sequence[int], lasts: Sequence[int]) -> None:
+        """Begin at a committed position; its gaps are noted afresh with who holds the lock now."""
+        book = GapBook(position)
+        if firsts:
+            async with self._database.connection("looking for open transactions") as connection:
+                locks = await self._look(connection)
+            book.load(firsts, lasts, locks.holders)
+            self._remember_server(locks)
+        self._book = book
+
+    async def read(self) -> Round:
+        """One round. Changes nothing that `settle` does not confirm; raises as PostgreSQL does."""
+        book = self._book
+        async with self._database.connection("reading the outbox") as connection:
+            while True:
+                question = book.question(QUESTION_RANGES)
+                rows = await self._fetch(connection, question)
+                if not book.has_gaps and not book.has_holes([row[0] for row in rows]):
+                    return Round(rows=rows, question=question, locks=None)
+                locks = await self._look(connection)
+                if self._is_another_run(locks):
+                    self._remember_server(locks)
+                    if book.has_gaps:
+                        book.note_afresh(locks.holders)
+                        continue
+                # Where a transaction may have ended before the read whose gaps were not read
+                # along, a row of it might be older than one that was read: read again.
+                if not rows or book.rests_surely(locks):
+                    return Round(rows=rows, question=question, locks=locks)
+                book.observe(locks)
+
+    def settle(self, read: Round, rows: int) -> None:
+        """Of this round the first ``rows`` rows go out; what comes behind is read again.
+
+        At least one row of a round that has any.
+        """
+        holders = NOBODY if read.locks is None else read.locks.holders
+        self._book.absorb(read.question, [row[0] for row in read.rows[:rows]], holders)
+        if read.locks is not None:
+            self._book.observe(read.locks)
+
+    def delta(self) -> PositionDelta:
+        """What is to be committed once everything up to here is delivered."""
+        return self._book.delta(DEAD_GAPS_PER_COMMIT)
+
+    async def _fetch(
+        self, connection: PooledConnection, question: GapQuestion
+    ) -> Sequence[OutboxRow]:
+        if question.firsts:
+            ids, firsts, lasts = _singles_and_ranges(question)
+            records = await connection.fetch(
+                self._above_position_and_in_gaps,
+                # Rows behind gaps that are not asked about yet have to wait for their answer.
+                self._book.position if question.is_complete else MAX_ID,
+                self._batch_size,
+                self._batch_bytes,
+                ids,
+                firsts,
+                lasts,
+            )
+        else:
+            records = await connection.fetch(
+                self._above_position, self._book.position, self._batch_size, self._batch_bytes
+            )
+        return [tuple(record) for record in records]
+
+    def _is_another_run(self, locks: LockView) -> bool:
+        """True where the names of holders have changed: the server has started, or recovered.
+
+        The start time does not show that it recovered from the crash of one of its processes. But
+        only a prepared transaction outlives that, and its new name is one that no other has.
+        """
+        return (
+            locks.server_started_at != self._server_started_at
+            or not _recovered(locks) <= self._recovered
+        )
+
+    def _remember_server(self, locks: LockView) -> None:
+        self._server_started_at = locks.server_started_at
+        self._recovered = _recovered(locks)
+
+    async def _look(self, connection: PooledConnection) -> LockView:
+        row = await connection.fetchrow(_LOCK_VIEW, self._outbox_oid)
+        if row is None:
+            raise CatalogError("the server said nothing of its locks")
+        if row["is_standby"]:
+            raise standby()
+        return LockView(
+            frozenset(row["holders"]), frozenset(row["surely_open"]), row["server_started_at"]
+        )
+
+
+def _singles_and_ranges(
+    question: GapQuestion,
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The gaps of one id, and of the others the first and the last ids."""
+    if question.firsts == question.lasts:
+        return question.firsts, (), ()
+    pairs = list(zip(question.firsts, question.lasts, strict=True))
+    return (
+        [first for first, last in pairs if first == last],
+        [first for first, last in pairs if first != last],
+        [last for first, last in pairs if first != last],
+    )
+
+
+def _recovered(locks: LockView) -> Holders:
+    """Prepared transactions that were read back from disk: they have no process number."""
+    return frozenset(name for name in locks.holders if name.startswith("-1/"))
+
+
+def standby() -> OutboxUnsafe:
+    """The error for a server on which open transactions cannot be seen."""
+    return OutboxUnsafe(
+        "the database is a standby: it does not show which transactions are open",
+        remedy="let postgres.url lead to the primary, for example with target_session_attrs",
+    )
+
+
+def _bounded(candidates: str) -> str:
+    """As many of the candidates ($2) as make one batch: bounded messages ($2) and bytes ($3).
+
+    The row that crosses a bound still belongs to it, so there is always one. A claim check comes
+    alone. The size of what is stored compressed is multiplied by what compression usually wins.
+    """
+    return (
+        "select o.id, o.refresh_id::text as refresh_id, o.created_at, o.inserted_count,"
+        " o.deleted_count, o.is_claim_check, o.payload, nullif(o.headers, '{}') as headers"
+        " from (select o.*,"
+        "   sum(o.messages) over running - o.messages as messages_before,"
+        "   sum(o.bytes) over running - o.bytes as bytes_before"
+        "  from (select o.*,"
+        "    case when o.is_claim_check then $2::float8"
+        "      else greatest(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0), 1)"
+        "    end as messages,"
+        "    coalesce(pg_catalog.pg_column_size(o.payload), 0)"
+        "      * case when pg_catalog.pg_column_compression(o.payload) is null"
+        "          then 1.0::float8 else 8 end as bytes"
+        f"   from ({candidates}) as o"
+        "  ) as o window running as (order by o.id rows unbounded preceding)"
+        " ) as o"
+        " where o.messages_before < $2::float8 and o.bytes_before < $3::float8"
+        "  and (o.is_claim_check is not true or o.messages_before = 0)"
+        " order by o.id"
+    )

@@ -1,0 +1,433 @@
+"""The outbox as a source, one reader per pipeline.
+
+Guarantees. Loss: no event is skipped, in whatever order transactions commit or roll back and
+however the row was inserted; an event is handed out again until its position is committed. Order:
+commit order per key; a transaction that stays open delays nothing but its own events. Both hold
+where ids come from the outbox's own sequence, with cache 1 and drawn by the INSERT, and on a
+primary; anything else is refused, or said here. Dedup key: ``{outbox_table}:{outbox_id}:{index}``,
+behind the pipeline's namespace where it has one.
+
+Committing: position and pending gaps together, as changes to what the batch before committed.
+What it does not do: share an outbox between competing workers; that is what groups are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, Self
+
+import msgspec
+
+from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader
+from relay.backends.outbox.decoder import OutboxDecoder
+from relay.backends.outbox.gap import PositionDelta
+from relay.backends.outbox.reader import CommitOrderReader, standby
+from relay.backends.outbox.wakefulness import Wakefulness
+from relay.catalog import OUTBOX_CHANNEL, Claim, OutboxDescription
+from relay.context import BackendContext
+from relay.contracts import Batch
+from relay.errors import ConfigurationError, NotConnected, OutboxUnsafe, PositionLost, RelayError
+from relay.events import ClaimCheckFetched
+from relay.options import parse_options
+
+POLL_WAIT_S: Final = 1.0
+FLUSH_INTERVAL_S: Final = 1.0
+HEALTH_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 2.0
+
+_log = logging.getLogger(__name__)
+
+OnReset = Literal["earliest", "latest", "fail"]
+
+
+class OutboxSourceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ``source`` object of a forward pipeline.
+
+    ``outbox``: the stream table or the outbox table. ``consumer_group``: null for one reader.
+    """
+
+    outbox: str
+    type: str = "outbox"
+    consumer_group: str | None = None
+
+
+class OutboxReading(msgspec.Struct, frozen=True, kw_only=True):
+    """What a forward pipeline says about reading its outbox.
+
+    ``on_reset``: what to do where the position lies beyond the outbox. ``key_columns``: what
+    identifies an entity, null for the primary key. For the rest see `OutboxDecoder`.
+    """
+
+    on_reset: OnReset = "fail"
+    collapse_updates: bool = False
+    snapshot_markers: bool = False
+    key_columns: tuple[str, ...] | None = None
+
+
+class _Token(msgspec.Struct, frozen=True, kw_only=True):
+    """The position of a batch. ``session``: a batch of an earlier one is void."""
+
+    session: int
+    delta: PositionDelta
+    consumed_claim_check: int | None = None
+
+
+class _Session(msgspec.Struct, kw_only=True):
+    """One ownership of the position, from claim to the next."""
+
+    number: int
+    epoch: int
+    outbox: OutboxDescription
+    decoder: OutboxDecoder
+    reader: CommitOrderReader
+    claim_check: ClaimCheckReader | None = None
+
+
+class OutboxSource:
+    """One reader of one outbox."""
+
+    keep_alive_interval_s: float | None = None
+
+    def __init__(
+        self, options: OutboxSourceOptions, reading: OutboxReading, context: BackendContext
+    ) -> None:
+        self._options = options
+        self._reading = reading
+        self._context = context
+        self._database = context.database
+        self._catalog = context.catalog
+        self._news = asyncio.Event()
+        self._is_interrupted = False
+        self._unsubscribe: Callable[[], None] | None = None
+        self._outbox_table = ""
+        self._session: _Session | None = None
+        self._sessions = 0
+        self._is_stale = False
+        self._wakefulness: Wakefulness | None = None
+        self._flush_at = 0.0
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
+        """Build from a catalog row's ``source``. Raises `ConfigurationError`."""
+        parsed = parse_options(options, OutboxSourceOptions, path="source")
+        if parsed.consumer_group is not None:
+            raise ConfigurationError(
+                f"source.consumer_group {parsed.consumer_group}: this source is the only reader of"
+                " its position and does not share it",
+                remedy="leave consumer_group out",
+            )
+        known = {
+            name: value
+            for name, value in context.pipeline_options.items()
+            if name in OutboxReading.__struct_fields__
+        }
+        return cls(parsed, parse_options(known, OutboxReading, path=""), context)
+
+    async def connect(self) -> None:
+        """Take over the position and check that reading from it can lose nothing.
+
+        Raises `OutboxUnsafe`, `PositionLost`, `ConfigurationError`, `Outage`.
+        """
+        await self._end_session()
+        outbox = await self._catalog.outbox(self._options.outbox)
+        await self._refuse_unsafe(outbox)
+        self._session = await self._begin_session(outbox)
+        self._outbox_table = outbox.outbox_table
+        self._wakefulness = Wakefulness(
+            catalog=self._catalog,
+            outbox_table=outbox.outbox_table,
+            sleeper=f"{self._context.worker_id}:{self._context.pipeline}",
+            poll_interval_s=self._context.poll_interval_s,
+        )
+        self._unsubscribe = self._database.subscribe(OUTBOX_CHANNEL, self._notified)
+
+    async def poll(self) -> Batch:
+        """The next rows in commit order, or the next page of a claim check.
+
+        Raises `NotConnected` before `connect`, `OutboxUnsafe`, `Outage`.
+        """
+        session, wakefulness = self._session, self._wakefulness
+        if session is None or wakefulness is None:
+            raise NotConnected("the outbox source is not connected")
+        if self._is_stale:
+            session = self._session = await self._begin_session(session.outbox)
+        deadline = _now() + POLL_WAIT_S
+        self._news.clear()
+        if await self._wait(wakefulness.gather_s):
+            return Batch()
+        while True:
+            self._news.clear()
+            batch = await self._next(session)
+            while batch is None and session.reader.has_due_gaps and not self._is_interrupted:
+                # Noted or stirred in the round that has just ended, or too many for one round.
+                batch = await self._next(session)
+            if batch is not None:
+                await wakefulness.found(is_full=len(batch.messages) >= self._context.batch_size)
+                return batch
+            wait_s = await wakefulness.found_nothing()
+            if await self._wait(min(wait_s, deadline - _now())) or _now() >= deadline:
+                return self._idle(session)
+
+    def interrupt(self) -> None:
+        """End the wait of a poll, this one or the next."""
+        self._is_interrupted = True
+        self._news.set()
+
+    async def acknowledge(self, batch: Batch) -> None:
+        """Commit position and gaps of this batch. Raises `OwnershipLost`, `Outage`."""
+        token = batch.position
+        if not isinstance(token, _Token):
+            return
+        session = self._session
+        if session is None or token.session != session.number:
+            raise NotConnected("this batch was handed out before the source was connected anew")
+        delta = token.delta
+        await self._catalog.commit(
+            self._context.pipeline,
+            session.epoch,
+            delta.position,
+            closed=delta.closed,
+            opened=delta.opened,
+        )
+        if token.consumed_claim_check is not None:
+            await self._catalog.rows_consumed(self._options.outbox, token.consumed_claim_check)
+
+    async def keep_alive(self, batch: Batch) -> None:
+        """Nothing to do: rows of an outbox are not on loan."""
+
+    async def reject(self, batch: Batch) -> None:  # noqa: ARG002 - all that is out comes again
+        """The next poll starts again from what was acknowledged."""
+        self._is_stale = True
+
+    async def is_healthy(self) -> bool:
+        """True when connected and the database answers."""
+        if self._session is None:
+            return False
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self._database.execute("checking the outbox", "select 1")
+        except (RelayError, TimeoutError):
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        """Give up ownership of the position and take back the request to be woken."""
+        session = self._session
+        with contextlib.suppress(RelayError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._end_session()
+                if session is not None:
+                    await self._catalog.release(self._context.pipeline, session.epoch)
+
+    async def _next(self, session: _Session) -> Batch | None:
+        """What there is now, without waiting; None for nothing."""
+        if session.claim_check is not None:
+            return await self._next_page(session, session.claim_check)
+        reader = session.reader
+        read = await reader.read()
+        decoded = session.decoder.decode(read.rows)
+        reader.settle(read, decoded.rows)
+        if decoded.claim_check is not None:
+            session.claim_check = ClaimCheckReader(
+                database=self._database,
+                outbox=session.outbox,
+                decoder=session.decoder,
+                claim_check=decoded.claim_check,
+                page_rows=min(PAGE_ROWS, self._context.batch_size),
+                page_bytes=self._context.batch_bytes,
+            )
+            return await self._next_page(session, session.claim_check)
+        if not read.rows:
+            return None
+        return Batch(
+            messages=decoded.messages,
+            rejected=decoded.rejected,
+            position=self._token(session),
+            checkpoint=str(reader.position),
+        )
+
+    async def _next_page(self, session: _Session, claim_check: ClaimCheckReader) -> Batch | None:
+        page = await claim_check.next_page()
+        if page is None:
+            return None
+        if page.rows:
+            self._context.emit(
+                ClaimCheckFetched(
+                    pipeline=self._context.pipeline,
+                    direction=self._context.direction,
+                    rows=page.rows,
+                )
+            )
+        if not page.is_last:
+            return Batch(messages=page.messages, rejected=page.rejected)
+        session.claim_check = None
+        return Batch(
+            messages=page.messages,
+            rejected=page.rejected,
+            position=self._token(session, consumed_claim_check=claim_check.outbox_id),
+            checkpoint=str(session.reader.position),
+        )
+
+    def _idle(self, session: _Session) -> Batch:
+        """Nothing came. Gaps that were decided meanwhile are committed now and then."""
+        if session.claim_check is not None:
+            return Batch()
+        if session.reader.has_changes and _now() >= self._flush_at:
+            return Batch(
+                position=self._token(session),
+                checkpoint=str(session.reader.position),
+                is_end_of_backlog=True,
+            )
+        return Batch(is_end_of_backlog=True)
+
+    def _token(self, session: _Session, *, consumed_claim_check: int | None = None) -> _Token:
+        self._flush_at = _now() + FLUSH_INTERVAL_S
+        return _Token(
+            session=session.number,
+            delta=session.reader.delta(),
+            consumed_claim_check=consumed_claim_check,
+        )
+
+    async def _wait(self, seconds: float) -> bool:
+        """Until there is news or the time is over; True when interrupted."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._news.wait()
+        was_interrupted, self._is_interrupted = self._is_interrupted, False
+        return was_interrupted
+
+    def _notified(self, outbox_table: str) -> None:
+        if outbox_table in ("", self._outbox_table):
+            self._news.set()
+
+    async def _end_session(self) -> None:
+        """Forget everything, and spare publishers the notification. Raises `Outage`."""
+        unsubscribe, self._unsubscribe = self._unsubscribe, None
+        wakefulness, self._wakefulness = self._wakefulness, None
+        self._session = None
+        if unsubscribe is not None:
+            unsubscribe()
+        if wakefulness is not None:
+            await wakefulness.end()
+
+    async def _refuse_unsafe(self, outbox: OutboxDescription) -> None:
+        if outbox.sequence_cache != 1:
+            raise OutboxUnsafe(
+                f"the sequence of {outbox.outbox_relation} has cache {outbox.sequence_cache}:"
+                " sessions would draw ids long before they write them",
+                remedy="alter sequence … cache 1",
+            )
+        row = await self._database.fetch_row(
+            "checking the server",
+            "select pg_catalog.pg_is_in_recovery() as is_standby,"
+            " pg_catalog.current_setting('transaction_isolation') as isolation",
+        )
+        if row is not None and row["is_standby"]:
+            raise standby()
+        if row is not None and row["isolation"] != "read committed":
+            raise OutboxUnsafe(
+                f"the relay's transactions run at {row['isolation']}, which hides fresh commits",
+                remedy="remove default_transaction_isolation from the relay's connection string",
+            )
+
+    async def _begin_session(self, outbox: OutboxDescription) -> _Session:
+        """Claim the position and check it against what the outbox has."""
+        self._sessions += 1
+        claim = await self._catalog.claim(
+            self._context.pipeline, outbox.outbox_table, self._context.worker_id
+        )
+        position = claim.last_change_id
+        firsts, lasts = list(claim.gap_first_ids), list(claim.gap_last_ids)
+        if position > outbox.last_id:
+            # What the description said may be older than the position: another relay moved on.
+            outbox = await self._catalog.outbox(self._options.outbox)
+        if position > outbox.last_id:
+            position, gaps = await self._reset(outbox, claim)
+            firsts, lasts = [first for first, _ in gaps], [last for _, last in gaps]
+        elif position < outbox.swept_through:
+            if not claim.is_new:
+                raise self._swept(outbox, position)
+            # Said now, so that it is not taken for a loss when we come back. Transactions that
+            # were open when retention passed them are still read.
+            gap = (position + 1, outbox.swept_through)
+            position = outbox.swept_through
+            firsts.append(gap[0])
+            lasts.append(gap[1])
+            await self._catalog.commit(self._context.pipeline, claim.epoch, position, opened=[gap])
+        reader = CommitOrderReader(
+            database=self._database,
+            outbox=outbox,
+            batch_size=self._context.batch_size,
+            batch_bytes=self._context.batch_bytes,
+        )
+        await reader.start(position, firsts, lasts)
+        self._is_stale = False
+        return _Session(
+            number=self._sessions,
+            epoch=claim.epoch,
+            outbox=outbox,
+            decoder=OutboxDecoder(
+                outbox_table=outbox.outbox_table,
+                stream_table=outbox.stream_table,
+                key_columns=self._reading.key_columns or tuple(outbox.key_columns or ()),
+                namespace=self._context.dedup_namespace,
+                collapse_updates=self._reading.collapse_updates,
+                snapshot_markers=self._reading.snapshot_markers,
+            ),
+            reader=reader,
+        )
+
+    async def _reset(
+        self, outbox: OutboxDescription, claim: Claim
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """The outbox was made anew: start where the pipeline says."""
+        found = (
+            f"the position {claim.last_change_id} lies beyond the outbox {outbox.outbox_relation},"
+            f" whose highest id is {outbox.last_id}: it was made anew or restored"
+        )
+        if self._reading.on_reset == "fail":
+            raise PositionLost(
+                found, remedy="set on_reset to earliest or latest, or delete and set the pipeline"
+            )
+        _log.warning(
+            "%s; reading it from %s",
+            found,
+            "its beginning" if self._reading.on_reset == "earliest" else "its end",
+            extra={"pipeline": self._context.pipeline, "direction": self._context.direction},
+        )
+        await self._catalog.reset_offset(self._context.pipeline, claim.epoch, 0)
+        if self._reading.on_reset == "earliest":
+            return 0, []
+        position, gaps = await self._end_of(outbox)
+        await self._catalog.commit(self._context.pipeline, claim.epoch, position, opened=gaps)
+        return position, gaps
+
+    async def _end_of(self, outbox: OutboxDescription) -> tuple[int, list[tuple[int, int]]]:
+        """The highest visible id and the holes below, which open transactions may still fill."""
+        rows = await self._database.fetch(
+            "looking for the end of the outbox",
+            "select n.before + 1 as first_id, n.id - 1 as last_id, n.is_last, n.id from ("
+            " select o.id, lag(o.id, 1, 0::bigint) over by_id as before,"
+            "  lead(o.id) over by_id is null as is_last"
+            f" from {outbox.outbox_relation} as o window by_id as (order by o.id)"
+            ") as n where n.is_last or n.id > n.before + 1 order by n.id",
+        )
+        gaps = [
+            (row["first_id"], row["last_id"]) for row in rows if row["first_id"] <= row["last_id"]
+        ]
+        return (rows[-1]["id"] if rows else 0), gaps
+
+    def _swept(self, outbox: OutboxDescription, position: int) -> PositionLost:
+        return PositionLost(
+            f"the rows {position + 1} to {outbox.swept_through} of {outbox.outbox_relation} were"
+            f" swept before pipeline {self._context.pipeline} had read all of them",
+            remedy="delete_relay and set the pipeline again to go on with what is there",
+        )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,309 @@
+"""One receiver: what a request to it looks like, and what its answers mean."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import ssl
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from relay import __version__
+from relay.backends.webhook.errors import mapped, of_status
+from relay.backends.webhook.header import IDEMPOTENCY_KEY, RawHeaders
+from relay.backends.webhook.options import Target, WebhookSinkOptions
+from relay.backends.webhook.signature import sign, webhook_secret
+from relay.errors import ConfigurationError, NotConnected, Outage, RelayError
+
+_PROBE_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 2.0
+_REFUSAL_S = 0.5
+# A longer answer is not read to its end; its connection is closed instead.
+_READ_ANSWER_BYTES = 64 * 1024
+_READ_ANSWER_S = 2.0
+_LONGEST_WAIT_S = 3600.0
+_KEEP_IDLE_S = 30.0
+
+
+class _Pool:
+    """The connections that are used now; closed when it is retired and its last request is over."""
+
+    def __init__(self, connections: int, tls: ssl.SSLContext | None) -> None:
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=tls or False,
+            trust_env=False,
+            limits=httpx.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=_KEEP_IDLE_S,
+            ),
+        )
+        self._under_way = 0
+        self._is_retired = False
+
+    @contextlib.asynccontextmanager
+    async def in_use(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+        self._under_way += 1
+        try:
+            yield self._transport
+        finally:
+            self._under_way -= 1
+            if self._is_retired:
+                await self.retire()
+
+    async def retire(self) -> None:
+        """Use no more; never raises."""
+        self._is_retired = True
+        if self._under_way == 0:
+            with contextlib.suppress(httpx.HTTPError, OSError):
+                await self._transport.aclose()
+
+
+class Endpoint:
+    """Sends requests under the options. `open` before use; safe to use from several tasks."""
+
+    def __init__(self, options: WebhookSinkOptions, target: Target) -> None:
+        self._options = options
+        self._target = target
+        self._url = httpx.URL(target.url)
+        self._timeout_s = options.timeout_ms / 1000
+        self._extensions = {
+            "timeout": dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
+        }
+        self._fixed = _fixed_headers(options, target)
+        self._signing_key = (
+            None if options.hmac_secret is None else webhook_secret(options.hmac_secret, "sink")
+        )
+        self._pool: _Pool | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._welcome_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """True between `open` and `aclose`."""
+        return self._pool is not None
+
+    async def open(self) -> None:
+        """Make sure that somebody listens there, over TLS where the URL says so; send nothing.
+
+        Raises `Outage`, `ConfigurationError`.
+        """
+        await self.aclose()
+        self._tls = _tls_context(self._options) if self._target.is_tls else None
+        await self._reach(
+            min(self._timeout_s, _PROBE_TIMEOUT_S), is_refusal_awaited=self._tls is not None
+        )
+        self._pool = self._new_pool()
+
+    async def is_reachable(self) -> bool:
+        """True when somebody listens there now."""
+        try:
+            await self._reach(_HEALTH_TIMEOUT_S)
+        except RelayError:
+            return False
+        return True
+
+    async def wait_until_welcome(self) -> None:
+        """Wait until the time that an earlier answer's ``Retry-After`` named.
+
+        Raises `Outage` where that is still to come after a request's whole time.
+        """
+        wait_s = self._welcome_at - time.monotonic()
+        if wait_s <= 0:
+            return
+        await asyncio.sleep(min(wait_s, self._timeout_s))
+        if wait_s > self._timeout_s:
+            raise Outage(
+                f"{self._target.address} asks for {wait_s - self._timeout_s:.0f} s more of patience"
+            )
+
+    async def send(self, body: bytes, headers: RawHeaders, key: str) -> RelayError | None:
+        """Send one request under this idempotency key; None where it was accepted.
+
+        Never raises a `RelayError`: what failed is given.
+        """
+        pool = self._pool
+        if pool is None:
+            return Outage("the webhook sink is not connected")
+        own = [*self._fixed, *headers, (IDEMPOTENCY_KEY.encode(), key.encode())]
+        if self._signing_key is not None:
+            own += _signature(self._signing_key, key, body)
+        try:
+            with mapped(f"calling {self._target.address}"):
+                request = httpx.Request(
+                    self._options.method,
+                    self._url,
+                    headers=own,
+                    content=body,
+                    extensions=self._extensions,
+                )
+                async with pool.in_use() as transport:
+                    response = await self._answer_to(request, transport)
+        except RelayError as error:
+            return error
+        verdict = of_status(
+            response.status_code,
+            self._target.address,
+            retried=self._options.retry_on_status,
+            size_bytes=len(body),
+        )
+        if isinstance(verdict, Outage):
+            self._note_patience(response.headers.get("Retry-After"))
+        return verdict
+
+    async def aclose(self) -> None:
+        """Close the connections; never raises."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.retire()
+
+    async def _answer_to(
+        self, request: httpx.Request, transport: httpx.AsyncHTTPTransport
+    ) -> httpx.Response:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await transport.handle_async_request(request)
+            await _read_to_its_end(response)
+            return response
+        except (TimeoutError, asyncio.CancelledError):
+            # The client never frees the place of a connection that was interrupted half-way.
+            pool, self._pool = self._pool, self._new_pool()
+            if pool is not None:
+                await pool.retire()
+            raise
+
+    def _new_pool(self) -> _Pool:
+        connections = 1 if self._options.batch_mode else self._options.max_in_flight
+        return _Pool(connections, self._tls)
+
+    def _note_patience(self, retry_after: str | None) -> None:
+        wait_s = seconds_of(retry_after)
+        if wait_s is not None:
+            self._welcome_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+
+    async def _reach(self, timeout_s: float, *, is_refusal_awaited: bool = False) -> None:
+        host = self._target.host
+        with mapped(f"connecting to {self._target.address}"):
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_connection(
+                    host,
+                    self._target.port,
+                    ssl=self._tls,
+                    server_hostname=None if self._tls is None else host,
+                )
+            try:
+                if is_refusal_awaited:
+                    await _hear_refusal(reader, self._target.address)
+            finally:
+                # An orderly end of TLS would wait for the peer.
+                writer.transport.abort()
+
+
+async def _hear_refusal(reader: asyncio.StreamReader, address: str) -> None:
+    """Let TLS 1.3 object to our certificate, which it does only behind the handshake.
+
+    A server that objects to nothing is silent. Raises `ssl.SSLError`, or `NotConnected` where the
+    end of the connection was quicker than its reason.
+    """
+    with contextlib.suppress(TimeoutError):
+        try:
+            async with asyncio.timeout(_REFUSAL_S):
+                is_ended = not await reader.read(1)
+        except ConnectionError:
+            is_ended = True
+        if is_ended:
+            raise NotConnected(
+                f"{address} ends the connection right behind the handshake",
+                remedy="if it asks for a certificate, set tls_cert and tls_key",
+            )
+
+
+def seconds_of(retry_after: str | None) -> float | None:
+    """How long a ``Retry-After`` says to wait, given as seconds or as an HTTP date.
+
+    None where it says nothing that can be read (https://www.rfc-editor.org/rfc/rfc9110#name-retry-after).
+    """
+    if retry_after is None:
+        return None
+    text = retry_after.strip()
+    if text.isascii() and text.isdecimal():
+        return float(text[:9])
+    try:
+        at = parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    return max(0.0, (at - datetime.now(UTC)).total_seconds())
+
+
+def _signature(key: bytes, webhook_id: str, body: bytes) -> RawHeaders:
+    timestamp = int(time.time())
+    return [
+        (b"webhook-id", webhook_id.encode()),
+        (b"webhook-timestamp", b"%d" % timestamp),
+        (b"webhook-signature", sign(key, webhook_id, timestamp, body).encode()),
+    ]
+
+
+def _fixed_headers(options: WebhookSinkOptions, target: Target) -> RawHeaders:
+    headers = {
+        "Host": _host_header(target),
+        "User-Agent": f"pgtrickle-relay/{__version__}",
+        "Accept": "*/*",
+    }
+    username, password = options.username, options.password
+    if target.username is not None:
+        username, password = target.username, target.password
+    if options.bearer_token is not None:
+        headers["Authorization"] = f"Bearer {options.bearer_token}"
+    elif username is not None:
+        pair = f"{username}:{password or ''}".encode()
+        headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+    if not headers.get("Authorization", "").isascii():
+        raise ConfigurationError("sink.bearer_token has characters that no header can carry")
+    by_lowered = {name.lower(): (name, value) for name, value in headers.items()}
+    by_lowered |= {name.lower(): (name, value) for name, value in options.headers.items()}
+    return [(name.encode(), value.encode()) for name, value in by_lowered.values()]
+
+
+def _host_header(target: Target) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return host if target.port == (443 if target.is_tls else 80) else f"{host}:{target.port}"
+
+
+def _tls_context(options: WebhookSinkOptions) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=options.tls_ca)
+        if options.tls_cert is not None:
+            context.load_cert_chain(options.tls_cert, options.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"sink: the TLS files can't be used: {error.strerror or type(error).__name__}",
+            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
+        ) from None
+    if options.tls_insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def _read_to_its_end(response: httpx.Response) -> None:
+    """Leave the connection fit for the next request where that is cheap; else close it.
+
+    The status is known by now: what happens to the rest of the answer changes nothing.
+    """
+    with contextlib.suppress(httpx.HTTPError, httpx.StreamError, OSError, TimeoutError):
+        async with asyncio.timeout(_READ_ANSWER_S):
+            size = 0
+            async for chunk in response.aiter_raw():
+                size += len(chunk)
+                if size > _READ_ANSWER_BYTES:
+                    break
+    with contextlib.suppress(httpx.HTTPError, httpx.StreamError, OSError):
+        await response.aclose()

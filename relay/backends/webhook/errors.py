@@ -1,0 +1,193 @@
+"""Everything that can go wrong over HTTP, as errors of the relay.
+
+Three tables: the exceptions of the HTTP client, the statuses that a receiver answers with, and
+what keeps a server from listening.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import httpx
+
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    MessageRejected,
+    MessageTooLarge,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
+
+# The nearest class of an exception's ancestry decides.
+CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
+    httpx.HTTPError: Outage,
+    httpx.TimeoutException: TimedOut,
+    httpx.NetworkError: NotConnected,
+    httpx.RemoteProtocolError: NotConnected,
+    # What we were going to send is not HTTP.
+    httpx.LocalProtocolError: MessageRejected,
+    httpx.ProxyError: NotConnected,
+    httpx.UnsupportedProtocol: ConfigurationError,
+    httpx.TooManyRedirects: ConfigurationError,
+    httpx.InvalidURL: ConfigurationError,
+    httpx.CookieConflict: Outage,
+    httpx.StreamError: NotConnected,
+}
+
+# A status from 400 on that is not here and not to be retried condemns the messages it is about.
+STATUSES: Mapping[int, tuple[type[RelayError], str]] = {
+    401: (AuthenticationRefused, "set bearer_token, username and password, or headers"),
+    403: (AuthenticationRefused, "ask who runs the receiver for this permission"),
+    404: (DestinationMissing, "correct sink.url"),
+    405: (ConfigurationError, "set sink.method"),
+    407: (AuthenticationRefused, "a proxy on the way asks for a sign-in"),
+    410: (DestinationMissing, "the receiver says that it is gone for good: correct sink.url"),
+    413: (MessageTooLarge, ""),
+    415: (ConfigurationError, "set sink.format or batch_mode to what the receiver reads"),
+    501: (ConfigurationError, "set sink.method"),
+}
+
+_REDIRECTS = range(300, 400)
+_ACCEPTED = range(200, 300)
+
+# The machine is short of something at the moment; all else is for somebody to mend.
+_SHORTAGES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+)
+
+
+def of_status(
+    status: int, address: str, *, retried: Collection[int], size_bytes: int
+) -> RelayError | None:
+    """What an answer means; None where it accepts. ``retried``: statuses that are outages."""
+    if status in _ACCEPTED:
+        return None
+    doing = f"{address} answers {status}"
+    if status in retried:
+        return Outage(doing)
+    if status in _REDIRECTS:
+        return ConfigurationError(
+            f"{doing}, a redirect, which is not followed", remedy="set sink.url to where it leads"
+        )
+    kind, remedy = STATUSES.get(status, (MessageRejected, ""))
+    if kind is MessageTooLarge:
+        doing = f"{doing}: {size_bytes} bytes are more than its limit"
+    return kind(doing, remedy=remedy)
+
+
+def of_exception(error: BaseException, doing: str) -> RelayError | None:
+    """The relay's error for what the client, TLS or the network raised; None for others."""
+    if isinstance(error, RelayError):
+        return error
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError):
+            return _of_tls(cause, doing)
+        if isinstance(cause, socket.gaierror):
+            return NotConnected(
+                f"{doing}: the name of the host is not known", remedy="correct sink.url"
+            )
+    if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.CookieConflict):
+        return _of_client(error, doing)
+    if isinstance(error, httpx.StreamError):
+        return NotConnected(f"{doing}: the connection was lost")
+    if isinstance(error, TimeoutError):
+        return TimedOut(f"{doing}: no answer in time")
+    if isinstance(error, EOFError):
+        return NotConnected(f"{doing}: the connection was ended")
+    if isinstance(error, OSError):
+        return NotConnected(f"{doing}: {_reason(error)}")
+    return None
+
+
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Turn whatever the HTTP client raises inside into an error of the relay."""
+    try:
+        yield
+    except Exception as error:
+        ours = of_exception(error, doing)
+        if ours is None or ours is error:
+            raise
+        raise ours from error
+
+
+@contextmanager
+def listening(addr: str) -> Iterator[None]:
+    """Turn what keeps a server from listening into an error of the relay."""
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            f"source.listen_addr {addr}: TLS can't be used: {_reason(error)}"
+        ) from error
+    except socket.gaierror as error:
+        raise ConfigurationError(f"source.listen_addr {addr}: the host is not known") from error
+    except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise Outage(f"source.listen_addr {addr}: {_reason(error)}") from error
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"source.listen_addr {addr}: the address is in use",
+                remedy="choose another port, or end what listens there",
+            ) from error
+        raise ConfigurationError(f"source.listen_addr {addr}: {_reason(error)}") from error
+
+
+def _of_client(error: Exception, doing: str) -> RelayError:
+    kind = next(CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS)
+    if kind is TimedOut:
+        return kind(f"{doing}: no answer in time")
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return kind(f"{doing}: {_reason(cause)}")
+    if kind is MessageRejected:
+        return kind(f"{doing}: the request is not valid HTTP")
+    if isinstance(error, httpx.RemoteProtocolError):
+        return kind(f"{doing}: the connection was ended without a whole answer")
+    if kind is NotConnected:
+        return kind(f"{doing}: the connection failed")
+    # The library's own words may hold the URL, and with it a secret.
+    return kind(f"{doing}: {type(error).__name__}")
+
+
+def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConfigurationError(
+            f"{doing}: the server's certificate is not trusted:"
+            f" {getattr(error, 'verify_message', 'it does not verify')}",
+            remedy="point tls_ca at the authority that signed it",
+        )
+    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
+    if "certificate" in reason or "unknown ca" in reason:
+        return AuthenticationRefused(
+            f"{doing}: the server refuses our certificate: {reason}",
+            remedy="set tls_cert and tls_key to a certificate that the server trusts",
+        )
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return NotConnected(f"{doing}: TLS was ended by the server")
+    return ConfigurationError(f"{doing}: TLS failed: {reason}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and what it came from, the transport's own among it."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _reason(error: OSError) -> str:
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or type(error).__name__

@@ -1,0 +1,322 @@
+"""HTTP servers that several receivers share: one for each address, while somebody wants it.
+
+A listener reads requests under bounds of time and size, finds the receiver of the path and gives
+its answer, everything in JSON. What it refuses before reading a body ends the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import ssl
+import weakref
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from relay.backends.webhook.errors import listening
+from relay.backends.webhook.options import WebhookSourceOptions, address_of, listen_address
+from relay.errors import ConfigurationError
+
+HEADERS_TIMEOUT_S = 10.0
+BODY_TIMEOUT_S = 30.0
+RETRY_AFTER_S = 1
+
+_KEEP_IDLE_S = 75.0
+_LINGER_S = 1.0
+_CLOSE_TIMEOUT_S = 1.0
+_TLS_HANDSHAKE_S = 10.0
+_BACKLOG_CONNECTIONS = 1024
+# Well below what a process may usually open, of which the database needs its share.
+_MOST_CONNECTIONS = 800
+
+_log = logging.getLogger(__name__)
+# The server's own log would tell of every client that goes away.
+_SILENT = logging.getLogger(f"{__name__}.server")
+_SILENT.disabled = True
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a sender is told: a status, and either how many messages were taken or why none."""
+
+    status: int
+    accepted: int | None = None
+    reason: str = ""
+    headers: Mapping[str, str] = {}
+
+
+class Receiver(Protocol):
+    """What stands behind one path."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Larger bodies are refused."""
+
+    def admit(self, headers: Mapping[str, str], size_bytes: int) -> Answer | None:
+        """Refuse a request by its headers (names in lower case), or reserve room for it."""
+
+    def release(self, size_bytes: int) -> None:
+        """Give the room of an admitted request back."""
+
+    async def receive(
+        self, headers: Mapping[str, str], raw: Mapping[str, str], body: bytes
+    ) -> Answer:
+        """The answer to a whole request; ``raw`` has the headers as they were spelled."""
+
+
+class Listener:
+    """A server on one address, with a receiver for each path. Use `attach` and `detach`."""
+
+    def __init__(self, addr: str, tls_keys: tuple[str | None, ...]) -> None:
+        self.addr = addr
+        self.tls_keys = tls_keys
+        self._receivers: dict[str, Receiver] = {}
+        self._left: set[str] = set()
+        # Connections that have not sent the headers of a request yet, each with its time's end.
+        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+        self._web: web.Server | None = None
+        self._server: asyncio.Server | None = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` as it was bound."""
+        if self._server is None or not self._server.sockets:
+            return self.addr
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return address_of(host, port)
+
+    @property
+    def is_listening(self) -> bool:
+        """True while connections are accepted."""
+        return self._server is not None and self._server.is_serving()
+
+    @property
+    def is_deserted(self) -> bool:
+        """True when no receiver is left."""
+        return not self._receivers
+
+    async def open(self, options: WebhookSourceOptions) -> None:
+        """Listen. Raises `ConfigurationError`, `Outage`."""
+        host, port = listen_address(self.addr)
+        context = _tls_context(options)
+        handler = web.Server(
+            self._handle,
+            logger=_SILENT,
+            access_log=None,
+            keepalive_timeout=_KEEP_IDLE_S,
+            lingering_time=_LINGER_S,
+            auto_decompress=False,
+        )
+        with listening(self.addr):
+            self._server = await asyncio.get_running_loop().create_server(
+                functools.partial(self._accept, handler),
+                host,
+                port,
+                ssl=context,
+                backlog=_BACKLOG_CONNECTIONS,
+                ssl_handshake_timeout=None if context is None else _TLS_HANDSHAKE_S,
+            )
+        self._web = handler
+
+    def add(self, path: str, receiver: Receiver) -> None:
+        """Serve this path. Raises `ConfigurationError` where somebody else does."""
+        if self._receivers.get(path, receiver) is not receiver:
+            raise ConfigurationError(
+                f"source.path {path} of {self.addr} belongs to another pipeline of this relay",
+                remedy="give each pipeline a path of its own",
+            )
+        self._receivers[path] = receiver
+        self._left.discard(path)
+
+    def remove(self, path: str) -> None:
+        """Serve this path no more; its senders are told to come again as long as we listen."""
+        if self._receivers.pop(path, None) is not None:
+            self._left.add(path)
+
+    async def aclose(self) -> None:
+        """Stop listening; answers that are under way get a second."""
+        server, self._server = self._server, None
+        handler, self._web = self._web, None
+        if server is not None:
+            server.close()
+        for silence in self._silent.values():
+            silence.cancel()
+        self._silent.clear()
+        if handler is not None:
+            # Whoever was just told how it ends is still writing the answer.
+            await asyncio.sleep(0)
+            handler.pre_shutdown()
+            await handler.shutdown(_CLOSE_TIMEOUT_S)
+
+    def _accept(self, handler: web.Server) -> asyncio.Protocol:
+        if len(handler.connections) >= _MOST_CONNECTIONS:
+            return _Refusal()
+        connection = handler()
+        self._silent[connection] = asyncio.get_running_loop().call_later(
+            HEADERS_TIMEOUT_S, self._drop_silent, connection
+        )
+        return connection
+
+    def _drop_silent(self, connection: web.RequestHandler) -> None:
+        """The server itself bounds only the wait between requests."""
+        del self._silent[connection]
+        connection.force_close()
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        silence = self._silent.pop(request.protocol, None)
+        if silence is not None:
+            silence.cancel()
+        try:
+            answer = await self._answer(request)
+        except Exception as error:  # noqa: BLE001 - a mistake of ours is an answer, too
+            _log.debug("a request could not be answered", exc_info=error)
+            answer = Answer(500, reason="internal error")
+        response = web.Response(
+            body=_body_of(answer),
+            status=answer.status,
+            headers={"Server": "pgtrickle-relay", **answer.headers},
+            content_type="application/json",
+        )
+        if not request.content.at_eof():
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> Answer:
+        path = request.path
+        receiver = self._receivers.get(path)
+        if receiver is None:
+            if path in self._left:
+                return unavailable("this receiver is stopping")
+            return Answer(404, reason="no receiver has this path")
+        if request.method != "POST":
+            return Answer(405, reason="send a POST", headers={"Allow": "POST"})
+        raw = dict(request.headers)
+        headers = {name.lower(): value for name, value in raw.items()}
+        limit = receiver.max_body_bytes
+        size = limit if request.content_length is None else request.content_length
+        if size > limit:
+            return _too_large(limit)
+        refused = receiver.admit(headers, size)
+        if refused is not None:
+            return refused
+        try:
+            if headers.get("expect", "").lower() == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                # It is no part of the answer.
+                request.writer.output_size = 0
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    body = await _read(request, limit)
+            except TimeoutError:
+                return Answer(408, reason=f"the body took more than {BODY_TIMEOUT_S:g} s")
+            except (web.RequestPayloadError, ConnectionError):
+                return Answer(400, reason="the body ended too early")
+            if body is None:
+                return _too_large(limit)
+            return await receiver.receive(headers, raw, body)
+        finally:
+            receiver.release(size)
+
+
+class _Refusal(asyncio.Protocol):
+    """Ends a connection as soon as it is made."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class _Listeners:
+    """The listeners of one event loop, by address."""
+
+    def __init__(self) -> None:
+        self.by_addr: dict[str, Listener] = {}
+        self.changing = asyncio.Lock()
+
+
+# A port belongs to the process, so what listens on it is found by all pipelines of the process.
+_LISTENERS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Listeners] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+async def attach(options: WebhookSourceOptions, receiver: Receiver) -> Listener:
+    """Serve the receiver under its address and path, together with what is there already.
+
+    Raises `ConfigurationError` where the address, the path or the TLS keys do not allow it.
+    """
+    listeners = _LISTENERS.setdefault(asyncio.get_running_loop(), _Listeners())
+    tls_keys = (options.tls_ca, options.tls_cert, options.tls_key)
+    async with listeners.changing:
+        listener = listeners.by_addr.get(options.listen_addr)
+        if listener is not None and listener.tls_keys != tls_keys:
+            raise ConfigurationError(
+                f"source.listen_addr {options.listen_addr} is shared with a pipeline that has other"
+                " TLS keys",
+                remedy="use the same tls_ca, tls_cert and tls_key, or another address",
+            )
+        if listener is None:
+            listener = Listener(options.listen_addr, tls_keys)
+            await listener.open(options)
+            # Each use of port 0 means a port of its own.
+            if listen_address(options.listen_addr)[1] != 0:
+                listeners.by_addr[options.listen_addr] = listener
+        listener.add(options.path, receiver)
+        return listener
+
+
+async def detach(listener: Listener, path: str) -> None:
+    """Serve the path no more; where it was the last one, stop listening."""
+    listeners = _LISTENERS.setdefault(asyncio.get_running_loop(), _Listeners())
+    async with listeners.changing:
+        listener.remove(path)
+        if not listener.is_deserted:
+            return
+        if listeners.by_addr.get(listener.addr) is listener:
+            del listeners.by_addr[listener.addr]
+        await listener.aclose()
+
+
+def unavailable(reason: str) -> Answer:
+    """Told to a sender who should come again soon."""
+    return Answer(503, reason=reason, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def _too_large(limit: int) -> Answer:
+    return Answer(413, reason=f"the body has more than {limit} bytes")
+
+
+def _body_of(answer: Answer) -> bytes:
+    if answer.accepted is None:
+        return msgspec.json.encode({"error": answer.reason})
+    return msgspec.json.encode({"accepted": answer.accepted})
+
+
+async def _read(request: web.BaseRequest, limit: int) -> bytes | None:
+    """The body, None where it is larger than the limit."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _tls_context(options: WebhookSourceOptions) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=options.tls_ca)
+        context.load_cert_chain(options.tls_cert, options.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"source: the TLS files can't be used: {error.strerror or type(error).__name__}",
+            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
+        ) from None
+    if options.tls_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context

@@ -1,0 +1,275 @@
+"""The webhook sink: see the package for what it promises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import msgspec
+
+from relay import wire
+from relay.backends.webhook.endpoint import Endpoint
+from relay.backends.webhook.flight import Flight
+from relay.backends.webhook.header import SUBJECT, RawHeaders, batch_key, encode, idempotency_key
+from relay.backends.webhook.options import (
+    Target,
+    WebhookSinkOptions,
+    check_sink,
+    target_of,
+)
+from relay.context import BackendContext
+from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
+from relay.errors import (
+    ConfigurationError,
+    ErrorKind,
+    MessageRejected,
+    MessageTooLarge,
+    MessageUndecodable,
+    NotConnected,
+    Outage,
+    RelayError,
+)
+from relay.message import RelayMessage
+from relay.options import parse_options
+from relay.template import Render, compile_routing
+
+ORDERINGS = ("strict", "pipelined")
+
+_ARRAY_BYTES = 1024 * 1024
+# So many refusals in a row without one acceptance, and a publish searches no further.
+_FRUITLESS_REQUESTS = 60
+_BATCH_CONTENT_TYPES: Mapping[wire.Format, str] = {
+    **wire.CONTENT_TYPES,
+    "cloudevents": "application/cloudevents-batch+json",
+}
+
+
+class _Item(msgspec.Struct, frozen=True, gc=False):
+    """A message of a publish, by its index there, as it will be sent."""
+
+    index: int
+    message: RelayMessage
+    encoded: wire.Encoded
+
+
+class _Unsettled(msgspec.Struct, frozen=True):
+    """An array of which it is not known whether it was accepted: how many, under which key."""
+
+    count: int
+    key: str
+
+
+class WebhookSink:
+    """Sends messages to one receiver, as arrays or one by one."""
+
+    def __init__(
+        self,
+        options: WebhookSinkOptions,
+        target: Target,
+        *,
+        render: Render,
+        encode: wire.Encode,
+        is_strict: bool,
+    ) -> None:
+        self._options = options
+        self._target = target
+        self._render = render
+        self._encode = encode
+        self._is_strict = is_strict
+        self._endpoint = Endpoint(options, target)
+        self._array_headers = _array_headers(options.format)
+        self._content_type = wire.CONTENT_TYPES[_format(options.format)].encode()
+        self._array_bytes = _ARRAY_BYTES
+        self._unsettled: _Unsettled | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
+        """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
+        parsed = parse_options(options, WebhookSinkOptions, path="sink")
+        target = target_of(parsed)
+        check_sink(parsed, target)
+        ordering = context.ordering or "strict"
+        if ordering not in ORDERINGS:
+            raise ConfigurationError(
+                f"ordering {ordering!r} is unknown to the webhook sink",
+                remedy=f"use one of {', '.join(ORDERINGS)}",
+            )
+        if ordering == "pipelined" and parsed.batch_mode:
+            raise ConfigurationError(
+                "ordering pipelined has no effect on batch_mode, which sends one array at a time",
+                remedy="leave it out, or set batch_mode to false",
+            )
+        return cls(
+            parsed,
+            target,
+            render=compile_routing(parsed.subject_template, parsed.routing),
+            encode=wire.encoder(parsed.format, wire.HTTP, namespace=context.dedup_namespace),
+            is_strict=ordering == "strict",
+        )
+
+    async def connect(self) -> None:
+        """See that the receiver can be reached, over TLS where it should be; nothing is sent.
+
+        Whether it knows us shows at the first request only.
+        """
+        await self._endpoint.open()
+        self._array_bytes = _ARRAY_BYTES
+
+    async def describe(self) -> dict[str, str]:
+        """Where requests go; the rest of the URL may be secret."""
+        mode = "arrays" if self._options.batch_mode else "one request per message"
+        return {"server": self._target.address, "mode": mode}
+
+    def subject_of(self, message: RelayMessage) -> str:
+        """The subject by template or routing, which the message bears in its metadata."""
+        return self._render(message)
+
+    async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+        """Send all; see the package for order and for what counts as accepted.
+
+        Sending stops at the first failure that is not a message's own; what was not sent fails for
+        the same reason.
+        """
+        if not self._endpoint.is_open:
+            raise NotConnected("the webhook sink is not connected")
+        await self._endpoint.wait_until_welcome()
+        errors: dict[int, RelayError] = {}
+        items = self._encoded(messages, errors)
+        if self._options.batch_mode:
+            await self._send_arrays(items, errors)
+        else:
+            await self._send_each(items, errors)
+        if not errors:
+            return ALL_ACCEPTED
+        return PublishResult(failures=[Failure(index, errors[index]) for index in sorted(errors)])
+
+    async def is_healthy(self) -> bool:
+        """True when the receiver accepts connections now."""
+        return self._endpoint.is_open and await self._endpoint.is_reachable()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._endpoint.aclose()
+
+    def _encoded(
+        self, messages: Sequence[RelayMessage], errors: dict[int, RelayError]
+    ) -> list[_Item]:
+        options = self._options
+        is_bare_array = options.batch_mode and options.format == "payload"
+        limit = options.max_body_bytes - 2 * options.batch_mode
+        items: list[_Item] = []
+        for index, message in enumerate(messages):
+            try:
+                encoded = self._encode(message)
+            except MessageRejected as error:
+                errors[index] = error
+                continue
+            except UnicodeEncodeError:
+                errors[index] = MessageUndecodable("the message holds text that is not Unicode")
+                continue
+            if is_bare_array and not wire.is_json(encoded.body):
+                errors[index] = MessageUndecodable(
+                    "the payload is not JSON, which an array has to contain"
+                )
+            elif len(encoded.body) > limit:
+                errors[index] = MessageTooLarge(
+                    f"the message has {len(encoded.body)} bytes, sink.max_body_bytes allows"
+                    f" {limit} bytes"
+                )
+            else:
+                items.append(_Item(index, message, encoded))
+        return items
+
+    async def _send_arrays(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
+        """Send one array after the other, halving what is refused until each culprit is found."""
+        arrays = deque(self._cut(items))
+        fruitless = 0
+        while arrays:
+            array = arrays.popleft()
+            key = batch_key([item.message.dedup_key for item in array])
+            body = b"[%b]" % b",".join([item.encoded.body for item in array])
+            error = await self._endpoint.send(body, self._array_headers, key)
+            if error is None:
+                self._unsettled = None
+                fruitless = 0
+                continue
+            fruitless += 1
+            if error.kind is not ErrorKind.MESSAGE:
+                self._unsettled = _Unsettled(len(array), key)
+                arrays.appendleft(array)
+                break
+            if isinstance(error, MessageTooLarge):
+                self._array_bytes = max(1, len(body) // 2)
+            if len(array) == 1:
+                errors[array[0].index] = error
+            else:
+                half = len(array) // 2
+                arrays.extendleft((array[half:], array[:half]))
+            if fruitless >= _FRUITLESS_REQUESTS:
+                error = Outage(f"{fruitless} requests in a row were refused, the last: {error}")
+                break
+        for array in arrays:
+            errors.update((item.index, error) for item in array if error is not None)
+
+    def _cut(self, items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+        """Arrays of a bounded size; what may have been accepted already is cut as it was then."""
+        start = 0
+        unsettled = self._unsettled
+        if unsettled is not None and len(items) >= unsettled.count:
+            first = items[: unsettled.count]
+            if batch_key([item.message.dedup_key for item in first]) == unsettled.key:
+                yield first
+                start = unsettled.count
+        limit = min(self._array_bytes, self._options.max_body_bytes)
+        size = 2
+        for end in range(start, len(items)):
+            size += len(items[end].encoded.body) + 1
+            if size > limit and end > start:
+                yield items[start:end]
+                start, size = end, len(items[end].encoded.body) + 3
+        if start < len(items):
+            yield items[start:]
+
+    async def _send_each(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
+        flight = Flight([item.message.key for item in items], is_strict=self._is_strict)
+
+        async def send() -> None:
+            while (number := flight.take()) is not None:
+                item = items[number]
+                error = await self._endpoint.send(
+                    item.encoded.body,
+                    self._headers(item),
+                    idempotency_key(item.message.dedup_key),
+                )
+                flight.land(number, error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(self._options.max_in_flight, len(items))):
+                tasks.create_task(send())
+        flight.fail_unsent()
+        errors.update((items[number].index, error) for number, error in flight.errors.items())
+
+    def _headers(self, item: _Item) -> RawHeaders:
+        headers = item.encoded.headers
+        if item.message.subject:
+            headers = {**headers, SUBJECT: item.message.subject}
+        return [(b"Content-Type", self._content_type), *encode(headers)]
+
+
+def _format(name: str) -> wire.Format:
+    for known in wire.CONTENT_TYPES:
+        if known == name:
+            return known
+    raise ConfigurationError(
+        f"unknown format {name!r}", remedy=f"use one of {', '.join(wire.CONTENT_TYPES)}"
+    )
+
+
+def _array_headers(format_: str) -> RawHeaders:
+    headers = [(b"Content-Type", _BATCH_CONTENT_TYPES[_format(format_)].encode())]
+    # A bare array of rows has no metadata that a receiver of ours could restore.
+    if format_ != "payload":
+        headers.append((wire.HTTP.format.encode(), format_.encode()))
+    return headers

@@ -1,0 +1,456 @@
+"""The relay's SQL catalog, one method for each SQL function that the relay calls.
+
+The relay has no rights on the catalog's tables; everything goes through these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal, TypeVar
+
+import asyncpg
+import msgspec
+
+from relay.errors import CatalogError
+from relay.events import Direction
+from relay.message import RelayMessage, op_named
+from relay.postgres import Database
+
+CONFIG_CHANNEL = "pgtrickle_relay_config"
+OUTBOX_CHANNEL = "pgtrickle_outbox_new"
+
+DeltaStyle = Literal["row_op", "op"]
+T = TypeVar("T")
+
+
+class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline as it stands in the catalog."""
+
+    name: str
+    direction: Direction
+    enabled: bool
+    config: Mapping[str, object]
+
+
+class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the relay must know to read an outbox. Relations are quoted and schema-qualified."""
+
+    outbox_table: str
+    outbox_relation: str
+    outbox_oid: int
+    stream_table: str
+    delta_relation: str | None
+    delta_style: DeltaStyle | None
+    key_columns: Sequence[str] | None
+    has_headers: bool
+    retention_hours: int
+    sequence_cache: int
+    last_id: int
+    max_id: int
+    swept_through: int
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """Ownership of one pipeline's position, valid until somebody claims it anew.
+
+    ``gap_first_ids`` and ``gap_last_ids`` are the pending gaps, as ranges with both ends included.
+    """
+
+    epoch: int
+    last_change_id: int
+    gap_first_ids: Sequence[int]
+    gap_last_ids: Sequence[int]
+    is_new: bool
+
+
+class InboxDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the relay must know to write an inbox. Names are quoted; ``columns``: field → column."""
+
+    inbox_relation: str
+    columns: Mapping[str, str]
+    payload_type: str
+    conflict_target: str
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """One message on its way into the dead-letter queue.
+
+    ``is_transformed``: it is as the sink was given it; otherwise it is as the source gave it, and
+    is transformed when it is tried again.
+    """
+
+    message: RelayMessage
+    is_transformed: bool
+    error_kind: str
+    error: str
+    attempts: int
+
+
+class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """One message taken out of the dead-letter queue for another try."""
+
+    id: int
+    message: RelayMessage
+    is_transformed: bool
+
+
+class Lag(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one forward pipeline is behind its outbox."""
+
+    pipeline: str
+    last_change_id: int | None
+    max_outbox_id: int
+    lag_rows: int
+    oldest_unsent_at: datetime | None
+    pending_gaps: int
+    worker_id: str | None
+
+
+class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    stream_table: str = ""
+    outbox_id: int | None = None
+    refresh_id: str | None = None
+    created_at: datetime | None = None
+    is_full_refresh: bool = False
+    is_transformed: bool = False
+
+
+class Catalog:
+    """The catalog as seen by the relays of one group."""
+
+    def __init__(self, database: Database, group_id: str) -> None:
+        self._database = database
+        self._group_id = group_id
+
+    @property
+    def group_id(self) -> str:
+        """The relay group whose positions this catalog reads and writes."""
+        return self._group_id
+
+    async def version(self) -> str:
+        """The catalog's version. Raises `CatalogMissing` where there is none."""
+        row = await self._database.fetch_row(
+            "reading the catalog's version", "select pgtrickle.relay_schema_version() as version"
+        )
+        return "" if row is None else str(row["version"])
+
+    async def pipelines(self) -> list[PipelineRow]:
+        """All pipelines, enabled or not."""
+        rows = await self._database.fetch(
+            "reading the pipelines",
+            "select name, direction, enabled, config from pgtrickle.list_relay_configs()",
+        )
+        return [
+            PipelineRow(
+                name=row["name"],
+                direction=row["direction"],
+                enabled=row["enabled"],
+                config=_object(row["config"]),
+            )
+            for row in rows
+        ]
+
+    async def outbox(self, name: str) -> OutboxDescription:
+        """The outbox of a stream table. Raises `ConfigurationError` where it is not enabled."""
+        return await self._one(
+            OutboxDescription,
+            "looking up the outbox",
+            "select * from pgtrickle.relay_outbox($1)",
+            name,
+        )
+
+    async def inbox(self, name: str, schema: str | None = None) -> InboxDescription:
+        """An inbox. Raises `ConfigurationError` where it does not exist."""
+        row = await self._database.fetch_row(
+            "looking up the inbox", "select * from pgtrickle.relay_inbox($1, $2)", name, schema
+        )
+        if row is None:
+            raise CatalogError(f"the catalog does not know the inbox {name}")
+        return InboxDescription(
+            inbox_relation=row["inbox_relation"],
+            columns=msgspec.json.decode(row["columns"], type=dict[str, str]),
+            payload_type=row["payload_type"],
+            conflict_target=row["conflict_target"],
+        )
+
+    async def claim(self, pipeline: str, outbox_table: str | None, worker_id: str) -> Claim:
+        """Take ownership of a pipeline's position; whoever had it can't write it any more."""
+        return await self._one(
+            Claim,
+            "claiming the pipeline",
+            "select * from pgtrickle.relay_claim($1, $2, $3, $4)",
+            self._group_id,
+            pipeline,
+            outbox_table,
+            worker_id,
+        )
+
+    async def commit(
+        self,
+        pipeline: str,
+        epoch: int,
+        last_change_id: int,
+        *,
+        closed: Sequence[int] = (),
+        opened: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Write position and gaps together. Raises `OwnershipLost` when the epoch has moved on.
+
+        ``closed`` are the first ids of gaps that are no more, ``opened`` new ranges.
+        """
+        await self._database.execute(
+            "committing the offset",
+            "select pgtrickle.relay_commit($1, $2, $3, $4, $5, $6, $7)",
+            self._group_id,
+            pipeline,
+            epoch,
+            last_change_id,
+            list(closed),
+            [first for first, _ in opened],
+            [last for _, last in opened],
+        )
+
+    async def reset_offset(self, pipeline: str, epoch: int, last_change_id: int) -> None:
+        """Set the position anywhere and forget the gaps: the outbox was made anew."""
+        await self._database.execute(
+            "resetting the offset",
+            "select pgtrickle.relay_reset_offset($1, $2, $3, $4)",
+            self._group_id,
+            pipeline,
+            epoch,
+            last_change_id,
+        )
+
+    async def release(self, pipeline: str, epoch: int) -> None:
+        """Give up ownership; harmless when it was lost already."""
+        await self._database.execute(
+            "releasing the pipeline",
+            "select pgtrickle.relay_release($1, $2, $3)",
+            self._group_id,
+            pipeline,
+            epoch,
+        )
+
+    async def cursor(self, pipeline: str, cursor_key: str) -> bytes | None:
+        """A source's own remembered position, as JSON."""
+        row = await self._database.fetch_row(
+            "reading the cursor",
+            "select pgtrickle.relay_cursor_get($1, $2, $3) as cursor",
+            self._group_id,
+            pipeline,
+            cursor_key,
+        )
+        return None if row is None else row["cursor"]
+
+    async def set_cursor(self, pipeline: str, epoch: int, cursor_key: str, cursor: bytes) -> None:
+        """Remember a source's own position. Raises `OwnershipLost`."""
+        await self._database.execute(
+            "committing the cursor",
+            "select pgtrickle.relay_cursor_set($1, $2, $3, $4, $5)",
+            self._group_id,
+            pipeline,
+            epoch,
+            cursor_key,
+            cursor,
+        )
+
+    async def sleep(self, outbox_table: str, sleeper: str, seconds: int) -> None:
+        """Ask publishers to notify: this relay is idle on that outbox, for so long at most."""
+        await self._database.execute(
+            "going to sleep",
+            "select pgtrickle.relay_sleep($1, $2, $3)",
+            outbox_table,
+            sleeper,
+            seconds,
+        )
+
+    async def wake(self, outbox_table: str, sleeper: str) -> None:
+        """Spare publishers the notification: this relay is polling by itself."""
+        await self._database.execute(
+            "waking up", "select pgtrickle.relay_wake($1, $2)", outbox_table, sleeper
+        )
+
+    async def rows_consumed(self, stream_table: str, outbox_id: int) -> None:
+        """Tell the outbox that a claim check was fetched completely."""
+        await self._database.execute(
+            "reporting a consumed claim check",
+            "select pgtrickle.outbox_rows_consumed($1, $2)",
+            stream_table,
+            outbox_id,
+        )
+
+    async def swept_outboxes(self) -> list[str]:
+        """The outboxes that relays have to sweep, whoever reads them."""
+        rows = await self._database.fetch(
+            "listing the outboxes", "select pgtrickle.relay_swept_outboxes() as outbox_table"
+        )
+        return [row["outbox_table"] for row in rows]
+
+    async def sweep(self, outbox_table: str, max_rows: int) -> int:
+        """Remove rows that are past retention and delivered; returns how many."""
+        row = await self._database.fetch_row(
+            "sweeping the outbox",
+            "select pgtrickle.relay_sweep_outbox($1, $2) as swept",
+            outbox_table,
+            max_rows,
+        )
+        return 0 if row is None else int(row["swept"])
+
+    async def sweep_inbox(self, inbox: str, max_rows: int) -> int:
+        """Remove processed inbox rows that are past retention; returns how many."""
+        row = await self._database.fetch_row(
+            "sweeping the inbox",
+            "select pgtrickle.relay_sweep_inbox($1, $2) as swept",
+            inbox,
+            max_rows,
+        )
+        return 0 if row is None else int(row["swept"])
+
+    async def dead_letter(
+        self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]
+    ) -> list[int]:
+        """Store messages that can't be delivered; durable when it returns. Gives their ids."""
+        messages = [letter.message for letter in letters]
+        row = await self._database.fetch_row(
+            "writing dead letters",
+            "select pgtrickle.relay_dead_letter($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13) as ids",
+            self._group_id,
+            pipeline,
+            direction,
+            [storable(message.dedup_key) for message in messages],
+            [storable(message.subject) for message in messages],
+            [None if message.key is None else storable(message.key) for message in messages],
+            [message.op for message in messages],
+            [_headers_json(message.headers) for message in messages],
+            [message.payload for message in messages],
+            [_metadata(letter) for letter in letters],
+            [letter.error_kind for letter in letters],
+            [storable(letter.error) for letter in letters],
+            [letter.attempts for letter in letters],
+        )
+        return [] if row is None else list(row["ids"])
+
+    async def take_dead_letters(self, pipeline: str, max_rows: int) -> list[StoredDeadLetter]:
+        """Dead letters of a pipeline for which a retry was asked."""
+        rows = await self._database.fetch(
+            "taking dead letters",
+            "select * from pgtrickle.relay_dlq_take($1, $2, $3)",
+            self._group_id,
+            pipeline,
+            max_rows,
+        )
+        return [_stored(row) for row in rows]
+
+    async def settle_dead_letters(self, ids: Sequence[int]) -> None:
+        """These were delivered: remove them."""
+        await self._database.execute(
+            "settling dead letters", "select pgtrickle.relay_dlq_settle($1)", list(ids)
+        )
+
+    async def fail_dead_letters(self, ids: Sequence[int], errors: Sequence[str]) -> None:
+        """These failed again."""
+        await self._database.execute(
+            "recording failed retries",
+            "select pgtrickle.relay_dlq_fail($1, $2)",
+            list(ids),
+            [storable(error) for error in errors],
+        )
+
+    async def put_back(self, ids: Sequence[int]) -> None:
+        """Ask for a retry of these: what condemned them was an outage."""
+        await self._database.execute(
+            "putting back dead letters", "select pgtrickle.relay_dlq_put_back($1)", list(ids)
+        )
+
+    async def lag(self) -> list[Lag]:
+        """How far each forward pipeline of this group is behind."""
+        rows = await self._database.fetch(
+            "measuring lag",
+            "select pipeline, last_change_id, max_outbox_id, lag_rows, oldest_unsent_at,"
+            " pending_gaps, worker_id from pgtrickle.relay_lag($1)",
+            self._group_id,
+        )
+        return [Lag(**dict(row)) for row in rows]
+
+    async def dead_letter_counts(self) -> dict[str, int]:
+        """How many dead letters each pipeline has."""
+        rows = await self._database.fetch(
+            "counting dead letters",
+            "select pipeline, entries from pgtrickle.relay_dlq_stats()",
+        )
+        return {row["pipeline"]: row["entries"] for row in rows}
+
+    async def report(self, worker_id: str, report: bytes) -> None:
+        """Show the fleet what this relay is doing; ``report`` is a JSON object."""
+        await self._database.execute(
+            "reporting to the fleet",
+            "select pgtrickle.relay_report($1, $2, $3)",
+            self._group_id,
+            worker_id,
+            report,
+        )
+
+    async def retire(self, worker_id: str) -> None:
+        """Leave the fleet."""
+        await self._database.execute(
+            "leaving the fleet",
+            "select pgtrickle.relay_retire($1, $2)",
+            self._group_id,
+            worker_id,
+        )
+
+    async def _one(self, into: type[T], doing: str, query: str, *args: object) -> T:
+        row = await self._database.fetch_row(doing, query, *args)
+        if row is None:
+            raise CatalogError(f"the catalog gave no row while {doing}")
+        return msgspec.convert(dict(row), into)
+
+
+def storable(text: str) -> str:
+    """The text without what PostgreSQL can't store: NUL and lone surrogates, made visible."""
+    return text.replace("\x00", "\\u0000").encode("utf-8", "backslashreplace").decode()
+
+
+def _object(raw: bytes) -> Mapping[str, object]:
+    value = msgspec.json.decode(raw)
+    return value if isinstance(value, dict) else {}
+
+
+def _headers_json(headers: Mapping[str, str]) -> bytes:
+    return msgspec.json.encode({storable(name): storable(text) for name, text in headers.items()})
+
+
+def _metadata(letter: DeadLetter) -> bytes:
+    message = letter.message
+    return msgspec.json.encode(
+        _Metadata(
+            stream_table=message.stream_table,
+            outbox_id=message.outbox_id,
+            refresh_id=message.refresh_id,
+            created_at=message.created_at,
+            is_full_refresh=message.is_full_refresh,
+            is_transformed=letter.is_transformed,
+        )
+    )
+
+
+def _stored(row: asyncpg.Record) -> StoredDeadLetter:
+    metadata = msgspec.json.decode(row["metadata"], type=_Metadata)
+    return StoredDeadLetter(
+        id=row["id"],
+        is_transformed=metadata.is_transformed,
+        message=RelayMessage(
+            dedup_key=row["dedup_key"],
+            key=row["message_key"],
+            subject=row["subject"],
+            op=op_named(row["op"]),
+            payload=row["payload"],
+            is_full_refresh=metadata.is_full_refresh,
+            stream_table=metadata.stream_table,
+            outbox_id=metadata.outbox_id,
+            refresh_id=metadata.refresh_id,
+            created_at=metadata.created_at,
+            headers=msgspec.json.decode(row["headers"], type=dict[str, str]),
+        ),
+    )

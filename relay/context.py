@@ -1,0 +1,35 @@
+"""What a backend is given when it is built, and what it may ask of the relay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from relay.catalog import Catalog
+from relay.events import Direction, Event
+from relay.postgres import Database
+
+
+class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
+    """The surroundings of one pipeline's source or sink.
+
+    ``file_roots``: the directories a file backend may touch. ``dedup_namespace``: in front of every
+    dedup key and of a CloudEvents source, or empty. ``ordering``: what the pipeline says, or None
+    for the backend's own default. Durations in seconds, sizes in bytes.
+    """
+
+    pipeline: str
+    direction: Direction
+    worker_id: str
+    database: Database
+    catalog: Catalog
+    emit: Callable[[Event], None]
+    file_roots: tuple[Path, ...]
+    batch_size: int
+    batch_bytes: int
+    poll_interval_s: float
+    dedup_namespace: str = ""
+    ordering: str | None = None
+    pipeline_options: Mapping[str, object] = {}

@@ -1,0 +1,363 @@
+"""Which pipelines this process runs: ownership, fair shares, hot reload.
+
+One loop compares what the catalog wants with what runs here, on every config notification and on
+a short tick. A pipeline runs exactly while its lock is held; it is stopped gracefully before its
+lock is released, and at once when the lock may be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from relay.backoff import Backoff
+from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow
+from relay.errors import ConfigurationError, RelayError
+from relay.events import DatabaseChanged, Event, OwnershipChanged, PipelineState, StateChanged
+from relay.locks import Locks
+from relay.pipeline import Ending, Pipeline
+from relay.postgres import Database, postgres_errors
+from relay.settings import RelaySettings
+
+_log = logging.getLogger(__name__)
+
+_REREAD_S = 10.0
+_READ_TIMEOUT_S = 5.0
+_TICKS_BEFORE_OVERFLOW = 4
+
+
+class Builder(Protocol):
+    """Makes pipelines from catalog rows."""
+
+    def describe(self, row: PipelineRow) -> None:
+        """Tell observers what a row is."""
+
+    def build(self, row: PipelineRow) -> Pipeline:
+        """Raises `ConfigurationError` with what is wrong in the row."""
+
+
+class _Notice(msgspec.Struct, frozen=True):
+    """The payload of a config notification."""
+
+    event: str = ""
+    name: str = ""
+
+
+class _Work:
+    """One pipeline that is ours: running, ending, finished, or not able to run as configured."""
+
+    def __init__(self, row: PipelineRow) -> None:
+        self.row = row
+        self.pipeline: Pipeline | None = None
+        self.task: asyncio.Task[Ending] | None = None
+        self.build_again_at = -math.inf
+        self.cut_at: float | None = None
+        self.is_surplus = False
+
+    @property
+    def is_ending(self) -> bool:
+        """True once it was asked to stop."""
+        return self.cut_at is not None
+
+    @property
+    def is_over(self) -> bool:
+        """True when nothing of it runs."""
+        return self.task is None or self.task.done()
+
+    def end(self, patience_s: float) -> None:
+        """Ask it to stop; `Coordinator._reap` sees to the rest."""
+        if self.cut_at is None:
+            self.cut_at = time.monotonic() + patience_s
+            if self.pipeline is not None:
+                self.pipeline.stop()
+
+
+class Coordinator:
+    """Owns and runs this process's share of the group's pipelines."""
+
+    def __init__(
+        self,
+        *,
+        settings: RelaySettings,
+        database: Database,
+        catalog: Catalog,
+        locks: Locks,
+        builder: Builder,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._catalog = catalog
+        self._locks = locks
+        self._builder = builder
+        self._emit = emit
+        self._wanted: dict[str, PipelineRow] = {}
+        self._works: dict[str, _Work] = {}
+        self._free_ticks: dict[str, int] = {}
+        self._overflow: set[str] = set()
+        self._members = 1
+        self._last_told: tuple[tuple[str, ...], int] | None = None
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._is_stale = True
+        self._read_at = -math.inf
+        self._restart_all = False
+        self._is_draining = False
+
+    @property
+    def rows(self) -> Mapping[str, PipelineRow]:
+        """The enabled pipelines that this relay owns now."""
+        return {name: work.row for name, work in self._works.items()}
+
+    def stop(self) -> None:
+        """Ask `run` to end: pipelines finish what is in flight, then locks are given back."""
+        self._stop.set()
+        self._wake.set()
+
+    def reload(self) -> None:
+        """Read the catalog and the secrets again and restart every pipeline."""
+        self._restart_all = True
+        self._is_stale = True
+        self._wake.set()
+
+    async def run(self, *, until_drained: bool = False) -> bool:
+        """Coordinate until stopped; True when everything in flight was finished in time.
+
+        With ``until_drained`` it also ends by itself, as soon as nothing more is to deliver, and
+        is then True only if every enabled pipeline was run here and came to its end.
+        """
+        self._is_draining = until_drained
+        unsubscribe = self._database.subscribe(CONFIG_CHANNEL, self._notified)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                backoff = Backoff(0.2, 5.0)
+                while not self._stop.is_set():
+                    try:
+                        await self._serve(tasks, backoff)
+                    except RelayError as error:
+                        await self._lose_everything(str(error))
+                        # What woke us belongs to what was lost; a stop is never missed.
+                        self._wake.clear()
+                        if not self._stop.is_set():
+                            await self._rest(backoff.next_s())
+                return await self._finish()
+        finally:
+            unsubscribe()
+            await self._locks.aclose()
+
+    async def _serve(self, tasks: asyncio.TaskGroup, backoff: Backoff) -> None:
+        """From a fresh ownership connection until it is lost (raises) or we stop."""
+        await self._locks.open(on_lost=self._wake.set)
+        self._emit(DatabaseChanged(is_connected=True))
+        self._is_stale = True
+        while not self._stop.is_set():
+            self._wake.clear()
+            await self._count_members()
+            if self._is_stale or time.monotonic() - self._read_at > _REREAD_S:
+                await self._read_catalog()
+            self._end_what_changed()
+            self._end_surplus()
+            await self._reap()
+            await self._acquire(limit=self._share())
+            for work in self._works.values():
+                self._start(tasks, work)
+            self._tell_ownership()
+            backoff.reset()
+            if self._is_draining and self._is_drained():
+                self._stop.set()
+                return
+            await self._rest(self._settings.coordinate_interval_s)
+
+    async def _count_members(self) -> None:
+        members = max(1, await self._locks.count_members())
+        if members != self._members:
+            self._overflow.clear()
+            self._free_ticks.clear()
+        self._members = members
+
+    async def _read_catalog(self) -> None:
+        self._is_stale = False
+        with postgres_errors("reading the pipelines"):
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                rows = await self._catalog.pipelines()
+        self._read_at = time.monotonic()
+        self._wanted = {row.name: row for row in rows if row.enabled}
+
+    def _end_what_changed(self) -> None:
+        """Ask what is not wanted any more, or has changed, to end; each on its own."""
+        restart_all, self._restart_all = self._restart_all, False
+        for name, work in self._works.items():
+            if restart_all or self._wanted.get(name) != work.row:
+                work.end(self._settings.shutdown_timeout_s)
+
+    def _end_surplus(self) -> None:
+        """Ask what is above our share to end, so that a relay that has just joined can take it."""
+        if self._members == 1:
+            return
+        staying = [
+            name
+            for name, work in sorted(self._works.items())
+            if not work.is_ending and name not in self._overflow
+        ]
+        for name in staying[self._share() :]:
+            self._works[name].is_surplus = True
+            self._works[name].end(self._settings.shutdown_timeout_s)
+
+    async def _reap(self) -> None:
+        """Forget what has ended; keep the lock only of what starts again with a new config."""
+        for name, work in list(self._works.items()):
+            if not work.is_ending:
+                continue
+            if not work.is_over:
+                if work.task is not None and time.monotonic() > (work.cut_at or 0.0):
+                    work.task.cancel()
+                continue
+            del self._works[name]
+            self._overflow.discard(name)
+            row = self._wanted.get(name)
+            if row is not None and not work.is_surplus:
+                self._works[name] = _Work(row)
+                continue
+            self._free_ticks[name] = -_TICKS_BEFORE_OVERFLOW
+            await self._locks.release(name)
+            self._emit(
+                StateChanged(
+                    pipeline=name, direction=work.row.direction, state=PipelineState.STOPPED
+                )
+            )
+
+    def _share(self) -> int:
+        share = math.ceil(len(self._wanted) / self._members)
+        limit = self._settings.max_pipelines
+        return share if limit is None else min(share, limit)
+
+    async def _acquire(self, *, limit: int) -> None:
+        """Take free pipelines up to our share; beyond it those that nobody takes for a while."""
+        for name, row in sorted(self._wanted.items()):
+            if name in self._works:
+                continue
+            is_within_share = len(self._works) < limit
+            if not is_within_share and not self._may_overflow(name):
+                continue
+            if await self._locks.try_acquire(name):
+                if not is_within_share:
+                    self._overflow.add(name)
+                self._free_ticks.pop(name, None)
+                self._works[name] = _Work(row)
+
+    def _may_overflow(self, name: str) -> bool:
+        maximum = self._settings.max_pipelines
+        if maximum is not None and len(self._works) >= maximum:
+            return False
+        self._free_ticks[name] = self._free_ticks.get(name, 0) + 1
+        return self._free_ticks[name] > _TICKS_BEFORE_OVERFLOW
+
+    def _start(self, tasks: asyncio.TaskGroup, work: _Work) -> None:
+        """Start what is ours and does not run, unless it has completed or can't be built yet."""
+        if work.task is not None or work.is_ending or time.monotonic() < work.build_again_at:
+            return
+        row = work.row
+        self._builder.describe(row)
+        try:
+            work.pipeline = self._builder.build(row)
+        except ConfigurationError as error:
+            self._fail(work, str(error))
+            return
+        except Exception as error:  # noqa: BLE001 - a bug in one row is that row's trouble
+            _log.exception("a pipeline could not be built", extra={"pipeline": row.name})
+            self._fail(work, f"unexpected {type(error).__name__}: {error}")
+            return
+        if self._is_draining:
+            work.pipeline.drain()
+        work.task = tasks.create_task(work.pipeline.run(), name=f"pipeline {row.name}")
+        work.task.add_done_callback(lambda _: self._wake.set())
+
+    def _is_drained(self) -> bool:
+        return all(
+            work.task is None or work.task.done() for work in self._works.values()
+        ) and not any(work.is_ending for work in self._works.values())
+
+    def _fail(self, work: _Work, reason: str) -> None:
+        work.build_again_at = time.monotonic() + self._settings.failed_retry_s
+        self._emit(
+            StateChanged(
+                pipeline=work.row.name,
+                direction=work.row.direction,
+                state=PipelineState.FAILED,
+                reason=reason,
+            )
+        )
+
+    async def _lose_everything(self, reason: str) -> None:
+        """The locks may be gone: another relay may be at work already, so nothing is finished."""
+        self._emit(DatabaseChanged(is_connected=False, reason=reason))
+        for work in self._works.values():
+            work.end(0.0)
+        await self._cut([work.task for work in self._works.values() if work.task is not None])
+        self._works.clear()
+        self._overflow.clear()
+        self._free_ticks.clear()
+        self._tell_ownership()
+        await self._locks.aclose()
+
+    async def _finish(self) -> bool:
+        is_complete = not self._is_draining or self._came_to_its_end()
+        for work in self._works.values():
+            work.end(self._settings.shutdown_timeout_s)
+        ends = [work.task for work in self._works.values() if work.task is not None]
+        late: set[asyncio.Task[Ending]] = set()
+        if ends:
+            _, late = await asyncio.wait(ends, timeout=self._settings.shutdown_timeout_s)
+        await self._cut(late)
+        self._works.clear()
+        self._tell_ownership()
+        return is_complete and not late
+
+    def _came_to_its_end(self) -> bool:
+        ends = {name: work.task for name, work in self._works.items()}
+        return all(
+            (task := ends.get(name)) is not None
+            and task.done()
+            and not task.cancelled()
+            and task.result() is Ending.COMPLETED
+            for name in self._wanted
+        )
+
+    @staticmethod
+    async def _cut(tasks: Iterable[asyncio.Task[Ending]]) -> None:
+        tasks = [task for task in tasks if not task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _tell_ownership(self) -> None:
+        told = (tuple(sorted(self._works)), self._members)
+        if told != self._last_told:
+            self._last_told = told
+            self._emit(OwnershipChanged(pipelines=told[0], members=told[1]))
+
+    def _notified(self, payload: str) -> None:
+        try:
+            notice = msgspec.json.decode(payload, type=_Notice)
+        except msgspec.DecodeError:
+            notice = _Notice()
+        work = self._works.get(notice.name)
+        if notice.event == "RETRY":
+            if work is not None and work.pipeline is not None:
+                work.pipeline.retry_dead_letters()
+            return
+        self._is_stale = True
+        self._wake.set()
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()

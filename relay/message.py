@@ -1,0 +1,54 @@
+"""The one message that travels through the relay, from any source to any sink.
+
+A message is immutable and carries its payload as the bytes that were read: nobody decodes them
+unless something must look inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Literal, cast, get_args
+
+import msgspec
+
+Op = Literal[
+    "insert", "update", "delete", "upsert", "truncate", "snapshot_begin", "snapshot_end", "event"
+]
+
+NO_HEADERS: Mapping[str, str] = {}
+_OPS = frozenset(get_args(Op))
+
+
+class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One event.
+
+    ``dedup_key``: the same on every repetition of this event, and of no other event.
+    ``key``: the entity, which decides order: events of one key arrive in source order. A single
+    primary key column as its text, several as a compact JSON array; None where there is none.
+    ``subject``: forward the resolved subject, topic or routing key; reverse the event type.
+    ``payload``: JSON as raw bytes, UTF-8.
+    ``op``: what happened to the row; ``upsert`` for a row of a full refresh, ``event`` where it is
+    unknown. ``snapshot_begin`` and ``snapshot_end`` frame a full refresh where that is asked for.
+    ``created_at``: when the outbox row was written, with time zone.
+    ``headers``: what the publisher attached (trace context and the like), text to text.
+    ``token``: the source's own handle for acknowledging; never leaves the process.
+    """
+
+    dedup_key: str
+    payload: bytes
+    key: str | None = None
+    subject: str = ""
+    op: Op = "event"
+    is_full_refresh: bool = False
+    stream_table: str = ""
+    outbox_id: int | None = None
+    refresh_id: str | None = None
+    created_at: datetime | None = None
+    headers: Mapping[str, str] = NO_HEADERS
+    token: object = None
+
+
+def op_named(name: str) -> Op:
+    """The op of that name; ``event`` for a name that is none of ours."""
+    return cast("Op", name) if name in _OPS else "event"

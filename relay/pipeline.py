@@ -1,0 +1,312 @@
+"""One pipeline: poll → transform → publish → acknowledge, for as long as it is wanted.
+
+Three stages run side by side, joined by short queues: while batch n is published, batch n+1 is
+polled and batch n-1 acknowledged. A batch moves on only when all of it is done, so what is
+acknowledged is always the position of a finished batch.
+
+Any trouble of the source ends the *session*: what was polled and not acknowledged is void, and
+the source starts again from what was acknowledged; the same events come again with the same keys.
+Trouble of the sink is met inside `relay.delivery`, while the batch is held and kept alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TypeGuard
+
+import msgspec
+
+from relay.contracts import Batch, Sink, Source
+from relay.delivery import (
+    DeadLetters,
+    Delivery,
+    RetryPolicy,
+    Stopping,
+    Transform,
+    Voice,
+    heed_cancellation,
+)
+from relay.errors import EndOfInput, ErrorKind, RelayError
+from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Polled
+
+_log = logging.getLogger(__name__)
+
+
+class Ending(StrEnum):
+    """How a run ended."""
+
+    STOPPED = "stopped"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class Pipeline:
+    """Runs one source into one sink. Its trouble is its own: `run` raises nothing but cancellation.
+
+    ``prefetch``: how many polled batches may wait while one is being published.
+    ``failed_retry_s``: how long a configuration error stands before everything is tried again.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        direction: Direction,
+        source: Source,
+        sink: Sink,
+        transform: Transform,
+        dead_letters: DeadLetters,
+        emit: Callable[[Event], None],
+        policy: RetryPolicy,
+        prefetch: int = 1,
+        failed_retry_s: float = 30.0,
+    ) -> None:
+        self._source = source
+        self._policy = policy
+        self._prefetch = prefetch
+        self._failed_retry_s = failed_retry_s
+        self._stop = asyncio.Event()
+        self._is_draining = False
+        self._is_running = False
+        self._voice = Voice(name, direction, emit)
+        self._delivery = Delivery(
+            sink=sink,
+            transform=transform,
+            dead_letters=dead_letters,
+            policy=policy,
+            voice=self._voice,
+            stop=self._stop,
+        )
+
+    def stop(self) -> None:
+        """Ask for an end: the batch that is being published is finished, the rest given back."""
+        if self._is_running:
+            self._voice.state(PipelineState.STOPPING)
+        self._stop.set()
+        self._source.interrupt()
+
+    def drain(self) -> None:
+        """Ask for an end as soon as the source has nothing more at the moment."""
+        self._is_draining = True
+
+    def retry_dead_letters(self) -> None:
+        """Dead letters of this pipeline are to be tried again."""
+        self._delivery.want_dead_letter_retry()
+
+    async def run(self) -> Ending:
+        """Run until stopped, drained or at the end of the input; closes source and sink."""
+        backoff = self._policy.backoff()
+        self._voice.state(PipelineState.STARTING)
+        self._is_running = True
+        ending = Ending.STOPPED
+        try:
+            while not self._stop.is_set():
+                try:
+                    await self._session(backoff.reset)
+                    ending = Ending.STOPPED if self._stop.is_set() else Ending.COMPLETED
+                    break
+                except Stopping:
+                    break
+                except Exception as error:  # noqa: BLE001 - nothing reaches the siblings
+                    heed_cancellation(error)
+                    await self._recover(error, backoff.next_s(), backoff.attempt)
+                    if self._is_draining and not _is_worth_waiting(error):
+                        ending = Ending.FAILED
+                        break
+        finally:
+            self._is_running = False
+            await self._close()
+        if ending is not Ending.FAILED:
+            self._voice.state(PipelineState(ending.value))
+        return ending
+
+    async def _session(self, connected: Callable[[], None]) -> None:
+        """From connect to the end or the first trouble of the source."""
+        session = _Session(
+            source=self._source,
+            delivery=self._delivery,
+            voice=self._voice,
+            stop=self._stop,
+            is_draining=lambda: self._is_draining,
+            prefetch=self._prefetch,
+            progressed=connected,
+        )
+        try:
+            await self._source.connect()
+            self._voice.connection("source", is_connected=True)
+            await self._delivery.connect()
+            self._voice.state(PipelineState.RUNNING)
+            await session.run()
+        except BaseExceptionGroup as group:
+            raise _weightiest(group) from group
+        finally:
+            self._voice.connection("source", is_connected=False)
+
+    async def _recover(self, error: Exception, delay_s: float, attempt: int) -> None:
+        if _is_worth_waiting(error):
+            self._voice.retried("source", attempt, delay_s, error)
+        else:
+            delay_s = self._failed_retry_s
+            reason = str(error)
+            if not isinstance(error, RelayError):
+                _log.error("unexpected error", exc_info=error, extra=self._extra())
+                reason = f"unexpected {type(error).__name__}: {error}"
+            self._voice.state(PipelineState.FAILED, reason)
+            if self._is_draining:
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._stop.wait()
+
+    async def _close(self) -> None:
+        for close in (self._source.aclose, self._delivery.aclose):
+            try:
+                await close()
+            except Exception:  # noqa: BLE001 - nothing reaches the siblings
+                _log.exception("a pipeline could not be closed in order", extra=self._extra())
+
+    def _extra(self) -> dict[str, str]:
+        return {"pipeline": self._voice.pipeline, "direction": self._voice.direction}
+
+
+def _is_worth_waiting(error: Exception) -> TypeGuard[RelayError]:
+    return isinstance(error, RelayError) and error.kind is not ErrorKind.CONFIGURATION
+
+
+class _Finished(msgspec.Struct, frozen=True):
+    """Passes through the queues behind the last batch."""
+
+
+class _Session:
+    """The three stages over one connected source."""
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        delivery: Delivery,
+        voice: Voice,
+        stop: asyncio.Event,
+        is_draining: Callable[[], bool],
+        prefetch: int,
+        progressed: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._delivery = delivery
+        self._voice = voice
+        self._stop = stop
+        self._is_draining = is_draining
+        self._progressed = progressed
+        self._polled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(max(1, prefetch))
+        self._settled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(2)
+        self._room = asyncio.Semaphore(prefetch + 1)
+        self._out: deque[Batch] = deque()
+
+    async def run(self) -> None:
+        """Until stop, drain or end of input; what is still out then is given back.
+
+        Raises what the source or the delivery raised, in an exception group.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self._keep_alive()),
+                tasks.create_task(self._delivery.retry_dead_letters()),
+            ]
+            tasks.create_task(self._poll())
+            tasks.create_task(self._publish())
+            await tasks.create_task(self._acknowledge())
+            for task in background:
+                task.cancel()
+        for batch in reversed(self._out):
+            await self._source.reject(batch)
+
+    async def _poll(self) -> None:
+        while not self._stop.is_set():
+            await self._room.acquire()
+            if self._stop.is_set():
+                break
+            started = time.perf_counter()
+            try:
+                batch = await self._source.poll()
+            except EndOfInput:
+                break
+            heed_cancellation()
+            self._progressed()
+            self._voice.emit(
+                Polled(
+                    pipeline=self._voice.pipeline,
+                    direction=self._voice.direction,
+                    messages=len(batch.messages),
+                    rejected=len(batch.rejected),
+                    full_refresh=any(message.is_full_refresh for message in batch.messages),
+                    duration_s=time.perf_counter() - started,
+                )
+            )
+            if batch.is_empty:
+                self._room.release()
+                if self._is_draining() and batch.is_end_of_backlog:
+                    break
+                continue
+            self._out.append(batch)
+            await self._polled.put(batch)
+        await self._polled.put(_Finished())
+
+    async def _publish(self) -> None:
+        while not isinstance(batch := await self._polled.get(), _Finished):
+            if not self._stop.is_set():
+                with contextlib.suppress(Stopping):
+                    await self._delivery.settle(batch)
+                    heed_cancellation()
+                    await self._settled.put(batch)
+            self._room.release()
+        await self._settled.put(_Finished())
+
+    async def _acknowledge(self) -> None:
+        while not isinstance(batch := await self._settled.get(), _Finished):
+            await self._source.acknowledge(batch)
+            heed_cancellation()
+            self._out.popleft()
+            self._voice.emit(
+                BatchAcknowledged(
+                    pipeline=self._voice.pipeline,
+                    direction=self._voice.direction,
+                    messages=len(batch.messages) + len(batch.rejected),
+                    checkpoint=batch.checkpoint,
+                    offset=int(batch.checkpoint) if batch.checkpoint.isdecimal() else None,
+                )
+            )
+
+    async def _keep_alive(self) -> None:
+        interval_s = self._source.keep_alive_interval_s
+        if interval_s is None:
+            return
+        while True:
+            await asyncio.sleep(interval_s)
+            for batch in tuple(self._out):
+                await self._source.keep_alive(batch)
+                heed_cancellation()
+
+
+def _weightiest(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Of what several stages raised, the one that decides: bugs, configuration, outage."""
+    leaves = list(_leaves(group))
+    for error in leaves:
+        if not isinstance(error, RelayError | asyncio.CancelledError):
+            return error
+    for error in leaves:
+        if isinstance(error, RelayError) and error.kind is ErrorKind.CONFIGURATION:
+            return error
+    return leaves[0]
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found

@@ -1,0 +1,360 @@
+"""Every PostgreSQL connection of the relay: how it is made, its errors, its pool, its listener.
+
+One table maps SQLSTATE to the relay's errors (`relay_error`); nobody else looks at SQLSTATE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import TypeAlias
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from relay.backoff import Backoff
+from relay.errors import (
+    AuthenticationRefused,
+    CatalogMissing,
+    ConfigurationError,
+    DestinationMissing,
+    LeaseLost,
+    MessageRejected,
+    NotConnected,
+    Outage,
+    OutboxUnsafe,
+    OwnershipLost,
+    RelayError,
+    TimedOut,
+)
+from relay.secrets import mask_urls
+from relay.settings import PostgresSettings
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+Listener = Callable[[str], None]
+
+# One pair of libpq's keyword = value form; a quoted value may hold anything, and a backslash takes
+# the next character as it is.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE
+_PAIR = re.compile(r"\s*(\w+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)*))(?=\s|$)", re.DOTALL)
+_TLS_FILES = ("sslrootcert", "sslcert", "sslkey")
+
+_KEEPALIVE = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+
+# By SQLSTATE; a two-letter entry stands for its class. What is not listed is an outage: it is
+# tried again and loses nothing, while a wrong "message" verdict would drop an event to the dead
+# letters and a wrong "configuration" verdict would stop a pipeline.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_OWN: Mapping[str, type[RelayError]] = {
+    "RL005": OutboxUnsafe,
+    "RL020": OwnershipLost,
+    "RL021": LeaseLost,
+}
+_BY_STATE: Mapping[str, type[RelayError]] = {
+    "RL": ConfigurationError,
+    "28": AuthenticationRefused,
+    "42501": AuthenticationRefused,
+    "3D000": ConfigurationError,
+    "3F000": CatalogMissing,
+    "42883": CatalogMissing,
+    "42P01": DestinationMissing,
+    "42": ConfigurationError,
+    "0A": ConfigurationError,
+    "22": MessageRejected,
+    "23": MessageRejected,
+    "54": MessageRejected,
+    "44": MessageRejected,
+    "21": MessageRejected,
+    "P0": MessageRejected,
+    "57014": TimedOut,
+    "25006": NotConnected,
+}
+
+
+def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
+    """The relay's error for what a server said. ``doing`` completes "while …"."""
+    state = getattr(error, "sqlstate", None) or ""
+    if isinstance(error, asyncpg.InvalidCachedStatementError):
+        # Of class 0A too, but another try, with the table as it is now, heals it.
+        return Outage(f"PostgreSQL, while {doing}: a table was altered meanwhile [{state}]")
+    found = _OWN.get(state) or _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or Outage
+    hint = getattr(error, "hint", None) or ""
+    detail = getattr(error, "detail", None) if state.startswith("RL") else None
+    message = getattr(error, "message", None) or str(error) or type(error).__name__
+    if found is CatalogMissing:
+        return CatalogMissing(
+            "the database has no relay catalog, or an older one",
+            remedy="run `pgtrickle-relay migrate`",
+        )
+    said = f"{message}: {detail}" if detail else message
+    return found(f"PostgreSQL, while {doing}: {mask_urls(said)} [{state}]", remedy=mask_urls(hint))
+
+
+@contextlib.contextmanager
+def postgres_errors(doing: str) -> Iterator[None]:
+    """Map everything that asyncpg and the socket below it raise. ``doing`` completes "while …"."""
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        raise relay_error(error, doing) from error
+    except TimeoutError as error:
+        raise TimedOut(f"PostgreSQL gave no answer in time while {doing}") from error
+    except ssl.SSLCertVerificationError as error:
+        raise AuthenticationRefused(
+            f"the PostgreSQL server's certificate is not trusted while {doing}: {_told(error)}",
+            remedy="check sslmode and sslrootcert",
+        ) from error
+    except (OSError, EOFError, ssl.SSLError) as error:
+        raise NotConnected(f"PostgreSQL is out of reach while {doing}: {_told(error)}") from error
+    except asyncpg.ClientConfigurationError as error:
+        raise ConfigurationError(
+            f"the PostgreSQL connection string is wrong: {_told(error)}"
+        ) from error
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+        raise NotConnected(
+            f"the PostgreSQL connection was lost while {doing}: {_told(error)}"
+        ) from error
+
+
+async def connect(settings: PostgresSettings, *, purpose: str) -> Connection:
+    """Open one connection. ``purpose`` goes into the application name.
+
+    Raises `AuthenticationRefused`, `ConfigurationError`, `NotConnected`, `TimedOut`.
+    """
+    with _readable_string(), postgres_errors("connecting"):
+        connection = await asyncpg.connect(
+            dsn=_dsn(settings),
+            timeout=settings.connect_timeout_s,
+            command_timeout=settings.command_timeout_s,
+            server_settings=_server_settings(settings, purpose),
+        )
+        await _prepare(connection)
+        return connection
+
+
+class Database:
+    """The pool, and one connection that listens, shared by everything in this process."""
+
+    def __init__(self, settings: PostgresSettings) -> None:
+        self._settings = settings
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._listeners: dict[str, list[Listener]] = {}
+
+    @property
+    def settings(self) -> PostgresSettings:
+        """How this database is reached."""
+        return self._settings
+
+    async def open(self) -> None:
+        """Open the pool with one connection in it. Raises as `connect` does."""
+        with _readable_string(), postgres_errors("connecting"):
+            pool = await asyncpg.create_pool(
+                dsn=_dsn(self._settings),
+                min_size=0,
+                max_size=self._settings.pool_size,
+                timeout=self._settings.connect_timeout_s,
+                command_timeout=self._settings.command_timeout_s,
+                server_settings=_server_settings(self._settings, "work"),
+                init=_prepare,
+            )
+            try:
+                async with pool.acquire(timeout=self._settings.connect_timeout_s):
+                    pass
+            except BaseException:
+                pool.terminate()
+                raise
+        self._pool = pool
+
+    async def aclose(self) -> None:
+        """Close everything within seconds, also when the server does not answer."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            try:
+                async with asyncio.timeout(2):
+                    await pool.close()
+            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def connection(self, doing: str) -> AsyncIterator[PooledConnection]:
+        """A connection of the pool for as long as the block lasts, with its errors mapped."""
+        if self._pool is None:
+            raise NotConnected("the PostgreSQL pool is closed")
+        with postgres_errors(doing):
+            async with self._pool.acquire(timeout=self._settings.connect_timeout_s) as connection:
+                yield connection
+
+    async def fetch(self, doing: str, query: str, *args: object) -> list[asyncpg.Record]:
+        """All rows of one statement."""
+        async with self.connection(doing) as connection:
+            return await connection.fetch(query, *args)
+
+    async def fetch_row(self, doing: str, query: str, *args: object) -> asyncpg.Record | None:
+        """The first row of one statement, or None."""
+        async with self.connection(doing) as connection:
+            return await connection.fetchrow(query, *args)
+
+    async def execute(self, doing: str, query: str, *args: object) -> None:
+        """One statement for its effect."""
+        async with self.connection(doing) as connection:
+            await connection.execute(query, *args)
+
+    def subscribe(self, channel: str, listener: Listener) -> Callable[[], None]:
+        """Call ``listener`` with the payload of each notification; returns what ends that.
+
+        It is also called, with an empty payload, whenever the listening connection was made anew,
+        because notifications may have been missed. ``channel`` is one of the relay's constants.
+        """
+        self._listeners.setdefault(channel, []).append(listener)
+        return lambda: self._listeners[channel].remove(listener)
+
+    async def listen(self, channels: tuple[str, ...]) -> None:
+        """Keep one connection listening on ``channels``, for ever; reconnects by itself."""
+        backoff = Backoff(0.2, 10.0)
+        while True:
+            try:
+                await self._listen_once(channels, backoff)
+            except RelayError:
+                await asyncio.sleep(backoff.next_s())
+
+    async def _listen_once(self, channels: tuple[str, ...], backoff: Backoff) -> None:
+        connection = await connect(self._settings, purpose="listen")
+        lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: lost.set())
+        try:
+            with postgres_errors("listening"):
+                for channel in channels:
+                    await connection.add_listener(channel, self._notified)
+                backoff.reset()
+                for channel in channels:
+                    self._tell(channel, "")
+                while not lost.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(15):
+                            await lost.wait()
+                    if not lost.is_set():
+                        await connection.execute("select 1", timeout=5)
+        finally:
+            connection.terminate()
+        raise NotConnected("the listening connection was lost")
+
+    def _notified(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
+        self._tell(channel, str(payload))
+
+    def _tell(self, channel: str, payload: str) -> None:
+        for listener in tuple(self._listeners.get(channel, ())):
+            listener(payload)
+
+
+@contextlib.contextmanager
+def _readable_string() -> Iterator[None]:
+    """What the driver can't take apart; its words may hold a part of the password."""
+    try:
+        yield
+    except ValueError:
+        raise ConfigurationError(
+            "the PostgreSQL connection string can't be read",
+            remedy="write postgresql://user@host:5432/database, with special characters of user"
+            " and password percent-encoded",
+        ) from None
+
+
+def _dsn(settings: PostgresSettings) -> str:
+    """The driver's URL for what libpq accepts: a URL, ``keyword=value`` pairs, or nothing."""
+    url = settings.url.strip()
+    if not url.startswith(("postgresql://", "postgres://")):
+        url = "postgresql://?" + urlencode(_keywords(url))
+    tls = {
+        name: value
+        for name in ("sslmode", *_TLS_FILES)
+        if (value := getattr(settings, name)) is not None
+    }
+    parts = urlsplit(url)
+    stated = {**dict(parse_qsl(parts.query, strict_parsing=bool(parts.query))), **tls}
+    if "connect_timeout" in stated:
+        raise ConfigurationError(
+            "the PostgreSQL connection string has connect_timeout",
+            remedy="leave it out: the relay has postgres.connect_timeout_s",
+        )
+    _check_tls_files(stated)
+    # A lone slash would name the database without a name, which wins over all other places.
+    path = "" if parts.path == "/" else parts.path
+    return urlunsplit(parts._replace(path=path, query=urlencode(stated)))
+
+
+def _keywords(text: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    at = 0
+    while at < len(text):
+        found = _PAIR.match(text, at)
+        if found is None:
+            raise ConfigurationError(
+                "the PostgreSQL connection string is neither a URL nor keyword=value pairs",
+                remedy="write postgresql://user@host:5432/database",
+            )
+        name, quoted, bare = found.groups()
+        pairs[name] = re.sub(r"\\(.)", r"\1", quoted if bare is None else bare, flags=re.DOTALL)
+        at = found.end()
+    return pairs
+
+
+def _check_tls_files(stated: Mapping[str, str]) -> None:
+    """The driver reads them too, but calls a wrong path a lost connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = "sslrootcert"
+    try:
+        if authority := stated.get(name):
+            context.load_verify_locations(cafile=authority)
+        name = "sslcert"
+        if certificate := stated.get(name):
+            context.load_cert_chain(
+                certificate, stated.get("sslkey"), password=stated.get("sslpassword", "")
+            )
+    except OSError as error:
+        raise ConfigurationError(
+            f"{name} {stated[name]!r} can't be used: {error.strerror or type(error).__name__}",
+            remedy="name a PEM file that the relay may read, and the key that belongs to it",
+        ) from error
+
+
+def _server_settings(settings: PostgresSettings, purpose: str) -> dict[str, str]:
+    # The keepalives are the server's: they let it notice that a relay is gone and free its locks.
+    return {
+        "application_name": f"{settings.application_name} {purpose}"[:63],
+        "search_path": "pg_catalog",
+        "default_transaction_isolation": "read committed",
+        "idle_in_transaction_session_timeout": "60000",
+        "timezone": "UTC",
+        **_KEEPALIVE,
+    }
+
+
+async def _prepare(connection: Connection | PooledConnection) -> None:
+    """JSON stays bytes on both ways: nobody here looks into a payload without need."""
+    await connection.set_type_codec(
+        "jsonb", schema="pg_catalog", format="binary", encoder=_jsonb_out, decoder=_jsonb_in
+    )
+    await connection.set_type_codec(
+        "json", schema="pg_catalog", format="binary", encoder=bytes, decoder=bytes
+    )
+
+
+def _jsonb_out(value: bytes) -> bytes:
+    return b"\x01" + value
+
+
+def _jsonb_in(value: bytes) -> bytes:
+    return bytes(value[1:])
+
+
+def _told(error: BaseException) -> str:
+    return mask_urls(str(error) or type(error).__name__)

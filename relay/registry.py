@@ -1,0 +1,68 @@
+"""Which class serves which ``type``. Plain tables; a class is imported when it is first needed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Protocol, cast
+
+from relay.context import BackendContext
+from relay.contracts import Sink, Source
+from relay.errors import ConfigurationError, DriverMissing
+
+SINKS: Mapping[str, str] = {
+    "nats": "relay.backends.nats:NatsSink",
+    "redis": "relay.backends.redis:RedisSink",
+    "webhook": "relay.backends.webhook:WebhookSink",
+    "pg-inbox": "relay.backends.inbox:InboxSink",
+    "stdout": "relay.backends.files:FileSink",
+    "file": "relay.backends.files:FileSink",
+}
+
+SOURCES: Mapping[str, str] = {
+    "outbox": "relay.backends.outbox:OutboxSource",
+    "nats": "relay.backends.nats:NatsSource",
+    "redis": "relay.backends.redis:RedisSource",
+    "webhook": "relay.backends.webhook:WebhookSource",
+    "stdin": "relay.backends.files:FileSource",
+    "file": "relay.backends.files:FileSource",
+}
+
+# The extra of the distribution that brings a backend's driver.
+EXTRAS: Mapping[str, str] = {"nats": "nats", "redis": "redis", "webhook": "webhook"}
+
+
+class _Buildable(Protocol):
+    def from_options(self, options: Mapping[str, object], context: BackendContext) -> object: ...
+
+
+def build_sink(type_: str, options: Mapping[str, object], context: BackendContext) -> Sink:
+    """The sink of that type. Raises `ConfigurationError`, `DriverMissing`."""
+    return cast("Sink", _resolve(SINKS, "sink", type_).from_options(options, context))
+
+
+def build_source(type_: str, options: Mapping[str, object], context: BackendContext) -> Source:
+    """The source of that type. Raises `ConfigurationError`, `DriverMissing`."""
+    return cast("Source", _resolve(SOURCES, "source", type_).from_options(options, context))
+
+
+def _resolve(table: Mapping[str, str], role: str, type_: str) -> _Buildable:
+    target = table.get(type_)
+    if target is None:
+        near = get_close_matches(type_, table, n=1)
+        raise ConfigurationError(
+            f"{type_!r} is not a type of {role}",
+            remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(table)}",
+        )
+    module, _, name = target.partition(":")
+    try:
+        return cast("_Buildable", getattr(importlib.import_module(module), name))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "relay":
+            raise
+        extra = EXTRAS.get(type_, "all")
+        raise DriverMissing(
+            f"the {type_} {role} needs the Python module {error.name}",
+            remedy=f"pip install 'pgtrickle-relay[{extra}]'",
+        ) from None

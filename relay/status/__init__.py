@@ -1,0 +1,25 @@
+"""The status view: relays and their pipelines on a terminal, live, driven by keys.
+
+`fleet` is what can be watched and done, `own` watches the relay of this process, `screen` turns a
+scene into lines, `keys` and `terminal` are the two ends of the terminal, `view` holds them
+together.
+"""
+
+from __future__ import annotations
+
+from relay.status.fleet import Fleet, LogTail, PipelineLine, Watched
+from relay.status.own import OwnRelay
+from relay.status.screen import plain_table
+from relay.status.terminal import can_show
+from relay.status.view import StatusView
+
+__all__ = [
+    "Fleet",
+    "LogTail",
+    "OwnRelay",
+    "PipelineLine",
+    "StatusView",
+    "Watched",
+    "can_show",
+    "plain_table",
+]

@@ -1,0 +1,275 @@
+"""The status view: what keys do, and when the screen is drawn.
+
+The view never fails or delays the relay it looks at. Pictures are taken in the event loop, drawn
+and written in a thread (`relay.status.terminal`); a picture is taken only when the one before was
+begun. An action that fails is a line at the bottom of the screen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from relay.errors import RelayError
+from relay.settings import UiSettings
+from relay.status.fleet import LogTail, PipelineLine, Watched
+from relay.status.screen import (
+    Look,
+    Mode,
+    Painter,
+    Scene,
+    Sort,
+    now,
+    selected_line,
+    visible_lines,
+)
+from relay.status.terminal import Terminal
+
+_log = logging.getLogger(__name__)
+
+_REFRESH_CATALOG_S = 2.0
+_PAGE = 10
+
+Action = Callable[[], Awaitable[str]]
+
+
+class StatusView:
+    """Shows ``watched`` and ``log`` on the terminal of this process for as long as it is open.
+
+    ``on_closed`` is called in the event loop's thread when the user quits or the terminal is gone.
+    ``heading`` gives a remark for the first line of the screen. Use it as a context manager, where
+    `can_show` is true: leaving the block gives the terminal back, whatever the reason.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        log: LogTail,
+        settings: UiSettings,
+        *,
+        on_closed: Callable[[], None],
+        heading: Callable[[], str] = str,
+    ) -> None:
+        self._watched = watched
+        self._log = log
+        self._refresh_s = settings.refresh_ms / 1000
+        self._on_closed = on_closed
+        self._heading = heading
+        self._painter = Painter.for_standard_output()
+        self._terminal = Terminal(self._on_key, on_closed)
+        self._look = Look()
+        self._confirmed: Action | None = None
+        self._actions: asyncio.Queue[Action] = asyncio.Queue()
+        self._touched = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._terminal.open()
+        self._running = asyncio.create_task(self._run(), name="status view")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._terminal.close()
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+
+    def restore(self) -> None:
+        """Give the terminal back at once; for exits that run no cleanup."""
+        self._terminal.restore()
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._draw())
+                tasks.create_task(self._refresh())
+                tasks.create_task(self._act())
+        except Exception:  # noqa: BLE001 - the relay goes on without its view
+            _log.exception("the status view failed")
+            self._on_closed()
+
+    async def _draw(self) -> None:
+        while True:
+            self._touched.clear()
+            if not self._terminal.is_busy:
+                scene = Scene(
+                    fleet=self._watched.fleet(),
+                    look=self._look,
+                    now=now(),
+                    log=self._log.entries(),
+                    heading=self._heading(),
+                )
+                self._terminal.show(partial(self._painter.paint, scene))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._refresh_s):
+                    await self._touched.wait()
+
+    async def _refresh(self) -> None:
+        while True:
+            try:
+                await self._watched.refresh()
+            except RelayError as error:
+                _log.debug("the view could not read the catalog", extra={"error": str(error)})
+            await asyncio.sleep(_REFRESH_CATALOG_S)
+
+    async def _act(self) -> None:
+        """One action after the other; what it says is shown until the next key."""
+        while True:
+            action = await self._actions.get()
+            try:
+                notice = await action()
+                await self._watched.refresh()
+            except RelayError as error:
+                notice = str(error)
+            self._change(notice=notice)
+
+    def _on_key(self, key: str) -> None:
+        match self._look.mode:
+            case Mode.FILTER:
+                self._edit_filter(key)
+            case Mode.CONFIRM:
+                self._answer(key)
+            case Mode.HELP:
+                self._change(mode=Mode.BROWSE)
+            case Mode.BROWSE:
+                self._change(notice="")
+                self._browse(key)
+
+    def _browse(self, key: str) -> None:
+        match key:
+            case "up" | "k":
+                self._move(-1)
+            case "down" | "j":
+                self._move(1)
+            case "page up":
+                self._move(-_PAGE)
+            case "page down":
+                self._move(_PAGE)
+            case "home":
+                self._move_to(0)
+            case "end":
+                self._move_to(-1)
+            case "enter":
+                self._change(is_open=not self._look.is_open)
+            case "escape" if self._look.is_open:
+                self._change(is_open=False)
+            case "escape":
+                self._chosen()
+                self._change(filter="")
+            case "s":
+                sort = _after(self._look.sort)
+                self._change(sort=sort, notice=f"sorted by {sort.value}")
+            case "/":
+                self._change(mode=Mode.FILTER)
+            case "p":
+                self._ask_to_switch()
+            case "r":
+                self._ask_to_retry()
+            case "?" | "h":
+                self._change(mode=Mode.HELP)
+            case "redraw":
+                self._terminal.redraw()
+                self._touched.set()
+            case "q":
+                self._on_closed()
+            case _:
+                pass
+
+    def _edit_filter(self, key: str) -> None:
+        text = self._look.filter
+        match key:
+            case "enter":
+                self._change(mode=Mode.BROWSE)
+            case "escape":
+                self._change(mode=Mode.BROWSE, filter="")
+            case "backspace":
+                self._change(filter=text[:-1])
+            case "clear":
+                self._change(filter="")
+            case _ if len(key) == 1:
+                self._change(filter=text + key)
+            case _:
+                pass
+
+    def _ask_to_switch(self) -> None:
+        line = self._chosen()
+        if line is None:
+            return
+        name = line.name
+
+        async def pause() -> str:
+            await self._watched.pause(name)
+            return f"{name} is paused; its position is kept"
+
+        async def resume() -> str:
+            await self._watched.resume(name)
+            return f"{name} is resumed"
+
+        if line.is_enabled:
+            self._ask(f"pause {name}?", pause)
+        else:
+            self._ask(f"resume {name}?", resume)
+
+    def _ask_to_retry(self) -> None:
+        line = self._chosen()
+        if line is None:
+            return
+        name = line.name
+        if not line.dead_letters:
+            self._change(notice=f"{name} has no dead letters")
+            return
+
+        async def retry() -> str:
+            return f"{await self._watched.retry_dead_letters(name)} dead letters are tried again"
+
+        self._ask(f"try {line.dead_letters} dead letters of {name} again?", retry)
+
+    def _ask(self, question: str, action: Action) -> None:
+        self._confirmed = action
+        self._change(mode=Mode.CONFIRM, question=question)
+
+    def _answer(self, key: str) -> None:
+        action, self._confirmed = self._confirmed, None
+        self._change(mode=Mode.BROWSE, question="")
+        if key in ("y", "Y") and action is not None:
+            self._actions.put_nowait(action)
+
+    def _move(self, by: int) -> None:
+        lines = visible_lines(self._watched.fleet(), self._look)
+        chosen = selected_line(lines, self._look)
+        if chosen is not None:
+            at = min(max(0, lines.index(chosen) + by), len(lines) - 1)
+            self._change(selected=(lines[at].name, lines[at].owner))
+
+    def _move_to(self, index: int) -> None:
+        lines = visible_lines(self._watched.fleet(), self._look)
+        if lines:
+            self._change(selected=(lines[index].name, lines[index].owner))
+
+    def _chosen(self) -> PipelineLine | None:
+        """The selected pipeline; it stays selected if the order changes from now on."""
+        line = selected_line(visible_lines(self._watched.fleet(), self._look), self._look)
+        if line is not None:
+            self._change(selected=(line.name, line.owner))
+        return line
+
+    def _change(self, **fields: object) -> None:
+        self._look = msgspec.structs.replace(self._look, **fields)
+        self._touched.set()
+
+
+def _after(sort: Sort) -> Sort:
+    every = list(Sort)
+    return every[(every.index(sort) + 1) % len(every)]

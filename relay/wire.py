@@ -1,0 +1,366 @@
+"""The one table of our metadata names, and the formats in which an event travels.
+
+`encode` turns a message into a body and metadata; `restore` turns them back, so that forward →
+broker → reverse is lossless. The spelling of a name is the only thing a transport adds.
+
+Formats: ``envelope`` (one JSON object holding everything, version 1), ``payload`` (the row alone,
+the rest as metadata) and ``cloudevents`` (CloudEvents 1.0, structured mode,
+https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from relay.errors import ConfigurationError, MessageUndecodable
+from relay.message import NO_HEADERS, RelayMessage, op_named
+
+Format = Literal["envelope", "payload", "cloudevents"]
+
+ENVELOPE_VERSION = 1
+CONTENT_TYPES: Mapping[Format, str] = {
+    "envelope": "application/vnd.pgtrickle.envelope+json",
+    "payload": "application/json",
+    "cloudevents": "application/cloudevents+json",
+}
+
+
+class Spelling(msgspec.Struct, frozen=True):
+    """Our metadata names as one transport writes them."""
+
+    dedup_key: str
+    op: str
+    key: str
+    stream_table: str
+    outbox_id: str
+    refresh_id: str
+    full_refresh: str
+    created_at: str
+    format: str
+
+    @classmethod
+    def of(cls, spell: Callable[[str], str]) -> Spelling:
+        """Derive all names from one rule over ``Dedup-Key``, ``Op`` and so on."""
+        return cls(*(spell(field.replace("_", "-").title()) for field in cls.__struct_fields__))
+
+    def names(self) -> frozenset[str]:
+        """All names, in lower case: what is metadata of ours among somebody's headers."""
+        return _names(self)
+
+
+@functools.cache
+def _names(spelling: Spelling) -> frozenset[str]:
+    """Made once for each spelling: every message that is read asks for them."""
+    return frozenset(str(name).lower() for name in msgspec.structs.astuple(spelling))
+
+
+TITLE = Spelling.of(lambda name: f"Pgtrickle-{name}")
+HTTP = Spelling.of(lambda name: f"X-Pgtrickle-{name}")
+LOWER = Spelling.of(lambda name: f"pgtrickle-{name.lower()}")
+FIELD = Spelling.of(lambda name: f"pgt_{name.lower().replace('-', '_')}")
+
+
+class Encoded(msgspec.Struct, frozen=True, gc=False):
+    """A message ready for a transport; ``headers`` are ours and the publisher's together."""
+
+    body: bytes
+    headers: dict[str, str]
+
+
+class Envelope(msgspec.Struct, frozen=True, gc=False):
+    """The JSON object of the ``envelope`` format, in the order of its keys."""
+
+    v: int
+    dedup_key: str
+    key: str | None
+    subject: str
+    op: str
+    payload: msgspec.Raw
+    is_full_refresh: bool
+    stream_table: str
+    outbox_id: int | None
+    refresh_id: str | None
+    created_at: datetime | None
+    headers: Mapping[str, str]
+
+
+class _CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
+    id: str
+    source: str
+    type: str
+    specversion: str
+    datacontenttype: str = ""
+    subject: str | None = None
+    time: datetime | None = None
+    pgtrickleop: str | None = None
+    pgtricklestream: str | None = None
+    pgtrickleoutboxid: str | None = None
+    pgtricklerefreshid: str | None = None
+    pgtricklefullrefresh: bool = False
+    pgtricklesubject: str | None = None
+    data: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_json = msgspec.json.Encoder()
+_document = msgspec.json.Decoder(msgspec.Raw)
+_envelope = msgspec.json.Decoder(Envelope)
+_cloud_event = msgspec.json.Decoder(_CloudEvent)
+
+Encode = Callable[[RelayMessage], Encoded]
+EncodeBody = Callable[[RelayMessage], bytes]
+EncodeHeaders = Callable[[RelayMessage], dict[str, str]]
+
+# Formats in which the headers of a message without headers of the publisher's depend on nothing
+# but its dedup key, its op and whether it is a snapshot row.
+FEW_HEADERS: frozenset[Format] = frozenset({"envelope", "cloudevents"})
+
+
+def encoder(format_: str, spelling: Spelling, *, namespace: str = "") -> Encode:
+    """The encode function for one format and transport: `body_encoder` and `headers_encoder`."""
+    body_of = body_encoder(format_, namespace=namespace)
+    headers_of = headers_encoder(format_, spelling)
+    return lambda message: Encoded(body_of(message), headers_of(message))
+
+
+def body_encoder(format_: str, *, namespace: str = "") -> EncodeBody:
+    """The function that makes the body for one format.
+
+    ``namespace`` becomes the front of a CloudEvents ``source``. Raises `ConfigurationError` for
+    an unknown format. The function itself raises `MessageUndecodable` for a message that the
+    format can't hold.
+    """
+    if format_ == "payload":
+        return lambda message: message.payload
+    if format_ == "envelope":
+        return _wrapping(_envelope_of)
+    if format_ == "cloudevents":
+        return _wrapping(lambda message: _cloud_event_of(message, namespace))
+    raise _unknown(format_)
+
+
+def headers_encoder(format_: str, spelling: Spelling) -> EncodeHeaders:
+    """The function that makes the headers for one format and transport.
+
+    Every encoding carries the format marker and the publisher's own headers; ``payload`` also
+    carries all our metadata; ``envelope`` only the dedup key, the op and, for a snapshot row, the
+    full-refresh mark, since the body has the rest. Raises `ConfigurationError` for an unknown
+    format.
+    """
+    if format_ == "payload":
+        return lambda message: _metadata(message, spelling)
+    if format_ == "envelope":
+        return lambda message: _envelope_headers(message, spelling)
+    if format_ == "cloudevents":
+        return lambda message: {
+            **message.headers,
+            spelling.format: "cloudevents",
+            spelling.dedup_key: message.dedup_key,
+        }
+    raise _unknown(format_)
+
+
+def restore(body: bytes, headers: Mapping[str, str], spelling: Spelling) -> RelayMessage | None:
+    """The message that `encode` made, or None where this is somebody else's plain payload.
+
+    Only a message that bears our format marker is looked into. What bears the mark but is not
+    what it says (another version, a broken object) raises `MessageUndecodable`. What merely looks
+    like an envelope is a payload. Header names compare without regard to case.
+    """
+    lowered = {name.lower(): value for name, value in headers.items()}
+    marker = lowered.get(spelling.format.lower())
+    if marker is None:
+        return None
+    own_names = spelling.names()
+    others = {name: value for name, value in headers.items() if name.lower() not in own_names}
+    if marker == "envelope":
+        return _restore_envelope(body)
+    if marker == "cloudevents":
+        return _restore_cloud_event(body, others)
+    if marker == "payload":
+        return _restore_payload(body, lowered, others, spelling)
+    raise MessageUndecodable(
+        f"the format marker says {marker[:40]!r}, which this version can't read"
+    )
+
+
+def is_json(body: bytes) -> bool:
+    """True where the bytes are one JSON document in UTF-8."""
+    try:
+        _document.decode(body)
+        if not body.isascii():
+            body.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _unknown(format_: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"unknown format {format_!r}", remedy=f"use one of {', '.join(CONTENT_TYPES)}"
+    )
+
+
+def _wrapping(wrapped: Callable[[RelayMessage], msgspec.Struct]) -> EncodeBody:
+    """A payload goes into the wrapping JSON as it is, so it must be JSON itself."""
+
+    def checked(message: RelayMessage) -> bytes:
+        if not is_json(message.payload):
+            raise MessageUndecodable("the payload is not JSON, which this format has to contain")
+        try:
+            return _json.encode(wrapped(message))
+        except UnicodeEncodeError:
+            raise MessageUndecodable("a text of the message has no UTF-8 form") from None
+
+    return checked
+
+
+def _envelope_of(message: RelayMessage) -> Envelope:
+    # By position, in the order of the fields: naming them costs as much again.
+    return Envelope(
+        ENVELOPE_VERSION,
+        message.dedup_key,
+        message.key,
+        message.subject,
+        message.op,
+        msgspec.Raw(message.payload),
+        message.is_full_refresh,
+        message.stream_table,
+        message.outbox_id,
+        message.refresh_id,
+        message.created_at,
+        message.headers,
+    )
+
+
+def _envelope_headers(message: RelayMessage, spelling: Spelling) -> dict[str, str]:
+    headers = {
+        **message.headers,
+        spelling.format: "envelope",
+        spelling.dedup_key: message.dedup_key,
+        spelling.op: message.op,
+    }
+    if message.is_full_refresh:
+        headers[spelling.full_refresh] = "true"
+    return headers
+
+
+def _metadata(message: RelayMessage, spelling: Spelling) -> dict[str, str]:
+    headers = {
+        **message.headers,
+        spelling.format: "payload",
+        spelling.dedup_key: message.dedup_key,
+        spelling.op: message.op,
+    }
+    if message.key is not None:
+        headers[spelling.key] = message.key
+    if message.stream_table:
+        headers[spelling.stream_table] = message.stream_table
+    if message.outbox_id is not None:
+        headers[spelling.outbox_id] = str(message.outbox_id)
+    if message.refresh_id is not None:
+        headers[spelling.refresh_id] = message.refresh_id
+    if message.is_full_refresh:
+        headers[spelling.full_refresh] = "true"
+    if message.created_at is not None:
+        headers[spelling.created_at] = message.created_at.isoformat()
+    return headers
+
+
+def _cloud_event_of(message: RelayMessage, namespace: str) -> _CloudEvent:
+    source = f"/{namespace}/{message.stream_table}" if namespace else f"/{message.stream_table}"
+    return _CloudEvent(
+        specversion="1.0",
+        datacontenttype="application/json",
+        id=message.dedup_key,
+        source=source,
+        type=f"{message.stream_table}.{message.op}" if message.stream_table else message.op,
+        subject=message.key,
+        time=message.created_at,
+        pgtrickleop=message.op,
+        pgtricklestream=message.stream_table or None,
+        pgtrickleoutboxid=None if message.outbox_id is None else str(message.outbox_id),
+        pgtricklerefreshid=message.refresh_id,
+        pgtricklefullrefresh=message.is_full_refresh,
+        pgtricklesubject=message.subject or None,
+        data=msgspec.Raw(message.payload),
+    )
+
+
+def _restore_envelope(body: bytes) -> RelayMessage:
+    try:
+        envelope = _envelope.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageUndecodable(f"marked as an envelope, but it is none: {error}") from None
+    if envelope.v != ENVELOPE_VERSION:
+        raise MessageUndecodable(f"envelope version {envelope.v} is not one this version can read")
+    return RelayMessage(
+        dedup_key=envelope.dedup_key,
+        key=envelope.key,
+        subject=envelope.subject,
+        op=op_named(envelope.op),
+        payload=bytes(envelope.payload),
+        is_full_refresh=envelope.is_full_refresh,
+        stream_table=envelope.stream_table,
+        outbox_id=envelope.outbox_id,
+        refresh_id=envelope.refresh_id,
+        created_at=envelope.created_at,
+        headers=envelope.headers,
+    )
+
+
+def _restore_cloud_event(body: bytes, others: Mapping[str, str]) -> RelayMessage:
+    try:
+        event = _cloud_event.decode(body)
+        outbox_id = None if event.pgtrickleoutboxid is None else int(event.pgtrickleoutboxid)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise MessageUndecodable(f"marked as a CloudEvent, but it is none: {error}") from None
+    return RelayMessage(
+        dedup_key=event.id,
+        key=event.subject,
+        subject=event.pgtricklesubject or event.type,
+        op=op_named(event.pgtrickleop or "event"),
+        payload=bytes(event.data),
+        is_full_refresh=event.pgtricklefullrefresh,
+        stream_table=event.pgtricklestream or "",
+        outbox_id=outbox_id,
+        refresh_id=event.pgtricklerefreshid,
+        created_at=event.time,
+        headers=others,
+    )
+
+
+def _restore_payload(
+    body: bytes, lowered: Mapping[str, str], others: Mapping[str, str], spelling: Spelling
+) -> RelayMessage:
+    def read(name: str) -> str | None:
+        return lowered.get(name.lower())
+
+    dedup_key, outbox_id, created_at = (
+        read(spelling.dedup_key),
+        read(spelling.outbox_id),
+        read(spelling.created_at),
+    )
+    if dedup_key is None:
+        raise MessageUndecodable(
+            f"marked as a payload of ours, but {spelling.dedup_key} is missing"
+        )
+    try:
+        return RelayMessage(
+            dedup_key=dedup_key,
+            key=read(spelling.key),
+            op=op_named(read(spelling.op) or "event"),
+            payload=body,
+            is_full_refresh=read(spelling.full_refresh) == "true",
+            stream_table=read(spelling.stream_table) or "",
+            outbox_id=None if outbox_id is None else int(outbox_id),
+            refresh_id=read(spelling.refresh_id),
+            created_at=None if created_at is None else datetime.fromisoformat(created_at),
+            headers=others or NO_HEADERS,
+        )
+    except ValueError as error:
+        raise MessageUndecodable(f"a metadata header is malformed: {error}") from None

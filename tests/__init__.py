@@ -1,0 +1,1 @@
+"""Tests of the relay. Real servers come from `tests.servers`."""

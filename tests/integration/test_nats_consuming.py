@@ -1,0 +1,350 @@
+"""The NATS source against a real server: redelivery, order, confirmation and its consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from relay.backends.nats import NatsSource, jetstream
+from relay.contracts import Batch
+from relay.errors import ConfigurationError, DestinationMissing, NotConnected, Outage, PositionLost
+from relay.message import RelayMessage
+from tests.contract.evidence import (
+    SERIALIZED_FIELDS,
+    assert_same_message,
+    complete_message,
+    dedup_keys,
+    numbered,
+    reconnect,
+)
+from tests.contract.nats_far_side import FarSide, port_of, sink_of, source_of
+from tests.contract.source_contract import AT_ONCE_S, collect, messages_of
+from tests.servers.nats import NatsServer
+from tests.servers.proxy import TcpProxy
+
+Proxies = Callable[[str, int], Awaitable[TcpProxy]]
+
+
+@pytest.fixture
+async def far_side(nats_server: NatsServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(nats_server, "consuming")
+    await far_side.create()
+    yield far_side
+    await far_side.drop()
+
+
+async def feed(far_side: FarSide, messages: list[RelayMessage], **keys: str) -> None:
+    sink = sink_of(far_side.server.url, format=keys.get("format", "envelope"))
+    await sink.connect()
+    assert not (await sink.publish(messages)).failures
+    await sink.aclose()
+
+
+async def connected(far_side: FarSide, *, batch_size: int = 100, **keys: object) -> NatsSource:
+    source = source_of(far_side.server.url, batch_size=batch_size, **keys)
+    await source.connect()
+    return source
+
+
+@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+async def test_every_field_survives_the_way_through_the_broker(
+    far_side: FarSide, format_: str
+) -> None:
+    sent = complete_message()
+    await feed(far_side, [sent], format=format_)
+    source = await connected(far_side)
+
+    (arrived,) = messages_of(await collect(source, 1))
+
+    assert_same_message(arrived, sent, SERIALIZED_FIELDS)
+    await source.aclose()
+
+
+async def test_headers_with_strange_characters_survive_every_format(far_side: FarSide) -> None:
+    headers = {
+        "plain": "text",
+        "Nats-Rollup": "all",
+        "with space and: colon": "x",
+        "emoji 🦊": "🦊\r\n☃",
+        "edges": "  both  ",
+        "star*": "UTF-8''%41",
+        "100%": "50 %",
+        "empty": "",
+    }
+    for number, format_ in enumerate(("envelope", "payload", "cloudevents")):
+        message = RelayMessage(
+            dedup_key=f"h:{number}", payload=b"{}", subject="orders.x", headers=headers
+        )
+        await feed(far_side, [message], format=format_)
+    source = await connected(far_side)
+
+    arrived = messages_of(await collect(source, 3))
+
+    assert [dict(message.headers) for message in arrived] == [headers] * 3
+    await source.aclose()
+
+
+async def test_a_plain_message_is_named_by_its_message_id_else_by_its_place(
+    far_side: FarSide,
+) -> None:
+    await far_side.put("orders.theirs", b'{"a":1}', {"Nats-Msg-Id": "theirs-1", "X": "y"})
+    await far_side.put("orders.theirs", b'{"a":2}')
+    source = await connected(far_side)
+
+    first, second = messages_of(await collect(source, 2))
+
+    assert first.dedup_key == "theirs-1"
+    assert first.headers == {"Nats-Msg-Id": "theirs-1", "X": "y"}
+    assert first.subject == "orders.theirs"
+    assert re.fullmatch(r"nats:consuming:\d{16}:2", second.dedup_key)
+    await source.aclose()
+
+
+async def test_places_of_a_stream_that_was_made_anew_are_other_places(far_side: FarSide) -> None:
+    keys = []
+    for _ in range(2):
+        await far_side.create()
+        await far_side.put("orders.theirs", b"{}")
+        source = await connected(far_side)
+        keys += dedup_keys(messages_of(await collect(source, 1)))
+        await source.aclose()
+
+    assert len(set(keys)) == 2
+
+
+async def test_after_a_lost_connection_everything_comes_again_at_once_and_in_order(
+    far_side: FarSide, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*port_of(far_side.server.url))
+    await feed(far_side, numbered(300))
+    source = source_of(proxy.url(far_side.server.url), batch_size=50)
+    await source.connect()
+    first = await source.poll()
+    await source.acknowledge(first)
+    held = await source.poll()
+
+    await proxy.reset_connections()
+    with pytest.raises(Outage):
+        await source.acknowledge(held)
+    await reconnect(source.connect)
+    await feed(far_side, numbered(20, start=300))
+
+    settled = len(first.messages)
+    again = await collect(source, 320 - settled, timeout_s=AT_ONCE_S)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(320)[settled:])
+    await source.aclose()
+
+
+async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
+    far_side: FarSide,
+) -> None:
+    await feed(far_side, numbered(100))
+    killed = await connected(far_side, batch_size=40)
+    await killed.poll()
+    assert killed._connection is not None
+    killed._connection.abort(NotConnected("killed"))
+    await feed(far_side, numbered(10, start=100))
+
+    successor = await connected(far_side)
+
+    again = await collect(successor, 110, timeout_s=AT_ONCE_S)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(110))
+    await killed.aclose()
+    await successor.aclose()
+
+
+async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSide) -> None:
+    await feed(far_side, numbered(5))
+    source = await connected(far_side)
+    (old,) = await collect(source, 5)
+    await source.connect()
+
+    with pytest.raises(Outage):
+        await source.acknowledge(old)
+
+    assert dedup_keys(messages_of(await collect(source, 5))) == dedup_keys(numbered(5))
+    await source.aclose()
+
+
+async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSide) -> None:
+    await feed(far_side, numbered(200))
+    source = await connected(far_side, batch_size=20)
+    batches = [await source.poll() for _ in range(3)]
+    settled = len(batches[0].messages)
+    await source.acknowledge(batches[0])
+
+    for batch in batches[1:]:
+        await source.reject(batch)
+
+    again = await collect(source, 200 - settled, timeout_s=AT_ONCE_S)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(200)[settled:])
+    await source.aclose()
+
+
+@pytest.mark.shows("source:nats.ack_wait_seconds")
+async def test_a_redelivery_of_what_is_still_out_is_not_handed_out_twice(
+    far_side: FarSide,
+) -> None:
+    await feed(far_side, numbered(5))
+    source = await connected(far_side, ack_wait_seconds=1)
+    batches = await collect(source, 5)
+
+    # Nobody keeps the batch alive: the server delivers it again while it is out.
+    delivered = dict(source._held)
+    async with asyncio.timeout(10):
+        while source._held == delivered:
+            assert (await source.poll()).is_empty
+    await feed(far_side, numbered(1, start=5))
+    later = await collect(source, 1)
+
+    assert dedup_keys(messages_of(later)) == ["m:5"]
+    for batch in [*batches, *later]:
+        await source.acknowledge(batch)
+    await source.aclose()
+    successor = await connected(far_side, ack_wait_seconds=1)
+    assert (await successor.poll()).is_empty
+    await successor.aclose()
+
+
+async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(far_side: FarSide) -> None:
+    await feed(far_side, numbered(60))
+    source = await connected(far_side, batch_size=20, ack_wait_seconds=1)
+    first = await source.poll()
+    assert source._connection is not None
+    # What was asked for ahead is delivered before the server answers this.
+    await jetstream.consumer_info(source._connection, "consuming", "pipeline")
+    assert source._buffer
+    replies = dict(source._held)
+    ends_at = time.monotonic() + 2.5
+
+    while time.monotonic() < ends_at:
+        await source.keep_alive(first)
+        await asyncio.sleep(source.keep_alive_interval_s or 0)
+
+    assert source._held == replies
+    await source.aclose()
+
+
+@pytest.mark.shows("source:nats.durable_name")
+async def test_an_existing_consumer_that_differs_is_named_with_the_difference(
+    far_side: FarSide,
+) -> None:
+    await far_side.create_consumer(
+        "theirs", ack_policy="all", filter_subject="orders.x", ack_wait=5_000_000_000
+    )
+
+    with pytest.raises(ConfigurationError) as caught:
+        await connected(far_side, durable_name="theirs")
+
+    text = str(caught.value)
+    assert "subject orders.x, not orders.>" in text
+    assert "ack policy all, not explicit" in text
+    assert "ack_wait_seconds 5, not 30" in text
+
+
+async def test_a_push_consumer_is_refused(far_side: FarSide) -> None:
+    await far_side.create_consumer(
+        "pushed", ack_policy="explicit", filter_subject="orders.>", deliver_subject="somewhere"
+    )
+
+    with pytest.raises(ConfigurationError, match="push delivery"):
+        await connected(far_side, durable_name="pushed")
+
+
+@pytest.mark.shows("source:nats.subject")
+async def test_a_subject_that_no_stream_stores_is_said_on_connecting(far_side: FarSide) -> None:
+    with pytest.raises(DestinationMissing, match=r"nobody\.stores\.this"):
+        await connected(far_side, subject="nobody.stores.this")
+
+
+async def test_a_consumer_deleted_while_it_is_read_is_a_lost_position(far_side: FarSide) -> None:
+    source = await connected(far_side, durable_name="short")
+    await source.poll()
+    polling = asyncio.create_task(_poll_until_it_fails(source))
+    await far_side.drop_consumer("short")
+
+    with pytest.raises(PositionLost, match="deliver_policy"):
+        await asyncio.wait_for(polling, 10)
+    await source.aclose()
+
+
+@pytest.mark.parametrize(
+    "policy, expected", [("all", [0, 1, 2, 3]), ("last", [2, 3]), ("new", [3])]
+)
+@pytest.mark.shows("source:nats.deliver_policy")
+async def test_a_new_consumer_begins_where_its_policy_says(
+    far_side: FarSide, policy: str, expected: list[int]
+) -> None:
+    await feed(far_side, numbered(3))
+    source = await connected(far_side, deliver_policy=policy)
+    await feed(far_side, numbered(1, start=3))
+
+    arrived = messages_of(await collect(source, len(expected)))
+
+    assert dedup_keys(arrived) == [f"m:{number}" for number in expected]
+    await source.aclose()
+
+
+async def test_messages_larger_than_a_batch_are_handed_out_one_at_a_time(
+    far_side: FarSide,
+) -> None:
+    bodies = [b'"%s"' % (b"%d" % number * 900_000) for number in range(4)]
+    for body in bodies:
+        await far_side.put("orders.theirs", body)
+    source = await connected(far_side)
+    source._batch_bytes = 1000
+
+    batches = await collect(source, 4)
+
+    assert [message.payload for message in messages_of(batches)] == bodies
+    assert all(len(batch.messages) == 1 for batch in batches)
+    await source.aclose()
+
+
+async def test_a_silent_server_is_an_outage_within_seconds(
+    far_side: FarSide, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*port_of(far_side.server.url))
+    source = source_of(proxy.url(far_side.server.url))
+    await source.connect()
+    await source.poll()
+    proxy.stall()
+
+    with pytest.raises(Outage):
+        await asyncio.wait_for(_poll_until_it_fails(source), 15)
+
+    assert not await source.is_healthy()
+    await asyncio.wait_for(source.aclose(), 10)
+
+
+@pytest.mark.speed
+async def test_a_hundred_thousand_messages_are_consumed_and_confirmed_in_seconds(
+    far_side: FarSide,
+) -> None:
+    count = 100_000
+    await feed(far_side, numbered(count, keys=1000))
+    source = await connected(far_side, batch_size=2000)
+
+    started = time.perf_counter()
+    arrived = 0
+    pending: list[Batch] = []
+    while arrived < count:
+        batch = await source.poll()
+        arrived += len(batch.messages)
+        pending.append(batch)
+        await source.acknowledge(pending.pop(0))
+    took_s = time.perf_counter() - started
+
+    print(f"source {count / took_s:,.0f}/s with every acknowledgement confirmed")
+    assert arrived == count
+    assert count / took_s > 10_000
+    await source.aclose()
+
+
+async def _poll_until_it_fails(source: NatsSource) -> None:
+    while True:
+        await source.poll()

@@ -1,0 +1,480 @@
+"""The outbox source against PostgreSQL: payloads as captured, claim checks, waking, resuming."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from relay.backends.outbox import OutboxSource
+from relay.contracts import Batch
+from relay.errors import ConfigurationError, NotConnected, OutboxUnsafe, OwnershipLost, PositionLost
+from relay.events import ClaimCheckFetched
+from tests.integration.outbox_surroundings import (
+    BOUND_S,
+    OutboxWorld,
+    enable_orders,
+    messages_of,
+    outbox_world,
+    polled,
+    rest_of,
+    row_of,
+)
+from tests.servers.postgres import Database
+
+
+@pytest.fixture
+async def world(any_migrated_database: Database) -> AsyncIterator[OutboxWorld]:
+    async with outbox_world(any_migrated_database.dsn) as made:
+        yield made
+
+
+async def connected(world: OutboxWorld, **options: object) -> OutboxSource:
+    source = world.source(context=world.context(**options))  # type: ignore[arg-type]  # by name
+    await source.connect()
+    return source
+
+
+def ops(batches: list[Batch]) -> list[tuple[str, str | None]]:
+    return [(message.op, message.key) for message in messages_of(batches)]
+
+
+@pytest.mark.shows("source:outbox.outbox")
+async def test_captured_changes_arrive_in_order_with_keys(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world)
+
+    await world.publisher.execute("insert into orders values (1, 0, 'a'), (2, 0, 'b')")
+    await world.publisher.execute("update orders set version = 1 where id = 1")
+    await world.publisher.execute("delete from orders where id = 2")
+    await world.publisher.execute("truncate orders")
+    batches = await polled(source, 6)
+
+    assert ops(batches) == [
+        ("insert", "1"),
+        ("insert", "2"),
+        ("delete", "1"),
+        ("insert", "1"),
+        ("delete", "2"),
+        ("truncate", None),
+    ]
+    first = messages_of(batches)[0]
+    assert first.dedup_key == "outbox_orders:1:0"
+    assert first.created_at is not None
+    assert first.refresh_id is not None
+    assert row_of(first) == {"id": 1, "version": 0, "note": "a"}
+    await source.aclose()
+
+
+@pytest.mark.shows("pipeline:collapse_updates")
+async def test_an_update_is_one_message_where_updates_are_collapsed(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 3")
+    source = await connected(world, collapse_updates=True)
+    await world.publisher.execute(
+        "insert into orders select g, 0, 'a' from generate_series(1, 3) g"
+    )
+
+    await world.publisher.execute("update orders set version = 1 where id = 1")
+    await world.publisher.execute("update orders set version = 2")  # six rows: a claim check
+    batches = await polled(source, 7)
+
+    assert ops(batches)[3] == ("update", "1")
+    assert sorted(ops(batches)[4:]) == [("update", "1"), ("update", "2"), ("update", "3")]
+    keys = [message.dedup_key for message in messages_of(batches)]
+    assert keys[4:] == [f"outbox_orders:3:{index}" for index in range(3)]
+    await source.aclose()
+
+
+@pytest.mark.shows("pipeline:key_columns", "pipeline:dedup_namespace")
+async def test_headers_and_other_key_columns_travel(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(
+        world, key_columns=["version", "note"], dedup_namespace="eu", batch_size=10
+    )
+    await world.publisher.execute(
+        "select pgtrickle.outbox_publish('orders', $1, headers => $2)",
+        '[{"id": 1, "version": 7, "note": "x"}]',
+        '{"traceparent": "00-1"}',
+    )
+
+    (message,) = messages_of(await polled(source, 1))
+
+    assert message.key == '[7,"x"]'
+    assert message.headers == {"traceparent": "00-1"}
+    assert message.dedup_key == "eu:outbox_orders:1:0"
+    await source.aclose()
+
+
+async def test_a_claim_check_is_read_in_pages_and_moves_the_offset_with_the_last(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 10")
+    source = await connected(world, batch_size=50)
+    await world.publisher.execute("insert into orders values (0, 0, 'before')")
+    await world.publisher.execute(
+        "insert into orders select g, 0, 'a' from generate_series(1, 120) g"
+    )
+    await world.publisher.execute("update orders set version = 1 where id > 0")
+    await world.publisher.execute("insert into orders values (500, 0, 'behind')")
+
+    batches = await polled(source, 1 + 120 + 240 + 1)
+
+    messages = messages_of(batches)
+    assert all(len(batch.messages) <= 50 for batch in batches)
+    assert [batch.checkpoint for batch in batches if batch.checkpoint] == ["1", "2", "3", "4"]
+    assert [message.op for message in messages] == (
+        ["insert"] * 121 + ["delete"] * 120 + ["insert"] * 121
+    )
+    assert [message.dedup_key for message in messages[121:]] == [
+        *(f"outbox_orders:3:{index}" for index in range(120, 240)),
+        *(f"outbox_orders:3:{index}" for index in range(120)),
+        "outbox_orders:4:0",
+    ]
+    fetched = [event.rows for event in world.events if isinstance(event, ClaimCheckFetched)]
+    assert sum(fetched) == 360
+    await source.aclose()
+
+
+async def test_a_claim_check_that_was_left_half_way_is_read_again_with_the_same_keys(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 10")
+    await world.publisher.execute(
+        "insert into orders select g, 0, 'a' from generate_series(1, 90) g"
+    )
+    source = await connected(world, batch_size=30)
+    first = messages_of(await polled(source, 60))
+    await source.aclose()
+
+    again = await connected(world, batch_size=30)
+    second = messages_of(await polled(again, 90))
+
+    assert [message.dedup_key for message in second[:60]] == [
+        message.dedup_key for message in first
+    ]
+    await again.aclose()
+
+
+@pytest.mark.parametrize("style", ["row_op", "op"])
+async def test_both_spellings_of_delta_rows_and_snapshots_by_claim_check_are_read(
+    world: OutboxWorld, style: str
+) -> None:
+    await enable_orders(world.publisher)
+    if style == "op":
+        await world.publisher.execute(
+            "alter table pgtrickle.outbox_delta_rows_orders rename row_op to op;"
+            "alter table pgtrickle.outbox_delta_rows_orders rename row_data to payload"
+        )
+        await world.publisher.execute(
+            "alter table pgtrickle.outbox_delta_rows_orders"
+            " drop constraint if exists outbox_delta_rows_orders_row_op_check"
+        )
+    await write_claim_check(world, style, promised=2)
+    source = await connected(world, snapshot_markers=True)
+
+    batches = await polled(source, 4)
+
+    assert ops(batches) == [
+        ("snapshot_begin", None),
+        ("upsert", "1"),
+        ("upsert", "2"),
+        ("snapshot_end", None),
+    ]
+    await source.aclose()
+
+
+async def write_claim_check(world: OutboxWorld, style: str, *, promised: int) -> None:
+    """A snapshot by claim check with two rows, whatever it promises."""
+    op, data, insert = (
+        ("row_op", "row_data", "INSERT") if style == "row_op" else ("op", "payload", "I")
+    )
+    async with world.publisher.transaction():
+        outbox_id = await world.publisher.fetchval(
+            "insert into pgtrickle.outbox_orders (pgt_id, refresh_id, inserted_count,"
+            " deleted_count, is_claim_check, payload) values (gen_random_uuid(),"
+            " gen_random_uuid(), $1, 0, true, $2) returning id",
+            promised,
+            json.dumps(
+                {"v": 1, "full_refresh": True, "claim_check": True, "inserted_count": promised}
+            ),
+        )
+        for number in (1, 2):
+            await world.publisher.execute(
+                f"insert into pgtrickle.outbox_delta_rows_orders (outbox_id, row_num, {op}, {data})"
+                " values ($1, $2, $3, $4)",
+                outbox_id,
+                number,
+                insert,
+                json.dumps({"id": number}),
+            )
+
+
+async def test_a_claim_check_that_lacks_rows_is_refused_as_a_whole_with_the_counts(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await write_claim_check(world, "row_op", promised=3)
+    await world.publisher.execute("insert into orders values (9, 0, 'behind')")
+    source = await connected(world)
+
+    batches = await polled(source, 2)
+
+    (rejected,) = [rejected for batch in batches for rejected in batch.rejected]
+    assert "promises 3 inserted rows, but 2 are there" in str(rejected.error)
+    assert rejected.message.dedup_key == "outbox_orders:1:0"
+    assert ops(batches) == [("insert", "9")]
+    await source.aclose()
+
+
+async def test_a_commit_wakes_a_sleeping_source_within_milliseconds(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world)
+    latencies = []
+    async with asyncio.timeout(BOUND_S):
+        for number in range(5):
+            polling = asyncio.create_task(rest_then_wait(source))
+            # Long after its back-off has reached a second: only a notification is faster.
+            await asyncio.wait([polling], timeout=1.4)
+            written = time.monotonic()
+            await world.publisher.execute("insert into orders values ($1, 0, 'x')", number)
+            await polling
+            latencies.append(time.monotonic() - written)
+
+    assert sorted(latencies)[2] < 0.1
+    await source.aclose()
+
+
+async def rest_then_wait(source: OutboxSource) -> None:
+    while not (batch := await source.poll()).messages:
+        pass
+    await source.acknowledge(batch)
+
+
+async def test_publishers_are_asked_to_notify_while_idle_and_spared_while_busy(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world, batch_size=10)
+
+    async def sleepers() -> list[str]:
+        rows = await world.publisher.fetch(
+            "select sleeper from pgtrickle.relay_sleepers where sleeps_until > now()"
+        )
+        return [row["sleeper"] for row in rows]
+
+    await rest_of(source)
+    assert await sleepers() == ["worker:pipeline"]
+    for number in range(60):
+        await world.publisher.execute("insert into orders values ($1, 0, 'x')", number)
+    await polled(source, 60)
+    assert await sleepers() == []
+    await rest_of(source)
+    assert await sleepers() == ["worker:pipeline"]
+    await source.aclose()
+    assert await sleepers() == []
+
+
+async def test_an_open_transaction_delays_only_its_own_events(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    slow = await world.connect_publisher()
+    await slow.execute("begin")
+    await slow.execute("insert into orders values (1, 0, 'slow')")
+    source = await connected(world)
+
+    await world.publisher.execute("insert into orders values (2, 0, 'quick')")
+    assert ops(await polled(source, 1)) == [("insert", "2")]
+    await slow.execute("commit")
+    assert ops(await polled(source, 1)) == [("insert", "1")]
+
+    await slow.close()
+    await source.aclose()
+
+
+async def test_gaps_outlive_the_source_that_noted_them(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    slow = await world.connect_publisher()
+    await slow.execute("begin")
+    await slow.execute("insert into orders values (1, 0, 'slow')")
+    first = await connected(world)
+    await world.publisher.execute("insert into orders values (2, 0, 'quick')")
+    await polled(first, 1)
+    await first.aclose()
+
+    await slow.execute("commit")
+    second = await connected(world)
+
+    assert ops(await rest_of(second)) == [("insert", "1")]
+    await slow.close()
+    await second.aclose()
+
+
+async def test_dead_gaps_are_forgotten_while_idle(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    slow = await world.connect_publisher()
+    await slow.execute("begin")
+    await slow.execute("insert into orders values (1, 0, 'slow')")
+    source = await connected(world)
+    await world.publisher.execute("insert into orders values (2, 0, 'quick')")
+    await polled(source, 1)
+    await slow.execute("rollback")
+
+    async with asyncio.timeout(BOUND_S):
+        while await world.publisher.fetchval("select count(*) from pgtrickle.relay_pending_gaps"):
+            await source.acknowledge(await source.poll())
+
+    await slow.close()
+    await source.aclose()
+
+
+async def test_a_rejected_batch_comes_again_and_an_older_batch_can_still_be_acknowledged(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    source = await connected(world, batch_size=1)
+    (first,) = await polled(source, 1, acknowledge=False)
+    await world.publisher.execute("insert into orders values (2, 0, 'b')")
+    (second,) = await polled(source, 1, acknowledge=False)
+
+    await source.reject(second)
+    await source.acknowledge(first)
+
+    assert ops(await polled(source, 1)) == [("insert", "2")]
+    with pytest.raises(NotConnected):
+        await source.acknowledge(second)
+    await source.aclose()
+
+
+@pytest.mark.shows("error:OwnershipLost")
+async def test_who_lost_the_pipeline_cannot_acknowledge(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    first = await connected(world)
+    batches = await polled(first, 1, acknowledge=False)
+    second = await connected(world, worker_id="other")
+
+    with pytest.raises(OwnershipLost):
+        await first.acknowledge(batches[0])
+
+    assert ops(await polled(second, 1)) == [("insert", "1")]
+    await first.aclose()
+    await second.aclose()
+
+
+async def test_a_new_pipeline_on_a_swept_outbox_starts_at_what_is_left_and_resumes(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    await world.publisher.execute("insert into orders values (2, 0, 'b')")
+    await sweep_first_row(world)
+
+    left = await connected(world)
+    await left.aclose()
+    source = await connected(world)
+
+    assert ops(await polled(source, 1)) == [("insert", "2")]
+    await source.aclose()
+
+
+async def sweep_first_row(world: OutboxWorld) -> None:
+    await world.publisher.execute("delete from pgtrickle.outbox_orders where id = 1")
+    await world.publisher.execute("update pgtrickle.relay_outbox_settings set swept_through = 1")
+
+
+@pytest.mark.shows("error:PositionLost")
+async def test_a_position_below_what_was_swept_is_an_error_that_names_the_range(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world)
+    await source.aclose()
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    await sweep_first_row(world)
+
+    with pytest.raises(PositionLost, match="rows 1 to 1"):
+        await source.connect()
+
+
+@pytest.mark.parametrize(
+    "on_reset, arrived",
+    [("earliest", [("insert", "1"), ("insert", "2")]), ("latest", [("insert", "2")])],
+)
+@pytest.mark.shows("pipeline:on_reset")
+async def test_an_outbox_made_anew_is_read_from_where_the_pipeline_says(
+    world: OutboxWorld, on_reset: str, arrived: list[tuple[str, str]]
+) -> None:
+    await reset_outbox(world)
+
+    source = await connected(world, on_reset=on_reset)
+    await world.publisher.execute("insert into orders values (2, 0, 'b')")
+
+    assert ops(await polled(source, len(arrived))) == arrived
+    await source.aclose()
+
+
+async def test_an_outbox_made_anew_fails_the_pipeline_unless_it_says_otherwise(
+    world: OutboxWorld,
+) -> None:
+    await reset_outbox(world)
+
+    with pytest.raises(PositionLost, match="position 9 lies beyond"):
+        await connected(world)
+
+
+async def reset_outbox(world: OutboxWorld) -> None:
+    """A committed position of 9, and an outbox whose highest id is 1."""
+    await enable_orders(world.publisher)
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    claim = await world.catalog.claim("pipeline", "outbox_orders", "worker")
+    await world.catalog.commit("pipeline", claim.epoch, 9)
+
+
+@pytest.mark.shows("error:OutboxUnsafe")
+async def test_a_sequence_with_a_cache_is_refused(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    sequence = await world.publisher.fetchval(
+        "select pg_get_serial_sequence('pgtrickle.outbox_orders', 'id')"
+    )
+    await world.publisher.execute(f"alter sequence {sequence} cache 10")
+
+    with pytest.raises(OutboxUnsafe, match="cache 10"):
+        await connected(world)
+
+
+async def test_an_unknown_outbox_is_a_configuration_error(world: OutboxWorld) -> None:
+    with pytest.raises(ConfigurationError, match="no outbox"):
+        await world.source("nowhere").connect()
+
+
+async def test_a_byte_bound_keeps_batches_small_and_never_empty(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.executemany(
+        "insert into orders values ($1, 0, $2)",
+        [(number, random.Random(number).randbytes(1500).hex()) for number in range(20)],
+    )
+    source = await connected(world, batch_bytes=4000)
+
+    batches = await polled(source, 20)
+
+    assert len(batches) >= 10
+    await source.aclose()
+
+
+async def test_a_rollback_leaves_a_hole_that_hides_nothing(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world)
+    await world.publisher.execute("begin")
+    await world.publisher.execute("insert into orders values (1, 0, 'gone')")
+    await world.publisher.execute("rollback")
+
+    await world.publisher.execute("insert into orders values (1, 0, 'kept')")
+
+    assert [row_of(message)["note"] for message in messages_of(await polled(source, 1))] == ["kept"]
+    await source.aclose()

@@ -1,0 +1,48 @@
+"""A process that shows the view and nothing else, for tests that own its terminal.
+
+`python -m tests.status.program WAY FILE`: WAY is how it ends (`quit`: by the user or a signal;
+`raise`: by an exception as soon as a file FILE.raise is there). Into FILE it writes, again and
+again, what it was told and how often its event loop came round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from relay.settings import UiSettings
+from relay.status import StatusView
+from tests.status.scene import Log, RecordingFleet
+
+
+async def main(way: str, report: Path) -> None:
+    closed = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, closed.set)
+    watched = RecordingFleet()
+    beats = 0
+    trigger = report.with_suffix(".raise")
+
+    def heading() -> str:
+        return f"at {time.monotonic_ns() % 10**9}" if way == "busy" else ""
+
+    settings = UiSettings(mode="tui", refresh_ms=20)
+    async with StatusView(watched, Log(), settings, on_closed=closed.set, heading=heading):
+        while not closed.is_set():
+            beats += 1
+            partial = report.with_suffix(".partial")
+            partial.write_bytes(msgspec.json.encode({"told": watched.told, "beats": beats}))
+            partial.rename(report)
+            if way == "raise" and trigger.exists():
+                raise RuntimeError("as asked")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await closed.wait()
+
+
+asyncio.run(main(sys.argv[1], Path(sys.argv[2])))

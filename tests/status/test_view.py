@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.status.emulator import BOUND_S, Emulator
+
+Start = Callable[..., Emulator]
+
+
+class Report(msgspec.Struct):
+    """What the program under test says of itself."""
+
+    told: list[str]
+    beats: int
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    return tmp_path / "report"
+
+
+@pytest.fixture
+def start(report: Path) -> Iterator[Start]:
+    """Start the program with the view in a terminal of its own and wait for its first screen."""
+    emulators: list[Emulator] = []
+
+    def started(
+        way: str = "quit",
+        *,
+        columns: int = 80,
+        lines: int = 24,
+        environment: dict[str, str] | None = None,
+    ) -> Emulator:
+        emulator = Emulator(
+            "tests.status.program",
+            [way, str(report)],
+            columns=columns,
+            lines=lines,
+            environment=environment,
+        )
+        emulators.append(emulator)
+        emulator.until_shown("orders-to-nats", "q quit")
+        return emulator
+
+    yield started
+    for emulator in emulators:
+        emulator.close()
+
+
+def test_arrows_move_and_enter_and_escape_open_and_close_the_details(start: Start) -> None:
+    terminal = start()
+
+    terminal.until_shown("▸ audit-to-file")
+    terminal.type("\x1b[B")
+    terminal.until_shown("▸ invoices-from-nats")
+    terminal.type("j\r")
+    terminal.until_shown("▸ orders-to-nats", "p50 3.0", "source.outbox: orders")
+    terminal.type("\x1b")
+    terminal.until_gone("p50 3.0")
+
+
+def test_a_filter_leaves_what_matches_until_it_is_dropped(start: Start) -> None:
+    terminal = start()
+
+    terminal.type("/invoi")
+    terminal.until(lambda screen: "filter: invoi" in screen and "orders-to-nats out" not in screen)
+    terminal.type("\r")
+    terminal.until_shown("filter: invoi (esc drops it)")
+    terminal.type("\x1b")
+    terminal.until_shown("▸ invoices-from-nats", "audit-to-file")
+
+
+def test_s_sorts_by_the_next_column(start: Start) -> None:
+    terminal = start()
+
+    terminal.type("ss")
+
+    terminal.until(lambda screen: "rate*" in screen and "orders" in screen.splitlines()[3])
+
+
+def test_pausing_asks_first_and_resuming_too(start: Start, report: Path) -> None:
+    terminal = start()
+    terminal.type("\x1b[F")
+    terminal.until_shown("▸ orders-to-nats")
+
+    terminal.type("p")
+    terminal.until_shown("pause orders-to-nats?")
+    terminal.type("y")
+    terminal.until_shown("orders-to-nats is paused")
+    terminal.type("p")
+    terminal.until_shown("resume orders-to-nats?")
+    terminal.type("y")
+    terminal.until_shown("orders-to-nats is resumed")
+
+    _until(report, lambda seen: seen.told == ["pause orders-to-nats", "resume orders-to-nats"])
+
+
+def test_any_answer_but_yes_changes_nothing(start: Start, report: Path) -> None:
+    terminal = start()
+
+    terminal.type("p")
+    terminal.until_shown("resume audit-to-file?")
+    terminal.type("n")
+    terminal.until_gone("resume audit-to-file?")
+
+    beats = _read(report).beats
+    assert _until(report, lambda seen: seen.beats > beats + 2).told == []
+
+
+def test_an_action_that_fails_is_one_line_on_the_screen(start: Start) -> None:
+    terminal = start()
+
+    terminal.type("p")
+    terminal.until_shown("resume audit-to-file?")
+    terminal.type("y")
+
+    terminal.until_shown("PostgreSQL is out of reach", "▸ audit-to-file")
+
+
+def test_dead_letters_are_retried_where_there_are_some(start: Start, report: Path) -> None:
+    terminal = start()
+
+    terminal.type("r")
+    terminal.until_shown("audit-to-file has no dead letters")
+    terminal.type("jr")
+    terminal.until_shown("try 5 dead letters of invoices-from-nats again?")
+    terminal.type("y")
+    terminal.until_shown("5 dead letters are tried again")
+
+    _until(report, lambda seen: seen.told == ["retry invoices-from-nats"])
+
+
+def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
+    terminal = start()
+
+    terminal.type("?")
+    terminal.until_shown("pause the selected pipeline", "any key goes back")
+    terminal.type(" ")
+    terminal.until_shown("▸ audit-to-file")
+
+
+def test_the_screen_follows_a_resize(start: Start) -> None:
+    terminal = start()
+    assert "owner" not in terminal.text
+
+    terminal.resize(120, 40)
+    wide = terminal.until_shown("owner", "worker-a", "q quit")
+    assert "q quit" in wide.splitlines()[39]
+
+    terminal.resize(80, 24)
+    narrow = terminal.until(lambda screen: "owner" not in screen and "q quit" in screen)
+    assert "q quit" in narrow.splitlines()[23]
+
+
+def test_without_colour_no_colour_is_written(start: Start) -> None:
+    terminal = start(environment={"NO_COLOR": "1"})
+
+    assert not re.search(rb"\x1b\[[0-9;]*3[0-7][;m]", terminal.output)
+
+
+def test_a_screen_that_does_not_change_is_not_written_again(start: Start, report: Path) -> None:
+    terminal = start()
+    terminal.until_shown("up ")
+    before = len(terminal.output)
+
+    beats = _read(report).beats
+    _until(report, lambda seen: seen.beats > beats + 20)
+    terminal.until_shown("q quit")
+
+    # Only the time that the relay has been up moves, once a minute.
+    assert len(terminal.output) - before < 1000
+
+
+def test_quitting_gives_the_terminal_back(start: Start) -> None:
+    terminal = start()
+
+    terminal.type("q")
+
+    assert terminal.wait() == 0
+    _assert_given_back(terminal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_gives_the_terminal_back(start: Start, number: signal.Signals) -> None:
+    terminal = start()
+
+    terminal.signal(number)
+
+    terminal.wait()
+    _assert_given_back(terminal)
+
+
+def test_an_exception_gives_the_terminal_back(start: Start, report: Path) -> None:
+    terminal = start("raise")
+
+    report.with_suffix(".raise").touch()
+
+    assert terminal.wait() == 1
+    _assert_given_back(terminal)
+    assert b"RuntimeError: as asked" in terminal.output.rpartition(b"\x1b[?1049l")[2]
+
+
+def test_a_stalled_terminal_costs_pictures_and_nothing_else(start: Start, report: Path) -> None:
+    terminal = start("busy", columns=200, lines=60)
+
+    # Nobody reads any more: the kernel's buffer is full after a few pictures.
+    beats = _read(report).beats
+    _until(report, lambda seen: seen.beats > beats + 100)
+    terminal.signal(signal.SIGTERM)
+
+    terminal.wait(reads=False)
+    assert terminal.attributes_after == terminal.attributes
+
+
+def _assert_given_back(terminal: Emulator) -> None:
+    assert terminal.attributes_after == terminal.attributes
+    assert terminal.output.count(b"\x1b[?1049h") == terminal.output.count(b"\x1b[?1049l") == 1
+    assert b"\x1b[?25h" in terminal.output
+    assert b"\x1b[?2026" not in terminal.output.rpartition(b"\x1b[?1049l")[2]
+
+
+def _read(report: Path) -> Report:
+    return msgspec.json.decode(report.read_bytes(), type=Report)
+
+
+def _until(report: Path, condition: Callable[[Report], bool]) -> Report:
+    deadline = time.monotonic() + BOUND_S
+    while not condition(seen := _read(report)):
+        assert time.monotonic() < deadline, f"it stayed {seen}"
+        time.sleep(0.01)
+    return seen
