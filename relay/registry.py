@@ -13,6 +13,7 @@ from relay.errors import ConfigurationError, DriverMissing
 
 SINKS: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSink",
+    "kafka": "relay.backends.kafka:KafkaSink",
     "redis": "relay.backends.redis:RedisSink",
     "webhook": "relay.backends.webhook:WebhookSink",
     "pg-inbox": "relay.backends.inbox:InboxSink",
@@ -23,6 +24,7 @@ SINKS: Mapping[str, str] = {
 SOURCES: Mapping[str, str] = {
     "outbox": "relay.backends.outbox:OutboxSource",
     "nats": "relay.backends.nats:NatsSource",
+    "kafka": "relay.backends.kafka:KafkaSource",
     "redis": "relay.backends.redis:RedisSource",
     "webhook": "relay.backends.webhook:WebhookSource",
     "stdin": "relay.backends.files:FileSource",
@@ -30,7 +32,12 @@ SOURCES: Mapping[str, str] = {
 }
 
 # The extra of the distribution that brings a backend's driver.
-EXTRAS: Mapping[str, str] = {"nats": "nats", "redis": "redis", "webhook": "webhook"}
+EXTRAS: Mapping[str, str] = {
+    "nats": "nats",
+    "kafka": "kafka",
+    "redis": "redis",
+    "webhook": "webhook",
+}
 
 
 class _Buildable(Protocol):
