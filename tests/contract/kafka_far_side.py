@@ -11,22 +11,31 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import codec as client_codec
 from aiokafka import errors as client_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 from aiokafka.structs import ConsumerRecord
+from msgspec import structs
 
 from relay.backends.kafka import KafkaSink, KafkaSource
 from relay.backends.kafka.errors import mapped
+from relay.backends.kafka.producer import CODECS
 from relay.backends.kafka.record import RecordEncoder, decoded
 from relay.contracts import Rejected
 from relay.message import RelayMessage
-from tests.contract.evidence import PAUSE_S
+from tests.contract.evidence import PAUSE_S, numbered
 from tests.contract.surroundings import backend_context
 from tests.servers.kafka import PASSWORD, USER, KafkaServer
 from tests.servers.proxy import TcpProxy
 from tests.servers.tls import TlsFiles
 
 TIMEOUT_MS = 10_000
+_BATCH_HEADER_BYTES = 61
 
 
 def sink_of(
@@ -84,6 +93,13 @@ class FarSide:
         self.server = server
         self.topic = topic or new_name()
         self._partitions: dict[str, int] = {}
+
+    def numbered(self, count: int, *, keys: int = 1, start: int = 0) -> list[RelayMessage]:
+        """So many messages for this topic."""
+        return [
+            structs.replace(message, subject=self.topic)
+            for message in numbered(count, keys=keys, start=start)
+        ]
 
     @asynccontextmanager
     async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
@@ -214,6 +230,45 @@ class FarSide:
             await consumer.stop()
         return found
 
+    async def put_raw(self, batch: bytes) -> None:
+        """Add a record batch to the first partition as it is."""
+        connection = AIOKafkaConnection(*self.server.address, request_timeout_ms=TIMEOUT_MS)
+        await connection.connect()
+        try:
+            answer = await connection.send(
+                ProduceRequest(None, -1, TIMEOUT_MS, [(self.topic, [(0, batch)])])
+            )
+            ((_, ((_, code, *_),)),) = answer.topics
+            assert code == 0
+        finally:
+            await asyncio.wait({connection.close()}, timeout=5)
+
+    async def commit(self, offset: int) -> None:
+        """Set where the group of the topic goes on in the first partition; it has no members."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.server.brokers, group_id=self.topic, enable_auto_commit=False
+        )
+        one = TopicPartition(self.topic, 0)
+        consumer.assign([one])
+        await consumer.start()
+        try:
+            await consumer.commit({one: offset})
+        finally:
+            await consumer.stop()
+
+    async def stored(self) -> bytes:
+        """The first partition as the broker keeps it: its batches, compressed as they came."""
+        connection = AIOKafkaConnection(*self.server.address, request_timeout_ms=TIMEOUT_MS)
+        await connection.connect()
+        try:
+            most = 16 * 1024 * 1024
+            asked = [(self.topic, [(0, 0, most)])]
+            answer = await connection.send(FetchRequest(100, 1, most, 0, asked))
+            ((_, ((*_, records),)),) = answer.topics
+        finally:
+            await asyncio.wait({connection.close()}, timeout=5)
+        return bytes(records)
+
     async def restored(self, *topics: str) -> list[RelayMessage]:
         """All records as a consumer of ours gets them; broken ones by what their headers say."""
         messages = []
@@ -268,6 +323,31 @@ async def eventually(is_so: Callable[[], Awaitable[bool]], timeout_s: float = 30
     async with asyncio.timeout(timeout_s):
         while not await is_so():  # noqa: ASYNC110 - it can only be looked at
             await asyncio.sleep(PAUSE_S)
+
+
+def batch_with_broken_header(values: Sequence[bytes], compression: str) -> bytes:
+    """Records whose one header has a name that is not UTF-8, as some other client may write."""
+
+    def built(codec: int) -> bytes:
+        builder = DefaultRecordBatchBuilder(2, codec, 0, -1, -1, -1, batch_size=2**20)
+        for number, value in enumerate(values):
+            builder.append(number, 1_700_000_000_000, None, value, [("~~", b"v")])
+        return bytes(builder.build())
+
+    plain = bytearray(built(0)[_BATCH_HEADER_BYTES:].replace(b"~~", b"\xff\xfe"))
+    codec = CODECS[compression]
+    encoders = {
+        "gzip": client_codec.gzip_encode,
+        "snappy": client_codec.snappy_encode,
+        "lz4": client_codec.lz4_encode,
+        "zstd": client_codec.zstd_encode,
+    }
+    body = bytes(encoders[compression](bytes(plain))) if codec else bytes(plain)
+    batch = bytearray(built(0)[:_BATCH_HEADER_BYTES]) + body
+    batch[8:12] = (len(batch) - 12).to_bytes(4, "big")
+    batch[21:23] = codec.to_bytes(2, "big")
+    batch[17:21] = calc_crc32c(bytes(batch[21:])).to_bytes(4, "big")
+    return bytes(batch)
 
 
 def login(password: str = PASSWORD, mechanism: str = "SCRAM-SHA-512") -> dict[str, Any]:

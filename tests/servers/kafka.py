@@ -79,6 +79,12 @@ class KafkaServer:
     ports: Mapping[str, int] = field(default_factory=dict)
     proxied_port: int = 0
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the listener without TLS and users, of the first broker."""
+        host, _, port = self.brokers.partition(",")[0].rpartition(":")
+        return host, int(port)
+
     def at(self, listener: str) -> str:
         """The address of one listener; leaves the test out where a foreign server has none."""
         if listener not in self.ports:

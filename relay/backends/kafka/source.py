@@ -91,7 +91,8 @@ class KafkaSource:
         self._batch_bytes = batch_bytes
         self._name = name
         self._isolation = _ISOLATION[options.isolation_level]
-        self._heartbeat_s = min(_LONGEST_HEARTBEAT_S, options.session_timeout_ms / 3000)
+        shortest_ms = min(options.session_timeout_ms, options.rebalance_timeout_ms)
+        self._heartbeat_s = min(_LONGEST_HEARTBEAT_S, shortest_ms / 3000)
         self._most_buffered = max(options.fetch_max_bytes, 2 * batch_bytes)
         self._cluster: Cluster | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -212,7 +213,11 @@ class KafkaSource:
         if position.state is _State.SETTLED:
             return
         offsets = {one: range_[1] for one, range_ in position.ranges.items()}
-        await self._member.commit(self._open(), offsets)
+        try:
+            await self._member.commit(self._open(), offsets)
+        except OwnershipLost as error:
+            self._trouble = self._trouble or error
+            raise
         self._settle(position)
 
     async def keep_alive(self, batch: Batch) -> None:
