@@ -16,6 +16,7 @@ from aiokafka import errors as client_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.util import calc_crc32c
@@ -127,6 +128,18 @@ class FarSide:
                 return all(map(_has_leaders, await admin.describe_topics(list(names))))
 
             await eventually(have_leaders)
+        await eventually(lambda: self._is_served(names))
+
+    async def _is_served(self, topics: Sequence[str]) -> bool:
+        """Whether the broker that leads the partitions of these topics knows that it does."""
+        connection = AIOKafkaConnection(*self.server.address, request_timeout_ms=TIMEOUT_MS)
+        await connection.connect()
+        try:
+            asked = [(one, [(n, -1) for n in range(self._partitions[one])]) for one in topics]
+            answer = await connection.send(OffsetRequest(-1, 0, asked))
+        finally:
+            await asyncio.wait({connection.close()}, timeout=5)
+        return not any(code for _, ones in answer.topics for _, code, *_ in ones)
 
     async def drop(self, *topics: str) -> None:
         """Remove the topic, or others, and wait until they are gone."""

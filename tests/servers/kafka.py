@@ -8,6 +8,7 @@ has a listener for each way to connect, so that one JVM serves the whole session
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -62,6 +63,12 @@ LISTENERS: Mapping[str, str] = {
 }
 _CLUSTER_ID = "cGd0cmlja2xlLXJlbGF5LQ"
 _NOT_READY = (14, 15, 16)
+# So many ports are chosen that one may be taken meanwhile.
+_ATTEMPTS = 3
+
+
+class KafkaNotStarted(RuntimeError):
+    """The broker ended before it served anybody; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,13 @@ def find_kafka(tls_files: TlsFiles) -> KafkaServer:
             return _started(container, container.node, f"Docker, {IMAGE}")
         except DockerException as failure:
             warn_of_docker(IMAGE, failure)
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(KafkaNotStarted):
+            return _started_locally(tls_files)
+    return _started_locally(tls_files)
+
+
+def _started_locally(tls_files: TlsFiles) -> KafkaServer:
     local = LocalKafka(_java(), _jars(), tls_files)
     return _started(local, local.node, f"local, {JARS}")
 
@@ -264,7 +278,7 @@ class LocalKafka:
 
         if not _wait_until_ready(self.node.ports["PLAIN"], is_gone):
             said = self._log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"Kafka did not start:\n{said}")
+            raise KafkaNotStarted(f"Kafka did not start:\n{said}")
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)

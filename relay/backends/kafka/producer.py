@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from aiokafka.protocol.produce import ProduceRequest
@@ -29,6 +29,8 @@ CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 # As many as a broker remembers of a producer and partition.
 MAX_REQUESTS_UNDER_WAY = 5
 
+_Add = Callable[[int, int, bytes | None, bytes, list[Header]], object | None]
+
 _MAGIC = 2
 _NO_ID = -1
 _MAX_SEQUENCE = 2**31
@@ -37,10 +39,22 @@ _MAX_SEQUENCE = 2**31
 class RecordBatch:
     """Records for one partition; ``indexes`` and ``keys`` are those of their messages.
 
-    ``error``: why it was not accepted, once it was sent; None where it was.
+    ``add`` takes offset in the batch, time in ms, key, value and headers of one more record, and
+    gives None where the batch is full; the first is always taken. ``error``: why the batch was not
+    accepted, once it was sent; None where it was.
     """
 
-    __slots__ = ("_builder", "data", "error", "indexes", "keys", "limit", "partition", "topic")
+    __slots__ = (
+        "_builder",
+        "add",
+        "data",
+        "error",
+        "indexes",
+        "keys",
+        "limit",
+        "partition",
+        "topic",
+    )
 
     def __init__(self, topic: str, partition: int, *, codec: int, limit: int) -> None:
         self.topic = topic
@@ -53,23 +67,7 @@ class RecordBatch:
         self._builder = DefaultRecordBatchBuilder(
             _MAGIC, codec, 0, _NO_ID, _NO_ID, _NO_ID, batch_size=limit
         )
-
-    def append(
-        self,
-        index: int,
-        dedup_key: str,
-        *,
-        key: bytes | None,
-        value: bytes,
-        headers: list[Header],
-        timestamp_ms: int,
-    ) -> bool:
-        """Take one more record; False where the batch is full. The first is always taken."""
-        if self._builder.append(len(self.indexes), timestamp_ms, key, value, headers) is None:
-            return False
-        self.indexes.append(index)
-        self.keys.append(dedup_key)
-        return True
+        self.add: _Add = self._builder.append
 
     @property
     def slot(self) -> tuple[str, int]:
@@ -80,7 +78,7 @@ class RecordBatch:
         """Compress and number the batch, once; its size in bytes."""
         self._builder.set_producer_state(producer_id, epoch, sequence)
         self.data = bytes(self._builder.build())
-        del self._builder
+        del self._builder, self.add
         return len(self.data)
 
 

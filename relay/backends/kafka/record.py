@@ -23,7 +23,6 @@ Header = tuple[str, bytes]
 _OWN = wire.LOWER.names()
 _FORMAT = wire.LOWER.format
 _DEDUP_KEY = wire.LOWER.dedup_key
-_ENVELOPE = {_FORMAT: "envelope"}
 _MARKED_AS_ENVELOPE = (_FORMAT, b"envelope")
 
 
@@ -90,7 +89,8 @@ def decoded(record: Record, topic: str, partition: int) -> RelayMessage | Reject
     """The message of a record, or why it is none, with the raw body."""
     headers = record.headers
     if _MARKED_AS_ENVELOPE in headers:
-        return _of_ours(record, topic, partition, _ENVELOPE)
+        # The body has everything; the other headers are for those who filter.
+        return _of_ours(record, topic, partition, None)
     texts = {name: _text(text) for name, text in headers if text is not None}
     if any(name.lower() == _FORMAT for name in texts):
         return _of_ours(record, topic, partition, texts)
@@ -98,13 +98,18 @@ def decoded(record: Record, topic: str, partition: int) -> RelayMessage | Reject
 
 
 def _of_ours(
-    record: Record, topic: str, partition: int, headers: Mapping[str, str]
+    record: Record, topic: str, partition: int, headers: Mapping[str, str] | None
 ) -> RelayMessage | Rejected:
+    """``headers`` None: it is an envelope."""
     body = record.value
     try:
         if body is None:
             raise MessageUndecodable("the record is marked as ours, but has no value")
-        restored = wire.restore(body, headers, wire.LOWER)
+        restored = (
+            wire.restore_envelope(body)
+            if headers is None
+            else wire.restore(body, headers, wire.LOWER)
+        )
     except MessageUndecodable as error:
         texts = {name: _text(text) for name, text in record.headers if text is not None}
         broken = RelayMessage(
