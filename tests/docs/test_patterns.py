@@ -66,9 +66,7 @@ def test_every_backend_has_an_example_and_its_troubles(
     with_troubles = {table.pipeline for table in TROUBLES}
 
     assert types.keys() - {"outbox"} <= examples.keys(), "write a section in docs/PATTERNS.md"
-    untroubled = [
-        type_ for type_, names in examples.items() if not names & with_troubles
-    ]
+    untroubled = [type_ for type_, names in examples.items() if not names & with_troubles]
     assert set(untroubled) <= WITHOUT_TROUBLES, "add a table: <!-- troubles of NAME -->"
 
 

@@ -27,7 +27,9 @@ from tests.docs.page import read
 from tests.docs.stage import Stage
 from tests.servers.process import RelayProcess
 
-_PART = re.compile(r"^## (?P<section>.*)$|^<!-- troubles of (?P<pipeline>[\w-]+) -->$", re.MULTILINE)
+_PART = re.compile(
+    r"^## (?P<section>.*)$|^<!-- troubles of (?P<pipeline>[\w-]+) -->$", re.MULTILINE
+)
 _CODE = re.compile(r"`([^`]*)`")
 _TROUBLES = ("warning", "error")
 
