@@ -48,9 +48,9 @@ async def test_a_section_does_and_fails_as_it_says(
                 await stage.perform(block)
         await stage.end_relays()
 
-        for table in TROUBLES:
-            if table.section == section:
-                await show_troubles(stage, table)
+        tables = [table for table in TROUBLES if table.section == section]
+        if tables:
+            await show_troubles(stage, tables)
 
 
 @pytest.mark.parametrize("direction, types", [("outbox", SINKS), ("inbox", SOURCES)])

@@ -56,9 +56,9 @@ def trouble_tables(page: str) -> list[TroubleTable]:
     return list(_tables(read(page)))
 
 
-async def show_troubles(stage: Stage, table: TroubleTable) -> None:
-    """Run the pipeline with each row's keys. Raises `AssertionError` where it says otherwise."""
-    expected = await asyncio.to_thread(_set_pipelines, stage, table)
+async def show_troubles(stage: Stage, tables: Sequence[TroubleTable]) -> None:
+    """Run a pipeline with each row's keys. Raises `AssertionError` where it says otherwise."""
+    expected = await asyncio.to_thread(_set_pipelines, stage, tables)
     relay = await stage.start_relay(
         "--log-format",
         "json",
@@ -73,7 +73,7 @@ async def show_troubles(stage: Stage, table: TroubleTable) -> None:
     said = list(_said(relay, expected))
     assert Counter(name for name, _ in said) == Counter(expected.keys()), relay.output
     for name, line in said:
-        assert is_as_said(expected[name], line), f"{table.section}, {table.pipeline}: {line}"
+        assert is_as_said(expected[name], line), f"{name}: {line}"
         assert line.endswith(")"), f"no remedy: {line}"
     assert WRONG_SECRET not in relay.output, relay.output
 
@@ -95,29 +95,36 @@ def _trouble(row: str) -> Trouble:
     return Trouble(json.loads(f"{{{', '.join(_CODE.findall(wrong))}}}"), line)
 
 
-def _set_pipelines(stage: Stage, table: TroubleTable) -> dict[str, str]:
+def _set_pipelines(stage: Stage, tables: Sequence[TroubleTable]) -> dict[str, str]:
     """A pipeline for each row, and no other; gives what each is to say."""
     connection = stage.connection
     rows = connection.execute("select name, direction, config from pgtrickle.list_relay_configs()")
     found = {str(name): (str(direction), config) for name, direction, config in rows}
     for name in found:
         connection.execute("select pgtrickle.disable_relay(%s)", (name,))
-    direction, config = found[table.pipeline]
+    return {
+        name: said
+        for table in tables
+        for name, said in _set_rows(stage, table, *found[table.pipeline])
+    }
+
+
+def _set_rows(
+    stage: Stage, table: TroubleTable, direction: str, config: object
+) -> Iterator[tuple[str, str]]:
     assert isinstance(config, dict)
     side, setter = (
         ("sink", "set_relay_outbox") if direction == "forward" else ("source", "set_relay_inbox")
     )
-    expected: dict[str, str] = {}
     for number, trouble in enumerate(table.troubles, start=1):
         keys = json.loads(stage.here(json.dumps(trouble.keys)))
         end = {key: value for key, value in {**config[side], **keys}.items() if value is not None}
         name = f"{table.pipeline}-{number}"
-        connection.execute(
+        stage.connection.execute(
             f"select pgtrickle.{setter}(%s, %s::text::jsonb)".encode(),
             (name, json.dumps({**config, side: end})),
         )
-        expected[name] = stage.here(trouble.said)
-    return expected
+        yield name, stage.here(trouble.said)
 
 
 def _said(relay: RelayProcess, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
