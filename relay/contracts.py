@@ -77,6 +77,9 @@ class Source(Protocol):
     Loss: until a batch is acknowledged the source hands it out again after a reconnect, a crash or
     `reject`. `connect` after a failure or a forced stop resumes from what was acknowledged.
     Order: as the far side keeps it; within a batch, and from batch to batch.
+    Where: in the one relay that owns the pipeline. A source to which others come, at whichever
+    relay they please, says ``runs_everywhere = True`` on its class and runs in every relay of the
+    group at once; it keeps no position in the catalog, since a position has one owner.
     """
 
     @property

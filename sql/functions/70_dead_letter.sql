@@ -315,7 +315,8 @@ as $$
         last_failed_at = now(),
         retry_requested_at = null
     from unnest(p_ids, p_errors) as f (id, error)
-    where d.id = f.id
+    -- A receiver runs in several relays: two that tried the same letter count as one attempt.
+    where d.id = f.id and d.retry_requested_at is not null
 $$;
 
 comment on function pgtrickle.relay_dlq_fail(bigint[], text[]) is

@@ -137,7 +137,8 @@ def listening(addr: str) -> Iterator[None]:
         if error.errno == errno.EADDRINUSE:
             raise ConfigurationError(
                 f"source.listen_addr {addr}: the address is in use",
-                remedy="choose another port, or end what listens there",
+                remedy="end what listens there, or choose another port; relays of one host need one"
+                " each, such as ${env:RELAY_HOOK_PORT}",
             ) from error
         raise ConfigurationError(f"source.listen_addr {addr}: {_reason(error)}") from error
 
