@@ -57,7 +57,9 @@ class PublishResult(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to each message: those not named in ``failures`` are durably accepted.
 
     ``failures`` is in ascending order of ``index``. A failure of kind ``message`` is permanent,
-    any other transient: the loop publishes those again, in order.
+    any other transient: the loop publishes those again, in order, and not before the longest time
+    that any of them asks for (`relay.errors.Outage`). `NotConnected` and `TimedOut` say that the
+    connection is gone: the loop connects anew before it publishes again.
     ``duplicates`` counts accepted messages that the far side already had.
     """
 

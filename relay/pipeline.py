@@ -115,7 +115,8 @@ class Pipeline:
                     break
                 except Exception as error:  # noqa: BLE001 - nothing reaches the siblings
                     heed_cancellation(error)
-                    await self._recover(error, backoff.next_s(), backoff.attempt)
+                    asked_s = error.retry_after_s if isinstance(error, RelayError) else None
+                    await self._recover(error, backoff.next_s(asked_s), backoff.attempt)
                     if self._is_draining and not _is_worth_waiting(error):
                         ending = Ending.FAILED
                         break

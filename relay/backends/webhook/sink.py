@@ -134,7 +134,6 @@ class WebhookSink:
         """
         if not self._endpoint.is_open:
             raise NotConnected("the webhook sink is not connected")
-        await self._endpoint.wait_until_welcome()
         errors: dict[int, RelayError] = {}
         items = self._encoded(messages, errors)
         if self._options.batch_mode:
