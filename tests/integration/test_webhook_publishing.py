@@ -338,10 +338,10 @@ async def test_a_receiver_that_keeps_idempotency_keys_takes_each_event_once(
 def refusing(server: HttpServer, status: int, *asked: str | None) -> tuple[list[float], float]:
     """Make the server refuse so many requests, asking for these waits, None for an HTTP date.
 
-    Gives the times of day of all its requests, and the date, which is 3 to 4 s away.
+    Gives the times of day of all its requests, and the date, which is 2 to 3 s away.
     """
     times: list[float] = []
-    date = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=4)
+    date = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
     left = deque(asked)
 
     def judge(_: Received) -> Reply:
