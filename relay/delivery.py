@@ -23,7 +23,7 @@ import msgspec
 
 from relay.backoff import LONGEST_ASKED_WAIT_S, Backoff
 from relay.catalog import DeadLetter, StoredDeadLetter
-from relay.contracts import Batch, Describing, Failure, Sink
+from relay.contracts import Batch, Describing, Failure, Sink, Source
 from relay.errors import (
     ErrorKind,
     MessageRejected,
@@ -498,7 +498,7 @@ class Delivery:
             return
         await self._sink.connect()
         self._is_connected = True
-        self._voice.connection("sink", is_connected=True, details=await _described(self._sink))
+        self._voice.connection("sink", is_connected=True, details=await described(self._sink))
 
     def _lost(self) -> None:
         if self._is_connected:
@@ -564,13 +564,13 @@ def _spent(
     return spent
 
 
-async def _described(sink: Sink) -> Mapping[str, str]:
-    """What the sink tells of its far side; a sink that can't say now is connected all the same."""
-    if not isinstance(sink, Describing):
+async def described(side: Source | Sink) -> Mapping[str, str]:
+    """What one side tells of its far side; where it can't say now, it is connected all the same."""
+    if not isinstance(side, Describing):
         return {}
     try:
         async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
-            return await sink.describe()
+            return await side.describe()
     except (RelayError, TimeoutError) as error:
         heed_cancellation(error)
         return {}

@@ -111,8 +111,7 @@ class MigrationRefused(CatalogError):
 class Outage(RelayError):
     """The far side is away, overloaded or refuses everything; nothing is wrong with the message.
 
-    ``retry_after_s``: for how long it asks not to be tried again, in seconds from now; None where
-    it does not say. The loop waits so long, within `relay.backoff.LONGEST_ASKED_WAIT_S`.
+    It may ask for a rest of ``retry_after_s`` seconds, which it is granted up to an hour.
     """
 
     kind = ErrorKind.OUTAGE

@@ -125,7 +125,7 @@ class Locks:
         """Let the others know whether this relay can take no more pipelines. Raises `Outage`."""
         if is_full != self._is_full:
             verb = "pg_advisory_lock_shared" if is_full else "pg_advisory_unlock_shared"
-            await self._query(f"select pg_catalog.{verb}($1)", self._full_key)  # noqa: S608 - one of two
+            await self._query(f"select pg_catalog.{verb}($1)", self._full_key)
             self._is_full = is_full
 
     async def try_acquire(self, pipeline: str) -> bool:

@@ -30,6 +30,7 @@ from relay.delivery import (
     Stopping,
     Transform,
     Voice,
+    described,
     heed_cancellation,
 )
 from relay.errors import EndOfInput, ErrorKind, RelayError
@@ -140,7 +141,8 @@ class Pipeline:
         )
         try:
             await self._source.connect()
-            self._voice.connection("source", is_connected=True)
+            details = await described(self._source)
+            self._voice.connection("source", is_connected=True, details=details)
             await self._delivery.connect()
             self._voice.state(PipelineState.RUNNING)
             await session.run()

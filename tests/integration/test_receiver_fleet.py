@@ -322,3 +322,27 @@ async def test_a_drain_delivers_the_rest_beside_a_receiver_and_does_not_listen(
 
         assert await drain.wait() == 0, drain.output
     assert [event.id for event in events_in(output)] == [1, 2, 3, 4, 5]
+
+
+async def test_the_address_may_be_each_relays_own_by_a_profile_or_any_that_is_free(
+    world: RelayWorld,
+) -> None:
+    await world.reverse("own", {"type": "webhook", "profile": "hooks", "path": PATH}, "arrived")
+    await world.reverse(
+        "free", {"type": "webhook", "listen_addr": f"{LOOPBACK}:0", "path": PATH}, "arrived"
+    )
+    for number in range(2):
+        port = free_port()
+        one = await receiver(
+            world,
+            f"+backends.hooks={{type: webhook, listen_addr: '{LOOPBACK}:{port}'}}",
+            port=port,
+        )
+        said = await one.relay.wait_for_log(r"\[free\] source connected .listening: ")
+        free = Receiver(one.relay, int(said.partition(f"listening: {LOOPBACK}:")[2].split(";")[0]))
+
+        await one.until_listening()
+        assert await one.send(f"own {number}") == 200
+        assert await free.send(f"free {number}") == 200
+
+    assert await world.inbox_keys("arrived") == ["free 0", "free 1", "own 0", "own 1"]
