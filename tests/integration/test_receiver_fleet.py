@@ -346,3 +346,30 @@ async def test_the_address_may_be_each_relays_own_by_a_profile_or_any_that_is_fr
         assert await free.send(f"free {number}") == 200
 
     assert await world.inbox_keys("arrived") == ["free 0", "free 1", "own 0", "own 1"]
+
+
+async def test_a_dead_letter_that_every_relay_tries_again_counts_once_and_is_written_once(
+    world: RelayWorld,
+) -> None:
+    await world.reverse("hook", source(), "arrived")
+    relays = [await receiver(world), await receiver(world)]
+    for one in relays:
+        await one.until_listening()
+    await world.run("alter table pgtrickle.arrived add constraint c check (event_id <> 'k')")
+    assert await relays[0].send("k") == 200
+    letters = "select attempts, retry_requested_at from pgtrickle.relay_dlq_list()"
+
+    async def are_settled(expected: list[tuple[object, ...]]) -> None:
+        async def found() -> bool:
+            return [tuple(row) for row in await world.owner.fetch(letters)] == expected
+
+        await until(found)
+
+    await are_settled([(1, None)])
+    await world.run("select pgtrickle.relay_dlq_retry_all('hook')")
+    await are_settled([(2, None)])
+    await world.run("alter table pgtrickle.arrived drop constraint c")
+    await world.run("select pgtrickle.relay_dlq_retry_all('hook')")
+    await are_settled([])
+
+    assert await world.inbox_keys("arrived") == ["k"]
