@@ -33,7 +33,9 @@ The dedup key is ours where the message is ours, else ``Idempotency-Key``, else 
 an array, else a random UUID: then a repetition can't be told from a new message, unless
 ``dedup_key_from`` names what can.
 
-Several pipelines may share one ``listen_addr`` with different paths and the same TLS keys.
+Every relay of the group listens, since a load balancer sends anywhere; relays on one host need a
+port each. Several pipelines of a relay may share one ``listen_addr`` with different paths and the
+same TLS keys.
 """
 
 from __future__ import annotations
