@@ -1,4 +1,7 @@
-"""The bookkeeping of one publish: what may be sent, what is under way, what became of it."""
+"""The bookkeeping of one publish: what may be sent, what is under way, what became of it.
+
+For sinks that have several messages under way at a time and hear of each by itself.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ class Flight:
 
     Messages are sent in order, except that with ``is_strict`` a message waits while another of its
     key is unsettled. The first failure that is not the fault of its own message grounds the
-    flight: nothing more is sent, and what was not sent fails for the same reason.
+    flight: nothing more is sent, and what was not sent fails for the same reason. Settling one
+    message frees at most one that waited for it, so that a sender which takes again after each
+    leaves none behind.
     """
 
     def __init__(self, messages: Sequence[RelayMessage], *, is_strict: bool, window: int) -> None:
