@@ -50,7 +50,7 @@ IMAGE = f"apache/kafka:{VERSION}"
 JARS = Path.home() / ".cache" / "pgtrickle-relay-tests" / f"kafka-{VERSION}"
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
-USER, PASSWORD = "relay", "right"
+USER, PASSWORD = "relay", "right-s3cret-5811"
 
 # Each with how it is spoken to; PROXIED says that it stands where the proxy of a test listens.
 LISTENERS: Mapping[str, str] = {
