@@ -26,10 +26,10 @@ from relay.postgres import Connection
 from scripts.benchmark.bare_nats import BareNats, connected
 
 STREAM: Final = "bench"
+NATS_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 60.0
 
-_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 _REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
@@ -43,15 +43,19 @@ class Surroundings:
     nats: BareNats
 
     @contextlib.asynccontextmanager
-    async def relay(self) -> AsyncIterator[int]:
-        """The real relay as a process of its own, ready; its process id."""
+    async def relay(self, secret: Mapping[str, str] | None = None) -> AsyncIterator[int]:
+        """The real relay as a process of its own, ready; its process id.
+
+        ``secret``: more variables of its environment.
+        """
         port = _free_port()
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "PGTRICKLE_"))},
             "PYTHONPATH": str(_REPOSITORY),
             "PGTRICKLE_RELAY_POSTGRES_URL": self.database_url,
             "PGTRICKLE_RELAY_METRICS_ADDR": f"{LOOPBACK}:{port}",
-            _TOKEN: self.servers.nats_token,
+            NATS_TOKEN: self.servers.nats_token,
+            **(secret or {}),
         }
         with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-") as directory:
             log = Path(directory) / "relay.log"
@@ -75,15 +79,32 @@ class Surroundings:
         sink = {
             "type": "nats",
             "url": self.servers.nats_url,
-            "token": f"${{env:{_TOKEN}}}",
+            "token": f"${{env:{NATS_TOKEN}}}",
             "stream": STREAM,
             "subject_template": f"{STREAM}.{{stream_table}}.{{op}}",
         }
+        await self.forward(name, outbox, sink, is_enabled=is_enabled)
+
+    async def forward(
+        self, name: str, outbox: str, sink: Mapping[str, object], *, is_enabled: bool = True
+    ) -> None:
+        """A pipeline from this outbox to this sink, with the defaults of everything else."""
         await self.postgres.execute(
             "select pgtrickle.set_relay_outbox("
             "name => $1, outbox => $2, consumer_group => null, sink => $3, enabled => $4)",
             *(name, outbox, msgspec.json.encode(sink).decode(), is_enabled),
         )
+
+    async def reverse(self, name: str, inbox: str, source: Mapping[str, object]) -> None:
+        """A pipeline from this source to this inbox, with the defaults of everything else."""
+        await self.postgres.execute(
+            "select pgtrickle.set_relay_inbox($1, $2, $3::text)",
+            *(name, inbox, msgspec.json.encode(source).decode()),
+        )
+
+    async def delete_pipeline(self, name: str) -> None:
+        """Remove a pipeline and its position."""
+        await self.postgres.execute("select pgtrickle.delete_relay($1)", name)
 
     async def fresh_stream(self) -> None:
         """Make the stream empty and without memory of message ids."""
