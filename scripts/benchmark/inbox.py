@@ -41,26 +41,26 @@ class Inbox:
         """How many rows are committed."""
         return int(await self._postgres.fetchval(f"select count(*) from {self._table}"))
 
-    async def until_holding(self, rows: int, timeout_s: float) -> None:
-        """Wait for so many rows, looking seldom: a count reads them all. Raises `TimeoutError`."""
-        deadline = time.perf_counter() + timeout_s
+    async def until_holding(self, rows: int, timeout_s: float) -> Stretch:
+        """Wait for so many rows, looking seldom: a count reads them all. Raises `TimeoutError`.
+
+        By the table's own clock: from the beginning of the first batch's transaction to that of
+        the last one's, in which everything but the last batch was written.
+        """
+        started = time.perf_counter()
         while (held := await self.count()) < rows:
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > started + timeout_s:
                 raise TimeoutError(f"{held} of {rows} rows arrived")
             await asyncio.sleep(_LOOK_S)
-
-    async def stretch(self) -> Stretch | None:
-        """From the beginning of the first batch's transaction to that of the last one's.
-
-        What was written in between is everything but the last batch. None for a single batch.
-        """
+        elapsed_s = time.perf_counter() - started
         row = await self._postgres.fetchrow(
             "select extract(epoch from max(received_at) - min(received_at))::float8 as seconds,"
             " count(*) filter (where received_at < last.at) as rows"
             f" from {self._table}, (select max(received_at) as at from {self._table}) as last"
         )
         if row is None or not row["rows"]:
-            return None
+            # A single batch has no other end than the look that found it.
+            return Stretch(rows, elapsed_s)
         return Stretch(row["rows"], row["seconds"])
 
     async def read(self) -> set[str]:

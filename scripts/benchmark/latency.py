@@ -81,7 +81,7 @@ async def _observe(
     copies = 0
     decode = msgspec.json.Decoder(_Envelope).decode
 
-    def arrive(_: bytes, __: bytes, body: bytes) -> None:
+    def arrive(_: bytes, __: bytes, ___: bytes, body: bytes) -> None:
         nonlocal copies
         now = time.time()
         order = decode(body).payload.id

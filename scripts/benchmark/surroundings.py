@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -24,11 +23,11 @@ from relay.demo.embedded import LOOPBACK, EmbeddedServers, embedded_servers
 from relay.migrate import migrate
 from relay.postgres import Connection
 from scripts.benchmark.bare_nats import BareNats, connected
+from scripts.benchmark.server import free_port, stopped
 
 STREAM: Final = "bench"
 NATS_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 START_TIMEOUT_S: Final = 30.0
-STOP_TIMEOUT_S: Final = 60.0
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
@@ -48,7 +47,7 @@ class Surroundings:
 
         ``secret``: more variables of its environment.
         """
-        port = _free_port()
+        port = free_port()
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "PGTRICKLE_"))},
             "PYTHONPATH": str(_REPOSITORY),
@@ -72,7 +71,7 @@ class Surroundings:
                 await _until_ready(port, process, log)
                 yield process.pid
             finally:
-                await _stopped(process)
+                await stopped(process)
 
     async def set_pipeline(self, name: str, outbox: str, *, is_enabled: bool = True) -> None:
         """A pipeline from this outbox to the stream, with the defaults of everything else."""
@@ -118,24 +117,33 @@ class Surroundings:
 @contextlib.asynccontextmanager
 async def surroundings() -> AsyncIterator[Surroundings]:
     """Servers and database, gone at the end. PostgreSQL syncs its commits, as in earnest."""
-    async with embedded_servers() as servers:
-        name = f"bench_{secrets.token_hex(4)}"
-        admin = await _connected(servers.postgres_url)
-        url = urlsplit(servers.postgres_url)._replace(path=f"/{name}").geturl()
+    async with (
+        embedded_servers() as servers,
+        migrated_database(servers) as (url, postgres),
+        connected(servers.nats_url, servers.nats_token) as nats,
+    ):
+        yield Surroundings(url, servers, postgres, nats)
+
+
+@contextlib.asynccontextmanager
+async def migrated_database(servers: EmbeddedServers) -> AsyncIterator[tuple[str, Connection]]:
+    """A database with nothing but the catalog, gone at the end: its URL and a connection."""
+    name = f"bench_{secrets.token_hex(4)}"
+    url = urlsplit(servers.postgres_url)._replace(path=f"/{name}").geturl()
+    admin = await _connected(servers.postgres_url)
+    try:
+        await admin.execute(f"create database {name} template template0")
         try:
-            await admin.execute(f"create database {name} template template0")
+            postgres = await _connected(url)
             try:
-                async with connected(servers.nats_url, servers.nats_token) as nats:
-                    postgres = await _connected(url)
-                    try:
-                        await migrate(postgres, on_step=lambda _: None)
-                        yield Surroundings(url, servers, postgres, nats)
-                    finally:
-                        await postgres.close()
+                await migrate(postgres, on_step=lambda _: None)
+                yield url, postgres
             finally:
-                await admin.execute(f"drop database {name} with (force)")
+                await postgres.close()
         finally:
-            await admin.close()
+            await admin.execute(f"drop database {name} with (force)")
+    finally:
+        await admin.close()
 
 
 def pgbench() -> Path:
@@ -177,22 +185,3 @@ async def _until_ready(port: int, process: asyncio.subprocess.Process, log: Path
             await asyncio.sleep(0.02)
     said = await asyncio.to_thread(log.read_text, errors="replace")
     raise RuntimeError(f"the relay ended with {process.returncode}:\n{said}")
-
-
-async def _stopped(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port

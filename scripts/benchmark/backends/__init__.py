@@ -20,9 +20,17 @@ from scripts.benchmark.surroundings import Surroundings
 
 SINKS: Final[Mapping[str, str]] = {
     "redis": "redis:ToRedis",
+    "webhook": "webhook:ToWebhook",
+    "webhook-each": "webhook:ToWebhookEach",
+    "inbox": "inbox:ToInbox",
+    "file": "files:ToFile",
 }
 SOURCES: Final[Mapping[str, str]] = {
+    "nats": "nats:FromNats",
     "redis": "redis:FromRedis",
+    "webhook": "webhook:FromWebhook",
+    "webhook-each": "webhook:FromWebhookEach",
+    "file": "files:FromFile",
 }
 
 _LOOK_S: Final = 0.01
