@@ -251,7 +251,7 @@ class _Scenario:
         async def is_there() -> bool:
             return await self._flow.count() >= count
 
-        await until(is_there, timeout_s=BOUND_S, every_s=0.005)
+        await until(is_there, timeout_s=BOUND_S, every_s=0.01)
 
 
 async def _killed_again_and_again(flow: _Flow) -> int:
