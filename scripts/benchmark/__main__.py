@@ -12,7 +12,7 @@ from rich.console import Console
 from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
 from scripts.benchmark.capture import capture
 from scripts.benchmark.forward import forward
-from scripts.benchmark.latency import latency
+from scripts.benchmark.latency import latency, latency_reverse
 from scripts.benchmark.report import print_table, write_results
 from scripts.benchmark.row import Row
 from scripts.benchmark.sinks import TARGET_OF_FLOOR, to_destination
@@ -37,6 +37,7 @@ ROWS: dict[str, Measure] = {
     "forward": lambda options, say: forward(events=options.events, runs=options.runs, say=say),
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
     "latency": lambda options, say: latency(seconds=4 * options.seconds, say=say),
+    "latency-reverse": lambda options, say: latency_reverse(seconds=4 * options.seconds, say=say),
     **{f"to-{backend}": _throughput(to_destination, backend) for backend in SINKS},
     **{f"from-{backend}": _throughput(from_origin, backend) for backend in SOURCES},
 }
@@ -76,7 +77,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="runs of a row, turns of capture")
     parser.add_argument("--events", type=int, default=100_000, help="events of a run")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of one load of capture; latency takes 4 times"
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="of one load of capture; a latency takes 4 times",
     )
     parser.add_argument(
         "--of-floor",

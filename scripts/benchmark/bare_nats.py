@@ -247,6 +247,13 @@ class BareNats(asyncio.Protocol):
                 await everything.wait()
         return found
 
+    def publish(self, message: StoredMessage) -> None:
+        """Publish one, without a look at its acknowledgement."""
+        block, body = message.block, message.body
+        sizes = (len(block), len(block) + len(body))
+        line = b"HPUB %b %d %d\r\n" % (message.subject, *sizes)
+        self._write(b"".join((line, block, body, b"\r\n")))
+
     async def publish_all(self, messages: Sequence[StoredMessage], window: int) -> None:
         """Publish and return when JetStream has acknowledged each; one reply subject for all.
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 import redis.exceptions
 from redis.asyncio import Redis
+from redis.typing import EncodableT, FieldT
 
 from relay import wire
 from relay.backends.redis import RedisSink, RedisSource
@@ -89,7 +90,8 @@ class FarSide:
             while part := list(itertools.islice(left, 1000)):
                 async with client.pipeline(transaction=False) as pipeline:
                     for fields in part:
-                        pipeline.xadd(self.stream, dict(fields))
+                        entry: dict[FieldT, EncodableT] = dict(fields.items())
+                        pipeline.xadd(self.stream, entry)
                     await pipeline.execute()
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:

@@ -30,13 +30,7 @@ class FromNats(Origin):
         yield cls(around)
 
     def source(self) -> Mapping[str, object]:
-        return {
-            "type": "nats",
-            "url": self._around.servers.nats_url,
-            "token": f"${{env:{NATS_TOKEN}}}",
-            "stream": STREAM,
-            "subject": f"{STREAM}.>",
-        }
+        return nats_source(self._around)
 
     async def fill(self, messages: int) -> None:
         self._messages = messages
@@ -44,7 +38,7 @@ class FromNats(Origin):
         async with connected(
             self._around.servers.nats_url, self._around.servers.nats_token
         ) as nats:
-            await nats.publish_all([_message(number) for number in range(messages)], WINDOW)
+            await nats.publish_all([message(number) for number in range(messages)], WINDOW)
 
     async def floor(self) -> float:
         async with connected(
@@ -55,7 +49,19 @@ class FromNats(Origin):
             return self._messages / (time.perf_counter() - started)
 
 
-def _message(number: int) -> StoredMessage:
+def nats_source(around: Surroundings) -> Mapping[str, object]:
+    """The source of a pipeline from the stream."""
+    return {
+        "type": "nats",
+        "url": around.servers.nats_url,
+        "token": f"${{env:{NATS_TOKEN}}}",
+        "stream": STREAM,
+        "subject": f"{STREAM}.>",
+    }
+
+
+def message(number: int) -> StoredMessage:
+    """One message as it is published, with an id of its own."""
     return StoredMessage(
         subject=f"{STREAM}.in".encode(),
         block=b"NATS/1.0\r\nNats-Msg-Id: m%d\r\n\r\n" % number,
