@@ -74,7 +74,7 @@ async def _run(
     """How many different events arrived, and how fast."""
     await destination.empty()
     await around.forward(pipeline, "orders", destination.sink())
-    stretch = await destination.until_holding(events, timeout_s=60 + events / 500)
+    stretch = await destination.until_holding(events, timeout_s=60 + events / 50)
     await around.delete_pipeline(pipeline)
     keys = await destination.read()
     floor_per_s = await destination.floor()

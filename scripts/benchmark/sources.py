@@ -71,7 +71,7 @@ async def _run(
     await around.reverse(pipeline, INBOX, origin.source())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(origin.send())
-        stretch = await inbox.until_holding(events, timeout_s=60 + events / 500)
+        stretch = await inbox.until_holding(events, timeout_s=60 + events / 50)
     await around.delete_pipeline(pipeline)
     keys = await inbox.read()
     read_per_s = await origin.floor()

@@ -42,7 +42,7 @@ from tests.servers.postgres import Database
 from tests.servers.process import RelayProcess
 
 EVENTS: Final = 50_000
-BOUND_S: Final = 180.0
+BOUND_S: Final = 300.0
 PIPELINE: Final = "p"
 INBOX: Final = "arrived"
 
