@@ -1,0 +1,102 @@
+"""The bookkeeping of messages that are sent in batches, several batches at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from relay.errors import ErrorKind, RelayError
+
+MOST_ENTRIES = 10
+
+
+class Flight:
+    """The messages of one publish, by their numbers, from waiting to settled.
+
+    ``groups`` are their message groups, None for one that nothing has to wait for; ``sizes`` their
+    bytes. A batch has at most ten messages and ``batch_bytes``, unless one alone is larger. A
+    message waits while another of its group is in a batch that has not landed; ``per_batch`` is
+    how many of a group, one behind the other, may be in the same batch. The first failure that is
+    not the fault of its own message grounds the flight: nothing more is taken.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[str | None],
+        sizes: Sequence[int],
+        *,
+        batch_bytes: int,
+        per_batch: int = 1,
+    ) -> None:
+        self.errors: dict[int, RelayError] = {}
+        self._groups = groups
+        self._sizes = sizes
+        self._batch_bytes = batch_bytes
+        self._per_batch = per_batch
+        self._grounded: RelayError | None = None
+        self._ready: deque[int] = deque()
+        # Groups of which a message is ready or under way, each with those that wait for it.
+        self._behind: dict[str, deque[int]] = {}
+        for number, group in enumerate(groups):
+            if group is None:
+                self._ready.append(number)
+            elif group in self._behind:
+                self._behind[group].append(number)
+            else:
+                self._behind[group] = deque()
+                self._ready.append(number)
+
+    def take(self) -> list[int]:
+        """The next batch that may be sent now; none for none."""
+        batch: list[int] = []
+        if self._grounded is not None:
+            return batch
+        left = self._batch_bytes
+        while self._ready and len(batch) < MOST_ENTRIES:
+            number = self._ready[0]
+            if batch and self._sizes[number] > left:
+                break
+            batch.append(self._ready.popleft())
+            left -= self._sizes[number]
+            left -= self._take_behind(number, batch, left)
+        return batch
+
+    def land(self, batch: Sequence[int], errors: Mapping[int, RelayError]) -> None:
+        """A batch that was taken is answered: these of its messages failed."""
+        freed: list[int] = []
+        for number in batch:
+            error = errors.get(number)
+            if error is not None:
+                self.errors[number] = error
+                if error.kind is not ErrorKind.MESSAGE and self._grounded is None:
+                    self._grounded = error
+        for group in dict.fromkeys(self._groups[number] for number in batch):
+            if group is None:
+                continue
+            if self._behind[group]:
+                freed.append(self._behind[group].popleft())
+            else:
+                del self._behind[group]
+        # What waited has waited longest: it goes first, or a busy group would finish last.
+        self._ready.extendleft(reversed(freed))
+
+    def fail_unsent(self) -> None:
+        """Once all that was taken has landed: what was not taken fails as what grounded it."""
+        if self._grounded is None:
+            return
+        for number in (*self._ready, *(one for behind in self._behind.values() for one in behind)):
+            self.errors[number] = self._grounded
+
+    def _take_behind(self, number: int, batch: list[int], left: int) -> int:
+        """Add messages of the same group behind this one; their bytes."""
+        group = self._groups[number]
+        taken = 0
+        if group is None:
+            return taken
+        behind = self._behind[group]
+        for _ in range(self._per_batch - 1):
+            if not behind or len(batch) == MOST_ENTRIES or self._sizes[behind[0]] > left - taken:
+                break
+            taken += self._sizes[behind[0]]
+            batch.append(behind.popleft())
+        return taken
