@@ -33,8 +33,13 @@ class SqsSinkHarness(SqsHarness, SinkHarness):
         self._server_with = server_with
         self._tls_files = tls_files
 
-    def make(self) -> SqsSink:
-        return sink_of(self.url, max_message_bytes=LIMIT_BYTES, **self.far_side.keys)
+    def make(self, ordering: str = "pipelined") -> SqsSink:
+        # Strictly ordered, hundreds of messages of one key take as many calls.
+        keys = self.far_side.keys
+        return sink_of(self.url, ordering=ordering, max_message_bytes=LIMIT_BYTES, **keys)
+
+    def make_strict(self) -> SqsSink:
+        return self.make("strict")
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
         return await until(self.far_side.restored, at_least)

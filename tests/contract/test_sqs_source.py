@@ -26,7 +26,7 @@ from tests.servers.tls import TlsFiles
 CHECKING = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
 
 # An answer that is lost on its way hides its messages for this long, and the suite waits 20 s.
-VISIBILITY_S = 12
+VISIBILITY_S = 10
 
 
 class SqsSourceHarness(SqsHarness, SourceHarness):

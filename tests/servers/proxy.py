@@ -143,6 +143,13 @@ class TcpProxy:
     async def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
+            # A connection that is accepted while the listener closes would be leaked by asyncio:
+            # first no more are accepted, and those that were become ours.
+            loop = asyncio.get_running_loop()
+            for accepting in listener.sockets:
+                loop.remove_reader(accepting.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
             listener.close()
         async with self._changed:
             self._changed.notify_all()

@@ -2,10 +2,10 @@
 
 Our metadata are message attributes, ``Pgtrickle-Dedup-Key`` and the like (`relay.wire.TITLE`), and
 ``Pgtrickle-Subject``; a header of the publisher is an attribute of its own name. SQS takes ten
-attributes at most, names of certain characters, texts that are not empty, and no character that XML
-1.0 forbids. What does not fit travels as one JSON object in the attribute ``Pgtrickle-More``, with
-the members ``metadata`` and ``headers``; with the format ``envelope`` it is left out, since the body
-has everything. The body itself can't be helped: one with such a character is refused.
+attributes at most, names of certain characters, texts that are not empty, and no character that
+XML 1.0 forbids. What does not fit travels as one JSON object in the attribute ``Pgtrickle-More``,
+with the members ``metadata`` and ``headers``; with the format ``envelope`` it is left out, since
+the body has everything. The body itself can't be helped: one with such a character is refused.
 
 A message of somebody else is a payload with its attributes as headers, and its message group as
 key; binary attributes come as base64.
@@ -152,7 +152,7 @@ def _of_others(
     own: Mapping[str, str],
     headers: Mapping[str, str],
     queue_name: str,
-    is_dedup_by_group: bool,  # noqa: FBT001 - a fact about the queue, passed on
+    is_dedup_by_group: bool,
 ) -> RelayMessage | Rejected:
     system = received.get("Attributes", {})
     group = system.get("MessageGroupId")

@@ -159,7 +159,9 @@ def bare(code: str) -> str:
     return code.removeprefix(_PREFIX)
 
 
-def of_exception(error: BaseException, doing: str, *, is_publish: bool = False) -> RelayError | None:
+def of_exception(
+    error: BaseException, doing: str, *, is_publish: bool = False
+) -> RelayError | None:
     """The relay's error for what the client, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
@@ -206,7 +208,9 @@ def _told(
         kind = ConfigurationError
     if kind is AuthenticationRefused:
         # What a service says of a wrong signature may repeat the request, and so a token.
-        return kind(f"{doing}: {code or 'access is refused'}", remedy=_REMEDIES.get(code, _CHECK_KEYS))
+        return kind(
+            f"{doing}: {code or 'access is refused'}", remedy=_REMEDIES.get(code, _CHECK_KEYS)
+        )
     words = " ".join(text.split())[:_LONGEST_TEXT].rstrip(".")
     said = ": ".join(part for part in (doing, code, words) if part)
     return kind(said, remedy=_REMEDIES.get(code, ""))
@@ -240,7 +244,9 @@ def _of_client(error: BaseException, doing: str) -> RelayError:
 
 
 def _is_telling(kind: type[object]) -> bool:
-    return kind.__name__ in CLIENT_ERRORS and kind.__module__.startswith(("botocore", "aiobotocore"))
+    return kind.__name__ in CLIENT_ERRORS and kind.__module__.startswith(
+        ("botocore", "aiobotocore")
+    )
 
 
 def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:

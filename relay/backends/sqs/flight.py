@@ -15,9 +15,10 @@ class Flight:
 
     ``groups`` are their message groups, None for one that nothing has to wait for; ``sizes`` their
     bytes. A batch has at most ten messages and ``batch_bytes``, unless one alone is larger. A
-    message waits while another of its group is in a batch that has not landed; ``per_batch`` is
-    how many of a group, one behind the other, may be in the same batch. The first failure that is
-    not the fault of its own message grounds the flight: nothing more is taken.
+    message waits while another of its group is in a batch that has not landed. The same batch may
+    hold several of a group, in order, but only one of a key: ``keys``, None for one that may
+    stand beside its like. The first failure that is not the fault of its own message grounds the
+    flight: nothing more is taken.
     """
 
     def __init__(
@@ -25,14 +26,14 @@ class Flight:
         groups: Sequence[str | None],
         sizes: Sequence[int],
         *,
+        keys: Sequence[str | None],
         batch_bytes: int,
-        per_batch: int = 1,
     ) -> None:
         self.errors: dict[int, RelayError] = {}
         self._groups = groups
         self._sizes = sizes
+        self._keys = keys
         self._batch_bytes = batch_bytes
-        self._per_batch = per_batch
         self._grounded: RelayError | None = None
         self._ready: deque[int] = deque()
         # Groups of which a message is ready or under way, each with those that wait for it.
@@ -53,12 +54,9 @@ class Flight:
             return batch
         left = self._batch_bytes
         while self._ready and len(batch) < MOST_ENTRIES:
-            number = self._ready[0]
-            if batch and self._sizes[number] > left:
+            if batch and self._sizes[self._ready[0]] > left:
                 break
-            batch.append(self._ready.popleft())
-            left -= self._sizes[number]
-            left -= self._take_behind(number, batch, left)
+            left -= self._take_group(self._ready.popleft(), batch, left)
         return batch
 
     def land(self, batch: Sequence[int], errors: Mapping[int, RelayError]) -> None:
@@ -87,16 +85,21 @@ class Flight:
         for number in (*self._ready, *(one for behind in self._behind.values() for one in behind)):
             self.errors[number] = self._grounded
 
-    def _take_behind(self, number: int, batch: list[int], left: int) -> int:
-        """Add messages of the same group behind this one; their bytes."""
+    def _take_group(self, number: int, batch: list[int], left: int) -> int:
+        """Add this message, and what may follow it of those behind; their bytes."""
+        batch.append(number)
+        taken = self._sizes[number]
         group = self._groups[number]
-        taken = 0
         if group is None:
             return taken
         behind = self._behind[group]
-        for _ in range(self._per_batch - 1):
-            if not behind or len(batch) == MOST_ENTRIES or self._sizes[behind[0]] > left - taken:
+        keys = {self._keys[number]} - {None}
+        while behind and len(batch) < MOST_ENTRIES:
+            size, key = self._sizes[behind[0]], self._keys[behind[0]]
+            if taken + size > left or key in keys:
                 break
-            taken += self._sizes[behind[0]]
+            if key is not None:
+                keys.add(key)
             batch.append(behind.popleft())
+            taken += size
         return taken

@@ -1,10 +1,10 @@
 """Message group ids and deduplication ids: what SQS takes as one.
 
-Both are 1 to 128 letters, digits and ASCII punctuation
-(https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html). In a value
-that a template puts into a group id everything else, and ``%``, becomes ``%XX`` of its UTF-8 bytes;
-an empty value becomes ``_`` and the value ``_`` becomes ``%5F``, so that the escaping can be undone.
-What is longer than 128 characters goes as its SHA-256.
+Both are 1 to 128 letters, digits and ASCII punctuation, says the reference of SendMessage
+(https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_SendMessage.html). In a
+value that a template puts into a group id everything else, and ``%``, becomes ``%XX`` of its UTF-8
+bytes; an empty value becomes ``_`` and the value ``_`` becomes ``%5F``, so that the escaping can be
+undone. What is longer than 128 characters goes as its SHA-256.
 """
 
 from __future__ import annotations

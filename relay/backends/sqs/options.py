@@ -26,15 +26,16 @@ _REGION_IN_HOST = re.compile(
 class SqsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What sink and source have in common.
 
-    ``queue_url``: the queue, as SQS names it: ``https://sqs.eu-central-1.amazonaws.com/1234/orders``.
-    ``region``: the region that requests are signed for; by default the one in the URL, else the one
-    of the AWS settings around the relay. ``endpoint_url``: where requests are sent, by default the
+    ``queue_url``: the queue as SQS names it, such as
+    ``https://sqs.eu-central-1.amazonaws.com/1234/orders``. ``region``: the region that requests are
+    signed for; by default the one in the URL, else the one of the AWS settings around the relay.
+    ``endpoint_url``: where requests are sent, by default the
     scheme and host of ``queue_url``. ``access_key_id`` and ``secret_access_key``, with
     ``session_token`` for temporary ones: who we are; without them the AWS chain is asked
     (environment, shared files, container, instance). ``tls_ca``: PEM file of the authority that
     signed the server's certificate, by default the public ones; ``tls_cert`` and ``tls_key``: PEM
-    files of a client certificate; ``tls_insecure`` accepts any certificate. ``timeout_ms``: how long
-    to wait for an answer, in milliseconds, default 10000. ``max_in_flight``: the most calls that
+    files of a client certificate; ``tls_insecure`` accepts any certificate. ``timeout_ms``: how
+    long to wait for an answer, in milliseconds, default 10000. ``max_in_flight``: the most calls that
     are under way at a time.
     """
 
@@ -58,8 +59,8 @@ class SqsSinkOptions(SqsConnectionOptions, frozen=True, forbid_unknown_fields=Tr
 
     ``message_group_id``: the message group of each event, a template; on a FIFO queue by default
     ``{key}``, on a standard queue none unless it is set (SQS then shares the queue fairly among
-    groups). ``subject_template``: the subject that an event bears in its metadata. ``routing``: other
-    subjects by event type or op. ``max_message_bytes``: the most bytes of one message, body and
+    groups). ``subject_template``: the subject that an event bears in its metadata. ``routing``:
+    other subjects by event type or op. ``max_message_bytes``: the most bytes of one message, body and
     attributes together; by default what the queue allows, which is never exceeded. ``format``:
     ``envelope``, ``payload`` or ``cloudevents``.
     """

@@ -10,7 +10,7 @@ import msgspec
 
 from relay.backends.sqs.entry import Entry, MakeEntry, check_size, entry_maker
 from relay.backends.sqs.errors import of_entry
-from relay.backends.sqs.flight import MOST_ENTRIES, Flight
+from relay.backends.sqs.flight import Flight
 from relay.backends.sqs.identifier import deduplication_id, escape, group_id
 from relay.backends.sqs.options import DEFAULT_GROUP, SqsSinkOptions, check_sink, target_of
 from relay.backends.sqs.queue import Queue, open_queue
@@ -59,7 +59,7 @@ class SqsSink:
         self._render = render
         self._group_of = group_of
         self._make_entry = make_entry
-        self._per_batch = 1 if is_strict else MOST_ENTRIES
+        self._is_strict = is_strict
         self._queue: Queue | None = None
 
     @classmethod
@@ -116,8 +116,8 @@ class SqsSink:
         flight = Flight(
             [item.group if self._is_fifo else None for item in items],
             [item.entry.size for item in items],
+            keys=[messages[item.index].key if self._is_strict else None for item in items],
             batch_bytes=queue.batch_bytes,
-            per_batch=self._per_batch,
         )
         await self._fly(queue, flight, items)
         errors.update((items[number].index, error) for number, error in flight.errors.items())
@@ -222,7 +222,8 @@ def _failed(
 ) -> dict[int, RelayError]:
     """What the answer says of each message that was not accepted; silence is no acceptance."""
     accepted = {
-        str(one.get("Id")) for one in cast("Sequence[Mapping[str, object]]", answer.get("Successful", ()))
+        str(one.get("Id"))
+        for one in cast("Sequence[Mapping[str, object]]", answer.get("Successful", ()))
     }
     refused = {
         str(one.get("Id")): one

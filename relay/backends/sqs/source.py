@@ -16,7 +16,7 @@ from relay.backends.sqs.options import SqsSourceOptions, check_source
 from relay.backends.sqs.queue import MOST_MESSAGES, Queue, Refused, open_queue
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
-from relay.errors import ErrorKind, LeaseLost, NotConnected, Outage, RelayError
+from relay.errors import ErrorKind, LeaseLost, NotConnected, RelayError
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -93,8 +93,8 @@ class SqsSource:
     async def poll(self) -> Batch:
         """What was received, at most a batch; waits up to a second for the first message.
 
-        While the queue has more it gathers for a moment. The next receives are already under way
-        when it returns.
+        While the queue has more it gathers for a moment, and the next receives are already under
+        way when it returns.
         """
         deadline = time.monotonic() + _POLL_S
         while True:
@@ -109,7 +109,8 @@ class SqsSource:
             await self._first_received(left_s)
         was_cut_short, self._is_interrupted = self._is_interrupted, False
         batch = self._batch(queue, self._taken(), was_cut_short=was_cut_short)
-        self._receive(queue)
+        if self._is_flowing:
+            self._receive(queue)
         return batch
 
     def interrupt(self) -> None:
