@@ -147,8 +147,8 @@ WORDS: Mapping[str, str] = {
     "sqs.endpoint_url": "Where requests are sent, by default the scheme and host of `queue_url`.",
     "sqs.tls_ca": "PEM file of the authority that signed the server's certificate, by default the"
     " public ones.",
-    "sqs.access_key_id": "Who we are, with `secret_access_key`; without both the AWS chain is asked:"
-    " environment, shared files, container, instance.",
+    "sqs.access_key_id": "Who we are, with `secret_access_key`; without both the AWS chain is"
+    " asked: environment, shared files, container, instance.",
     "sqs.secret_access_key": "The secret key, with `access_key_id`.",
     "sqs.session_token": "The token of temporary credentials, with the other two.",
     "sqs.tls_cert": "PEM file of the client certificate, with `tls_key`.",

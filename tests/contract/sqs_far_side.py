@@ -7,7 +7,7 @@ import socket
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -162,7 +162,9 @@ async def far_side_of(
         try:
             yield far_side
         finally:
-            await far_side.ask("delete_queue")
+            # A test may have deleted it.
+            with suppress(botocore.exceptions.ClientError):
+                await far_side.ask("delete_queue")
 
 
 async def lasting_queue(server: SqsServer, *, tls_ca: str | None = None) -> str:

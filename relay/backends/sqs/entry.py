@@ -5,7 +5,8 @@ Our metadata are message attributes, ``Pgtrickle-Dedup-Key`` and the like (`rela
 attributes at most, names of certain characters, texts that are not empty, and no character that
 XML 1.0 forbids. What does not fit travels as one JSON object in the attribute ``Pgtrickle-More``,
 with the members ``metadata`` and ``headers``; with the format ``envelope`` it is left out, since
-the body has everything. The body itself can't be helped: one with such a character is refused.
+the body has everything. In a body that is JSON such characters are escaped; one that is none is
+refused for them.
 
 A message of somebody else is a payload with its attributes as headers, and its message group as
 key; binary attributes come as base64.
@@ -90,14 +91,14 @@ def entry_maker(format_: str, *, namespace: str = "") -> MakeEntry:
         try:
             encoded = body_of(message)
             own = headers_of(bare)
-            if message.subject and not has_body_all:
+            if message.subject and format_ == "payload":
                 own[SUBJECT] = message.subject
-            body = encoded.decode()
+            body = _body(encoded)
             attributes = _attributes(own, headers, is_rest_kept=not has_body_all)
-            size = len(encoded) + sum(map(_size, attributes.items()))
+            size = len(body) if body.isascii() else len(body.encode())
+            size += sum(map(_size, attributes.items()))
         except UnicodeError:
             raise MessageUndecodable("the message holds text that is not Unicode") from None
-        _check_body(body)
         return Entry(
             body,
             {name: {"DataType": _TYPE, "StringValue": text} for name, text in attributes.items()},
@@ -126,6 +127,7 @@ def decoded(
         if (packed := own.pop(MORE, None)) is not None:
             more = _more(packed)
             own, headers = {**own, **more.metadata}, {**headers, **more.headers}
+        subject = own.pop(SUBJECT, None)
         restored = wire.restore(body, own, wire.TITLE)
     except MessageUndecodable as error:
         broken = RelayMessage(
@@ -140,7 +142,7 @@ def decoded(
         return _of_others(received, body, own, headers, queue_name, is_dedup_by_group)
     return structs.replace(
         restored,
-        subject=restored.subject or own.get(SUBJECT) or queue_name,
+        subject=restored.subject or subject or queue_name,
         headers=restored.headers or headers or NO_HEADERS,
         token=received["ReceiptHandle"],
     )
@@ -203,8 +205,7 @@ def _attributes(
 
 def _packed(metadata: Mapping[str, str], headers: Mapping[str, str]) -> str:
     """One JSON object in which every character is one that XML allows."""
-    document = msgspec.json.encode(_More(metadata, headers)).decode()
-    return _NOT_IN_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
+    return _escaped(msgspec.json.encode(_More(metadata, headers)).decode())
 
 
 def _more(packed: str) -> _More:
@@ -249,11 +250,21 @@ def _size(attribute: tuple[str, str]) -> int:
     return len(name) + len(_TYPE) + (len(text) if text.isascii() else len(text.encode()))
 
 
-def _check_body(body: str) -> None:
+def _body(encoded: bytes) -> str:
+    """The body as text. Raises `MessageUndecodable` for one that SQS does not take."""
+    body = encoded.decode()
     if not body:
         raise MessageUndecodable("the body is empty, which SQS does not take")
     unfit = _NOT_IN_XML.search(body)
-    if unfit is not None:
+    if unfit is None:
+        return body
+    if not wire.is_json(encoded):
         raise MessageUndecodable(
             f"the body has the character U+{ord(unfit[0]):04X}, which SQS does not take"
         )
+    return _escaped(body)
+
+
+def _escaped(document: str) -> str:
+    """The same JSON: what XML forbids stands inside of strings only, where JSON can escape it."""
+    return _NOT_IN_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", document)

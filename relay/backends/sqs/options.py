@@ -35,8 +35,8 @@ class SqsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     (environment, shared files, container, instance). ``tls_ca``: PEM file of the authority that
     signed the server's certificate, by default the public ones; ``tls_cert`` and ``tls_key``: PEM
     files of a client certificate; ``tls_insecure`` accepts any certificate. ``timeout_ms``: how
-    long to wait for an answer, in milliseconds, default 10000. ``max_in_flight``: the most calls that
-    are under way at a time.
+    long to wait for an answer, in milliseconds, default 10000. ``max_in_flight``: the most calls
+    that are under way at a time, default 8.
     """
 
     type: str
@@ -60,8 +60,8 @@ class SqsSinkOptions(SqsConnectionOptions, frozen=True, forbid_unknown_fields=Tr
     ``message_group_id``: the message group of each event, a template; on a FIFO queue by default
     ``{key}``, on a standard queue none unless it is set (SQS then shares the queue fairly among
     groups). ``subject_template``: the subject that an event bears in its metadata. ``routing``:
-    other subjects by event type or op. ``max_message_bytes``: the most bytes of one message, body and
-    attributes together; by default what the queue allows, which is never exceeded. ``format``:
+    other subjects by event type or op. ``max_message_bytes``: the most bytes of one message, body
+    and attributes together; by default what the queue allows, which is never exceeded. ``format``:
     ``envelope``, ``payload`` or ``cloudevents``.
     """
 
