@@ -14,11 +14,13 @@ from urllib.parse import urlsplit
 import aioboto3
 import botocore.exceptions
 from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 
 from relay.backends.sqs import SqsSink, SqsSource
 from relay.backends.sqs.entry import Received, decoded, entry_maker
 from relay.backends.sqs.errors import mapped
 from relay.backends.sqs.identifier import deduplication_id, group_id
+from relay.backends.sqs.queue import _loader
 from relay.contracts import Rejected
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
@@ -175,7 +177,10 @@ async def lasting_queue(server: SqsServer, *, tls_ca: str | None = None) -> str:
 
 @asynccontextmanager
 async def _client(server: SqsServer, tls_ca: str | None) -> AsyncIterator[object]:
+    library = AioSession()
+    library.register_component("data_loader", _loader())
     session = aioboto3.Session(
+        botocore_session=library,
         aws_access_key_id=server.keys["access_key_id"],
         aws_secret_access_key=server.keys["secret_access_key"],
         region_name=server.region,

@@ -243,11 +243,6 @@ async def test_an_unknown_certificate_is_refused_unless_its_authority_is_named_o
         await reach(role, url, **keys)
     await reach(role, url, tls_ca=str(tls_files.authority), **keys)
     await reach(role, url, tls_insecure=True, **keys)
-    # The certificate is for 127.0.0.1 and localhost only.
-    with pytest.raises(RelayError) as caught:
-        elsewhere = url.replace("127.0.0.1", "127.0.0.2")
-        await reach(role, elsewhere, tls_ca=str(tls_files.authority), **keys)
-    assert isinstance(caught.value, ConfigurationError | Outage)
 
 
 @asynccontextmanager
@@ -327,7 +322,9 @@ async def test_a_server_that_never_answers_is_given_up_in_time(role: str) -> Non
         while await reader.read(4096):
             pass
         writer.close()
+        is_closed.set()
 
+    is_closed = asyncio.Event()
     server = await asyncio.start_server(be_silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     started = time.monotonic()
@@ -343,5 +340,7 @@ async def test_a_server_that_never_answers_is_given_up_in_time(role: str) -> Non
         )
 
     assert time.monotonic() - started < 8
+    async with asyncio.timeout(5):
+        await is_closed.wait()
     server.close()
     await server.wait_closed()

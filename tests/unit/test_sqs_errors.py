@@ -134,3 +134,14 @@ def test_an_error_of_ours_passes_unchanged() -> None:
 def test_a_mistake_in_our_own_code_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), mapped("connecting"):
         raise ZeroDivisionError
+
+
+def test_a_code_is_found_in_an_answer_of_the_older_form() -> None:
+    told = (
+        "<ErrorResponse><Errors><Error><Code>AccessDenied</Code></Error></Errors></ErrorResponse>"
+    )
+
+    error = of_answer(client_error("403", told, 403), "asking")
+
+    assert isinstance(error, AuthenticationRefused)
+    assert "AccessDenied" in str(error)

@@ -8,6 +8,7 @@ the errors of each action). Older servers put ``AWS.SimpleQueueService.`` in fro
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
@@ -128,6 +129,7 @@ _REMEDIES: Mapping[str, str] = {
 _CHECK_KEYS = "check access_key_id, secret_access_key, session_token and region"
 _NO_KEYS = "set access_key_id and secret_access_key, or what the AWS chain reads"
 _PREFIX = "AWS.SimpleQueueService."
+_CODE_IN_XML = re.compile(r"<Code>(?:AWS\.SimpleQueueService\.)?([\w.]+)</Code>")
 _LONGEST_TEXT = 300
 
 
@@ -136,17 +138,16 @@ def of_answer(error: client.ClientError, doing: str, *, is_publish: bool = False
 
     ``is_publish`` blames what is wrong with a parameter on the message.
     """
-    told = error.response.get("Error", {})
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    codes = [bare(str(told.get(name, ""))) for name in ("Code", "QueryErrorCode")]
-    code = next((one for one in codes if one in CODES), codes[0])
+    code = code_of(error)
     kind = CODES.get(code) or _by_status(int(status))
-    return _told(kind, code, str(told.get("Message", "")), doing, is_publish=is_publish)
+    text = str(error.response.get("Error", {}).get("Message", ""))
+    return _told(kind, code, text, doing, is_publish=is_publish)
 
 
 def of_entry(entry: Mapping[str, object], doing: str) -> RelayError:
     """The relay's error for one entry of a batch that was not accepted."""
-    code = bare(str(entry.get("Code", "")))
+    code = str(entry.get("Code", "")).removeprefix(_PREFIX)
     by_fault = MessageRejected if entry.get("SenderFault") else Outage
     kind = CODES.get(code, by_fault)
     if kind.kind is ErrorKind.MESSAGE and by_fault is Outage:
@@ -154,9 +155,12 @@ def of_entry(entry: Mapping[str, object], doing: str) -> RelayError:
     return _told(kind, code, str(entry.get("Message", "")), doing, is_publish=True)
 
 
-def bare(code: str) -> str:
-    """A code without what older servers put in front."""
-    return code.removeprefix(_PREFIX)
+def code_of(error: client.ClientError) -> str:
+    """The code of an answer that is an error, also of one that is in the older XML form."""
+    told = error.response.get("Error", {})
+    codes = [str(told.get(name, "")).removeprefix(_PREFIX) for name in ("Code", "QueryErrorCode")]
+    codes += _CODE_IN_XML.findall(str(told.get("Message", "")))
+    return next((one for one in codes if one in CODES), codes[0])
 
 
 def of_exception(

@@ -6,6 +6,7 @@ The library's own retries are switched off: the loop decides what is repeated, a
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -13,10 +14,12 @@ from typing import cast
 
 import aioboto3
 from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 from botocore.exceptions import ClientError
+from botocore.loaders import Loader, create_loader
 
 from relay.backends.sqs.entry import Received
-from relay.backends.sqs.errors import bare, mapped
+from relay.backends.sqs.errors import code_of, mapped
 from relay.backends.sqs.options import MOST_BYTES, SqsConnectionOptions, Target, target_of
 from relay.errors import ConfigurationError, RelayError
 
@@ -156,8 +159,8 @@ class Queue:
                         QueueUrl=self.target.queue_url, **arguments
                     )
                 except ClientError as error:
-                    code = bare(str(error.response.get("Error", {}).get("Code", "")))
-                    if action == "get_queue_attributes" and code.startswith("AccessDenied"):
+                    is_denied = code_of(error).startswith("AccessDenied")
+                    if is_denied and action == "get_queue_attributes":
                         raise _NotPermitted from error
                     raise
         return answer
@@ -194,7 +197,10 @@ async def open_queue(options: SqsConnectionOptions, *, path: str, wait_s: float 
 def _client(
     options: SqsConnectionOptions, target: Target, path: str, timeout_s: float
 ) -> aioboto3.session.ClientCreatorContext:
+    library = AioSession()
+    library.register_component("data_loader", _loader())
     session = aioboto3.Session(
+        botocore_session=library,
         aws_access_key_id=options.access_key_id,
         aws_secret_access_key=options.secret_access_key,
         aws_session_token=options.session_token,
@@ -218,6 +224,12 @@ def _client(
             user_agent_extra="pgtrickle-relay",
         ),
     )
+
+
+@functools.cache
+def _loader() -> Loader:
+    """The library's descriptions of the service, read once: that takes a quarter of a second."""
+    return create_loader()
 
 
 def _check_tls_files(options: SqsConnectionOptions, path: str) -> None:
