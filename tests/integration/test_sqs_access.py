@@ -89,7 +89,7 @@ async def account(sqs_server_with: ServerWith) -> Account:
         session.client("sts", endpoint_url=server.url) as sts,
     ):
         users = []
-        for action in ("sqs:*", "sqs:SendMessage"):
+        for action in ("sqs:*", "sqs:SendMessage*"):
             user = f"{name}-{len(users)}"
             await iam.create_user(UserName=user)
             made = await iam.create_access_key(UserName=user)

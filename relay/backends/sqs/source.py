@@ -52,6 +52,8 @@ class SqsSource:
         self._width = 1
         self._is_flowing = False
         self._is_empty = False
+        # Receives begun since a batch was settled last: a FIFO queue keeps back what is behind it.
+        self._fresh: set[asyncio.Task[Sequence[Received]]] = set()
         self._buffer: deque[Received] = deque()
         self._buffered_since = 0.0
         # The receipt handle of everything that is buffered or out.
@@ -128,8 +130,7 @@ class SqsSource:
             raise NotConnected("this batch was received before the source was opened anew")
         handles = self._handles(batch)
         refused = await self._settle(handles, queue.delete)
-        for handle in handles:
-            self._held.pop(handle, None)
+        self._let_go(handles)
         if not refused:
             return
         error = of_entry(refused[0], f"deleting from the queue {queue.name}")
@@ -144,6 +145,7 @@ class SqsSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Hide this batch, and what is waiting to be polled, for another ``visibility_timeout``."""
         queue = self._open()
+        self._take_received()
         handles = [*self._handles(batch), *(one["ReceiptHandle"] for one in self._buffer)]
         # What can't be kept comes again: that shows when it is to be deleted.
         await self._settle(handles, lambda some: queue.hide(some, self._options.visibility_timeout))
@@ -156,8 +158,7 @@ class SqsSource:
         queue = self._open()
         handles = [*self._handles(batch), *(one["ReceiptHandle"] for one in self._buffer)]
         self._buffer.clear()
-        for handle in handles:
-            self._held.pop(handle, None)
+        self._let_go(handles)
         await self._settle(handles, lambda some: queue.hide(some, 0))
 
     async def is_healthy(self) -> bool:
@@ -205,8 +206,13 @@ class SqsSource:
         """Show everything that we hold to all again."""
         handles = list(self._held)
         await self._settle(handles, lambda some: queue.hide(some, 0))
+        self._let_go(handles)
+
+    def _let_go(self, handles: Sequence[str]) -> None:
         for handle in handles:
             self._held.pop(handle, None)
+        self._fresh.clear()
+        self._is_empty = False
 
     def _open(self) -> Queue:
         if self._queue is None:
@@ -218,14 +224,14 @@ class SqsSource:
         if len(self._buffer) >= self._batch_size:
             return
         while len(self._receiving) < self._width:
-            self._receiving.append(
-                asyncio.create_task(
-                    queue.receive(
-                        wait_s=self._options.wait_time_seconds,
-                        visibility_s=self._options.visibility_timeout,
-                    )
+            receiving = asyncio.create_task(
+                queue.receive(
+                    wait_s=self._options.wait_time_seconds,
+                    visibility_s=self._options.visibility_timeout,
                 )
             )
+            self._receiving.append(receiving)
+            self._fresh.add(receiving)
 
     def _take_received(self) -> None:
         """Move what finished receives brought into the buffer. Raises what ended one."""
@@ -235,16 +241,17 @@ class SqsSource:
             if (error := task.exception()) is not None:
                 trouble = trouble or error
                 continue
-            self._keep(task.result())
+            self._keep(task.result(), is_fresh=task in self._fresh)
+            self._fresh.discard(task)
         if trouble is not None:
             raise trouble
 
-    def _keep(self, received: Sequence[Received]) -> None:
+    def _keep(self, received: Sequence[Received], *, is_fresh: bool) -> None:
         self._is_flowing = len(received) == MOST_MESSAGES
-        self._is_empty = not received
+        self._is_empty = not received and not self._held and is_fresh
         if self._is_flowing:
             self._width = min(2 * self._width, self._options.max_in_flight)
-        elif self._is_empty:
+        elif not received:
             self._width = 1
         if received and not self._buffer:
             self._buffered_since = time.monotonic()
