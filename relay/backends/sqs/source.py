@@ -211,8 +211,9 @@ class SqsSource:
     def _let_go(self, handles: Sequence[str]) -> None:
         for handle in handles:
             self._held.pop(handle, None)
-        self._fresh.clear()
-        self._is_empty = False
+        if handles:
+            self._fresh.clear()
+            self._is_empty = False
 
     def _open(self) -> Queue:
         if self._queue is None:
