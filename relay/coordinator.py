@@ -21,7 +21,7 @@ from relay.backoff import Backoff
 from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow
 from relay.errors import ConfigurationError, RelayError
 from relay.events import DatabaseChanged, Event, OwnershipChanged, PipelineState, StateChanged
-from relay.locks import Locks
+from relay.locks import Locks, Members
 from relay.pipeline import Ending, Pipeline
 from relay.postgres import Database, postgres_errors
 from relay.settings import RelaySettings
@@ -30,7 +30,9 @@ _log = logging.getLogger(__name__)
 
 _REREAD_S = 10.0
 _READ_TIMEOUT_S = 5.0
-_TICKS_BEFORE_OVERFLOW = 4
+# How long what is free is left to others: to nobody in particular, or to one with room for it.
+_TICKS_BEFORE_OVERFLOW, _TICKS_LEFT_TO_OTHERS = 4, 20
+_TICKS_BEFORE_OFFER, _TICKS_BEFORE_OFFER_MAX = 4, 512
 
 
 class Builder(Protocol):
@@ -102,7 +104,9 @@ class Coordinator:
         self._works: dict[str, _Work] = {}
         self._free_ticks: dict[str, int] = {}
         self._overflow: set[str] = set()
-        self._members = 1
+        self._offer_ticks = _TICKS_BEFORE_OFFER
+        self._ticks_with_room = 0
+        self._members = Members(count=1)
         self._last_told: tuple[tuple[str, ...], int] | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
@@ -176,11 +180,13 @@ class Coordinator:
             await self._rest(self._settings.coordinate_interval_s)
 
     async def _count_members(self) -> None:
-        members = max(1, await self._locks.count_members())
-        if members != self._members:
+        members = await self._locks.members()
+        if members.count != self._members.count:
             self._overflow.clear()
             self._free_ticks.clear()
+            self._offer_ticks = _TICKS_BEFORE_OFFER
         self._members = members
+        self._ticks_with_room = self._ticks_with_room + 1 if self._has_another_room() else 0
 
     async def _read_catalog(self) -> None:
         self._is_stale = False
@@ -198,9 +204,17 @@ class Coordinator:
                 work.end(self._settings.shutdown_timeout_s)
 
     def _end_surplus(self) -> None:
-        """Ask what is above our share to end, so that a relay that has just joined can take it."""
-        if self._members == 1:
+        """Ask what is above our share to end, so that a relay with room for it can take it.
+
+        What nobody took for a while, and was therefore taken beyond our share, is offered again
+        when another has had room for it for long enough; less and less often, since who has room
+        and does not take it may never do so.
+        """
+        if self._members.count == 1:
             return
+        if self._overflow and self._ticks_with_room > self._offer_ticks:
+            self._overflow.clear()
+            self._offer_ticks = min(2 * self._offer_ticks, _TICKS_BEFORE_OFFER_MAX)
         staying = [
             name
             for name, work in sorted(self._works.items())
@@ -234,9 +248,11 @@ class Coordinator:
             )
 
     def _share(self) -> int:
-        share = math.ceil(len(self._wanted) / self._members)
         limit = self._settings.max_pipelines
-        return share if limit is None else min(share, limit)
+        return self._fair_share() if limit is None else min(self._fair_share(), limit)
+
+    def _fair_share(self) -> int:
+        return math.ceil(len(self._wanted) / max(1, self._members.count))
 
     async def _acquire(self, *, limit: int) -> None:
         """Take free pipelines up to our share; beyond it those that nobody takes for a while."""
@@ -251,13 +267,20 @@ class Coordinator:
                     self._overflow.add(name)
                 self._free_ticks.pop(name, None)
                 self._works[name] = _Work(row)
+        maximum = self._settings.max_pipelines
+        await self._locks.show_full(is_full=maximum is not None and len(self._works) >= maximum)
+
+    def _has_another_room(self) -> bool:
+        fair = self._fair_share()
+        return any(held < fair for held in self._members.held_by_open)
 
     def _may_overflow(self, name: str) -> bool:
         maximum = self._settings.max_pipelines
         if maximum is not None and len(self._works) >= maximum:
             return False
         self._free_ticks[name] = self._free_ticks.get(name, 0) + 1
-        return self._free_ticks[name] > _TICKS_BEFORE_OVERFLOW
+        patience = _TICKS_LEFT_TO_OTHERS if self._has_another_room() else _TICKS_BEFORE_OVERFLOW
+        return self._free_ticks[name] > patience
 
     def _start(self, tasks: asyncio.TaskGroup, work: _Work) -> None:
         """Start what is ours and does not run, unless it has completed or can't be built yet."""
@@ -339,7 +362,7 @@ class Coordinator:
             await asyncio.wait(tasks)
 
     def _tell_ownership(self) -> None:
-        told = (tuple(sorted(self._works)), self._members)
+        told = (tuple(sorted(self._works)), max(1, self._members.count))
         if told != self._last_told:
             self._last_told = told
             self._emit(OwnershipChanged(pipelines=told[0], members=told[1]))

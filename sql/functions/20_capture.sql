@@ -576,8 +576,8 @@ begin
                 id bigint generated always as identity (start with %2$s cache 1) primary key,
                 pgt_id uuid not null default %3$L,
                 -- Unique is enough: random bytes for each row cost as much as capturing it.
-                refresh_id uuid not null
-                    default md5(pg_backend_pid()::text || ' ' || clock_timestamp()::text)::uuid,
+                refresh_id uuid not null default
+                    encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), 'hex')::uuid,
                 created_at timestamptz not null default clock_timestamp(),
                 inserted_count bigint not null default 0,
                 deleted_count bigint not null default 0,
