@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import socket
 import ssl
 import uuid
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import aioboto3
 import botocore.exceptions
+import httpx
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 
@@ -173,6 +175,24 @@ async def lasting_queue(server: SqsServer, *, tls_ca: str | None = None) -> str:
     """The address of a new FIFO queue, on a server that ends with the tests."""
     async with _client(server, tls_ca) as client:
         return await _make_queue(server, client, True, {})
+
+
+async def let_in(server: SqsServer, queue: str) -> None:
+    """Make this queue, and a user with a key who may use it, on a server that checks who calls."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        # So many calls are let through before credentials are checked again.
+        await client.post(f"{server.url}/moto-api/reset-auth", content=b"4")
+    session = aioboto3.Session(
+        aws_access_key_id="any", aws_secret_access_key="any", region_name=server.region
+    )
+    statement = {"Effect": "Allow", "Action": "sqs:*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    async with session.client("iam", endpoint_url=server.url) as iam:
+        await iam.create_user(UserName=queue)
+        await iam.create_access_key(UserName=queue)
+        await iam.put_user_policy(UserName=queue, PolicyName="p", PolicyDocument=policy)
+    async with session.client("sqs", endpoint_url=server.url) as sqs:
+        await sqs.create_queue(QueueName=queue)
 
 
 @asynccontextmanager

@@ -20,12 +20,14 @@ import pytest
 from relay.options import known_keys
 from relay.pipeline_config import CONNECTION_KEYS
 from relay.registry import SINKS, SOURCES
+from tests.contract.sqs_far_side import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
+from tests.servers.sqs import SqsServer
 
 RIGHT, WRONG = "right-s3cret-5811", "wrong-s3cret-5812"
 
@@ -54,6 +56,10 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
         {"subject_template": "guarded.{op}", "stream": "guarded", "create_stream": True},
     ),
     "redis": WithSecret({"url": "redis://{address}"}, {"password": "{secret}"}),
+    "sqs": WithSecret(
+        {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
+        {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     "webhook": WithSecret({"url": "http://{address}/hook"}, {"bearer_token": "{secret}"}),
     "pg-inbox": WithSecret(
         {"url": "postgresql://guarded:{secret}@{address}/postgres"}, {}, {"inbox_table": "arrived"}
@@ -69,6 +75,10 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
     "redis": WithSecret(
         {"url": "redis://{address}"}, {"password": "{secret}"}, {"stream_key": "guarded"}
     ),
+    "sqs": WithSecret(
+        {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
+        {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     # A receiver is who refuses: it runs, whatever its secret.
     "webhook": WithSecret(
         {"listen_addr": "{address}"}, {"auth_value": "{secret}"}, {"path": "/guarded"}
@@ -83,6 +93,9 @@ BESIDE_A_PROFILE: Mapping[str, str] = {
     "sink:redis": "timeout_ms stream_key routing maxlen max_message_bytes wait_replicas format",
     "source:redis": "timeout_ms stream_key group_name consumer_name start_id block_ms count"
     " claim_idle_ms payload_field",
+    "sink:sqs": "timeout_ms max_in_flight message_group_id subject_template routing"
+    " max_message_bytes format",
+    "source:sqs": "timeout_ms max_in_flight visibility_timeout wait_time_seconds",
     "sink:webhook": "method timeout_ms batch_mode max_in_flight retry_on_status max_body_bytes"
     " subject_template routing format",
     "source:webhook": "path signature_tolerance_s max_body_bytes answer_timeout_ms",
@@ -102,6 +115,14 @@ def nats_that_asks(nats_server_with: Callable[..., NatsServer]) -> str:
 @pytest.fixture
 def redis_that_asks(redis_server_with: Callable[..., RedisServer]) -> str:
     return urlsplit(redis_server_with(f"requirepass {RIGHT}").url).netloc
+
+
+@pytest.fixture
+async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
+    checking = {"INITIAL_NO_AUTH_ACTION_COUNT": "0", "PGTRICKLE_TEST_SQS_KEY": RIGHT}
+    server = sqs_server_with(checking)
+    await let_in(server, "guarded")
+    return urlsplit(server.url).netloc
 
 
 @pytest.fixture
@@ -134,6 +155,7 @@ async def postgres_that_asks(postgres_server_with: Callable[..., PostgresServer]
 SERVERS: Mapping[str, str] = {
     "nats": "nats_that_asks",
     "redis": "redis_that_asks",
+    "sqs": "sqs_that_asks",
     "webhook": "webhook_that_asks",
     "pg-inbox": "postgres_that_asks",
 }

@@ -4,16 +4,19 @@ moto counts a queue's messages several times over for every message that is sent
 clock about each of them: a thousand messages take a minute. Here the approximate counts are made
 anew every 50 ms, and the clock is the ordinary one. A receive that waits looks only once a second,
 and without a pause where all there is belongs to groups that are blocked; here it looks every 50
-ms. Everything else is moto's.
+ms. With ``PGTRICKLE_TEST_SQS_KEY`` a user's key is made of that text, id and secret alike. All else
+is moto's.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 
 from moto import server
+from moto.iam import models as iam
 from moto.sqs import models
 
 _COUNTS = (
@@ -32,6 +35,10 @@ def main() -> None:
     for name in _COUNTS:
         setattr(models.Queue, name, property(_counted(name, getattr(models.Queue, name).fget)))
     models.Queue.wait_for_messages = _wait_for_messages
+    key = os.environ.get("PGTRICKLE_TEST_SQS_KEY")
+    if key is not None:
+        iam.generate_access_key_id_from_account_id = lambda *_, **__: key
+        iam.random_alphanumeric = lambda _: key
     server.main()
 
 
