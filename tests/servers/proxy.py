@@ -135,6 +135,9 @@ class TcpProxy:
         # A connection may have been accepted in the moment in which the listener closed.
         while self._tasks:
             await self._abort_connections()
+        # A reset socket is closed by the loop's next turns, of which there may be no more.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def _listen(self) -> None:
         self._listener = await asyncio.start_server(self._accept, LOOPBACK, self.listen_port)
