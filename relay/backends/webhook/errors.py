@@ -67,14 +67,23 @@ _SHORTAGES = frozenset(
 
 
 def of_status(
-    status: int, address: str, *, retried: Collection[int], size_bytes: int
+    status: int,
+    address: str,
+    *,
+    retried: Collection[int],
+    size_bytes: int,
+    retry_after_s: float | None = None,
 ) -> RelayError | None:
-    """What an answer means; None where it accepts. ``retried``: statuses that are outages."""
+    """What an answer means; None where it accepts. ``retried``: statuses that are outages.
+
+    ``retry_after_s``: what the answer asks for, which means something for an outage only.
+    """
     if status in _ACCEPTED:
         return None
     doing = f"{address} answers {status}"
     if status in retried:
-        return Outage(doing)
+        asks = f" and asks for {retry_after_s:.0f} s of patience" if retry_after_s else ""
+        return Outage(f"{doing}{asks}", retry_after_s=retry_after_s)
     if status in _REDIRECTS:
         return ConfigurationError(
             f"{doing}, a redirect, which is not followed", remedy="set sink.url to where it leads"
@@ -139,7 +148,8 @@ def listening(addr: str) -> Iterator[None]:
         if error.errno == errno.EADDRINUSE:
             raise ConfigurationError(
                 f"source.listen_addr {addr}: the address is in use",
-                remedy="choose another port, or end what listens there",
+                remedy="end what listens there, or choose another port; relays of one host need one"
+                " each, such as ${env:RELAY_HOOK_PORT}",
             ) from error
         raise ConfigurationError(f"source.listen_addr {addr}: {_reason(error)}") from error
 
