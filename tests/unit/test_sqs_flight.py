@@ -122,3 +122,4 @@ def test_an_outage_stops_everything_and_is_the_failure_of_all_that_was_not_sent(
 
     assert flight.errors.keys() == {*range(14)} - {*second}
     assert {id(error) for error in flight.errors.values()} == {id(away)}
+    assert flight.unsent == flight.errors.keys() - {*first}

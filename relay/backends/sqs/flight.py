@@ -30,6 +30,8 @@ class Flight:
         batch_bytes: int,
     ) -> None:
         self.errors: dict[int, RelayError] = {}
+        # Those of the failed that only waited behind what grounded the flight.
+        self.unsent: set[int] = set()
         self._groups = groups
         self._sizes = sizes
         self._keys = keys
@@ -84,6 +86,7 @@ class Flight:
             return
         for number in (*self._ready, *(one for behind in self._behind.values() for one in behind)):
             self.errors[number] = self._grounded
+            self.unsent.add(number)
 
     def _take_group(self, number: int, batch: list[int], left: int) -> int:
         """Add this message, and what may follow it of those behind; their bytes."""

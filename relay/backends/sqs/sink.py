@@ -126,7 +126,13 @@ class SqsSink:
         first = next(iter(flight.errors.values()), None)
         if isinstance(first, NotConnected | TimedOut) and len(flight.errors) == len(messages):
             raise first
-        return PublishResult(failures=[Failure(index, errors[index]) for index in sorted(errors)])
+        unsent = {items[number].index for number in flight.unsent}
+        return PublishResult(
+            failures=[
+                Failure(index, errors[index], was_sent=index not in unsent)
+                for index in sorted(errors)
+            ]
+        )
 
     async def is_healthy(self) -> bool:
         """True when the queue answers within seconds."""
