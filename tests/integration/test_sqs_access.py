@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aioboto3
 import httpx
@@ -35,7 +36,7 @@ CHECKING = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
 REGION = "eu-central-1"
 
 
-async def reach(role: str, url: str, **keys: str | int | bool) -> None:
+async def reach(role: str, url: str, **keys: Any) -> None:
     """Connect, send or receive, and close. Raises what the sink or the source raises."""
     if role == "sink":
         sink = sink_of(url, **keys)
@@ -56,7 +57,7 @@ async def reach(role: str, url: str, **keys: str | int | bool) -> None:
             await source.aclose()
 
 
-async def refused(role: str, url: str, **keys: str | int | bool) -> str:
+async def refused(role: str, url: str, **keys: Any) -> str:
     """What is said, on one line, when our credentials are refused."""
     with pytest.raises(AuthenticationRefused) as caught:
         await reach(role, url, **keys)
@@ -88,7 +89,7 @@ async def account(sqs_server_with: ServerWith) -> Account:
         session.client("iam", endpoint_url=server.url) as iam,
         session.client("sts", endpoint_url=server.url) as sts,
     ):
-        users = []
+        users: list[Mapping[str, str]] = []
         for action in ("sqs:*", "sqs:SendMessage*"):
             user = f"{name}-{len(users)}"
             await iam.create_user(UserName=user)

@@ -194,8 +194,8 @@ async def test_a_message_above_our_limit_or_the_queues_fails_alone_and_the_limit
     sqs_server: SqsServer, standard: FarSide
 ) -> None:
     async with far_side_of(sqs_server, MaximumMessageSize="5000") as small:
-        for far_side, keys in ((standard, {"max_message_bytes": 5000}), (small, {})):
-            sink = await connected(far_side, **keys)
+        for far_side, limit in ((standard, 5000), (small, None)):
+            sink = await connected(far_side, max_message_bytes=limit)
             good = numbered(10)
 
             result = await sink.publish([*good[:5], large("big", 5000), *good[5:]])
