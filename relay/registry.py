@@ -15,6 +15,7 @@ SINKS: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSink",
     "kafka": "relay.backends.kafka:KafkaSink",
     "redis": "relay.backends.redis:RedisSink",
+    "sqs": "relay.backends.sqs:SqsSink",
     "webhook": "relay.backends.webhook:WebhookSink",
     "pg-inbox": "relay.backends.inbox:InboxSink",
     "stdout": "relay.backends.files:FileSink",
@@ -26,6 +27,7 @@ SOURCES: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSource",
     "kafka": "relay.backends.kafka:KafkaSource",
     "redis": "relay.backends.redis:RedisSource",
+    "sqs": "relay.backends.sqs:SqsSource",
     "webhook": "relay.backends.webhook:WebhookSource",
     "stdin": "relay.backends.files:FileSource",
     "file": "relay.backends.files:FileSource",
@@ -36,6 +38,7 @@ EXTRAS: Mapping[str, str] = {
     "nats": "nats",
     "kafka": "kafka",
     "redis": "redis",
+    "sqs": "sqs",
     "webhook": "webhook",
 }
 

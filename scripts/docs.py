@@ -35,6 +35,7 @@ from relay.backends.kafka.options import KafkaSinkOptions, KafkaSourceOptions  #
 from relay.backends.nats.options import NatsSinkOptions, NatsSourceOptions  # noqa: E402
 from relay.backends.outbox.source import OutboxSourceOptions  # noqa: E402
 from relay.backends.redis.options import RedisSinkOptions, RedisSourceOptions  # noqa: E402
+from relay.backends.sqs.options import SqsSinkOptions, SqsSourceOptions  # noqa: E402
 from relay.backends.webhook.options import WebhookSinkOptions, WebhookSourceOptions  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
 
@@ -154,6 +155,19 @@ WORDS: Mapping[str, str] = {
     "redis.tls_key": "PEM file of the client key; implies `tls`.",
     "redis.tls_insecure": "Accept any server certificate.",
     "redis.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
+    "sqs.type": "`sqs`.",
+    "sqs.endpoint_url": "Where requests are sent, by default the scheme and host of `queue_url`.",
+    "sqs.tls_ca": "PEM file of the authority that signed the server's certificate, by default the"
+    " public ones.",
+    "sqs.access_key_id": "Who we are, with `secret_access_key`; without both the AWS chain is"
+    " asked: environment, shared files, container, instance.",
+    "sqs.secret_access_key": "The secret key, with `access_key_id`.",
+    "sqs.session_token": "The token of temporary credentials, with the other two.",
+    "sqs.tls_cert": "PEM file of the client certificate, with `tls_key`.",
+    "sqs.tls_key": "PEM file of the client key, with `tls_cert`.",
+    "sqs.tls_insecure": "Accept any server certificate.",
+    "sqs.routing": "Other subjects by event type or op.",
+    "sqs.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
     "webhook-sink.type": "`webhook`.",
     "webhook-sink.bearer_token": "Sent as `Authorization: Bearer`.",
     "webhook-sink.username": "Basic authentication, with `password`.",
@@ -845,6 +859,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "kafka-source": options_part(KafkaSourceOptions, "kafka"),
     "redis-sink": options_part(RedisSinkOptions, "redis"),
     "redis-source": options_part(RedisSourceOptions, "redis"),
+    "sqs-sink": options_part(SqsSinkOptions, "sqs"),
+    "sqs-source": options_part(SqsSourceOptions, "sqs"),
     "webhook-sink": options_part(WebhookSinkOptions, "webhook-sink"),
     "webhook-source": options_part(WebhookSourceOptions, "webhook-source"),
     "templates": templates_part,

@@ -29,6 +29,7 @@ pytest_plugins = [
     "tests.servers.http_fixtures",
     "tests.servers.kafka_fixtures",
     "tests.servers.redis_fixtures",
+    "tests.servers.sqs_fixtures",
 ]
 
 # Examples talk to real servers on shared machines: a slow one says nothing about the code.

@@ -106,11 +106,13 @@ as $$
             ('redis', 'source', 'text', 'stream_key group_name consumer_name start_id payload_field'),
             ('redis', 'source', 'number', 'block_ms count claim_idle_ms'),
 
-            ('sqs', 'both', 'text', 'type profile queue_url region endpoint_url access_key_id secret_access_key session_token role_arn tls_ca tls_cert tls_key'),
-            ('sqs', 'both', 'boolean', 'tls tls_insecure'),
+            ('sqs', 'both', 'text', 'type profile queue_url region endpoint_url access_key_id secret_access_key session_token tls_ca tls_cert tls_key'),
+            ('sqs', 'both', 'boolean', 'tls_insecure'),
+            ('sqs', 'both', 'number', 'timeout_ms max_in_flight'),
             ('sqs', 'sink', 'template', 'message_group_id subject_template'),
             ('sqs', 'sink', 'templates', 'routing'),
             ('sqs', 'sink', 'text', 'format'),
+            ('sqs', 'sink', 'number', 'max_message_bytes'),
             ('sqs', 'source', 'number', 'visibility_timeout wait_time_seconds'),
 
             ('rabbitmq', 'both', 'text', 'type profile url username password vhost tls_ca tls_cert tls_key'),

@@ -21,6 +21,7 @@ from relay.options import known_keys
 from relay.pipeline_config import CONNECTION_KEYS
 from relay.registry import SINKS, SOURCES
 from tests.contract.kafka_far_side import FarSide
+from tests.contract.sqs_far_side import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply
@@ -29,6 +30,7 @@ from tests.servers.kafka import USER, KafkaServer
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
+from tests.servers.sqs import SqsServer
 
 RIGHT, WRONG = KAFKA_PASSWORD, "wrong-s3cret-5812"
 
@@ -62,6 +64,10 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
         {"topic": "guarded"},
     ),
     "redis": WithSecret({"url": "redis://{address}"}, {"password": "{secret}"}),
+    "sqs": WithSecret(
+        {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
+        {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     "webhook": WithSecret({"url": "http://{address}/hook"}, {"bearer_token": "{secret}"}),
     "pg-inbox": WithSecret(
         {"url": "postgresql://guarded:{secret}@{address}/postgres"}, {}, {"inbox_table": "arrived"}
@@ -82,6 +88,10 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
     "redis": WithSecret(
         {"url": "redis://{address}"}, {"password": "{secret}"}, {"stream_key": "guarded"}
     ),
+    "sqs": WithSecret(
+        {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
+        {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     # A receiver is who refuses: it runs, whatever its secret.
     "webhook": WithSecret(
         {"listen_addr": "{address}"}, {"auth_value": "{secret}"}, {"path": "/guarded"}
@@ -100,6 +110,9 @@ BESIDE_A_PROFILE: Mapping[str, str] = {
     "sink:redis": "timeout_ms stream_key routing maxlen max_message_bytes wait_replicas format",
     "source:redis": "timeout_ms stream_key group_name consumer_name start_id block_ms count"
     " claim_idle_ms payload_field",
+    "sink:sqs": "timeout_ms max_in_flight message_group_id subject_template routing"
+    " max_message_bytes format",
+    "source:sqs": "timeout_ms max_in_flight visibility_timeout wait_time_seconds",
     "sink:webhook": "method timeout_ms batch_mode max_in_flight retry_on_status max_body_bytes"
     " subject_template routing format",
     "source:webhook": "path signature_tolerance_s max_body_bytes answer_timeout_ms",
@@ -127,6 +140,14 @@ async def kafka_that_asks(kafka_server: KafkaServer) -> AsyncIterator[str]:
     await far_side.create()
     yield kafka_server.at("SASL")
     await far_side.drop()
+
+
+@pytest.fixture
+async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
+    checking = {"INITIAL_NO_AUTH_ACTION_COUNT": "0", "PGTRICKLE_TEST_SQS_KEY": RIGHT}
+    server = sqs_server_with(checking)
+    await let_in(server, "guarded")
+    return urlsplit(server.url).netloc
 
 
 @pytest.fixture
@@ -160,6 +181,7 @@ SERVERS: Mapping[str, str] = {
     "nats": "nats_that_asks",
     "kafka": "kafka_that_asks",
     "redis": "redis_that_asks",
+    "sqs": "sqs_that_asks",
     "webhook": "webhook_that_asks",
     "pg-inbox": "postgres_that_asks",
 }

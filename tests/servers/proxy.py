@@ -135,6 +135,9 @@ class TcpProxy:
         # A connection may have been accepted in the moment in which the listener closed.
         while self._tasks:
             await self._abort_connections()
+        # A reset socket is closed by the loop's next turns, of which there may be no more.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def _listen(self) -> None:
         self._listener = await asyncio.start_server(self._accept, LOOPBACK, self.listen_port)
@@ -143,6 +146,13 @@ class TcpProxy:
     async def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
+            # A connection that is accepted while the listener closes would be leaked by asyncio:
+            # first no more are accepted, and those that were become ours.
+            loop = asyncio.get_running_loop()
+            for accepting in listener.sockets:
+                loop.remove_reader(accepting.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
             listener.close()
         async with self._changed:
             self._changed.notify_all()

@@ -1,0 +1,292 @@
+"""Everything that can go wrong with SQS, as errors of the relay.
+
+Two tables: one for the exceptions of the client library, one for the codes in the service's
+answers (https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/CommonErrors.html and
+the errors of each action). Older servers put ``AWS.SimpleQueueService.`` in front of a code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from botocore import exceptions as client
+
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    ErrorKind,
+    MessageRejected,
+    MessageTooLarge,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
+
+# By name, since releases of the library differ in which classes they have. The nearest class of
+# an exception's ancestry decides; what is not here is about how the client is set up.
+CLIENT_ERRORS: Mapping[str, type[RelayError]] = {
+    "BotoCoreError": ConfigurationError,
+    "HTTPClientError": NotConnected,
+    "ConnectionError": NotConnected,
+    "ConnectTimeoutError": TimedOut,
+    "ReadTimeoutError": TimedOut,
+    "IncompleteReadError": NotConnected,
+    "ChecksumError": NotConnected,
+    "FlexibleChecksumError": NotConnected,
+    "NoCredentialsError": AuthenticationRefused,
+    "NoAuthTokenError": AuthenticationRefused,
+    "PartialCredentialsError": AuthenticationRefused,
+    "TokenRetrievalError": AuthenticationRefused,
+    "UnauthorizedSSOTokenError": AuthenticationRefused,
+    "SSOError": AuthenticationRefused,
+    # The instance or the container may not have them ready yet.
+    "CredentialRetrievalError": Outage,
+    "MetadataRetrievalError": Outage,
+    "CapacityNotAvailableError": Outage,
+}
+
+CODES: Mapping[str, type[RelayError]] = {
+    "NonExistentQueue": DestinationMissing,
+    "QueueDoesNotExist": DestinationMissing,
+    "QueueDeletedRecently": DestinationMissing,
+    "AccessDenied": AuthenticationRefused,
+    "AccessDeniedException": AuthenticationRefused,
+    "AuthFailure": AuthenticationRefused,
+    "ExpiredToken": AuthenticationRefused,
+    "ExpiredTokenException": AuthenticationRefused,
+    "IncompleteSignature": AuthenticationRefused,
+    "IncompleteSignatureException": AuthenticationRefused,
+    "InvalidAccessKeyId": AuthenticationRefused,
+    "InvalidClientTokenId": AuthenticationRefused,
+    "InvalidSecurity": AuthenticationRefused,
+    "InvalidSignatureException": AuthenticationRefused,
+    "MissingAuthenticationToken": AuthenticationRefused,
+    "MissingAuthenticationTokenException": AuthenticationRefused,
+    "NotAuthorized": AuthenticationRefused,
+    "OptInRequired": AuthenticationRefused,
+    "RequestExpired": AuthenticationRefused,
+    "SignatureDoesNotMatch": AuthenticationRefused,
+    "UnrecognizedClientException": AuthenticationRefused,
+    "KmsAccessDenied": AuthenticationRefused,
+    "KMS.AccessDeniedException": AuthenticationRefused,
+    "InternalError": Outage,
+    "InternalFailure": Outage,
+    "InternalServerError": Outage,
+    "KmsThrottled": Outage,
+    "KMS.ThrottlingException": Outage,
+    "OverLimit": Outage,
+    "RequestThrottled": Outage,
+    "RequestTimeout": Outage,
+    "ServiceUnavailable": Outage,
+    "ServiceUnavailableException": Outage,
+    "Throttling": Outage,
+    "ThrottlingException": Outage,
+    "TooManyRequestsException": Outage,
+    "InvalidAction": ConfigurationError,
+    "InvalidAddress": ConfigurationError,
+    "InvalidAttributeName": ConfigurationError,
+    "KmsDisabled": ConfigurationError,
+    "KMS.DisabledException": ConfigurationError,
+    "KmsInvalidKeyUsage": ConfigurationError,
+    "KMS.InvalidKeyUsageException": ConfigurationError,
+    "KmsInvalidState": ConfigurationError,
+    "KMS.InvalidStateException": ConfigurationError,
+    "KmsNotFound": ConfigurationError,
+    "KMS.NotFoundException": ConfigurationError,
+    "KmsOptInRequired": ConfigurationError,
+    "KMS.OptInRequired": ConfigurationError,
+    "UnknownOperationException": ConfigurationError,
+    "UnsupportedOperation": ConfigurationError,
+    "BatchRequestTooLong": MessageTooLarge,
+    "InvalidAttributeValue": MessageRejected,
+    "InvalidMessageContents": MessageRejected,
+    "InvalidParameterCombination": MessageRejected,
+    "InvalidParameterValue": MessageRejected,
+    "MessageTooLong": MessageTooLarge,
+    "MissingParameter": MessageRejected,
+    "ValidationException": MessageRejected,
+}
+
+_REMEDIES: Mapping[str, str] = {
+    "NonExistentQueue": "make the queue, or correct queue_url and region",
+    "QueueDoesNotExist": "make the queue, or correct queue_url and region",
+    "AccessDenied": "allow it in the policy of the queue or of the key's owner",
+    "AccessDeniedException": "allow it in the policy of the queue or of the key's owner",
+    "ExpiredToken": "renew access_key_id, secret_access_key and session_token",
+    "ExpiredTokenException": "renew access_key_id, secret_access_key and session_token",
+    "RequestExpired": "set the clock of this machine",
+    "KmsAccessDenied": "allow the queue's KMS key to the key's owner",
+    "KMS.AccessDeniedException": "allow the queue's KMS key to the key's owner",
+    "OverLimit": "too many messages are received and not deleted",
+}
+_CHECK_KEYS = "check access_key_id, secret_access_key, session_token and region"
+_NO_KEYS = "set access_key_id and secret_access_key, or what the AWS chain reads"
+_PREFIX = "AWS.SimpleQueueService."
+_CODE_IN_XML = re.compile(r"<Code>(?:AWS\.SimpleQueueService\.)?([\w.]+)</Code>")
+_LONGEST_TEXT = 300
+
+
+def of_answer(error: client.ClientError, doing: str, *, is_publish: bool = False) -> RelayError:
+    """The relay's error for an answer that is one.
+
+    ``is_publish`` blames what is wrong with a parameter on the message.
+    """
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = code_of(error)
+    kind = CODES.get(code) or _by_status(int(status))
+    text = str(error.response.get("Error", {}).get("Message", ""))
+    return _told(kind, code, text, doing, is_publish=is_publish)
+
+
+def of_entry(entry: Mapping[str, object], doing: str) -> RelayError:
+    """The relay's error for one entry of a batch that was not accepted."""
+    code = str(entry.get("Code", "")).removeprefix(_PREFIX)
+    by_fault = MessageRejected if entry.get("SenderFault") else Outage
+    kind = CODES.get(code, by_fault)
+    if kind.kind is ErrorKind.MESSAGE and by_fault is Outage:
+        kind = Outage
+    return _told(kind, code, str(entry.get("Message", "")), doing, is_publish=True)
+
+
+def code_of(error: client.ClientError) -> str:
+    """The code of an answer that is an error, also of one that is in the older XML form."""
+    told = error.response.get("Error", {})
+    codes = [str(told.get(name, "")).removeprefix(_PREFIX) for name in ("Code", "QueryErrorCode")]
+    codes += _CODE_IN_XML.findall(str(told.get("Message", "")))
+    return next((one for one in codes if one in CODES), codes[0])
+
+
+def of_exception(
+    error: BaseException, doing: str, *, is_publish: bool = False
+) -> RelayError | None:
+    """The relay's error for what the client, TLS or the network raised; None for others."""
+    if isinstance(error, RelayError):
+        return error
+    if isinstance(error, client.ClientError):
+        return of_answer(error, doing, is_publish=is_publish)
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError):
+            return _of_tls(cause, doing)
+        if isinstance(cause, socket.gaierror):
+            return NotConnected(
+                f"{doing}: the name of the host is not known",
+                remedy="correct queue_url or endpoint_url",
+            )
+    if isinstance(error, client.BotoCoreError):
+        return _of_client(error, doing)
+    if isinstance(error, TimeoutError):
+        return TimedOut(f"{doing}: no answer in time")
+    if isinstance(error, EOFError):
+        return NotConnected(f"{doing}: the connection was ended")
+    if isinstance(error, OSError):
+        return NotConnected(f"{doing}: {_reason(error)}")
+    if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
+        # The few that are no BotoCoreError: an answer that is not what the protocol says.
+        return NotConnected(f"{doing}: the answer is not one of SQS ({type(error).__name__})")
+    return None
+
+
+@contextmanager
+def mapped(doing: str, *, is_publish: bool = False) -> Iterator[None]:
+    """Turn whatever the client library raises inside into an error of the relay."""
+    try:
+        yield
+    except Exception as error:
+        ours = of_exception(error, doing, is_publish=is_publish)
+        if ours is None or ours is error:
+            raise
+        raise ours from error
+
+
+def _told(
+    kind: type[RelayError], code: str, text: str, doing: str, *, is_publish: bool
+) -> RelayError:
+    if kind.kind is ErrorKind.MESSAGE and not is_publish:
+        kind = ConfigurationError
+    if kind is AuthenticationRefused:
+        # What a service says of a wrong signature may repeat the request, and so a token.
+        return kind(
+            f"{doing}: {code or 'access is refused'}", remedy=_REMEDIES.get(code, _CHECK_KEYS)
+        )
+    words = " ".join(text.split())[:_LONGEST_TEXT].rstrip(".")
+    said = ": ".join(part for part in (doing, code, words) if part)
+    return kind(said, remedy=_REMEDIES.get(code, ""))
+
+
+def _by_status(status: int) -> type[RelayError]:
+    if status in (401, 403):
+        return AuthenticationRefused
+    if status == 404:
+        return DestinationMissing
+    if status in (408, 429) or status >= 500:
+        return Outage
+    return MessageRejected
+
+
+def _of_client(error: BaseException, doing: str) -> RelayError:
+    kind = next(CLIENT_ERRORS[one.__name__] for one in type(error).__mro__ if _is_telling(one))
+    if kind is TimedOut:
+        return kind(f"{doing}: no answer in time")
+    if kind is AuthenticationRefused:
+        return kind(f"{doing}: there are no usable credentials", remedy=_NO_KEYS)
+    if kind is NotConnected:
+        for cause in _causes(error):
+            if isinstance(cause, OSError) and cause.errno is not None:
+                return kind(f"{doing}: {_reason(cause)}")
+        return kind(f"{doing}: the connection was ended")
+    if isinstance(error, client.NoRegionError):
+        return kind(f"{doing}: the region is not known", remedy="set region")
+    words = " ".join(str(error).split())[:_LONGEST_TEXT]
+    return kind(f"{doing}: {words or type(error).__name__}")
+
+
+def _is_telling(kind: type[object]) -> bool:
+    return kind.__name__ in CLIENT_ERRORS and kind.__module__.startswith(
+        ("botocore", "aiobotocore")
+    )
+
+
+def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ConfigurationError(
+            f"{doing}: the server's certificate is not trusted:"
+            f" {getattr(error, 'verify_message', 'it does not verify')}",
+            remedy="point tls_ca at the authority that signed it",
+        )
+    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
+    if "certificate" in reason or "unknown ca" in reason:
+        return AuthenticationRefused(
+            f"{doing}: the server refuses our certificate: {reason}",
+            remedy="set tls_cert and tls_key to a certificate that the server trusts",
+        )
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return NotConnected(f"{doing}: TLS was ended by the server")
+    return ConfigurationError(f"{doing}: TLS failed: {reason}", remedy="is this a TLS port?")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and what it came from, the transport's own among it."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        # The HTTP library keeps what TLS or the network said beside the chain.
+        for inner in ("certificate_error", "os_error"):
+            beside = getattr(seen, inner, None)
+            if isinstance(beside, BaseException):
+                yield beside
+        seen = seen.__cause__ or seen.__context__
+
+
+def _reason(error: OSError) -> str:
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or type(error).__name__

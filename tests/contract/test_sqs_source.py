@@ -1,0 +1,98 @@
+"""The SQS source under the contract, against a real server, with a standard queue.
+
+moto keeps the order of a standard queue, as long as one receive at a time asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import pytest
+
+from relay.contracts import Source
+from relay.message import RelayMessage
+from tests.contract.source_contract import SourceContract, SourceHarness
+from tests.contract.sqs_far_side import (
+    FarSide,
+    SqsHarness,
+    far_side_of,
+    lasting_queue,
+    source_of,
+)
+from tests.servers.proxy import TcpProxy
+from tests.servers.sqs import SqsServer
+from tests.servers.tls import TlsFiles
+
+CHECKING = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
+
+# An answer that is lost on its way hides its messages for this long, and the suite waits 20 s.
+VISIBILITY_S = 10
+
+
+class SqsSourceHarness(SqsHarness, SourceHarness):
+    def __init__(
+        self,
+        far_side: FarSide,
+        proxy: TcpProxy,
+        server_with: Callable[..., SqsServer],
+        tls_files: TlsFiles,
+    ) -> None:
+        super().__init__(far_side, proxy)
+        self._server_with = server_with
+        self._tls_files = tls_files
+
+    def make(self, *, batch_size: int = 100) -> Source:
+        return source_of(
+            self.url,
+            batch_size=batch_size,
+            visibility_timeout=VISIBILITY_S,
+            max_in_flight=1,
+            **self.far_side.keys,
+        )
+
+    async def feed(self, messages: Sequence[RelayMessage]) -> None:
+        await self.far_side.feed(messages)
+
+    async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
+        held = [body for body in bodies if is_text_of_sqs(body)]
+        await self.far_side.put(*(body.decode() for body in held))
+        return held
+
+    def make_short_lived(self) -> tuple[Source, float]:
+        return source_of(self.url, visibility_timeout=3, **self.far_side.keys), 3.0
+
+    async def make_tls(self, *, trusted: bool) -> Source:
+        server = self._server_with(tls=self._tls_files)
+        files = self._tls_files
+        authority = files.authority if trusted else files.other_authority
+        url = await lasting_queue(server, tls_ca=str(files.authority))
+        return source_of(url, tls_ca=str(authority), **self.far_side.keys)
+
+    async def make_unauthorized(self) -> Source:
+        server = self._server_with(CHECKING)
+        return source_of(f"{server.url}/123456789012/orders", **self.far_side.keys)
+
+
+def is_text_of_sqs(body: bytes) -> bool:
+    """Whether a queue takes this body: it is not empty, and every character is one of XML."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(one >= " " or one in "\t\n\r" for one in text)
+
+
+class TestSqsSource(SourceContract):
+    backend = "sqs"
+
+    @pytest.fixture
+    async def harness(
+        self,
+        sqs_server: SqsServer,
+        tcp_proxy: Callable[[str, int], Awaitable[TcpProxy]],
+        sqs_server_with: Callable[..., SqsServer],
+        tls_files: TlsFiles,
+    ) -> AsyncIterator[SqsSourceHarness]:
+        async with far_side_of(sqs_server) as far_side:
+            proxy = await tcp_proxy(*sqs_server.address)
+            yield SqsSourceHarness(far_side, proxy, sqs_server_with, tls_files)

@@ -1,0 +1,147 @@
+"""Every error of SQS is one of the relay's, of the right kind, on one line and without secrets."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import pytest
+from botocore import exceptions as client
+
+from relay.backends.sqs.errors import CODES, mapped, of_answer, of_entry, of_exception
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    ErrorKind,
+    MessageRejected,
+    MessageTooLarge,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
+from tests.contract.sqs_far_side import client_error, driver_exceptions
+
+
+def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:
+    for exception in driver_exceptions():
+        with pytest.raises(RelayError) as caught, mapped("testing"):
+            raise exception
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (client_error("AWS.SimpleQueueService.NonExistentQueue"), DestinationMissing),
+        (client_error("QueueDoesNotExist"), DestinationMissing),
+        (client_error("InvalidClientTokenId", status=403), AuthenticationRefused),
+        (client_error("SignatureDoesNotMatch", status=403), AuthenticationRefused),
+        (client_error("AccessDenied", status=403), AuthenticationRefused),
+        (client_error("ExpiredToken", status=403), AuthenticationRefused),
+        (client_error("RequestThrottled"), Outage),
+        (client_error("OverLimit"), Outage),
+        (client_error("InternalError", status=500), Outage),
+        (client_error("KmsDisabled"), ConfigurationError),
+        (client_error("Unheard", status=503), Outage),
+        (client_error("Unheard", status=429), Outage),
+        (client_error("Unheard", status=403), AuthenticationRefused),
+        (client_error("Unheard", status=404), DestinationMissing),
+        (client_error("Unheard", status=400), ConfigurationError),
+        (client.EndpointConnectionError(endpoint_url="http://h"), NotConnected),
+        (client.ConnectionClosedError(endpoint_url="http://h"), NotConnected),
+        (client.ConnectTimeoutError(endpoint_url="http://h"), TimedOut),
+        (client.ReadTimeoutError(endpoint_url="http://h"), TimedOut),
+        (client.NoCredentialsError(), AuthenticationRefused),
+        (client.PartialCredentialsError(provider="a", cred_var="b"), AuthenticationRefused),
+        (client.CredentialRetrievalError(provider="a", error_msg="b"), Outage),
+        (client.NoRegionError(), ConfigurationError),
+        (client.ProfileNotFound(profile="p"), ConfigurationError),
+        (socket.gaierror(-2, "unknown"), NotConnected),
+        (ConnectionResetError(), NotConnected),
+        (TimeoutError(), TimedOut),
+    ],
+)
+def test_an_error_is_of_its_kind(error: Exception, kind: type[RelayError]) -> None:
+    assert type(of_exception(error, "testing")) is kind
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_a_code_is_understood_with_and_without_its_old_prefix(code: str) -> None:
+    for spelled in (code, f"AWS.SimpleQueueService.{code}"):
+        assert type(of_answer(client_error(spelled), "x", is_publish=True)) is CODES[code]
+
+
+def test_what_is_wrong_with_a_parameter_blames_a_message_only_while_publishing() -> None:
+    error = client_error("InvalidParameterValue", "no")
+
+    assert of_answer(error, "sending", is_publish=True).kind is ErrorKind.MESSAGE
+    assert of_answer(error, "asking").kind is ErrorKind.CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    "code, is_ours, kind",
+    [
+        ("InvalidMessageContents", True, MessageRejected),
+        ("Whatever", True, MessageRejected),
+        ("Whatever", False, Outage),
+        ("InternalError", False, Outage),
+        ("InvalidParameterValue", False, Outage),
+        ("RequestThrottled", True, Outage),
+        ("MessageTooLong", True, MessageTooLarge),
+        ("AccessDenied", True, AuthenticationRefused),
+    ],
+)
+def test_an_entry_is_refused_for_good_by_the_senders_fault_and_else_for_now(
+    code: str, *, is_ours: bool, kind: type[RelayError]
+) -> None:
+    entry = {"Id": "1", "Code": code, "SenderFault": is_ours, "Message": "m"}
+
+    assert type(of_entry(entry, "sending")) is kind
+
+
+def test_what_is_said_of_a_wrong_signature_is_not_repeated() -> None:
+    error = client_error(
+        "SignatureDoesNotMatch", "The canonical string was\nx-amz-security-token:hunter2", 403
+    )
+
+    told = str(of_answer(error, "connecting"))
+
+    assert "hunter2" not in told
+    assert "secret_access_key" in told
+
+
+def test_what_tls_says_is_found_below_what_the_library_says() -> None:
+    error = client.SSLError(endpoint_url="https://h", error="x")
+    error.__context__ = ssl.SSLCertVerificationError(1, "unknown authority")
+
+    ours = of_exception(error, "connecting")
+
+    assert isinstance(ours, ConfigurationError)
+    assert "tls_ca" in str(ours)
+
+
+def test_an_error_of_ours_passes_unchanged() -> None:
+    error = Outage("ours")
+
+    with pytest.raises(Outage) as caught, mapped("connecting"):
+        raise error
+
+    assert caught.value is error
+
+
+def test_a_mistake_in_our_own_code_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError), mapped("connecting"):
+        raise ZeroDivisionError
+
+
+def test_a_code_is_found_in_an_answer_of_the_older_form() -> None:
+    told = (
+        "<ErrorResponse><Errors><Error><Code>AccessDenied</Code></Error></Errors></ErrorResponse>"
+    )
+
+    error = of_answer(client_error("403", told, 403), "asking")
+
+    assert isinstance(error, AuthenticationRefused)
+    assert "AccessDenied" in str(error)
