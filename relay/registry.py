@@ -14,6 +14,7 @@ from relay.errors import ConfigurationError, DriverMissing
 SINKS: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSink",
     "redis": "relay.backends.redis:RedisSink",
+    "rabbitmq": "relay.backends.rabbitmq:RabbitSink",
     "webhook": "relay.backends.webhook:WebhookSink",
     "pg-inbox": "relay.backends.inbox:InboxSink",
     "stdout": "relay.backends.files:FileSink",
@@ -24,13 +25,19 @@ SOURCES: Mapping[str, str] = {
     "outbox": "relay.backends.outbox:OutboxSource",
     "nats": "relay.backends.nats:NatsSource",
     "redis": "relay.backends.redis:RedisSource",
+    "rabbitmq": "relay.backends.rabbitmq:RabbitSource",
     "webhook": "relay.backends.webhook:WebhookSource",
     "stdin": "relay.backends.files:FileSource",
     "file": "relay.backends.files:FileSource",
 }
 
 # The extra of the distribution that brings a backend's driver.
-EXTRAS: Mapping[str, str] = {"nats": "nats", "redis": "redis", "webhook": "webhook"}
+EXTRAS: Mapping[str, str] = {
+    "nats": "nats",
+    "redis": "redis",
+    "rabbitmq": "rabbitmq",
+    "webhook": "webhook",
+}
 
 
 class _Buildable(Protocol):

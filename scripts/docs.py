@@ -33,6 +33,10 @@ from relay.backends.files.options import FileSinkOptions, FileSourceOptions  # n
 from relay.backends.inbox.options import InboxSinkOptions  # noqa: E402
 from relay.backends.nats.options import NatsSinkOptions, NatsSourceOptions  # noqa: E402
 from relay.backends.outbox.source import OutboxSourceOptions  # noqa: E402
+from relay.backends.rabbitmq.options import (  # noqa: E402
+    RabbitSinkOptions,
+    RabbitSourceOptions,
+)
 from relay.backends.redis.options import RedisSinkOptions, RedisSourceOptions  # noqa: E402
 from relay.backends.webhook.options import WebhookSinkOptions, WebhookSourceOptions  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
@@ -132,6 +136,18 @@ WORDS: Mapping[str, str] = {
     "nats.max_in_flight": "Messages under way without acknowledgement, at most.",
     "nats.ack_timeout_ms": "How long to go on without a single acknowledgement.",
     "nats.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
+    "rabbitmq.type": "`rabbitmq`.",
+    "rabbitmq.username": "User name, with `password`.",
+    "rabbitmq.password": "Password, with `username`.",
+    "rabbitmq.vhost": "The virtual host.",
+    "rabbitmq.tls": "Speak TLS whatever the scheme of `url`.",
+    "rabbitmq.tls_ca": "PEM file of the authority; implies `tls`.",
+    "rabbitmq.tls_cert": "PEM file of the client certificate; implies `tls`, and logs in where"
+    " there is no user.",
+    "rabbitmq.tls_key": "PEM file of the client key; implies `tls`.",
+    "rabbitmq.tls_insecure": "Accept any server certificate.",
+    "rabbitmq.exchange_type": "Of an exchange that `declare_exchange` makes, by default `topic`.",
+    "rabbitmq.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
     "redis.type": "`redis`.",
     "redis.username": "User name of an ACL user, with `password`.",
     "redis.password": "Password; alone, that of the default user.",
@@ -829,6 +845,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "file-sink": options_part(FileSinkOptions, "file-sink"),
     "file-source": options_part(FileSourceOptions, "file-source"),
     "pg-inbox": options_part(InboxSinkOptions, "pg-inbox"),
+    "rabbitmq-sink": options_part(RabbitSinkOptions, "rabbitmq"),
+    "rabbitmq-source": options_part(RabbitSourceOptions, "rabbitmq"),
     "redis-sink": options_part(RedisSinkOptions, "redis"),
     "redis-source": options_part(RedisSourceOptions, "redis"),
     "webhook-sink": options_part(WebhookSinkOptions, "webhook-sink"),

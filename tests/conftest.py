@@ -24,7 +24,11 @@ from tests.servers.process import REPOSITORY, RelayProcess
 from tests.servers.proxy import TcpProxy, proxied
 from tests.servers.tls import TlsFiles, write_tls_files
 
-pytest_plugins = ["tests.servers.http_fixtures", "tests.servers.redis_fixtures"]
+pytest_plugins = [
+    "tests.servers.http_fixtures",
+    "tests.servers.rabbitmq_fixtures",
+    "tests.servers.redis_fixtures",
+]
 
 # Examples talk to real servers on shared machines: a slow one says nothing about the code.
 settings.register_profile(

@@ -14,7 +14,6 @@ from relay.backends.nats import headers as wire_headers
 from relay.backends.nats import jetstream
 from relay.backends.nats.connection import Connection, connect
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
-from relay.backends.nats.flight import Flight
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
 from relay.backends.nats.subject import (
     check_subject,
@@ -36,6 +35,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing

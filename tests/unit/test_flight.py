@@ -7,8 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.backends.nats.flight import Flight
 from relay.errors import ErrorKind, MessageRejected, Outage
+from relay.flight import Flight
 from relay.message import RelayMessage
 
 
