@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -127,16 +128,16 @@ async def test_a_missing_permission_is_named(far_side: FarSide, role: str, user:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keys", [{"declare_exchange": True}, {"declare_queue": True}])
 async def test_what_may_not_be_made_is_an_error_that_names_the_permission(
-    rabbitmq_server: RabbitServer, keys: dict[str, bool]
+    rabbitmq_server: RabbitServer,
 ) -> None:
-    made = {"username": "modest", "password": "p", **keys}
-    with pytest.raises(AuthenticationRefused, match="rabbitmqctl set_permissions"):
-        if "declare_queue" in keys:
-            await source_of(rabbitmq_server.url, "new", **made).connect()
-        else:
-            await sink_of(rabbitmq_server.url, "new", **made).connect()
+    url = rabbitmq_server.url
+    sink = sink_of(url, "new", username="modest", password="p", declare_exchange=True)
+    source = source_of(url, "new", username="modest", password="p", declare_queue=True)
+
+    for connect in (sink.connect, source.connect):
+        with pytest.raises(AuthenticationRefused, match="rabbitmqctl set_permissions"):
+            await connect()
 
 
 @pytest.mark.shows("sink:rabbitmq.tls_ca", "sink:rabbitmq.tls_cert", "sink:rabbitmq.tls_key")
@@ -200,11 +201,13 @@ async def test_a_broker_that_is_away_is_an_outage_that_names_it_on_one_line(role
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x00\x01\x00\x00"])
 async def test_what_speaks_something_else_is_a_configuration_error(answer: bytes) -> None:
+    is_closed = asyncio.Event()
+
     async def misunderstand(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(8)
         writer.write(answer)
-        await writer.drain()
-        writer.close()
+        await _closed(writer)
+        is_closed.set()
 
     server = await asyncio.start_server(misunderstand, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -212,6 +215,8 @@ async def test_what_speaks_something_else_is_a_configuration_error(answer: bytes
     with pytest.raises(ConfigurationError, match="does not speak AMQP 0-9-1"):
         await reach("sink", f"amqp://127.0.0.1:{port}")
 
+    async with asyncio.timeout(30):
+        await is_closed.wait()
     server.close()
     await server.wait_closed()
 
@@ -222,12 +227,10 @@ async def test_a_broker_that_never_answers_is_given_up_in_time(role: str) -> Non
     is_closed = asyncio.Event()
 
     async def be_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with suppress(ConnectionError):
             while await reader.read(4096):
                 pass
-        except ConnectionError:
-            pass
-        writer.close()
+        await _closed(writer)
         is_closed.set()
 
     server = await asyncio.start_server(be_silent, "127.0.0.1", 0)
@@ -242,3 +245,9 @@ async def test_a_broker_that_never_answers_is_given_up_in_time(role: str) -> Non
         await is_closed.wait()
     server.close()
     await server.wait_closed()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()

@@ -251,7 +251,7 @@ async def test_a_message_above_our_limit_fails_alone_and_the_limit_is_named(
     assert index == 5
     assert isinstance(error, MessageTooLarge)
     assert "max_message_bytes is 5000 bytes" in str(error)
-    assert dedup_keys(await far_side.restored()) == [*dedup_keys(good), "fits"]
+    assert set(dedup_keys(await far_side.restored())) == {*dedup_keys(good), "fits"}
     await sink.aclose()
 
 

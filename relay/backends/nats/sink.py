@@ -45,7 +45,6 @@ ORDERINGS = ("strict", "pipelined")
 # JetStream keeps the length of a header block in 16 bits.
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
-_MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
 _NO_RESPONDERS = 503
 # No stream's name has a blank, so that this is nowhere else in a block of ours.
 _KEY_MARK = "< dedup key >"
@@ -232,10 +231,7 @@ class NatsSink:
         reply_prefix = self._reply_prefix
         first_number = self._first_number
         try:
-            while flight.bytes_under_way < _MAX_BYTES_UNDER_WAY:
-                index = flight.take()
-                if index is None:
-                    break
+            while (index := flight.take()) is not None:
                 try:
                     message = flight.messages[index]
                     subject = self._subject(message)

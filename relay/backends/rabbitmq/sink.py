@@ -45,7 +45,6 @@ ORDERINGS = ("strict", "pipelined")
 _LIMIT_BEFORE_4 = 128 * 1024 * 1024
 _LIMIT_FROM_4 = 16 * 1024 * 1024
 _CHUNK_BYTES = 128 * 1024
-_MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
 
 
 class RabbitSink:
@@ -211,10 +210,7 @@ class RabbitSink:
         chunk: list[bytes] = []
         size = 0
         try:
-            while flight.bytes_under_way < _MAX_BYTES_UNDER_WAY:
-                index = flight.take()
-                if index is None:
-                    break
+            while (index := flight.take()) is not None:
                 message = flight.messages[index]
                 try:
                     begin = self._begin(self._routing_key(message))

@@ -70,7 +70,6 @@ class RabbitSource:
         self._opening = 0
         self._buffer: deque[Content] = deque()
         self._buffered_bytes = 0
-        self._last_tag = 0
         self._out: deque[_Position] = deque()
         self._wake = asyncio.Event()
         self._is_interrupted = False
@@ -251,36 +250,33 @@ class RabbitSource:
             )
 
     async def _give_back(self, connection: Connection, position: _Position | None) -> None:
-        """Put back what was delivered, from this position on; all that waits where it is None."""
-        first = self._buffer[0].tag if position is None and self._buffer else None
-        if position is not None:
-            first = position.first
-        if first is None:
-            return
-        last = self._last_tag
-        while self._out and self._out[-1].last >= first:
-            self._out.pop()
+        """Put back what was handed out from this position on, and all that waits here."""
+        given_back = [content.tag for content in self._buffer]
+        while position is not None and self._out and self._out[-1].first >= position.first:
+            out = self._out.pop()
+            given_back += range(out.first, out.last + 1)
         self._drop_buffer()
         connection.hold(is_held=False)
+        if not given_back:
+            return
         if self._out:
-            tags = range(first, last + 1)
-            connection.write(b"".join(frame.giving_back(tag, is_multiple=False) for tag in tags))
+            connection.write(
+                b"".join(frame.giving_back(tag, is_multiple=False) for tag in given_back)
+            )
         else:
-            connection.write(frame.giving_back(last, is_multiple=True))
+            connection.write(frame.giving_back(max(given_back), is_multiple=True))
         await connection.flush(f"giving back messages of {self._queue!r}")
 
     def _forget(self) -> None:
         self._drop_buffer()
         self._out.clear()
         self._consumer = ""
-        self._last_tag = 0
 
     def _drop_buffer(self) -> None:
         self._buffer.clear()
         self._buffered_bytes = 0
 
     def _on_delivered(self, content: Content) -> None:
-        self._last_tag = content.tag
         self._buffer.append(content)
         self._buffered_bytes += len(content.body)
         if (
