@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import ssl
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
+from datetime import datetime
 
 import aio_pika
 import pamqp.exceptions
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from relay.backends.rabbitmq import RabbitSink, RabbitSource
@@ -98,10 +100,10 @@ class FarSide:
         body: bytes,
         *,
         queue: str | None = None,
-        headers: Mapping[str, object] | None = None,
-        **properties: object,
+        headers: FieldTable | None = None,
+        **properties: str | datetime | None,
     ) -> None:
-        """Put one message there as somebody else would."""
+        """Put one message there as somebody else would, with no property but these."""
         await self.put_all([body], queue=queue, headers=headers, **properties)
 
     async def put_all(
@@ -109,23 +111,25 @@ class FarSide:
         bodies: Sequence[bytes],
         *,
         queue: str | None = None,
-        headers: Mapping[str, object] | None = None,
-        **properties: object,
+        headers: FieldTable | None = None,
+        **properties: str | datetime | None,
     ) -> None:
         """Put several there, in order."""
+        set_ = Basic.Properties(
+            headers=headers,
+            delivery_mode=2,
+            **properties,  # type: ignore[arg-type]  # passed on as they came
+        )
         async with self.channel() as channel:
+            below = await channel.get_underlay_channel()
             for body in bodies:
-                message = aio_pika.Message(
-                    body,
-                    headers=dict(headers or {}),  # type: ignore[arg-type]  # any value that AMQP has
-                    delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-                    **properties,  # type: ignore[arg-type]  # passed on as they came
+                await below.basic_publish(
+                    body, routing_key=queue or self.queue, properties=set_, mandatory=True
                 )
-                await channel.default_exchange.publish(message, queue or self.queue)
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Put messages of ours there, in order."""
-        sink = sink_of(self.server.url, self.exchange, format=format_)
+        sink = sink_of(self.server.url, self.exchange, format=format_, ordering="pipelined")
         await sink.connect()
         try:
             result = await sink.publish(messages)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import aio_pika
 import pytest
+import uvloop
 
 from relay.backends.rabbitmq import RabbitSource
 from relay.backends.rabbitmq import connection as connection_module
@@ -23,7 +24,7 @@ from tests.contract.evidence import (
     numbered,
     reconnect,
 )
-from tests.contract.rabbitmq_far_side import FarSide, source_of
+from tests.contract.rabbitmq_far_side import FarSide, sink_of, source_of
 from tests.contract.source_contract import (
     assert_nothing_more,
     collect,
@@ -111,7 +112,7 @@ async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_heade
         b'{"a":1}',
         message_id="theirs",
         timestamp=at,
-        type="order.placed",
+        message_type="order.placed",
         app_id="shop",
         correlation_id="c",
         headers={"n": 7, "yes": True, "deep": {"x": [1, "y"]}, "t": "text"},
@@ -414,6 +415,40 @@ async def test_a_broker_that_names_no_consumer_is_described(far_side: FarSide) -
     await source.aclose()
     with pytest.raises(NotConnected):
         await source.describe()
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_the_loop_that_the_relay_runs_on_does_as_well(
+    rabbitmq_server: RabbitServer, *, is_tls: bool
+) -> None:
+    server = rabbitmq_server
+    files = server.tls_files
+    assert files is not None
+    url = f"amqps://localhost:{server.tls_port}" if is_tls else server.url
+    keys = {"tls_ca": str(files.authority)} if is_tls else {}
+    messages = [
+        RelayMessage(dedup_key=str(n), payload=b'"%s"' % (b"x" * 10_000)) for n in range(90)
+    ]
+
+    async def round_trip() -> None:
+        far_side = FarSide(server, NAME)
+        await far_side.make()
+        sink = sink_of(url, far_side.exchange, **keys)
+        source = source_of(url, far_side.queue, batch_bytes=50_000, **keys)
+        await sink.connect()
+        await source.connect()
+        assert not (await sink.publish(messages)).failures
+        batches = await collect(source, len(messages))
+        for batch in batches:
+            await source.acknowledge(batch)
+        assert dedup_keys(messages_of(batches)) == dedup_keys(messages)
+        await source.aclose()
+        await sink.aclose()
+        assert await far_side.depth() == 0
+        await far_side.drop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(round_trip())
 
 
 async def test_another_client_understands_what_goes_through(far_side: FarSide) -> None:

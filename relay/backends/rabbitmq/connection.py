@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pamqp import commands
 from pamqp.base import Frame
@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._gone = asyncio.Event()
         self._is_held = False
+        self._is_paused = False
         self._is_open = False
         self._heartbeat_s = 0.0
         self._beat: asyncio.TimerHandle | None = None
@@ -218,9 +219,9 @@ class Connection(asyncio.Protocol):
         self._is_open = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a stream"  # noqa: S101 - for the type checker
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        # Transports of uvloop are none by their class.
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         self._writable.set()
 
     def data_received(self, data: bytes) -> None:
@@ -327,9 +328,13 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._is_held and not self._expected:
+        is_to_pause = self._is_held and not self._expected
+        if is_to_pause == self._is_paused:
+            return
+        self._is_paused = is_to_pause
+        if is_to_pause:
             transport.pause_reading()
-        elif not transport.is_reading():
+        else:
             self._heard_at = self._loop.time()
             transport.resume_reading()
 
@@ -342,7 +347,7 @@ class Connection(asyncio.Protocol):
         if now - self._said_at >= self._heartbeat_s / 2:
             self._said_at = now
             transport.write(wire.HEARTBEAT_FRAME)
-        if transport.is_reading() and now - self._heard_at > 2 * self._heartbeat_s:
+        if not self._is_paused and now - self._heard_at > 2 * self._heartbeat_s:
             silent_s = now - self._heard_at
             self.abort(
                 TimedOut(f"RabbitMQ at {self.address} showed no sign of life for {silent_s:.0f} s")
