@@ -19,7 +19,7 @@ from relay.message import RelayMessage
 from relay.pipeline import Pipeline
 from relay.pipeline_config import PipelineConfig, pace_of, parse_config, with_profile
 from relay.postgres import Database
-from relay.registry import build_sink, build_source
+from relay.registry import build_sink, build_source, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
 
@@ -87,6 +87,14 @@ class Assembly:
                 settings=_shown(row.config),
             )
         )
+
+    def runs_everywhere(self, row: PipelineRow) -> bool:
+        """Whether every relay of the group runs this row at once, and none owns it."""
+        try:
+            return source_runs_everywhere(str(row.config.get("source_type")))
+        except (ConfigurationError, ImportError):
+            # What is wrong is told by the one relay that owns it and can't build it.
+            return False
 
     def build(self, row: PipelineRow) -> Pipeline:
         """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+# What a far side asks for may be a mistake: nobody waits longer than this for its sake.
+LONGEST_ASKED_WAIT_S = 3600.0
+
 
 class Backoff:
     """Exponential back-off with full-width jitter: each wait is 50 % to 100 % of its ceiling.
@@ -31,13 +34,17 @@ class Backoff:
         """How many waits were taken since the last success."""
         return self._attempt
 
-    def next_s(self) -> float:
-        """The next wait in seconds."""
+    def next_s(self, asked_s: float | None = None) -> float:
+        """The next wait in seconds; at least ``asked_s``, which the far side asked for.
+
+        Of that no more than `LONGEST_ASKED_WAIT_S` is granted.
+        """
         ceiling = self._max_s
         if self._attempt < 63:
             ceiling = min(self._max_s, self._initial_s * 2**self._attempt)
         self._attempt += 1
-        return ceiling * (0.5 + self._chance() / 2)
+        wait_s = ceiling * (0.5 + self._chance() / 2)
+        return max(wait_s, min(asked_s or 0.0, LONGEST_ASKED_WAIT_S))
 
     def reset(self) -> None:
         """Start over: the last attempt succeeded."""

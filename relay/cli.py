@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     verb, rest = _split_verb(argv)
-    arguments = _parser(verb).parse_args(rest)
+    arguments = _parser(verb).parse_intermixed_args(rest)
     if verb == "migrate" and arguments.print:
         from relay.migrate import migration_script
 

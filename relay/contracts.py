@@ -57,7 +57,9 @@ class PublishResult(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to each message: those not named in ``failures`` are durably accepted.
 
     ``failures`` is in ascending order of ``index``. A failure of kind ``message`` is permanent,
-    any other transient: the loop publishes those again, in order.
+    any other transient: the loop publishes those again, in order, and not before the longest time
+    that any of them asks for (`relay.errors.Outage`). `NotConnected` and `TimedOut` say that the
+    connection is gone: the loop connects anew before it publishes again.
     ``duplicates`` counts accepted messages that the far side already had.
     """
 
@@ -77,6 +79,9 @@ class Source(Protocol):
     Loss: until a batch is acknowledged the source hands it out again after a reconnect, a crash or
     `reject`. `connect` after a failure or a forced stop resumes from what was acknowledged.
     Order: as the far side keeps it; within a batch, and from batch to batch.
+    Where: in the one relay that owns the pipeline. A source to which others come, at whichever
+    relay they please, says ``runs_everywhere = True`` on its class and runs in every relay of the
+    group at once; it keeps no position in the catalog, since a position has one owner.
     """
 
     @property

@@ -3,6 +3,10 @@
 One loop compares what the catalog wants with what runs here, on every config notification and on
 a short tick. A pipeline runs exactly while its lock is held; it is stopped gracefully before its
 lock is released, and at once when the lock may be lost.
+
+A pipeline whose source says so *runs everywhere*: every relay of the group runs it, without a lock.
+It counts in no share and is not handed over; in all else it is started, stopped and lost like any
+other. A drain leaves it out: nothing waits on its far side, and it never ends by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from relay.backoff import Backoff
 from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow
 from relay.errors import ConfigurationError, RelayError
 from relay.events import DatabaseChanged, Event, OwnershipChanged, PipelineState, StateChanged
-from relay.locks import Locks
+from relay.locks import Locks, Members
 from relay.pipeline import Ending, Pipeline
 from relay.postgres import Database, postgres_errors
 from relay.settings import RelaySettings
@@ -30,7 +34,9 @@ _log = logging.getLogger(__name__)
 
 _REREAD_S = 10.0
 _READ_TIMEOUT_S = 5.0
-_TICKS_BEFORE_OVERFLOW = 4
+# How long what is free is left to others: to nobody in particular, or to one with room for it.
+_TICKS_BEFORE_OVERFLOW, _TICKS_LEFT_TO_OTHERS = 4, 20
+_TICKS_BEFORE_OFFER, _TICKS_BEFORE_OFFER_MAX = 4, 512
 
 
 class Builder(Protocol):
@@ -38,6 +44,9 @@ class Builder(Protocol):
 
     def describe(self, row: PipelineRow) -> None:
         """Tell observers what a row is."""
+
+    def runs_everywhere(self, row: PipelineRow) -> bool:
+        """Whether every relay of the group runs this row at once. Never raises."""
 
     def build(self, row: PipelineRow) -> Pipeline:
         """Raises `ConfigurationError` with what is wrong in the row."""
@@ -53,8 +62,9 @@ class _Notice(msgspec.Struct, frozen=True):
 class _Work:
     """One pipeline that is ours: running, ending, finished, or not able to run as configured."""
 
-    def __init__(self, row: PipelineRow) -> None:
+    def __init__(self, row: PipelineRow, *, runs_everywhere: bool = False) -> None:
         self.row = row
+        self.runs_everywhere = runs_everywhere
         self.pipeline: Pipeline | None = None
         self.task: asyncio.Task[Ending] | None = None
         self.build_again_at = -math.inf
@@ -80,7 +90,7 @@ class _Work:
 
 
 class Coordinator:
-    """Owns and runs this process's share of the group's pipelines."""
+    """Runs this process's share of the group's pipelines, and those that run everywhere."""
 
     def __init__(
         self,
@@ -99,11 +109,14 @@ class Coordinator:
         self._builder = builder
         self._emit = emit
         self._wanted: dict[str, PipelineRow] = {}
+        self._everywhere: frozenset[str] = frozenset()
         self._works: dict[str, _Work] = {}
         self._free_ticks: dict[str, int] = {}
         self._overflow: set[str] = set()
-        self._members = 1
-        self._last_told: tuple[tuple[str, ...], int] | None = None
+        self._offer_ticks = _TICKS_BEFORE_OFFER
+        self._ticks_with_room = 0
+        self._members = Members(count=1)
+        self._last_told: OwnershipChanged | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._is_stale = True
@@ -113,7 +126,7 @@ class Coordinator:
 
     @property
     def rows(self) -> Mapping[str, PipelineRow]:
-        """The enabled pipelines that this relay owns now."""
+        """The enabled pipelines that this relay runs now."""
         return {name: work.row for name, work in self._works.items()}
 
     def stop(self) -> None:
@@ -131,7 +144,8 @@ class Coordinator:
         """Coordinate until stopped; True when everything in flight was finished in time.
 
         With ``until_drained`` it also ends by itself, as soon as nothing more is to deliver, and
-        is then True only if every enabled pipeline was run here and came to its end.
+        is then True only if every enabled pipeline that has an owner was run here and came to its
+        end.
         """
         self._is_draining = until_drained
         unsubscribe = self._database.subscribe(CONFIG_CHANNEL, self._notified)
@@ -166,6 +180,7 @@ class Coordinator:
             self._end_surplus()
             await self._reap()
             await self._acquire(limit=self._share())
+            self._join_what_runs_everywhere()
             for work in self._works.values():
                 self._start(tasks, work)
             self._tell_ownership()
@@ -176,11 +191,13 @@ class Coordinator:
             await self._rest(self._settings.coordinate_interval_s)
 
     async def _count_members(self) -> None:
-        members = max(1, await self._locks.count_members())
-        if members != self._members:
+        members = await self._locks.members()
+        if members.count != self._members.count:
             self._overflow.clear()
             self._free_ticks.clear()
+            self._offer_ticks = _TICKS_BEFORE_OFFER
         self._members = members
+        self._ticks_with_room = self._ticks_with_room + 1 if self._has_another_room() else 0
 
     async def _read_catalog(self) -> None:
         self._is_stale = False
@@ -189,6 +206,9 @@ class Coordinator:
                 rows = await self._catalog.pipelines()
         self._read_at = time.monotonic()
         self._wanted = {row.name: row for row in rows if row.enabled}
+        self._everywhere = frozenset(
+            name for name, row in self._wanted.items() if self._builder.runs_everywhere(row)
+        )
 
     def _end_what_changed(self) -> None:
         """Ask what is not wanted any more, or has changed, to end; each on its own."""
@@ -198,20 +218,31 @@ class Coordinator:
                 work.end(self._settings.shutdown_timeout_s)
 
     def _end_surplus(self) -> None:
-        """Ask what is above our share to end, so that a relay that has just joined can take it."""
-        if self._members == 1:
+        """Ask what is above our share to end, so that a relay with room for it can take it.
+
+        What nobody took for a while, and was therefore taken beyond our share, is offered again
+        when another has had room for it for long enough; less and less often, since who has room
+        and does not take it may never do so.
+        """
+        if self._members.count == 1:
             return
+        if self._overflow and self._ticks_with_room > self._offer_ticks:
+            self._overflow.clear()
+            self._offer_ticks = min(2 * self._offer_ticks, _TICKS_BEFORE_OFFER_MAX)
         staying = [
             name
             for name, work in sorted(self._works.items())
-            if not work.is_ending and name not in self._overflow
+            if not (work.is_ending or work.runs_everywhere or name in self._overflow)
         ]
         for name in staying[self._share() :]:
             self._works[name].is_surplus = True
             self._works[name].end(self._settings.shutdown_timeout_s)
 
     async def _reap(self) -> None:
-        """Forget what has ended; keep the lock only of what starts again with a new config."""
+        """Forget what has ended; keep the lock only of what starts again with a new config.
+
+        What ran everywhere and now has one owner, or the reverse, does not start again as it is.
+        """
         for name, work in list(self._works.items()):
             if not work.is_ending:
                 continue
@@ -222,8 +253,9 @@ class Coordinator:
             del self._works[name]
             self._overflow.discard(name)
             row = self._wanted.get(name)
-            if row is not None and not work.is_surplus:
-                self._works[name] = _Work(row)
+            is_of_a_kind = work.runs_everywhere == (name in self._everywhere)
+            if row is not None and is_of_a_kind and not work.is_surplus:
+                self._works[name] = _Work(row, runs_everywhere=work.runs_everywhere)
                 continue
             self._free_ticks[name] = -_TICKS_BEFORE_OVERFLOW
             await self._locks.release(name)
@@ -234,16 +266,19 @@ class Coordinator:
             )
 
     def _share(self) -> int:
-        share = math.ceil(len(self._wanted) / self._members)
         limit = self._settings.max_pipelines
-        return share if limit is None else min(share, limit)
+        return self._fair_share() if limit is None else min(self._fair_share(), limit)
+
+    def _fair_share(self) -> int:
+        owned = len(self._wanted) - len(self._everywhere)
+        return math.ceil(owned / max(1, self._members.count))
 
     async def _acquire(self, *, limit: int) -> None:
         """Take free pipelines up to our share; beyond it those that nobody takes for a while."""
         for name, row in sorted(self._wanted.items()):
-            if name in self._works:
+            if name in self._works or name in self._everywhere:
                 continue
-            is_within_share = len(self._works) < limit
+            is_within_share = self._owned_count() < limit
             if not is_within_share and not self._may_overflow(name):
                 continue
             if await self._locks.try_acquire(name):
@@ -251,13 +286,30 @@ class Coordinator:
                     self._overflow.add(name)
                 self._free_ticks.pop(name, None)
                 self._works[name] = _Work(row)
+        maximum = self._settings.max_pipelines
+        is_full = maximum is not None and self._owned_count() >= maximum
+        await self._locks.show_full(is_full=is_full)
+
+    def _has_another_room(self) -> bool:
+        fair = self._fair_share()
+        return any(held < fair for held in self._members.held_by_open)
 
     def _may_overflow(self, name: str) -> bool:
         maximum = self._settings.max_pipelines
-        if maximum is not None and len(self._works) >= maximum:
+        if maximum is not None and self._owned_count() >= maximum:
             return False
         self._free_ticks[name] = self._free_ticks.get(name, 0) + 1
-        return self._free_ticks[name] > _TICKS_BEFORE_OVERFLOW
+        patience = _TICKS_LEFT_TO_OTHERS if self._has_another_room() else _TICKS_BEFORE_OVERFLOW
+        return self._free_ticks[name] > patience
+
+    def _owned_count(self) -> int:
+        return sum(not work.runs_everywhere for work in self._works.values())
+
+    def _join_what_runs_everywhere(self) -> None:
+        if self._is_draining:
+            return
+        for name in sorted(self._everywhere - self._works.keys()):
+            self._works[name] = _Work(self._wanted[name], runs_everywhere=True)
 
     def _start(self, tasks: asyncio.TaskGroup, work: _Work) -> None:
         """Start what is ours and does not run, unless it has completed or can't be built yet."""
@@ -327,7 +379,7 @@ class Coordinator:
             and task.done()
             and not task.cancelled()
             and task.result() is Ending.COMPLETED
-            for name in self._wanted
+            for name in self._wanted.keys() - self._everywhere
         )
 
     @staticmethod
@@ -339,10 +391,14 @@ class Coordinator:
             await asyncio.wait(tasks)
 
     def _tell_ownership(self) -> None:
-        told = (tuple(sorted(self._works)), self._members)
+        told = OwnershipChanged(
+            pipelines=sorted(self._works),
+            everywhere=sorted(name for name, work in self._works.items() if work.runs_everywhere),
+            members=max(1, self._members.count),
+        )
         if told != self._last_told:
             self._last_told = told
-            self._emit(OwnershipChanged(pipelines=told[0], members=told[1]))
+            self._emit(told)
 
     def _notified(self, payload: str) -> None:
         try:

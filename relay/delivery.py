@@ -3,6 +3,9 @@
 Here, and only here, stands what happens when a publish fails: retry what is transient, in order
 and for ever unless told otherwise; dead-letter what is rejected for good; and recognise that a
 sink which rejects everything is broken, not fed with poison.
+
+A far side that asks for a rest (HTTP's ``Retry-After``) gets it: nothing is published before it is
+over, not even dead letters.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,10 +21,17 @@ from typing import Protocol
 
 import msgspec
 
-from relay.backoff import Backoff
+from relay.backoff import LONGEST_ASKED_WAIT_S, Backoff
 from relay.catalog import DeadLetter, StoredDeadLetter
-from relay.contracts import Batch, Describing, Failure, Sink
-from relay.errors import ErrorKind, MessageRejected, Outage, RelayError
+from relay.contracts import Batch, Describing, Failure, Sink, Source
+from relay.errors import (
+    ErrorKind,
+    MessageRejected,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
 from relay.events import (
     BatchPublished,
     ConnectionChanged,
@@ -183,6 +194,9 @@ class Delivery:
         self._voice = voice
         self._stop = stop
         self._is_connected = False
+        # Until when the far side asks not to be tried, by the monotonic clock, and in which words.
+        self._rest_until_s = -math.inf
+        self._rest_reason = ""
         self._publishing = asyncio.Lock()
         self._retry_wanted = asyncio.Event()
         self._rejections_in_a_row = 0
@@ -292,7 +306,7 @@ class Delivery:
                 messages.append(message)
         async with self._publishing:
             # What was suspended lets go of the sink when it stops, no better than it was.
-            if self._stop.is_set():
+            if self._stop.is_set() or self._rest_s() > 0:
                 return False
             failures = await self._publish_once(_Settlement(pending=messages), messages)
         failed = {failure.index for failure in failures}
@@ -319,6 +333,7 @@ class Delivery:
     async def _publish_all(self, work: _Settlement) -> None:
         backoff = self._policy.backoff()
         while work.pending:
+            await self._rest()
             work.attempts += 1
             failures = await self._publish_once(work, work.pending)
             rejected, transient = _sorted_out(work.pending, failures)
@@ -347,11 +362,15 @@ class Delivery:
         except Outage as error:
             heed_cancellation(error)
             self._lost()
+            self._grant_rest(error)
             return [Failure(index, error) for index in range(len(messages))]
         failed = {failure.index for failure in result.failures}
         for failure in result.failures:
             if failure.error.kind is ErrorKind.CONFIGURATION:
                 raise failure.error
+            if isinstance(failure.error, NotConnected | TimedOut):
+                self._lost()
+            self._grant_rest(failure.error)
         if len(failed) < len(messages):
             self._rejections_in_a_row = 0
             self._condemned.clear()
@@ -397,7 +416,7 @@ class Delivery:
             self._retry_wanted.set()
         backoff = self._policy.backoff()
         for probe in itertools.cycle(_first_of_each_key(work.pending)):
-            await self._pause(backoff.next_s())
+            await self._pause(backoff.next_s(self._rest_s()))
             work.attempts += 1
             if not await self._publish_once(work, [probe]):
                 work.pending = [message for message in work.pending if message is not probe]
@@ -416,8 +435,9 @@ class Delivery:
             gone = {id(message) for message, _ in spent}
             work.pending = [message for message in work.pending if id(message) not in gone]
             return
-        delay_s = backoff.next_s()
-        self._voice.retried("sink", work.attempts, delay_s, transient[0][1])
+        delay_s = backoff.next_s(self._rest_s())
+        decisive = max((error for _, error in transient), key=lambda one: one.retry_after_s or 0.0)
+        self._voice.retried("sink", work.attempts, delay_s, decisive)
         await self._pause(delay_s)
 
     async def _bury(
@@ -465,7 +485,7 @@ class Delivery:
                 await action()
             except Outage as error:
                 heed_cancellation(error)
-                delay_s = backoff.next_s()
+                delay_s = backoff.next_s(error.retry_after_s)
                 self._voice.retried(
                     "sink" if what == "sink" else "source", backoff.attempt, delay_s, error
                 )
@@ -478,12 +498,31 @@ class Delivery:
             return
         await self._sink.connect()
         self._is_connected = True
-        self._voice.connection("sink", is_connected=True, details=await _described(self._sink))
+        self._voice.connection("sink", is_connected=True, details=await described(self._sink))
 
     def _lost(self) -> None:
         if self._is_connected:
             self._is_connected = False
             self._voice.connection("sink", is_connected=False)
+
+    def _grant_rest(self, error: RelayError) -> None:
+        """Note for how long it asks not to be tried again; of several the longest counts."""
+        if error.retry_after_s is None:
+            return
+        until_s = time.monotonic() + min(error.retry_after_s, LONGEST_ASKED_WAIT_S)
+        if until_s > self._rest_until_s:
+            self._rest_until_s = until_s
+            self._rest_reason = str(error)
+
+    def _rest_s(self) -> float:
+        """How long the far side still asks not to be tried, in seconds."""
+        return max(0.0, self._rest_until_s - time.monotonic())
+
+    async def _rest(self) -> None:
+        """Wait for what is left of a rest that something before this publish was told of."""
+        if (rest_s := self._rest_s()) > 0:
+            self._voice.state(PipelineState.RETRYING, self._rest_reason)
+            await self._pause(rest_s)
 
     async def _pause(self, delay_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -525,13 +564,13 @@ def _spent(
     return spent
 
 
-async def _described(sink: Sink) -> Mapping[str, str]:
-    """What the sink tells of its far side; a sink that can't say now is connected all the same."""
-    if not isinstance(sink, Describing):
+async def described(side: Source | Sink) -> Mapping[str, str]:
+    """What one side tells of its far side; where it can't say now, it is connected all the same."""
+    if not isinstance(side, Describing):
         return {}
     try:
         async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
-            return await sink.describe()
+            return await side.describe()
     except (RelayError, TimeoutError) as error:
         heed_cancellation(error)
         return {}

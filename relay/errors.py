@@ -44,10 +44,12 @@ class RelayError(Exception):
     """Root of all errors that the relay raises on purpose.
 
     ``remedy`` is what the reader can do about it, in one sentence, or empty. ``str()`` gives the
-    problem and the remedy on one line and never contains a secret or a payload.
+    problem and the remedy on one line and never contains a secret or a payload. ``retry_after_s``
+    is what an `Outage` may carry.
     """
 
     kind: ErrorKind = ErrorKind.OUTAGE
+    retry_after_s: float | None = None
 
     def __init__(self, problem: str, *, remedy: str = "") -> None:
         super().__init__(problem)
@@ -107,9 +109,18 @@ class MigrationRefused(CatalogError):
 
 
 class Outage(RelayError):
-    """The far side is away, overloaded or refuses everything; nothing is wrong with the message."""
+    """The far side is away, overloaded or refuses everything; nothing is wrong with the message.
+
+    It may ask for a rest of ``retry_after_s`` seconds, which it is granted up to an hour.
+    """
 
     kind = ErrorKind.OUTAGE
+
+    def __init__(
+        self, problem: str, *, remedy: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(problem, remedy=remedy)
+        self.retry_after_s = retry_after_s
 
 
 class NotConnected(Outage):

@@ -134,10 +134,14 @@ class LagObserved(PipelineEvent, frozen=True, kw_only=True):
 
 
 class OwnershipChanged(msgspec.Struct, frozen=True, kw_only=True):
-    """Which pipelines this process runs now, and how many relays share the group."""
+    """Which pipelines this process runs now, and how many relays share the group.
+
+    ``everywhere``: those of them that no relay owns, because all of the group run them.
+    """
 
     pipelines: Sequence[str]
     members: int
+    everywhere: Sequence[str] = ()
 
 
 class DatabaseChanged(msgspec.Struct, frozen=True, kw_only=True):

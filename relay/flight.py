@@ -1,4 +1,7 @@
-"""The bookkeeping of one publish: what may be sent, what is under way, what became of it."""
+"""The bookkeeping of one publish: what may be sent, what is under way, what became of it.
+
+For sinks that have several messages under way at a time and hear of each by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,30 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
+import msgspec
+
 from relay.contracts import Failure
 from relay.errors import ErrorKind, RelayError
 from relay.message import RelayMessage
 
-# States of a message, one byte each; 0 is waiting.
+# States of a message, one byte each.
+_WAITING = 0
 _UNDER_WAY = 1
 _SETTLED = 2
+
+
+class Chunk(msgspec.Struct):
+    """Messages that are sent together and answered on one reply subject.
+
+    An answer says what became of a message, not of which: only when all have been given, and all
+    alike, is it known of each. ``indices`` of the messages, ``subjects`` that they went to.
+    """
+
+    indices: list[int] = msgspec.field(default_factory=list)
+    subjects: set[str] = msgspec.field(default_factory=set)
+    answers: int = 0
+    duplicates: int = 0
+    error: RelayError | None = None
 
 
 class Flight:
@@ -21,7 +41,9 @@ class Flight:
     Messages are sent in order, except that with ``is_strict`` a message waits while another of its
     key is unsettled. ``window`` messages may be under way, and ``window_bytes`` bytes and the one
     message that reaches them. The first failure that is not the fault of its own message grounds
-    the flight: nothing more is sent, and what was not sent fails for the same reason.
+    the flight: nothing more is sent, and what was not sent fails for the same reason. Settling one
+    message frees at most one that waited for it, so that a sender which takes again after each
+    leaves none behind.
     """
 
     def __init__(
@@ -43,6 +65,8 @@ class Flight:
         self._window_bytes = window_bytes
         self._next = 0
         self._freed: deque[int] = deque()
+        self._alone: deque[int] = deque()
+        self._alone_under_way: set[int] = set()
         # Only a key that comes more than once has an order to keep.
         self._ordered_keys = _repeated_keys(messages) if is_strict else frozenset()
         # Of these, the ones that have a message under way, each with those that wait for it.
@@ -60,12 +84,10 @@ class Flight:
         """True when the sender has something to do: to send, or to report the end."""
         if not self._count_under_way:
             return True
-        if self._grounded is not None:
+        if self._grounded is not None or self._is_full:
             return False
-        if self._is_full:
-            return False
-        may_go = self._next < len(self.messages)
-        return bool(self._freed) or (may_go and self._count_under_way * 2 <= self._window)
+        may_go = self._next < len(self.messages) and self._count_under_way * 2 <= self._window
+        return may_go or bool(self._freed or self._alone)
 
     def under_way(self) -> list[int]:
         """What was sent and is not settled, in order."""
@@ -79,7 +101,10 @@ class Flight:
         """The next message that may be sent now, counted as under way; None for none."""
         if self._grounded is not None or self._is_full:
             return None
-        if self._freed:
+        if self._alone:
+            index = self._alone.popleft()
+            self._alone_under_way.add(index)
+        elif self._freed:
             index = self._freed.popleft()
         else:
             found = self._next_with_free_key()
@@ -90,16 +115,40 @@ class Flight:
         self._count_under_way += 1
         return index
 
+    def goes_alone(self, index: int) -> bool:
+        """True for a message under way that has to be a chunk of its own."""
+        return index in self._alone_under_way
+
+    def answered(self, chunk: Chunk) -> None:
+        """All of a chunk have been answered: settle them, or send each again by itself.
+
+        What is one message's own trouble, or one subject's, must not be put on its neighbours. What
+        of them was accepted is accepted again as a duplicate, which is also what becomes of it
+        where a trouble is everybody's and the loop repeats the chunk.
+        """
+        error = chunk.error
+        if error is None:
+            self.duplicates += chunk.duplicates
+            self.accept(chunk.indices)
+        elif len(chunk.indices) > 1 and _is_of_one(error, chunk):
+            again = [index for index in chunk.indices if self.is_under_way(index)]
+            for index in again:
+                self._states[index] = _WAITING
+                self.bytes_under_way -= self._sizes[index]
+            self._count_under_way -= len(again)
+            self._alone.extend(again)
+        else:
+            for index in chunk.indices:
+                self.fail(index, error)
+
     def weigh(self, index: int, size_bytes: int) -> None:
         """Note how large a message under way is."""
         self._sizes[index] = size_bytes
         self.bytes_under_way += size_bytes
 
-    def accept(self, indices: Iterable[int], *, are_duplicates: bool = False) -> None:
+    def accept(self, indices: Iterable[int]) -> None:
         """Of these, all that are under way are durable; any number may be among them."""
-        landed = self._land(indices)
-        if are_duplicates:
-            self.duplicates += landed
+        self._land(indices)
 
     def fail(self, index: int, error: RelayError) -> None:
         """The message was not accepted."""
@@ -118,7 +167,7 @@ class Flight:
     def failures(self) -> list[Failure]:
         """Every message that is not durable, in order, with its reason; once the flight is over."""
         if self._grounded is not None:
-            unsent = [*self._freed, *range(self._next, len(self.messages))]
+            unsent = [*self._alone, *self._freed, *range(self._next, len(self.messages))]
             unsent.extend(index for behind in self._behind.values() for index in behind)
             for index in unsent:
                 self._errors[index] = self._grounded
@@ -130,7 +179,7 @@ class Flight:
 
     @property
     def _has_more(self) -> bool:
-        return bool(self._freed) or self._next < len(self.messages)
+        return bool(self._alone or self._freed) or self._next < len(self.messages)
 
     def _next_with_free_key(self) -> int | None:
         while self._next < len(self.messages):
@@ -172,6 +221,12 @@ class Flight:
             self._freed.append(behind.popleft())
         else:
             del self._behind[key]
+
+
+def _is_of_one(error: RelayError, chunk: Chunk) -> bool:
+    if error.kind is ErrorKind.CONFIGURATION:
+        return len(chunk.subjects) > 1
+    return error.kind is ErrorKind.MESSAGE
 
 
 def _repeated_keys(messages: Sequence[RelayMessage]) -> AbstractSet[str]:

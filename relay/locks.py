@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import asyncpg
+import msgspec
 
 from relay.errors import NotConnected, RelayError
 from relay.postgres import Connection, connect, postgres_errors
@@ -18,11 +21,49 @@ from relay.settings import PostgresSettings
 
 _NAMESPACE = "pgtrickle-relay"
 
+# A relay's pipelines are the exclusive locks of the session that holds the lock of the members.
+_MEMBERS = """
+with advisory as (
+    select pid, mode, classid, objid
+    from pg_catalog.pg_locks
+    where locktype = 'advisory' and objsubid = 1 and granted
+        and database = (select oid from pg_catalog.pg_database where datname = current_database())
+),
+member as (
+    select
+        pid,
+        (select count(*) from advisory as held
+         where held.pid = joined.pid and held.mode = 'ExclusiveLock') as held,
+        exists (
+            select from advisory as mark
+            where mark.pid = joined.pid and mark.classid = $3 and mark.objid = $4
+        ) as is_full
+    from advisory as joined
+    where classid = $1 and objid = $2
+)
+select
+    count(*) as members,
+    coalesce(
+        array_agg(held) filter (where not is_full and pid <> pg_backend_pid()), '{}'
+    ) as held_by_open
+from member
+"""
+
 
 def lock_key(*parts: str) -> int:
     """The signed 64-bit advisory lock key of a name, spread by SHA-256."""
     digest = hashlib.sha256("\x00".join((_NAMESPACE, *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+class Members(msgspec.Struct, frozen=True):
+    """The relays of a group that are alive, this one included.
+
+    ``held_by_open`` says how many pipelines each of the others owns, without those that are full.
+    """
+
+    count: int
+    held_by_open: Sequence[int] = ()
 
 
 class Locks:
@@ -32,6 +73,8 @@ class Locks:
         self._settings = settings
         self._group_id = group_id
         self._member_key = lock_key("member", group_id)
+        self._full_key = lock_key("full", group_id)
+        self._is_full = False
         self._connection: Connection | None = None
         self._held: set[str] = set()
 
@@ -61,6 +104,7 @@ class Locks:
         """Give up every lock by ending the session. Idempotent, never raises."""
         connection, self._connection = self._connection, None
         self._held.clear()
+        self._is_full = False
         if connection is None:
             return
         try:
@@ -69,31 +113,29 @@ class Locks:
         finally:
             connection.terminate()
 
-    async def count_members(self) -> int:
-        """How many relays of the group are alive, this one included; also the heartbeat.
+    async def members(self) -> Members:
+        """The relays of the group that are alive; also the heartbeat.
 
         Raises `Outage` when the server does not answer in time; all locks are gone then.
         """
-        high, low = _halves(self._member_key)
-        return int(
-            await self._query(
-                "select count(*) from pg_catalog.pg_locks where locktype = 'advisory'"
-                " and database = (select oid from pg_catalog.pg_database"
-                " where datname = current_database())"
-                " and classid = $1 and objid = $2 and objsubid = 1 and granted",
-                high,
-                low,
-            )
-        )
+        row = await self._query(_MEMBERS, *_halves(self._member_key), *_halves(self._full_key))
+        return Members(count=row["members"], held_by_open=tuple(row["held_by_open"]))
+
+    async def show_full(self, *, is_full: bool) -> None:
+        """Let the others know whether this relay can take no more pipelines. Raises `Outage`."""
+        if is_full != self._is_full:
+            verb = "pg_advisory_lock_shared" if is_full else "pg_advisory_unlock_shared"
+            await self._query(f"select pg_catalog.{verb}($1)", self._full_key)
+            self._is_full = is_full
 
     async def try_acquire(self, pipeline: str) -> bool:
         """Take a pipeline if nobody has it. Raises `Outage`."""
         if pipeline in self._held:
             return True
-        taken = await self._query("select pg_try_advisory_lock($1)", self._key(pipeline))
-        if taken:
+        row = await self._query("select pg_try_advisory_lock($1) as taken", self._key(pipeline))
+        if row["taken"]:
             self._held.add(pipeline)
-        return bool(taken)
+        return bool(row["taken"])
 
     async def release(self, pipeline: str) -> None:
         """Let a pipeline go. Raises `Outage`."""
@@ -104,22 +146,25 @@ class Locks:
     def _key(self, pipeline: str) -> int:
         return lock_key("pipeline", self._group_id, pipeline)
 
-    async def _query(self, query: str, *args: object) -> int | bool:
+    async def _query(self, query: str, *args: object) -> asyncpg.Record:
+        """The one row of a query."""
         if self._connection is None:
             raise NotConnected("the ownership connection is closed")
         try:
             with postgres_errors("asking for ownership"):
-                value: int | bool = await self._connection.fetchval(
+                row = await self._connection.fetchrow(
                     query, *args, timeout=self._settings.heartbeat_timeout_s
                 )
         except BaseException:
             self._abandon()
             raise
-        return value
+        assert row is not None  # noqa: S101 - each of these questions has one row
+        return row
 
     def _abandon(self) -> None:
         connection, self._connection = self._connection, None
         self._held.clear()
+        self._is_full = False
         if connection is not None:
             connection.terminate()
 

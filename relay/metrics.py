@@ -185,7 +185,12 @@ METRICS: Sequence[MetricSpec] = (
         "gauge",
         "Unix time at which a batch was last acknowledged.",
     ),
-    MetricSpec("pipelines_owned", "gauge", "Pipelines that this relay runs.", labels=()),
+    MetricSpec(
+        "pipelines_owned",
+        "gauge",
+        "Pipelines that this relay alone runs; receivers, which every relay runs, are not counted.",
+        labels=(),
+    ),
     MetricSpec("group_members", "gauge", "Relays that share the pipelines.", labels=()),
     MetricSpec(
         "database_connected",
@@ -226,7 +231,7 @@ class Metrics:
             if event.pipeline in self._roster:
                 self._series(event).observe(event, self._now())
         elif isinstance(event, OwnershipChanged):
-            self._owned = len(event.pipelines)
+            self._owned = len(event.pipelines) - len(event.everywhere)
             self._members = event.members
         elif isinstance(event, DatabaseChanged):
             self._database_connected = event.is_connected

@@ -30,6 +30,7 @@ from relay.delivery import (
     Stopping,
     Transform,
     Voice,
+    described,
     heed_cancellation,
 )
 from relay.errors import EndOfInput, ErrorKind, RelayError
@@ -115,7 +116,8 @@ class Pipeline:
                     break
                 except Exception as error:  # noqa: BLE001 - nothing reaches the siblings
                     heed_cancellation(error)
-                    await self._recover(error, backoff.next_s(), backoff.attempt)
+                    asked_s = error.retry_after_s if isinstance(error, RelayError) else None
+                    await self._recover(error, backoff.next_s(asked_s), backoff.attempt)
                     if self._is_draining and not _is_worth_waiting(error):
                         ending = Ending.FAILED
                         break
@@ -139,7 +141,8 @@ class Pipeline:
         )
         try:
             await self._source.connect()
-            self._voice.connection("source", is_connected=True)
+            details = await described(self._source)
+            self._voice.connection("source", is_connected=True, details=details)
             await self._delivery.connect()
             self._voice.state(PipelineState.RUNNING)
             await session.run()

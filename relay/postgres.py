@@ -30,6 +30,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 from relay.secrets import mask_urls
 from relay.settings import PostgresSettings
 
@@ -80,6 +81,14 @@ _BY_STATE: Mapping[str, type[RelayError]] = {
 }
 
 
+# What to do, where the server gives no hint.
+_REMEDIES: Mapping[str, str] = {
+    "28000": "correct the user of the URL, or pg_hba.conf on the server",
+    "28P01": "correct user and password of the URL",
+    "3D000": "create the database, or correct the URL",
+}
+
+
 def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
     """The relay's error for what a server said. ``doing`` completes "while …"."""
     state = getattr(error, "sqlstate", None) or ""
@@ -87,7 +96,7 @@ def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
         # Of class 0A too, but another try, with the table as it is now, heals it.
         return Outage(f"PostgreSQL, while {doing}: a table was altered meanwhile [{state}]")
     found = _OWN.get(state) or _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or Outage
-    hint = getattr(error, "hint", None) or ""
+    hint = getattr(error, "hint", None) or _REMEDIES.get(state, "")
     detail = getattr(error, "detail", None) if state.startswith("RL") else None
     message = getattr(error, "message", None) or str(error) or type(error).__name__
     if found is CatalogMissing:
@@ -113,7 +122,11 @@ def postgres_errors(doing: str) -> Iterator[None]:
             f"the PostgreSQL server's certificate is not trusted while {doing}: {_told(error)}",
             remedy="check sslmode and sslrootcert",
         ) from error
-    except (OSError, EOFError, ssl.SSLError) as error:
+    except ssl.SSLError as error:
+        raise NotConnected(f"PostgreSQL is out of reach while {doing}: {_told(error)}") from error
+    except OSError as error:
+        raise not_connected(error, f"PostgreSQL is out of reach while {doing}") from error
+    except EOFError as error:
         raise NotConnected(f"PostgreSQL is out of reach while {doing}: {_told(error)}") from error
     except asyncpg.ClientConfigurationError as error:
         raise ConfigurationError(
@@ -130,7 +143,7 @@ async def connect(settings: PostgresSettings, *, purpose: str) -> Connection:
 
     Raises `AuthenticationRefused`, `ConfigurationError`, `NotConnected`, `TimedOut`.
     """
-    with _readable_string(), postgres_errors("connecting"):
+    with _readable_string(), postgres_errors(_connecting(settings)):
         connection = await asyncpg.connect(
             dsn=_dsn(settings),
             timeout=settings.connect_timeout_s,
@@ -156,7 +169,7 @@ class Database:
 
     async def open(self) -> None:
         """Open the pool with one connection in it. Raises as `connect` does."""
-        with _readable_string(), postgres_errors("connecting"):
+        with _readable_string(), postgres_errors(_connecting(self._settings)):
             pool = await asyncpg.create_pool(
                 dsn=_dsn(self._settings),
                 min_size=0,
@@ -289,6 +302,12 @@ def _dsn(settings: PostgresSettings) -> str:
     # A lone slash would name the database without a name, which wins over all other places.
     path = "" if parts.path == "/" else parts.path
     return urlunsplit(parts._replace(path=path, query=urlencode(stated)))
+
+
+def _connecting(settings: PostgresSettings) -> str:
+    """What we do, with where where the URL says it."""
+    where = urlsplit(_dsn(settings)).netloc.rpartition("@")[2]
+    return f"connecting to {where}" if where else "connecting"
 
 
 def _keywords(text: str) -> dict[str, str]:

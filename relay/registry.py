@@ -54,6 +54,14 @@ def build_source(type_: str, options: Mapping[str, object], context: BackendCont
     return cast("Source", _resolve(SOURCES, "source", type_).from_options(options, context))
 
 
+def source_runs_everywhere(type_: str) -> bool:
+    """Whether every relay of a group runs the pipelines with this type of source.
+
+    Imports the source's class, and nothing for other types. Raises as `build_source` does.
+    """
+    return bool(getattr(_resolve(SOURCES, "source", type_), "runs_everywhere", False))
+
+
 def _resolve(table: Mapping[str, str], role: str, type_: str) -> _Buildable:
     target = table.get(type_)
     if target is None:

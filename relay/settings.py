@@ -84,8 +84,8 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How this process works.
 
     ``group_id``: relays of one group share the pipelines; each group delivers everything.
-    ``max_pipelines``: null for no limit. The other keys are defaults for pipelines that do not say
-    otherwise, and the pace of the coordinator.
+    ``max_pipelines``: null for no limit; what runs in every relay does not count. The other keys
+    are defaults for pipelines that do not say otherwise, and the pace of the coordinator.
     """
 
     group_id: str = "default"

@@ -188,9 +188,10 @@ class Painter:
         if begun is not None:
             first.append(f"  up {_duration((scene.now - begun).total_seconds())}")
         lines = lines_of(scene.fleet)
+        count = len({line.name for line in lines})
         second = Text(" ")
         second.append(
-            f"{len(lines)} {'pipeline' if len(lines) == 1 else 'pipelines'}"
+            f"{count} {'pipeline' if count == 1 else 'pipelines'}"
             f"  {sum(line.rate_per_s for line in lines):.0f}/s"
             f"  published {_total(lines, lambda status: status.published)}"
             f"  consumed {_total(lines, lambda status: status.consumed)}  "

@@ -401,17 +401,58 @@ begin
 end
 $only_if_ours$;
 
+create or replace function pgtrickle.relay_tell_sleep(outbox_table text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    sleep_sequence regclass := (
+        select to_regclass(format('pgtrickle.%I', s.sleep_sequence_name))
+        from pgtrickle.relay_outbox_settings as s
+        where s.outbox_table_name = relay_tell_sleep.outbox_table
+    );
+begin
+    -- An outbox of the extension has no publishers that could notify.
+    if sleep_sequence is not null then
+        perform setval(
+            sleep_sequence,
+            coalesce(
+                (
+                    select greatest(1, ceil(date_part('epoch', max(s.sleeps_until))))::bigint
+                    from pgtrickle.relay_sleepers as s
+                    where s.outbox_table = relay_tell_sleep.outbox_table
+                ),
+                1
+            )
+        );
+    end if;
+end
+$$;
+
+comment on function pgtrickle.relay_tell_sleep(text) is
+    'Part of relay_sleep and relay_wake: puts where publishers look until when the last relay sleeps.';
+
+revoke all on function pgtrickle.relay_tell_sleep(text) from public;
+
 create or replace function pgtrickle.relay_sleep(outbox_table text, sleeper text, seconds integer)
 returns void
-language sql
+language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+begin
+    -- One after the other, so that each sees all sleepers: what it tells is not undone by another.
+    perform pg_advisory_xact_lock(hashtextextended('pgtrickle:sleep ' || outbox_table, 0));
     insert into pgtrickle.relay_sleepers as s (outbox_table, sleeper, sleeps_until)
     values (outbox_table, sleeper, clock_timestamp() + make_interval(secs => seconds))
     on conflict on constraint relay_sleepers_pkey do update
-    set sleeps_until = excluded.sleeps_until
+    set sleeps_until = excluded.sleeps_until;
+    perform pgtrickle.relay_tell_sleep(outbox_table);
+end
 $$;
 
 comment on function pgtrickle.relay_sleep(text, text, integer) is
@@ -421,18 +462,22 @@ revoke all on function pgtrickle.relay_sleep(text, text, integer) from public;
 
 create or replace function pgtrickle.relay_wake(outbox_table text, sleeper text)
 returns void
-language sql
+language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+begin
+    perform pg_advisory_xact_lock(hashtextextended('pgtrickle:sleep ' || outbox_table, 0));
     delete from pgtrickle.relay_sleepers as s
     where s.outbox_table = relay_wake.outbox_table
         and (
             s.sleeper = relay_wake.sleeper
             -- Left by a relay that was killed.
             or s.sleeps_until < clock_timestamp() - interval '1 hour'
-        )
+        );
+    perform pgtrickle.relay_tell_sleep(outbox_table);
+end
 $$;
 
 comment on function pgtrickle.relay_wake(text, text) is
@@ -449,13 +494,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- Only while somebody sleeps: a notify in every commit serialises commits and
-    -- forbids prepare transaction.
-    if exists (
-        select
-        from pgtrickle.relay_sleepers as s
-        where s.outbox_table = tg_table_name
-            and s.sleeps_until > clock_timestamp()
-    ) then
+    -- forbids prepare transaction. Without a query, which would be most of what this costs.
+    if pg_sequence_last_value(tg_argv[0]::regclass) > date_part('epoch', clock_timestamp()) then
         perform pg_notify('pgtrickle_outbox_new', tg_table_name);
     end if;
     return null;
@@ -463,7 +503,7 @@ end
 $$;
 
 comment on function pgtrickle.relay_notify_outbox() is
-    'At commit, wakes relays that sleep on this outbox. Definer: it fires as whoever commits.';
+    'At commit, wakes relays that sleep on this outbox; its argument is the sequence that says so. Definer: it fires as whoever commits.';
 
 revoke all on function pgtrickle.relay_notify_outbox() from public;
 

@@ -576,8 +576,8 @@ begin
                 id bigint generated always as identity (start with %2$s cache 1) primary key,
                 pgt_id uuid not null default %3$L,
                 -- Unique is enough: random bytes for each row cost as much as capturing it.
-                refresh_id uuid not null
-                    default md5(pg_backend_pid()::text || ' ' || clock_timestamp()::text)::uuid,
+                refresh_id uuid not null default
+                    encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), 'hex')::uuid,
                 created_at timestamptz not null default clock_timestamp(),
                 inserted_count bigint not null default 0,
                 deleted_count bigint not null default 0,
@@ -599,6 +599,9 @@ begin
             create view pgtrickle.%7$I as
             select o.* from pgtrickle.%1$I as o order by o.id desc limit 1;
             comment on view pgtrickle.%7$I is %8$L;
+
+            create unlogged sequence pgtrickle.%9$I;
+            comment on sequence pgtrickle.%9$I is %10$L;
         $create$,
         settings.outbox_table_name,
         first_id,
@@ -607,16 +610,19 @@ begin
         settings.delta_table_name,
         format('Rows of large deltas in the outbox of %s: inserted ones from row_num 0 on, then deleted ones.', stream_table),
         settings.latest_view_name,
-        format('Latest row in the outbox of %s.', stream_table)
+        format('Latest row in the outbox of %s.', stream_table),
+        settings.sleep_sequence_name,
+        format('Until when, in seconds since 1970, some relay sleeps on the outbox of %s.', stream_table)
     );
     if settings.notify then
         execute format(
             $create$
                 create constraint trigger relay_notify after insert on pgtrickle.%I
                 deferrable initially deferred
-                for each row execute function pgtrickle.relay_notify_outbox()
+                for each row execute function pgtrickle.relay_notify_outbox(%L)
             $create$,
-            settings.outbox_table_name
+            settings.outbox_table_name,
+            format('pgtrickle.%I', settings.sleep_sequence_name)
         );
     end if;
     if to_regrole('pgtrickle_relay') is not null then
@@ -730,6 +736,7 @@ begin
     settings.outbox_table_name := pgtrickle.relay_free_name('outbox_' || stream_name, seed);
     settings.delta_table_name := pgtrickle.relay_free_name('outbox_delta_rows_' || stream_name, seed);
     settings.latest_view_name := pgtrickle.relay_free_name('pgt_outbox_latest_' || stream_name, seed);
+    settings.sleep_sequence_name := pgtrickle.relay_free_name('outbox_sleep_' || stream_name, seed);
     settings.pgt_id := gen_random_uuid();
     settings.key_columns := coalesce(key_columns, pgtrickle.relay_primary_key(relation));
     settings.capture := capture;
@@ -865,6 +872,7 @@ begin
         set last_id = greatest(h.last_id, excluded.last_id), disabled_at = now();
     end if;
     execute format('drop view if exists pgtrickle.%I', settings.latest_view_name);
+    execute format('drop sequence if exists pgtrickle.%I', settings.sleep_sequence_name);
     execute format('drop table if exists pgtrickle.%I, pgtrickle.%I', settings.delta_table_name, outbox_table);
     delete from pgtrickle.pgt_outbox_config as c where c.outbox_table_name = outbox_table;
     delete from pgtrickle.relay_outbox_settings as s where s.outbox_table_name = outbox_table;

@@ -315,11 +315,12 @@ as $$
         last_failed_at = now(),
         retry_requested_at = null
     from unnest(p_ids, p_errors) as f (id, error)
-    where d.id = f.id
+    -- A webhook receiver runs in several relays, which may all have taken the same letter.
+    where d.id = f.id and d.retry_requested_at is not null
 $$;
 
 comment on function pgtrickle.relay_dlq_fail(bigint[], text[]) is
-    'These dead letters failed again. Definer: dead letters are written by functions only.';
+    'These dead letters failed again; of several relays that tried one, the first counts. Definer: dead letters are written by functions only.';
 
 revoke all on function pgtrickle.relay_dlq_fail(bigint[], text[]) from public;
 

@@ -97,7 +97,7 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_fleet(text) is
-    'Relays and when they were last seen; alive: within 15 seconds. Definer: the fleet is read by functions only.';
+    'Relays, when they were last seen and what they report; alive: within 15 seconds. A webhook receiver is in the report of every relay, with what it did there. Definer: the fleet is read by functions only.';
 
 revoke all on function pgtrickle.relay_fleet(text) from public;
 

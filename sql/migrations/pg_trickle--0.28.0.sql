@@ -39,6 +39,7 @@ create table if not exists pgtrickle.relay_outbox_settings (
     stream_schema name,
     delta_table_name text,
     latest_view_name text,
+    sleep_sequence_name text,
     capture_function_name text,
     pgt_id uuid not null default gen_random_uuid(),
     key_columns text[],
@@ -56,6 +57,8 @@ comment on table pgtrickle.relay_outbox_settings is
     'What the relay keeps about an outbox besides pgt_outbox_config, which may be the extension''s.';
 comment on column pgtrickle.relay_outbox_settings.stream_schema is
     'Schema of the captured table when it was enabled; null for a logical stream.';
+comment on column pgtrickle.relay_outbox_settings.sleep_sequence_name is
+    'A sequence whose value says until when, in seconds since 1970, some relay sleeps on the outbox: a publisher reads that in a tenth of the time that relay_sleepers takes.';
 comment on column pgtrickle.relay_outbox_settings.pgt_id is
     'Identity of the outbox, the same in every row of it.';
 comment on column pgtrickle.relay_outbox_settings.key_columns is

@@ -47,6 +47,12 @@ def test_each_overlay_changes_something() -> None:
     assert same == ["log=text", "metrics=default", "postgres=default", "ui=none"]
 
 
+def test_flags_may_stand_between_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["+env=prod", "--cfg", "job", "relay.group_id=between"]) == 0
+
+    assert yaml.safe_load(capsys.readouterr().out)["relay"]["group_id"] == "between"
+
+
 @pytest.fixture
 def own_overlays(tmp_path: Path) -> Path:
     (tmp_path / "env").mkdir()

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXECUTED_PAGES = ("README.md", "docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md")
+# Executed from top to bottom, and section by section.
+WHOLE_PAGES = ("README.md", "docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md")
+SECTIONED_PAGE = "docs/PATTERNS.md"
+EXECUTED_PAGES = (*WHOLE_PAGES, SECTIONED_PAGE)
 
 EVENTUALLY, BACKGROUND, FIGURES_VARY = "eventually", "in the background", "figures vary"
 NOT_EXECUTED = "not executed: "
@@ -28,6 +31,8 @@ class Block:
     language: str
     text: str
     marker: str
+    section: str = ""
+    """The nearest heading of the second level above; empty before the first."""
 
     @property
     def reason_not_executed(self) -> str | None:
@@ -52,7 +57,10 @@ def blocks(page: str) -> list[Block]:
     found: list[Block] = []
     lines = read(page).splitlines()
     number = 0
+    section = ""
     while number < len(lines):
+        if lines[number].startswith("## "):
+            section = lines[number].removeprefix("## ")
         fence = _FENCE.match(lines[number])
         if fence is None:
             number += 1
@@ -66,6 +74,7 @@ def blocks(page: str) -> list[Block]:
                 language=fence[1],
                 text="\n".join(lines[number + 1 : end]),
                 marker="" if comment is None or _is_of_a_part(comment[1]) else comment[1],
+                section=section,
             )
         )
         number = end + 1

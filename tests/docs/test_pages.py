@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 import shlex
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -21,7 +17,7 @@ from relay import cli
 from relay.cli import compose_settings, type_settings
 from relay.metrics import METRICS, PREFIX
 from tests.docs import sql_block
-from tests.docs.console_block import Command, Shell, commands
+from tests.docs.conftest import MakeStage
 from tests.docs.expectation import is_as_said
 from tests.docs.page import (
     BACKGROUND,
@@ -30,16 +26,13 @@ from tests.docs.page import (
     FIGURES_VARY,
     NOT_EXECUTED,
     REPOSITORY,
+    WHOLE_PAGES,
     Block,
     blocks,
     read,
 )
-from tests.servers.finding import LOOPBACK, free_port
-from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.process import RelayProcess
-
-EVENTUALLY_S = 20.0
 
 EXECUTED_LANGUAGES = ("sql", "console", "yaml")
 
@@ -55,44 +48,7 @@ LEFT_OUT = {
 ALL_BLOCKS = [block for page in EXECUTED_PAGES for block in blocks(page)]
 
 
-@dataclass
-class Stage:
-    """Where one page is executed: its database, its shell, its relay."""
-
-    database: Database
-    connection: psycopg.Connection[tuple[object, ...]]
-    shell: Shell
-    start_relay: Callable[..., Awaitable[RelayProcess]]
-    substitutions: dict[str, str]
-    relays: list[RelayProcess] = field(default_factory=list)
-
-    def here(self, text: str) -> str:
-        """The text with the servers and directories of this stage for those of the page."""
-        for written, actual in self.substitutions.items():
-            text = text.replace(written, actual)
-        return text
-
-    async def execute(self, block: Block) -> None:
-        if block.language == "sql":
-            for statement in sql_block.statements(self.here(block.text)):
-                await asyncio.to_thread(sql_block.run, self.connection, statement)
-            return
-        for command in commands(self.here(block.text)):
-            if block.marker == BACKGROUND:
-                await self._start(command)
-            else:
-                await self.shell.run(command, figures_vary=block.marker == FIGURES_VARY)
-
-    async def _start(self, command: Command) -> None:
-        program, *arguments = shlex.split(command.text)
-        assert program == "pgtrickle-relay", command.text
-        relay = await self.start_relay(*arguments, dsn=self.database.dsn)
-        await relay.wait_until_ready()
-        self.relays.append(relay)
-        self.substitutions["localhost:9090"] = relay.http_url.removeprefix("http://")
-
-
-@pytest.fixture(params=EXECUTED_PAGES)
+@pytest.fixture(params=WHOLE_PAGES)
 def page(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -111,65 +67,18 @@ def page_database(page: str, any_postgres_server: PostgresServer) -> Iterator[Da
             connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
 
 
-@pytest.fixture
-async def stage(
+async def test_a_page_does_what_it_says(
+    page: str,
     page_database: Database,
-    database: Database,
-    nats_server_with: Callable[..., NatsServer],
-    relay_process: Callable[..., Awaitable[RelayProcess]],
-    tmp_path: Path,
-) -> AsyncIterator[Stage]:
-    # Streams of the pages cover broad subjects: a server of its own keeps them apart.
-    nats_server = await asyncio.to_thread(nats_server_with, "")
-    directory = tmp_path / "page"
-    directory.mkdir()
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("PG")},
-        "PYTHONPATH": str(REPOSITORY),
-        "PGTRICKLE_RELAY_POSTGRES_URL": page_database.dsn,
-        "PGTRICKLE_RELAY_METRICS_ADDR": f"{LOOPBACK}:{free_port()}",
-    }
-    async with AsyncExitStack() as opened:
-        connection = opened.enter_context(psycopg.connect(page_database.dsn, autocommit=True))
-        yield Stage(
-            database=page_database,
-            connection=connection,
-            shell=Shell(directory, environment),
-            start_relay=relay_process,
-            substitutions={
-                "postgresql://postgres@localhost:5432/shop": page_database.dsn,
-                "postgresql://postgres@localhost:5432/empty": database.dsn,
-                "nats://localhost:4222": nats_server.url,
-                "/tmp/": f"{directory}/",  # noqa: S108 - as the pages write it
-                "scripts/demo --seconds 10": "python -m relay demo --seconds 2",
-            },
-        )
+    make_stage: MakeStage,
+    servers_behind: Callable[[str], dict[str, str]],
+) -> None:
+    stage = await make_stage(page_database, servers_behind(read(page)))
 
-
-async def test_a_page_does_what_it_says(page: str, stage: Stage) -> None:
     for block in blocks(page):
-        if block.reason_not_executed is not None or block.language not in ("sql", "console"):
-            continue
-        try:
-            await _within(stage, block, EVENTUALLY_S if block.marker == EVENTUALLY else 0.0)
-        except AssertionError as difference:
-            relays = "\n".join(relay.output for relay in stage.relays)
-            raise AssertionError(f"{block.place}\n{difference}\n{relays}") from None
+        await stage.perform(block)
 
-    for relay in stage.relays:
-        assert await relay.terminate() == 0, relay.output
-
-
-async def _within(stage: Stage, block: Block, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            await stage.execute(block)
-            return
-        except AssertionError:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.05)
+    await stage.end_relays()
 
 
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids=lambda block: block.place)

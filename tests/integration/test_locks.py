@@ -84,19 +84,33 @@ async def test_each_group_has_owners_and_members_of_its_own(join: Join) -> None:
 
     assert await one.try_acquire("p")
     assert await other.try_acquire("p")
-    assert (await one.count_members(), await other.count_members()) == (1, 1)
+    assert ((await one.members()).count, (await other.members()).count) == (1, 1)
 
 
 async def test_members_are_counted_while_they_are_there(join: Join) -> None:
     one, two, three = await join(), await join(), await join()
-    assert await one.count_members() == 3
+    assert (await one.members()).count == 3
 
     await two.aclose()
     await three.aclose()
 
     async with asyncio.timeout(BOUND_S):
-        while await one.count_members() != 1:  # noqa: ASYNC110 - the server tells nobody of it
+        while (await one.members()).count != 1:  # noqa: ASYNC110 - the server tells nobody of it
             await asyncio.sleep(0.01)
+
+
+async def test_a_member_sees_what_the_others_own_until_they_are_full(join: Join) -> None:
+    one, two, three = await join(), await join(), await join()
+    for locks, names in ((one, "a"), (two, "bc")):
+        for name in names:
+            await locks.try_acquire(name)
+
+    assert sorted((await one.members()).held_by_open) == [0, 2]
+    await two.show_full(is_full=True)
+    assert sorted((await one.members()).held_by_open) == [0]
+    assert sorted((await three.members()).held_by_open) == [1]
+    await two.show_full(is_full=False)
+    assert sorted((await one.members()).held_by_open) == [0, 2]
 
 
 async def test_members_of_another_database_are_not_counted(
@@ -105,7 +119,7 @@ async def test_members_of_another_database_are_not_counted(
     one = await join()
     await join(url=another_migrated_database.dsn)
 
-    assert await one.count_members() == 1
+    assert (await one.members()).count == 1
 
 
 async def test_leaving_gives_everything_up_and_can_be_repeated(join: Join) -> None:
@@ -120,7 +134,7 @@ async def test_leaving_gives_everything_up_and_can_be_repeated(join: Join) -> No
         while not await two.try_acquire("p"):  # noqa: ASYNC110 - the server tells nobody of it
             await asyncio.sleep(0.01)
     with pytest.raises(NotConnected, match="closed"):
-        await one.count_members()
+        await one.members()
 
 
 async def test_opening_again_joins_anew_without_the_former_locks(join: Join) -> None:
@@ -148,7 +162,7 @@ async def test_a_connection_that_was_ended_takes_all_locks_with_it(
     async with asyncio.timeout(BOUND_S):
         await lost.wait()
     with pytest.raises(NotConnected):
-        await one.count_members()
+        await one.members()
     assert one.held == set()
     assert await two.try_acquire("p")
 
@@ -168,7 +182,7 @@ async def test_silence_counts_as_loss_after_the_heartbeat_timeout(
     started = time.monotonic()
 
     with pytest.raises(TimedOut):
-        await locks.count_members()
+        await locks.members()
 
     assert timeout_s <= time.monotonic() - started < timeout_s + 1
     assert locks.held == set()

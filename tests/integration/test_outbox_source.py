@@ -478,3 +478,68 @@ async def test_a_rollback_leaves_a_hole_that_hides_nothing(
 
     assert [row_of(message)["note"] for message in messages_of(await polled(source, 1))] == ["kept"]
     await source.aclose()
+
+
+_ROWS_OF_ALL_KINDS = """
+alter table pgtrickle.outbox_orders alter refresh_id drop not null;
+insert into pgtrickle.outbox_orders (refresh_id, created_at, inserted_count, deleted_count,
+    payload, headers)
+values
+    (null, '2026-01-02 03:04:05.678901+00', 1, 0,
+     '{"v": 1, "inserted": [{"id": 1, "note": "line\\nbreak \\u2028"}], "deleted": []}', '{}'),
+    ('00000000-0000-0000-0000-000000000007', '1969-12-31 23:59:59.999999+00', 1, 1,
+     '{"v": 1, "inserted": [{"id": 2}], "deleted": [{"id": 2}]}', '{"trace": "a\\nb", "n": 1}'),
+    (null, '9999-12-31 23:59:59+00', 1, 0, '[{"id": 3}]', '{"trace": ""}'),
+    (null, now(), 0, 0, '{"v": 2}', '{}'),
+    (null, now(), 0, 0, '{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}', '{}'),
+    (null, now(), 1, 0, '"\\n"', '{}')
+"""
+
+
+async def test_rows_in_one_record_are_what_they_are_one_by_one(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute(_ROWS_OF_ALL_KINDS)
+    together = await connected(world, pipeline="together")
+    singly = await connected(world, pipeline="singly")
+    assert singly._session is not None
+    singly._session.reader._rounds_before_packing = 1_000_000
+
+    (packed,) = await polled(together, 7)
+    (single,) = await polled(singly, 7)
+
+    assert packed.messages == single.messages
+    assert packed.rejected[0].message == single.rejected[0].message
+    assert [len(packed.messages), len(packed.rejected)] == [5, 2]
+    assert _packs(together)
+    await together.aclose()
+    await singly.aclose()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "insert into orders select n, 0, repeat('a', 9000) from generate_series(1, 3) as n",
+        "insert into orders select n, 0, repeat(md5(n::text), 30) from generate_series(1, 3) as n",
+        "insert into orders select n, 0, '' from generate_series(1, 11) as n",
+        "insert into orders select n, 0, '' from generate_series(1, 2000) as n",
+    ],
+    ids=["compressed", "large", "more than a batch", "claim check"],
+)
+async def test_rows_that_do_not_fit_together_come_one_by_one(
+    world: OutboxWorld, statement: str
+) -> None:
+    await enable_orders(world.publisher)
+    source = await connected(world, batch_size=10, batch_bytes=10_000)
+    assert _packs(source)
+    await world.publisher.execute(statement)
+    rows = await world.publisher.fetchval("select count(*) from orders")
+
+    assert len(messages_of(await polled(source, rows))) == rows
+
+    assert not _packs(source)
+    await source.aclose()
+
+
+def _packs(source: OutboxSource) -> bool:
+    assert source._session is not None
+    return source._session.reader._rounds_before_packing == 0

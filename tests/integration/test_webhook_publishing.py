@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ssl
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -29,6 +30,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.events import Retried
 from relay.message import RelayMessage
 from relay.wire import HTTP, encoder
 from tests.contract.evidence import (
@@ -42,9 +44,10 @@ from tests.contract.evidence import (
 from tests.contract.sink_contract import deliver
 from tests.contract.webhook_far_side import host_of, restored, sink_of
 from tests.servers.finding import LOOPBACK, free_port
-from tests.servers.http import OK, HttpServer, Reply
+from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.proxy import TcpProxy
 from tests.servers.tls import TlsFiles
+from tests.unit.in_memory import Line, message
 
 Proxies = Callable[[str, int], Awaitable[TcpProxy]]
 HttpsServerWith = Callable[..., Awaitable[HttpServer]]
@@ -332,42 +335,108 @@ async def test_a_receiver_that_keeps_idempotency_keys_takes_each_event_once(
     await sink.aclose()
 
 
+def refusing(server: HttpServer, status: int, *asked: str | None) -> tuple[list[float], float]:
+    """Make the server refuse so many requests, asking for these waits, None for an HTTP date.
+
+    Gives the times of day of all its requests, and the date, which is 2 to 3 s away.
+    """
+    times: list[float] = []
+    date = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
+    left = deque(asked)
+
+    def judge(_: Received) -> Reply:
+        times.append(time.time())
+        if not left:
+            return OK
+        return Reply(status, {"Retry-After": left.popleft() or format_datetime(date, usegmt=True)})
+
+    server.judge = judge
+    return times, date.timestamp()
+
+
+def line_to(url: str, count: int, **keys: object) -> Line:
+    """A whole pipeline into a webhook, with a back-off of no account and so many messages."""
+    line = Line(sink=sink_of(url, **keys))
+    line.write(*(message(f"m:{number}", entity=f"k{number}") for number in range(count)))
+    return line
+
+
+@pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("as_date", [True, False])
+@pytest.mark.parametrize("batch_mode", [True, False])
 async def test_no_request_goes_out_before_the_time_that_the_receiver_named(
-    http_server: HttpServer, *, as_date: bool
+    http_server: HttpServer, status: int, *, as_date: bool, batch_mode: bool
 ) -> None:
-    at = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    http_server.replies.append(Reply(429, {"Retry-After": at if as_date else "1"}))
-    sink = sink_of(http_server.url)
-    await sink.connect()
+    refusals = 1 if batch_mode else 3
+    times, date = refusing(http_server, status, *[None if as_date else "1"] * refusals)
+    line = line_to(http_server.url, 3, batch_mode=batch_mode)
 
-    refused = await sink.publish(numbered(1))
-    started = time.monotonic()
-    accepted = await sink.publish(numbered(1))
+    await line.run_to_the_end()
 
-    assert type(sole_error(refused)) is Outage
-    assert not accepted.failures
-    assert time.monotonic() - started > 0.9 - as_date * 0.5
-    await sink.aclose()
+    welcome = date if as_date else times[refusals - 1] + 1
+    assert len(times) == 2 * refusals
+    # The two clocks of a machine drift apart by no more than this in a few seconds.
+    assert welcome - 0.1 < times[refusals] < welcome + 20
+    (retried,) = line.heard.of(Retried)
+    assert f"answers {status}" in retried.error
+    assert line.acknowledged == 3
+
+
+async def test_of_several_answers_the_one_that_asks_for_most_patience_counts(
+    http_server: HttpServer,
+) -> None:
+    times, _ = refusing(http_server, 429, "0", "2", "1")
+    line = line_to(http_server.url, 3, batch_mode=False)
+
+    await line.run_to_the_end()
+
+    assert len(times) == 6
+    assert 1.9 < times[3] - times[2] < 20
+    (retried,) = line.heard.of(Retried)
+    assert "asks for 2 s" in retried.error
+
+
+@pytest.mark.parametrize("asked", ["9" * 40, "Fri, 31 Dec 9999 23:59:59 GMT", "86400"])
+async def test_an_absurd_wait_is_an_hour_and_a_stop_ends_it_at_once(
+    http_server: HttpServer, asked: str
+) -> None:
+    http_server.judge = lambda _: Reply(503, {"Retry-After": asked})
+    line = line_to(http_server.url, 1)
+
+    async with line.running():
+        await line.heard.until(lambda: bool(line.heard.of(Retried)))
+        (retried,) = line.heard.of(Retried)
+        assert 3599 < retried.delay_s <= 3600
+
+    assert len(http_server.received) == 1
+    assert line.acknowledged == 0
+
+
+@pytest.mark.parametrize("asked", ["", "soon", "-5", "1e3", "Fri, 99 Foo 2026 07:28:00 +9999"])
+async def test_a_wait_that_can_not_be_read_is_none(http_server: HttpServer, asked: str) -> None:
+    http_server.replies.append(Reply(503, {"Retry-After": asked}))
+    line = line_to(http_server.url, 1)
+
+    await line.run_to_the_end()
+
+    (retried,) = line.heard.of(Retried)
+    assert retried.delay_s < 1
+    assert line.acknowledged == 1
+
+
+async def test_what_the_receiver_refuses_for_good_is_not_waited_for(
+    http_server: HttpServer,
+) -> None:
+    http_server.replies.append(Reply(422, {"Retry-After": "3600"}))
+    line = line_to(http_server.url, 2, batch_mode=False, max_in_flight=1)
+
+    await line.run_to_the_end()
+
+    assert line.letters.keys == ["m:0"]
+    assert line.heard.of(Retried) == []
 
 
 @pytest.mark.shows("sink:webhook.timeout_ms")
-async def test_a_wait_that_is_longer_than_a_request_may_take_stays_an_outage(
-    http_server: HttpServer,
-) -> None:
-    http_server.replies.append(Reply(503, {"Retry-After": "3600"}))
-    sink = sink_of(http_server.url, timeout_ms=100)
-    await sink.connect()
-    await sink.publish(numbered(1))
-
-    for _ in range(2):
-        with pytest.raises(Outage, match="s more of patience"):
-            await sink.publish(numbered(1))
-
-    assert len(http_server.received) == 1
-    await sink.aclose()
-
-
 async def test_an_answer_that_does_not_come_is_given_up_after_the_timeout(
     http_server: HttpServer,
 ) -> None:

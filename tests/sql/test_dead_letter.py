@@ -99,6 +99,16 @@ def test_a_retry_that_fails_is_not_tried_again_by_itself(db: Session) -> None:
     ) == [(2, "no luck", None)]
 
 
+def test_a_retry_that_two_relays_made_and_that_failed_for_both_counts_once(db: Session) -> None:
+    (only,) = store(db, "a")
+    db.run("select pgtrickle.relay_dlq_retry(%s)", only)
+
+    for error in ("no luck", "no luck here either"):
+        db.run("select pgtrickle.relay_dlq_fail(%s::bigint[], %s::text[])", [only], [error])
+
+    assert db.rows("select attempts, error from pgtrickle.relay_dlq_list()") == [(2, "no luck")]
+
+
 def test_a_retry_tells_the_relays(db: Session) -> None:
     ids = store(db, "a", "b")
     db.run("listen pgtrickle_relay_config")

@@ -10,6 +10,7 @@ import pytest
 from rich.color import ColorSystem
 
 from relay.status import plain_table
+from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Look, Mode, Painter, Sort
 from tests.status.scene import FLEET, HEALTHY, TROUBLED, fleet_of, scene
 
@@ -116,6 +117,28 @@ def test_a_stalled_pipeline_says_so_in_its_state(painter: Painter) -> None:
     stalled = msgspec.structs.replace(HEALTHY, is_stalled=True)
 
     assert "stalled" in _drawn_of(painter, Look(), [stalled])
+
+
+def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_counts_once(
+    painter: Painter,
+) -> None:
+    slow = msgspec.structs.replace(HEALTHY, rate_per_s=3.0)
+    fleet = Fleet(
+        relays=[
+            *fleet_of(HEALTHY, worker_id="worker-a").relays,
+            *fleet_of(slow, worker_id="worker-b").relays,
+        ]
+    )
+
+    lines = [line.plain for line in painter.draw(scene(fleet=fleet), 120, 24)]
+
+    assert "1 pipeline " in lines[1]
+    assert "worker-a" in lines[3]
+    assert "worker-b" in lines[4]
+    assert [(one.owner, one.rate_per_s) for one in lines_of(fleet)] == [
+        ("worker-a", HEALTHY.rate_per_s),
+        ("worker-b", 3.0),
+    ]
 
 
 def test_an_empty_catalog_says_how_to_begin(painter: Painter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.backoff import Backoff
+from relay.backoff import LONGEST_ASKED_WAIT_S, Backoff
 
 
 def test_the_ceiling_doubles_up_to_its_maximum() -> None:
@@ -36,6 +36,15 @@ def test_a_million_failures_later_the_wait_is_still_the_maximum() -> None:
         backoff.next_s()
 
     assert backoff.next_s() == 60.0
+
+
+def test_what_the_far_side_asks_for_is_granted_within_an_hour() -> None:
+    backoff = Backoff(1.0, 10.0, chance=lambda: 1.0)
+
+    waits = [backoff.next_s(asked_s) for asked_s in (None, 0.5, 7.0, 86_400.0)]
+
+    assert waits == [1.0, 2.0, 7.0, LONGEST_ASKED_WAIT_S]
+    assert backoff.next_s() == 10.0
 
 
 @pytest.mark.parametrize("initial_s,max_s", [(0.0, 1.0), (2.0, 1.0)])

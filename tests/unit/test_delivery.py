@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
+import pytest
+
 from relay.backends.memory import MemoryChannel, MemorySink
+from relay.backoff import LONGEST_ASKED_WAIT_S
 from relay.catalog import StoredDeadLetter
-from relay.contracts import PublishResult
+from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.delivery import RetryPolicy
 from relay.errors import (
     ConfigurationError,
@@ -15,6 +20,8 @@ from relay.errors import (
     MessageUndecodable,
     NotConnected,
     Outage,
+    RelayError,
+    TimedOut,
 )
 from relay.events import (
     BatchPublished,
@@ -30,6 +37,47 @@ from relay.pipeline import Ending
 from tests.unit.in_memory import KeptLetters, Line, message
 
 POISON = MessageRejected("not for this sink")
+
+
+class ScriptedSink:
+    """Answers its first publishes as it is told, then accepts; notes what is asked of it, and when.
+
+    A connection that it lost is of no use until `connect`.
+    """
+
+    def __init__(self, *answers: Sequence[RelayError | None] | Outage) -> None:
+        self.answers = deque(answers)
+        self.published: list[list[str]] = []
+        self.times_s: list[float] = []
+        self.connects = 0
+        self._is_open = False
+
+    async def connect(self) -> None:
+        self.connects += 1
+        self._is_open = True
+
+    def subject_of(self, message: RelayMessage) -> str:
+        return message.subject
+
+    async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+        if not self._is_open:
+            raise NotConnected("the connection was lost")
+        self.times_s.append(time.monotonic())
+        self.published.append([message.dedup_key for message in messages])
+        answer = self.answers.popleft() if self.answers else ()
+        if isinstance(answer, Outage):
+            raise answer
+        failures = [
+            Failure(index, error) for index, error in enumerate(answer) if error is not None
+        ]
+        self._is_open = not any(isinstance(one.error, NotConnected | TimedOut) for one in failures)
+        return PublishResult(failures=failures) if failures else ALL_ACCEPTED
+
+    async def is_healthy(self) -> bool:
+        return self._is_open
+
+    async def aclose(self) -> None:
+        self._is_open = False
 
 
 async def test_a_transient_failure_is_repeated_in_order_until_all_is_accepted() -> None:
@@ -439,3 +487,139 @@ async def test_what_a_sink_tells_of_its_far_side_comes_with_its_connection() -> 
         ]
 
     assert told == [{"server": "here"}, {}, {}]
+
+
+@pytest.mark.parametrize("raised", [True, False])
+async def test_a_sink_that_asks_for_patience_is_not_tried_before(*, raised: bool) -> None:
+    busy = Outage("busy", retry_after_s=0.5)
+    sink = ScriptedSink(busy if raised else [busy, busy])
+    line = Line(sink=sink)
+    line.write(message("0"), message("1"))
+
+    await line.run_to_the_end()
+
+    assert sink.published == [["0", "1"]] * 2
+    assert sink.times_s[1] - sink.times_s[0] >= 0.5
+    (retried,) = line.heard.of(Retried)
+    assert 0.4 < retried.delay_s <= 0.5
+    assert line.acknowledged == 2
+
+
+async def test_the_longest_patience_counts_that_any_message_asks_for() -> None:
+    asked = [
+        None,
+        Outage("busy"),
+        Outage("very busy", retry_after_s=0.5),
+        Outage("busy", retry_after_s=0.1),
+    ]
+    sink = ScriptedSink(asked)
+    line = Line(sink=sink)
+    line.write(*(message(str(n)) for n in range(4)))
+
+    await line.run_to_the_end()
+
+    assert sink.published == [["0", "1", "2", "3"], ["1", "2", "3"]]
+    assert sink.times_s[1] - sink.times_s[0] >= 0.5
+    assert [event.error for event in line.heard.of(Retried)] == ["very busy"]
+
+
+async def test_a_shorter_patience_than_the_back_off_changes_nothing() -> None:
+    sink = ScriptedSink([Outage("busy", retry_after_s=0.01)])
+    line = Line(sink=sink, policy=RetryPolicy(initial_s=0.4, max_s=0.4))
+    line.write(message("0"))
+
+    await line.run_to_the_end()
+
+    (retried,) = line.heard.of(Retried)
+    assert 0.2 <= retried.delay_s <= 0.4
+
+
+async def test_nobody_has_more_patience_than_an_hour_and_a_stop_ends_it_at_once() -> None:
+    sink = ScriptedSink([Outage("away", retry_after_s=1e12)])
+    line = Line(sink=sink)
+    line.write(message("0"))
+
+    async with line.running() as run:
+        await line.heard.until(lambda: bool(line.heard.of(Retried)))
+
+    (retried,) = line.heard.of(Retried)
+    assert LONGEST_ASKED_WAIT_S - 1 < retried.delay_s <= LONGEST_ASKED_WAIT_S
+    assert run.result() is Ending.STOPPED
+    assert line.here.take(10) == [0]
+
+
+async def test_connecting_waits_as_long_as_the_far_side_asks_for() -> None:
+    class Busy(ScriptedSink):
+        async def connect(self) -> None:
+            await super().connect()
+            self.times_s.append(time.monotonic())
+            if self.connects == 1:
+                raise Outage("busy", retry_after_s=0.5)
+
+    sink = Busy()
+    line = Line(sink=sink)
+    line.write(message("0"))
+
+    await line.run_to_the_end()
+
+    assert sink.times_s[1] - sink.times_s[0] >= 0.5
+    assert line.acknowledged == 1
+
+
+async def test_what_comes_after_a_buried_message_waits_for_the_rest_it_was_told() -> None:
+    sink = ScriptedSink([Outage("busy", retry_after_s=0.5)])
+    line = Line(
+        sink=sink, policy=RetryPolicy(initial_s=0.001, max_s=0.002, max_attempts=1), batch_size=1
+    )
+    line.write(message("0"), message("1"))
+
+    await line.run_to_the_end()
+
+    assert line.letters.keys == ["0"]
+    assert sink.published == [["0"], ["1"]]
+    assert sink.times_s[1] - sink.times_s[0] >= 0.5
+    waiting = [one for one in line.heard.of(StateChanged) if one.reason == "busy"]
+    assert [one.state for one in waiting] == [PipelineState.RETRYING]
+
+
+async def test_dead_letters_are_not_sent_while_the_far_side_asks_for_rest() -> None:
+    sink = ScriptedSink([POISON], [Outage("busy", retry_after_s=0.5)])
+    line = Line(sink=sink)
+    line.write(message("0"))
+
+    async with line.running():
+        await line.heard.until(lambda: line.acknowledged == 1)
+        line.letters.requested = list(line.letters.letters)
+        line.pipeline.retry_dead_letters()
+        await line.heard.until(lambda: not line.letters.letters)
+
+    assert sink.published == [["0"]] * 3
+    assert sink.times_s[2] - sink.times_s[1] >= 0.5
+
+
+@pytest.mark.parametrize("gone", [NotConnected("lost"), TimedOut("no answer")])
+async def test_a_connection_that_was_lost_under_single_messages_is_made_anew_at_once(
+    gone: Outage,
+) -> None:
+    sink = ScriptedSink([None, gone, gone])
+    line = Line(sink=sink)
+    line.write(*(message(str(n)) for n in range(3)))
+
+    await line.run_to_the_end()
+
+    # One step of the back-off, not a second one to find out that the connection is of no use.
+    assert [event.error for event in line.heard.of(Retried)] == [str(gone)]
+    assert sink.published == [["0", "1", "2"], ["1", "2"]]
+    assert sink.connects == 2
+    told = [one.is_connected for one in line.heard.of(ConnectionChanged) if one.side == "sink"]
+    assert told == [True, False, True, False]
+
+
+async def test_a_sink_that_is_merely_busy_keeps_its_connection() -> None:
+    sink = ScriptedSink([Outage("busy")])
+    line = Line(sink=sink)
+    line.write(message("0"))
+
+    await line.run_to_the_end()
+
+    assert sink.connects == 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import ErrorKind, MessageRejected, Outage
-from relay.flight import Flight
+from relay.flight import Chunk, Flight
 from relay.message import RelayMessage
 
 
@@ -39,9 +39,8 @@ def test_a_pipelined_flight_sends_all_that_the_window_holds() -> None:
     flight = Flight(messages(["a"] * 5), is_strict=False, window=3)
 
     assert taken(flight) == [0, 1, 2]
-    flight.accept([1], are_duplicates=True)
+    flight.accept([1])
     assert taken(flight) == [3]
-    assert flight.duplicates == 1
 
 
 def test_nothing_is_sent_after_a_transient_failure_and_the_rest_fails_with_it() -> None:
@@ -91,7 +90,7 @@ def test_numbers_of_nothing_under_way_settle_nothing() -> None:
     flight = Flight(messages([None] * 3), is_strict=True, window=2)
     assert taken(flight) == [0, 1]
 
-    flight.accept([-1, -3, 2, 3, 1, 1], are_duplicates=True)
+    flight.accept([-1, -3, 2, 3, 1, 1])
 
     assert flight.under_way() == [0]
     assert [flight.is_under_way(index) for index in (-3, 0, 1, 2, 3)] == [
@@ -101,7 +100,50 @@ def test_numbers_of_nothing_under_way_settle_nothing() -> None:
         False,
         False,
     ]
-    assert (flight.settled, flight.duplicates) == (1, 1)
+    assert flight.settled == 1
+
+
+def test_a_chunk_without_an_error_is_accepted_with_its_duplicates() -> None:
+    flight = Flight(messages(["a", "b"]), is_strict=True, window=2)
+
+    flight.answered(Chunk(indices=taken(flight), answers=2, duplicates=1))
+
+    assert flight.is_over
+    assert (flight.settled, flight.duplicates, flight.failures()) == (2, 1, [])
+
+
+def test_a_rejection_in_a_chunk_sends_each_of_it_again_alone_and_in_front() -> None:
+    flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
+    indices = taken(flight)
+    assert indices == [0, 1, 3]
+    for index in indices:
+        flight.weigh(index, 10)
+    rejected = MessageRejected("bad")
+
+    flight.answered(Chunk(indices=indices, answers=3, error=rejected))
+
+    assert (flight.wants_sender, flight.bytes_under_way) == (True, 0)
+    assert taken(flight) == [0, 1, 3]
+    assert all(flight.goes_alone(index) for index in indices)
+    flight.answered(Chunk(indices=[0], answers=1, error=rejected))
+    flight.answered(Chunk(indices=[1, 3], answers=2))
+    assert taken(flight) == [2, 4]
+    assert not flight.goes_alone(2)
+    flight.accept([2, 4])
+    assert flight.is_over
+    assert [(one.index, one.error) for one in flight.failures()] == [(0, rejected)]
+
+
+def test_what_should_have_gone_again_alone_fails_with_a_grounded_flight() -> None:
+    flight = Flight(messages(["a", "b", "c"]), is_strict=True, window=3)
+    indices = taken(flight)
+    outage = Outage("full")
+
+    flight.answered(Chunk(indices=indices[:2], answers=2, error=MessageRejected("bad")))
+    flight.answered(Chunk(indices=indices[2:], answers=1, error=outage))
+
+    assert flight.is_over
+    assert [one.error for one in flight.failures()] == [outage] * 3
 
 
 def test_the_bytes_under_way_are_those_of_unsettled_messages() -> None:

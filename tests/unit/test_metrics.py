@@ -206,6 +206,13 @@ EFFECTS: Sequence[Effect] = (
     Effect("pipeline_state", _state(PipelineState.RUNNING), {**FWD, "state": "running"}, 0, 1),
     Effect("last_progress_timestamp_seconds", _acknowledged(1), FWD, None, NOW),
     Effect("pipelines_owned", OwnershipChanged(pipelines=["a", "b"], members=5), {}, 0, 2),
+    Effect(
+        "pipelines_owned",
+        OwnershipChanged(pipelines=["a", "b", "c"], members=5, everywhere=["b"]),
+        {},
+        0,
+        2,
+    ),
     Effect("group_members", OwnershipChanged(pipelines=["a", "b"], members=5), {}, 0, 5),
     Effect("database_connected", DatabaseChanged(is_connected=True), {}, 0, 1),
 )

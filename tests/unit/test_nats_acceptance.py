@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
@@ -57,9 +57,10 @@ class Heard:
     def __init__(self) -> None:
         self.events: list[tuple[object, ...]] = []
 
-    def accepted(self, numbers: Sequence[int], duplicates: Sequence[int]) -> None:
-        self.events += [("accepted", number, False) for number in numbers]
-        self.events += [("accepted", number, True) for number in duplicates]
+    def accepted(self, numbers: Mapping[int, int], duplicates: Mapping[int, int]) -> None:
+        for counts, is_duplicate in ((numbers, False), (duplicates, True)):
+            for number, count in counts.items():
+                self.events += [("accepted", number, is_duplicate)] * count
 
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None

@@ -11,7 +11,14 @@ import pytest
 
 from relay import registry
 from relay.errors import ConfigurationError, DriverMissing
-from relay.registry import EXTRAS, SINKS, SOURCES, build_sink, build_source
+from relay.registry import (
+    EXTRAS,
+    SINKS,
+    SOURCES,
+    build_sink,
+    build_source,
+    source_runs_everywhere,
+)
 from tests.contract.surroundings import backend_context
 
 
@@ -50,6 +57,10 @@ def test_a_missing_driver_is_one_line_that_names_the_extra() -> None:
     )
 
 
+def test_only_sources_to_which_others_come_run_in_every_relay() -> None:
+    assert [type_ for type_ in SOURCES if source_runs_everywhere(type_)] == ["webhook"]
+
+
 def test_every_extra_is_of_a_type_that_exists() -> None:
     assert EXTRAS.keys() <= {*SINKS, *SOURCES}
 
@@ -59,6 +70,7 @@ def test_the_file_backend_loads_no_driver_of_another() -> None:
         "import sys, relay.registry as r\n"
         "r._resolve(r.SINKS, 'sink', 'file')\n"
         "r._resolve(r.SOURCES, 'source', 'file')\n"
+        "assert not r.source_runs_everywhere('file')\n"
         "print([name for name in ('nats', 'httpx', 'aiohttp') if name in sys.modules])"
     )
 

@@ -119,6 +119,9 @@ def test_a_wait_is_read_from_seconds_and_from_a_date() -> None:
     assert seconds_of("120") == 120.0
     assert 55 < (seconds_of(format_datetime(in_a_minute, usegmt=True)) or 0) < 61
     assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert seconds_of("Fri, 31 Dec 9999 23:59:59 GMT") is not None
+    assert seconds_of("9" * 40) == 999_999_999.0
     assert seconds_of("soon") is None
+    assert seconds_of("Mon, 01 Jan 0001 00:00:00 +9959") in (0.0, None)
     assert seconds_of("-1") is None
     assert seconds_of(None) is None

@@ -2,10 +2,12 @@
 
 **Sink.** A message is accepted when the stream has acknowledged it, which on file storage means
 that it survives the server. Publishes are pipelined: up to ``max_in_flight`` are under way on one
-connection and their acknowledgements come to one inbox. With ``ordering`` ``strict``, the
-default, a message waits for the acknowledgement of the one before it *of its own key*; that costs
-nothing while keys vary, and a round trip per event where one key has them all. With ``pipelined``
-nothing waits, and an event whose predecessor of the same key failed may be stored before it.
+connection, and what is sent together is acknowledged on one reply subject. Where one of those is
+rejected each is sent again by itself, which the stream recognises. With ``ordering`` ``strict``,
+the default, a message waits for the acknowledgement of the one before it *of its own key*; that
+costs nothing while keys vary, and a round trip per event where one key has them all. With
+``pipelined`` nothing waits, and an event whose predecessor of the same key failed may be stored
+before it.
 ``Nats-Msg-Id`` is the dedup key: within the stream's duplicate window a repeated event is stored
 once. Values never add tokens or wildcards to a subject (`relay.backends.nats.subject`), and any
 header travels (`relay.backends.nats.headers`). An order to the server that a publisher hides in

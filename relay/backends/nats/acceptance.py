@@ -9,17 +9,25 @@ exactly so are read here; all else that a server sends is left to the ordinary p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
-# Called with the numbers of what was accepted, and of what was there before; must not raise.
-Accepted = Callable[[Sequence[int], Sequence[int]], None]
+# Called with how often each number was accepted, and how often as what was there before; must not
+# raise.
+Accepted = Callable[[Mapping[int, int], Mapping[int, int]], None]
+
+# Number, size and body.
+_Frame = tuple[bytes, bytes, bytes]
 
 # An acceptance is shorter; what is longer is none.
 _LONGEST_FRAME_BYTES = 1024
 
+_NUMBER, _SIZE = rb"\d{1,18}", rb"\d{1,4}"
 _BODY = (
-    rb'\{"stream":"[^"\\\r\n]+", ?(?:"domain":"[^"\\\r\n]+", ?)?"seq":\d+(,"duplicate": ?true)?\}'
+    rb'\{"stream":"[^"\\\r\n]+", ?(?:"domain":"[^"\\\r\n]+", ?)?"seq":\d+(?:%b)?\}'
+    % b',"duplicate": ?true'
 )
+_IS_DUPLICATE = b'"duplicate"'
 
 
 class Acceptances:
@@ -28,9 +36,14 @@ class Acceptances:
     def __init__(self, prefix: str, subscription: int, accepted: Accepted) -> None:
         """``prefix``: the reply subjects up to the number."""
         self._head = f"MSG {prefix}".encode()
-        opening = rb"%b(\d{1,18}) %d (\d{1,4})\r\n" % (re.escape(self._head), subscription)
-        self._frame = re.compile(rb"%b(%b)\r\n" % (opening, _BODY))
-        self._opening = re.compile(opening)
+        head = re.escape(self._head)
+        self._opening = re.compile(rb"%b%b %d (%b)\r\n" % (head, _NUMBER, subscription, _SIZE))
+        self._frame = re.compile(
+            rb"%b(%b) %d (%b)\r\n(%b)\r\n" % (head, _NUMBER, subscription, _SIZE, _BODY)
+        )
+        self._frames = re.compile(
+            rb"(?:%b%b %d %b\r\n%b\r\n)*" % (head, _NUMBER, subscription, _SIZE, _BODY)
+        )
         self._accepted = accepted
         self._begun = b""
 
@@ -42,23 +55,32 @@ class Acceptances:
         """
         if self._begun:
             data = self._begun + data
-        accepted: list[int] = []
-        duplicates: list[int] = []
-        end = 0
-        for frame in self._frame.finditer(data):
-            number, size, body, duplicate = frame.groups()
-            if frame.start() != end or int(size) != len(body):
-                break
-            end = frame.end()
-            (duplicates if duplicate else accepted).append(int(number))
+        run = self._frames.match(data)
+        end = 0 if run is None else run.end()
+        frames = self._frame.findall(data, 0, end)
+        if any(int(size) != length for size, length in {(f[1], len(f[2])) for f in frames}):
+            # Something that is longer than it looks: only what stands before it is clear.
+            frames, end = self._sound(data)
+        if frames:
+            self._accepted(*_counted(frames))
         rest = data[end:]
         if rest and self._may_become_one(rest):
             self._begun, rest = rest, b""
         else:
             self._begun = b""
-        if end:
-            self._accepted(accepted, duplicates)
         return rest
+
+    def _sound(self, data: bytes) -> tuple[list[_Frame], int]:
+        """The frames in front that are as long as they say, and where they end."""
+        sound: list[_Frame] = []
+        end = 0
+        for found in self._frame.finditer(data):
+            number, size, body = found.groups()
+            if found.start() != end or int(size) != len(body):
+                break
+            end = found.end()
+            sound.append((number, size, body))
+        return sound, end
 
     def _may_become_one(self, rest: bytes) -> bool:
         if len(rest) > _LONGEST_FRAME_BYTES or rest[: len(self._head)] != self._head[: len(rest)]:
@@ -66,4 +88,13 @@ class Acceptances:
         opening = self._opening.match(rest)
         if opening is None:
             return b"\n" not in rest
-        return len(rest) < opening.end() + int(opening[2]) + len(b"\r\n")
+        return len(rest) < opening.end() + int(opening[1]) + len(b"\r\n")
+
+
+def _counted(frames: Sequence[_Frame]) -> tuple[Mapping[int, int], Mapping[int, int]]:
+    """How often each number was accepted, and how often as a duplicate."""
+    duplicates = Counter(int(number) for number, _, body in frames if _IS_DUPLICATE in body[-20:])
+    counts: Counter[int] = Counter()
+    for text, count in Counter([frame[0] for frame in frames]).items():
+        counts[int(text)] += count
+    return counts - duplicates, duplicates

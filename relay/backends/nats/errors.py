@@ -29,6 +29,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 
 # The nearest class of an exception's ancestry decides.
 CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
@@ -131,7 +132,10 @@ def of_server_text(text: str, doing: str) -> RelayError:
             f"{doing}: {plain}", remedy="give the user this permission on the NATS server"
         )
     if any(refusal in lowered for refusal in _REFUSALS):
-        return AuthenticationRefused(f"{doing}: the server says: {plain}")
+        return AuthenticationRefused(
+            f"{doing}: the server says: {plain}",
+            remedy="correct user and password, token, creds_file or nkey_seed",
+        )
     if any(limit in lowered for limit in _TIGHTER_LIMITS):
         return Outage(f"{doing}: the server says: {plain}")
     return NotConnected(f"{doing}: {plain}")
@@ -168,7 +172,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the server ended the connection")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {error.strerror or type(error).__name__}")
+        return not_connected(error, doing)
     return None
 
 

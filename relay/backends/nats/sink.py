@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Self
 
 import msgspec
@@ -27,6 +28,7 @@ from relay.contracts import PublishResult
 from relay.errors import (
     ConfigurationError,
     DestinationMissing,
+    ErrorKind,
     MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
@@ -35,7 +37,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.flight import Flight
+from relay.flight import Chunk, Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
@@ -45,6 +47,9 @@ ORDERINGS = ("strict", "pipelined")
 # JetStream keeps the length of a header block in 16 bits.
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
+_CHUNK_MESSAGES = 256
+_NAMED_SUBJECTS = 3
+_MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
 _NO_RESPONDERS = 503
 # No stream's name has a blank, so that this is nowhere else in a block of ours.
 _KEY_MARK = "< dedup key >"
@@ -89,8 +94,9 @@ class NatsSink:
         self._connection: Connection | None = None
         self._reply_prefix = ""
         self._flight: Flight | None = None
-        # Replies carry a number that never repeats, so that a late one finds no other message.
-        self._first_number = 0
+        # Replies carry a number that never repeats, so that a late one finds no other chunk.
+        self._next_number = 0
+        self._chunks: dict[int, Chunk] = {}
         self._wake = asyncio.Event()
 
     @classmethod
@@ -180,7 +186,7 @@ class NatsSink:
                 _fail_denied(flight, connection.denied[denied_before:])
         finally:
             self._flight = None
-            self._first_number += len(messages)
+            self._chunks.clear()
         return PublishResult(failures=flight.failures(), duplicates=flight.duplicates)
 
     async def is_healthy(self) -> bool:
@@ -225,38 +231,54 @@ class NatsSink:
 
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
-        lines: list[bytes] = []
-        size = 0
-        max_payload = connection.max_payload
-        reply_prefix = self._reply_prefix
-        first_number = self._first_number
         try:
-            while (index := flight.take()) is not None:
-                try:
-                    message = flight.messages[index]
-                    subject = self._subject(message)
-                    block, body = self._encoded(message, max_payload)
-                except MessageRejected as error:
-                    flight.fail(index, error)
-                    continue
-                total = len(block) + len(body)
-                reply = f"{reply_prefix}{first_number + index}"
-                line = f"HPUB {subject} {reply} {len(block)} {total}\r\n"
-                lines += (line.encode(), block, body, b"\r\n")
-                flight.weigh(index, total)
-                size += total
-                if size >= _CHUNK_BYTES:
-                    connection.write(b"".join(lines))
-                    lines.clear()
-                    size = 0
-                    await connection.drain(self._ack_timeout_s)
-                    await asyncio.sleep(0)
-            if lines:
+            while flight.bytes_under_way < _MAX_BYTES_UNDER_WAY:
+                chunk = Chunk()
+                lines = self._taken(flight, chunk, connection.max_payload)
+                if not chunk.indices:
+                    break
+                # What is written may be answered at once.
+                self._chunks[self._next_number] = chunk
+                self._next_number += 1
                 connection.write(b"".join(lines))
                 await connection.drain(self._ack_timeout_s)
+                await asyncio.sleep(0)
         except Outage as error:
             connection.abort(error)
             flight.fail_all(error)
+
+    def _taken(self, flight: Flight, chunk: Chunk, max_payload: int) -> list[bytes]:
+        """The lines of the next chunk, with one reply subject for all of its messages.
+
+        A subject that comes for the first time costs the server more than a message.
+        """
+        lines: list[bytes] = []
+        size = 0
+        messages, indices, subjects = flight.messages, chunk.indices, chunk.subjects
+        subject_of, encoded = self._subject, self._encoded
+        reply = f"{self._reply_prefix}{self._next_number}"
+        while size < _CHUNK_BYTES and len(indices) < _CHUNK_MESSAGES:
+            index = flight.take()
+            if index is None:
+                break
+            message = messages[index]
+            try:
+                subject = subject_of(message)
+                block, body = encoded(message, max_payload)
+            except MessageRejected as error:
+                flight.fail(index, error)
+                continue
+            head = len(block)
+            total = head + len(body)
+            line = f"HPUB {subject} {reply} {head} {total}\r\n"
+            lines += (line.encode(), block, body, b"\r\n")
+            indices.append(index)
+            subjects.add(subject)
+            flight.weigh(index, total)
+            size += total
+            if flight.goes_alone(index):
+                break
+        return lines
 
     async def _await_replies(self, connection: Connection, flight: Flight) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
@@ -314,27 +336,21 @@ class NatsSink:
             self._headers_of(message), message_id=message.dedup_key, fixed=self._fixed_headers
         )
 
-    def _on_accepted(self, numbers: Sequence[int], duplicates: Sequence[int]) -> None:
-        flight = self._flight
-        if flight is None:
-            return
-        first = self._first_number
-        flight.accept([number - first for number in numbers])
-        flight.accept([number - first for number in duplicates], are_duplicates=True)
-        if flight.wants_sender:
-            self._wake.set()
+    def _on_accepted(self, accepted: Mapping[int, int], duplicates: Mapping[int, int]) -> None:
+        for number, answers in accepted.items():
+            self._answered(number, answers)
+        for number, answers in duplicates.items():
+            self._answered(number, answers, duplicates=answers)
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, block: bytes | None) -> None:
-        flight = self._flight
-        if flight is None:
-            return
-        index = int(subject[len(self._reply_prefix) :]) - self._first_number
-        if not flight.is_under_way(index):
+        number = int(subject[len(self._reply_prefix) :])
+        chunk = self._chunks.get(number)
+        if chunk is None:
             return
         error: RelayError | None = None
         is_duplicate = False
         if block is not None:
-            error = _of_status(block, self._subject(flight.messages[index]))
+            error = _of_status(block, _names(chunk.subjects))
         else:
             try:
                 acknowledgement = _acknowledgement.decode(body)
@@ -345,17 +361,27 @@ class NatsSink:
                 if acknowledgement.error is not None:
                     error = of_jetstream(
                         acknowledgement.error,
-                        f"publishing to {self._subject(flight.messages[index])!r}",
+                        f"publishing to {_names(chunk.subjects)}",
                         is_publish=True,
                     )
                 elif not acknowledgement.stream:
-                    error = _no_stream(self._subject(flight.messages[index]))
-        if error is None:
-            flight.accept((index,), are_duplicates=is_duplicate)
-        else:
-            flight.fail(index, error)
-        if flight.wants_sender:
-            self._wake.set()
+                    error = _no_stream(_names(chunk.subjects))
+        # What decides for the pipeline weighs more than what may be one message's own trouble.
+        if error is not None and (chunk.error is None or error.kind is not ErrorKind.MESSAGE):
+            chunk.error = error
+        self._answered(number, 1, duplicates=int(is_duplicate))
+
+    def _answered(self, number: int, answers: int, *, duplicates: int = 0) -> None:
+        flight, chunk = self._flight, self._chunks.get(number)
+        if flight is None or chunk is None:
+            return
+        chunk.answers += answers
+        chunk.duplicates += duplicates
+        if chunk.answers >= len(chunk.indices):
+            del self._chunks[number]
+            flight.answered(chunk)
+            if flight.wants_sender:
+                self._wake.set()
 
 
 def _check(options: NatsSinkOptions) -> None:
@@ -378,24 +404,36 @@ def _check(options: NatsSinkOptions) -> None:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
-def _of_status(block: bytes, subject: str) -> RelayError:
+def _of_status(block: bytes, subjects: str) -> RelayError:
     code, text = wire_headers.status(block) or (0, "")
     if code == _NO_RESPONDERS:
-        return _no_stream(subject)
-    return Outage(f"publishing to {subject!r}: the server answers {code} {text}".rstrip())
+        return _no_stream(subjects)
+    return Outage(f"publishing to {subjects}: the server answers {code} {text}".rstrip())
 
 
-def _no_stream(subject: str) -> DestinationMissing:
+def _no_stream(subjects: str) -> DestinationMissing:
     return DestinationMissing(
-        f"no stream listens on the subject {subject!r}",
+        f"no stream listens on the subject {subjects}",
         remedy="set create_stream with stream, or create one with this subject",
     )
 
 
+def _names(subjects: AbstractSet[str]) -> str:
+    """The subjects of a chunk, for people: which of several it was, the server does not say."""
+    names = sorted(map(repr, subjects))
+    return " or ".join(
+        [*names[:_NAMED_SUBJECTS], *(["another"] if names[_NAMED_SUBJECTS:] else [])]
+    )
+
+
 def _fail_denied(flight: Flight, denied: Sequence[str]) -> None:
-    """Fail what the server refused to take; it names the subject and sends no acknowledgement."""
+    """End the flight where the server refused to take something: no acknowledgement will come.
+
+    The server names the subject; the client library gives its words in lower case.
+    """
     for text in denied:
-        for index in flight.under_way():
-            # The client library gives the server's words in lower case.
-            if f'publish to "{flight.messages[index].subject.lower()}"' in text:
-                flight.fail(index, of_server_text(text, "publishing"))
+        if any(
+            f'publish to "{flight.messages[index].subject.lower()}"' in text
+            for index in flight.under_way()
+        ):
+            flight.fail_all(of_server_text(text, "publishing"))

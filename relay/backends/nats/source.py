@@ -290,7 +290,13 @@ class NatsSource:
     async def _find_stream(self, connection: Connection) -> StreamInfo:
         options = self._options
         if options.stream is not None:
-            return await jetstream.stream_info(connection, options.stream)
+            try:
+                return await jetstream.stream_info(connection, options.stream)
+            except DestinationMissing:
+                raise DestinationMissing(
+                    f"there is no stream {options.stream!r} on {connection.address}",
+                    remedy="create it, or correct source.stream",
+                ) from None
         await jetstream.check_enabled(connection)
         found = await jetstream.streams_on(connection, options.subject)
         if not found:

@@ -15,7 +15,6 @@ cannot be looked into costs only itself; a payload that cannot be read costs its
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Final
@@ -44,7 +43,6 @@ KeyOf = Callable[[msgspec.Raw | bytes], str | None]
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ARRAY_OPENS = ord("[")
-_QUOTE = ord('"')
 
 
 class _Payload(msgspec.Struct, frozen=True, gc=False):
@@ -124,6 +122,11 @@ class OutboxDecoder:
         decoded = Decoded()
         messages, rejected = decoded.messages, decoded.rejected
         for row in rows:
+            plain = self._plain_inserts(row)
+            if plain:
+                messages += plain
+                decoded.rows += 1
+                continue
             outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers = row
             event = OutboxEvent(
                 outbox_id=outbox_id,
@@ -212,6 +215,45 @@ class OutboxDecoder:
     def refused(self, claim_check: ClaimCheck, error: MessageUndecodable) -> Rejected:
         """A claim check as a whole on its way to the dead letters."""
         return self._refused(claim_check.event, claim_check.payload, error)
+
+    def _plain_inserts(self, row: OutboxRow) -> list[RelayMessage] | None:
+        """The messages of the commonest row by far: rows were inserted, and nothing is amiss.
+
+        None for any other. What it gives is what the long way would give, at half the cost.
+        """
+        outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers = row
+        if is_claim_check or not body:
+            return None
+        try:
+            payload = self._payload.decode(body)
+            if (
+                payload.v is True
+                or payload.v != PAYLOAD_VERSION
+                or not payload.inserted
+                or payload.deleted
+                or payload.full_refresh
+                or payload.claim_check
+            ):
+                return None
+            prefix = f"{self._prefix}{outbox_id}:"
+            stream_table, key_of = self._stream_table, self._key_of
+            texts = NO_HEADERS if headers is None else _headers(headers)
+            return [
+                RelayMessage(
+                    dedup_key=f"{prefix}{index}",
+                    payload=bytes(inserted),
+                    key=key_of(inserted),
+                    op="insert",
+                    stream_table=stream_table,
+                    outbox_id=outbox_id,
+                    refresh_id=refresh_id,
+                    created_at=created_at,
+                    headers=texts,
+                )
+                for index, inserted in enumerate(payload.inserted)
+            ]
+        except (*_UNREADABLE, MessageUndecodable):
+            return None
 
     def _decode_inline(
         self,
@@ -367,17 +409,17 @@ def _key_reader(columns: tuple[str, ...]) -> KeyOf:
 
     def single(row: msgspec.Raw | bytes) -> str | None:
         try:
-            (value,) = pick(row)
+            text = str(pick(row)[0], "utf-8")
         except _UNREADABLE as error:
             _raise_unless_keyless(error)
             return None
-        if value in (b"", b"null"):
+        if not text or text == "null":
             return None
-        return msgspec.json.decode(value, type=str) if value[0] == _QUOTE else value.decode()
+        return msgspec.json.decode(text, type=str) if text[0] == '"' else text
 
     def several(row: msgspec.Raw | bytes) -> str | None:
         try:
-            values = pick(row)
+            values = [bytes(value) for value in pick(row)]
         except _UNREADABLE as error:
             _raise_unless_keyless(error)
             return None
@@ -394,15 +436,15 @@ def _raise_unless_keyless(error: Exception) -> None:
 
 def _column_reader(
     columns: tuple[str, ...],
-) -> Callable[[msgspec.Raw | bytes], tuple[bytes, ...]]:
+) -> Callable[[msgspec.Raw | bytes], Sequence[msgspec.Raw | bytes]]:
     """What takes the raw values of these columns out of a JSON object; empty where missing."""
     if any(_needs_escaping(column) for column in columns):
         # The decoder of a struct does not take such names.
         objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
-        def pick_by_name(row: msgspec.Raw | bytes) -> tuple[bytes, ...]:
+        def pick_by_name(row: msgspec.Raw | bytes) -> Sequence[msgspec.Raw | bytes]:
             found = objects.decode(row)
-            return tuple(bytes(found.get(column, b"")) for column in columns)
+            return [found.get(column, b"") for column in columns]
 
         return pick_by_name
     names = [f"column_{number}" for number in range(len(columns))]
@@ -413,11 +455,8 @@ def _column_reader(
         frozen=True,
         gc=False,
     )
-    structs = msgspec.json.Decoder(key_type)
-    values_of = operator.attrgetter(*names)
-    if len(names) == 1:
-        return lambda row: (bytes(values_of(structs.decode(row))),)
-    return lambda row: tuple(map(bytes, values_of(structs.decode(row))))
+    decode = msgspec.json.Decoder(key_type).decode
+    return lambda row: msgspec.structs.astuple(decode(row))
 
 
 def _needs_escaping(name: str) -> bool:

@@ -26,6 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 from relay.tls import of_tls
 
 REPLY_CODES: Mapping[int, type[RelayError]] = {
@@ -148,7 +149,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the broker ended the connection")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {error.strerror or type(error).__name__}")
+        return not_connected(error, doing)
     return None
 
 

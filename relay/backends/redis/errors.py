@@ -24,6 +24,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 
 # By name, since releases of the library differ in which classes they have. The nearest class of
 # an exception's ancestry decides.
@@ -81,6 +82,7 @@ _REMEDIES: Mapping[type[RelayError] | str, str] = {
     "MOVED": "name the node of the cluster that owns the stream",
     "ASK": "name the node of the cluster that owns the stream",
     "NOAUTH": "set username and password",
+    "WRONGPASS": "correct username and password",
     "NOPERM": "give the user this permission with ACL SETUSER",
     "WRONGTYPE": "choose another stream_key, or remove the key",
     "NOGROUP": "the group is made anew on the next start and begins where start_id says",
@@ -115,7 +117,7 @@ def of_reply(error: Exception, doing: str, *, is_publish: bool = False) -> Relay
         kind, remedy = _without_word(text, is_publish=is_publish)
     else:
         remedy = _REMEDIES.get(word, "")
-    return kind(f"{doing}: {text}", remedy=remedy)
+    return kind(f"{doing}: {text.rstrip('.')}", remedy=remedy)
 
 
 def of_exception(error: BaseException, doing: str) -> RelayError | None:
@@ -137,7 +139,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the server ended the connection")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {error.strerror or type(error).__name__}")
+        return not_connected(error, doing)
     return None
 
 
@@ -165,8 +167,10 @@ def _of_client(error: BaseException, doing: str) -> RelayError:
     if isinstance(error, client.ResponseError):
         return of_reply(error, doing)
     kind = _by_class(error) or Outage
-    remedy = "set username and password" if "required" in str(error) else ""
-    return kind(f"{doing}: {error}", remedy=remedy if kind is AuthenticationRefused else "")
+    remedy = ""
+    if kind is AuthenticationRefused:
+        remedy = _REMEDIES["NOAUTH" if "required" in str(error) else "WRONGPASS"]
+    return kind(f"{doing}: {str(error).rstrip('.')}", remedy=remedy)
 
 
 def _by_class(error: BaseException) -> type[RelayError] | None:

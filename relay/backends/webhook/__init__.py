@@ -13,9 +13,9 @@ is repeated after a failure holds the same messages under the same key. Only whe
 itself was restarted in between may an array be cut in another place; each element of the
 ``envelope`` and ``cloudevents`` formats still carries its own dedup key. An array that is refused
 (4xx) is halved until the messages concerned are found; 413 halves it too and makes the next ones
-smaller. ``Retry-After`` is kept, up to an hour. Redirects are not followed, cookies and proxies
-of the environment not used. Headers carry any text (`relay.backends.webhook.header`). What a
-receiver answers is neither kept nor logged.
+smaller. What ``Retry-After`` asks for is told to the loop, which waits up to an hour. Redirects are
+not followed, cookies and proxies of the environment not used. Headers carry any text
+(`relay.backends.webhook.header`). What a receiver answers is neither kept nor logged.
 
 What the formats carry: ``envelope`` everything; ``payload`` everything in a request of its own,
 and in an array the rows alone; ``cloudevents`` everything but, in an array, the publisher's
@@ -33,7 +33,9 @@ The dedup key is ours where the message is ours, else ``Idempotency-Key``, else 
 an array, else a random UUID: then a repetition can't be told from a new message, unless
 ``dedup_key_from`` names what can.
 
-Several pipelines may share one ``listen_addr`` with different paths and the same TLS keys.
+Every relay of the group listens, since a load balancer sends anywhere; relays on one host need a
+port each. Several pipelines of a relay may share one ``listen_addr`` with different paths and the
+same TLS keys.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ _REFUSAL_S = 0.5
 # A longer answer is not read to its end; its connection is closed instead.
 _READ_ANSWER_BYTES = 64 * 1024
 _READ_ANSWER_S = 2.0
-_LONGEST_WAIT_S = 3600.0
 _KEEP_IDLE_S = 30.0
 
 
@@ -81,7 +80,6 @@ class Endpoint:
         )
         self._pool: _Pool | None = None
         self._tls: ssl.SSLContext | None = None
-        self._welcome_at = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -108,20 +106,6 @@ class Endpoint:
             return False
         return True
 
-    async def wait_until_welcome(self) -> None:
-        """Wait until the time that an earlier answer's ``Retry-After`` named.
-
-        Raises `Outage` where that is still to come after a request's whole time.
-        """
-        wait_s = self._welcome_at - time.monotonic()
-        if wait_s <= 0:
-            return
-        await asyncio.sleep(min(wait_s, self._timeout_s))
-        if wait_s > self._timeout_s:
-            raise Outage(
-                f"{self._target.address} asks for {wait_s - self._timeout_s:.0f} s more of patience"
-            )
-
     async def send(self, body: bytes, headers: RawHeaders, key: str) -> RelayError | None:
         """Send one request under this idempotency key; None where it was accepted.
 
@@ -146,15 +130,13 @@ class Endpoint:
                     response = await self._answer_to(request, transport)
         except RelayError as error:
             return error
-        verdict = of_status(
+        return of_status(
             response.status_code,
             self._target.address,
             retried=self._options.retry_on_status,
             size_bytes=len(body),
+            retry_after_s=seconds_of(response.headers.get("Retry-After")),
         )
-        if isinstance(verdict, Outage):
-            self._note_patience(response.headers.get("Retry-After"))
-        return verdict
 
     async def aclose(self) -> None:
         """Close the connections; never raises."""
@@ -180,11 +162,6 @@ class Endpoint:
     def _new_pool(self) -> _Pool:
         connections = 1 if self._options.batch_mode else self._options.max_in_flight
         return _Pool(connections, self._tls)
-
-    def _note_patience(self, retry_after: str | None) -> None:
-        wait_s = seconds_of(retry_after)
-        if wait_s is not None:
-            self._welcome_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
 
     async def _reach(self, timeout_s: float, *, is_refusal_awaited: bool = False) -> None:
         host = self._target.host
@@ -235,11 +212,11 @@ def seconds_of(retry_after: str | None) -> float | None:
         return float(text[:9])
     try:
         at = parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+        if at.tzinfo is None:
+            at = at.replace(tzinfo=UTC)
+        return max(0.0, (at - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
         return None
-    if at.tzinfo is None:
-        at = at.replace(tzinfo=UTC)
-    return max(0.0, (at - datetime.now(UTC)).total_seconds())
 
 
 def _signature(key: bytes, webhook_id: str, body: bytes) -> RawHeaders:

@@ -26,6 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected, words_of
 
 # The nearest class of an exception's ancestry decides.
 CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
@@ -66,14 +67,23 @@ _SHORTAGES = frozenset(
 
 
 def of_status(
-    status: int, address: str, *, retried: Collection[int], size_bytes: int
+    status: int,
+    address: str,
+    *,
+    retried: Collection[int],
+    size_bytes: int,
+    retry_after_s: float | None = None,
 ) -> RelayError | None:
-    """What an answer means; None where it accepts. ``retried``: statuses that are outages."""
+    """What an answer means; None where it accepts. ``retried``: statuses that are outages.
+
+    ``retry_after_s``: what the answer asks for, which means something for an outage only.
+    """
     if status in _ACCEPTED:
         return None
     doing = f"{address} answers {status}"
     if status in retried:
-        return Outage(doing)
+        asks = f" and asks for {retry_after_s:.0f} s of patience" if retry_after_s else ""
+        return Outage(f"{doing}{asks}", retry_after_s=retry_after_s)
     if status in _REDIRECTS:
         return ConfigurationError(
             f"{doing}, a redirect, which is not followed", remedy="set sink.url to where it leads"
@@ -92,9 +102,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
         if isinstance(cause, ssl.SSLError):
             return _of_tls(cause, doing)
         if isinstance(cause, socket.gaierror):
-            return NotConnected(
-                f"{doing}: the name of the host is not known", remedy="correct sink.url"
-            )
+            return not_connected(cause, doing)
     if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.CookieConflict):
         return _of_client(error, doing)
     if isinstance(error, httpx.StreamError):
@@ -104,7 +112,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the connection was ended")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {_reason(error)}")
+        return not_connected(error, doing)
     return None
 
 
@@ -130,14 +138,18 @@ def listening(addr: str) -> Iterator[None]:
             f"source.listen_addr {addr}: TLS can't be used: {_reason(error)}"
         ) from error
     except socket.gaierror as error:
-        raise ConfigurationError(f"source.listen_addr {addr}: the host is not known") from error
+        raise ConfigurationError(
+            f"source.listen_addr {addr}: the name of the host is not known",
+            remedy="name an address of this machine, or none, as in :8080",
+        ) from error
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise Outage(f"source.listen_addr {addr}: {_reason(error)}") from error
         if error.errno == errno.EADDRINUSE:
             raise ConfigurationError(
                 f"source.listen_addr {addr}: the address is in use",
-                remedy="choose another port, or end what listens there",
+                remedy="end what listens there, or choose another port; relays of one host need one"
+                " each, such as ${env:RELAY_HOOK_PORT}",
             ) from error
         raise ConfigurationError(f"source.listen_addr {addr}: {_reason(error)}") from error
 
@@ -148,7 +160,8 @@ def _of_client(error: Exception, doing: str) -> RelayError:
         return kind(f"{doing}: no answer in time")
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno is not None:
-            return kind(f"{doing}: {_reason(cause)}")
+            reason, remedy = words_of(cause)
+            return kind(f"{doing}: {reason}", remedy=remedy)
     if kind is MessageRejected:
         return kind(f"{doing}: the request is not valid HTTP")
     if isinstance(error, httpx.RemoteProtocolError):

@@ -23,9 +23,8 @@ class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     ``url``: ``http://`` or ``https://``; a user and password in it are sent as basic
     authentication. ``method``: of the request. ``headers``: sent with every request.
-    ``timeout_ms``: for one request until its answer begins, and for the wait that an answer asks
-    for with ``Retry-After`` before a publish gives up. ``batch_mode``: arrays, or a request for
-    each message. ``max_in_flight``: requests at a time without ``batch_mode``.
+    ``timeout_ms``: for one request until its answer begins. ``batch_mode``: arrays, or a request
+    for each message. ``max_in_flight``: requests at a time without ``batch_mode``.
     ``retry_on_status``: statuses of 400 and above that say nothing about the messages.
     ``max_body_bytes``: the largest body; an array is cut at a megabyte anyway.
 

@@ -11,7 +11,6 @@ import msgspec
 
 from relay import wire
 from relay.backends.webhook.endpoint import Endpoint
-from relay.backends.webhook.flight import Flight
 from relay.backends.webhook.header import SUBJECT, RawHeaders, batch_key, encode, idempotency_key
 from relay.backends.webhook.options import (
     Target,
@@ -31,6 +30,7 @@ from relay.errors import (
     Outage,
     RelayError,
 )
+from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
@@ -134,7 +134,6 @@ class WebhookSink:
         """
         if not self._endpoint.is_open:
             raise NotConnected("the webhook sink is not connected")
-        await self._endpoint.wait_until_welcome()
         errors: dict[int, RelayError] = {}
         items = self._encoded(messages, errors)
         if self._options.batch_mode:
@@ -233,7 +232,11 @@ class WebhookSink:
             yield items[start:]
 
     async def _send_each(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
-        flight = Flight([item.message.key for item in items], is_strict=self._is_strict)
+        flight = Flight(
+            [item.message for item in items],
+            is_strict=self._is_strict,
+            window=self._options.max_in_flight,
+        )
 
         async def send() -> None:
             while (number := flight.take()) is not None:
@@ -243,13 +246,15 @@ class WebhookSink:
                     self._headers(item),
                     idempotency_key(item.message.dedup_key),
                 )
-                flight.land(number, error)
+                if error is None:
+                    flight.accept((number,))
+                else:
+                    flight.fail(number, error)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(self._options.max_in_flight, len(items))):
                 tasks.create_task(send())
-        flight.fail_unsent()
-        errors.update((items[number].index, error) for number, error in flight.errors.items())
+        errors.update((items[failed.index].index, failed.error) for failed in flight.failures())
 
     def _headers(self, item: _Item) -> RawHeaders:
         headers = item.encoded.headers

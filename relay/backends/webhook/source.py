@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import msgspec
 
@@ -63,6 +63,9 @@ class _Position:
 
 class WebhookSource:
     """Receives requests and answers each when all of its messages are settled."""
+
+    # A load balancer sends anywhere.
+    runs_everywhere: ClassVar[bool] = True
 
     def __init__(self, options: WebhookSourceOptions, context: BackendContext) -> None:
         self._options = options
