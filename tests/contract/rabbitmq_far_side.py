@@ -15,13 +15,18 @@ from datetime import datetime
 import aio_pika
 import pamqp.exceptions
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
-from pamqp.commands import Basic
+from pamqp import commands
+from pamqp import frame as codec
+from pamqp.body import ContentBody
 from pamqp.common import FieldTable
+from pamqp.header import ContentHeader
 
 from relay.backends.rabbitmq import RabbitSink, RabbitSource
+from relay.backends.rabbitmq.connection import connect
 from relay.backends.rabbitmq.content import decoded
 from relay.backends.rabbitmq.errors import mapped
-from relay.backends.rabbitmq.frame import Content
+from relay.backends.rabbitmq.frame import CHANNEL, FRAME_BYTES, Content
+from relay.backends.rabbitmq.options import RabbitSinkOptions
 from relay.backends.rabbitmq.properties import after, before, field, table
 from relay.contracts import Rejected
 from relay.message import RelayMessage
@@ -115,17 +120,26 @@ class FarSide:
         **properties: str | datetime | None,
     ) -> None:
         """Put several there, in order."""
-        set_ = Basic.Properties(
+        # Other clients give every message an id.
+        set_ = commands.Basic.Properties(
             headers=headers,
             delivery_mode=2,
             **properties,  # type: ignore[arg-type]  # passed on as they came
         )
-        async with self.channel() as channel:
-            below = await channel.get_underlay_channel()
+        begin = commands.Basic.Publish(routing_key=queue or self.queue, mandatory=True)
+        options = RabbitSinkOptions(type="rabbitmq", url=self.server.url)
+        connection = await connect(options, name="the far side", path="sink")
+        try:
+            await connection.call(commands.Tx.Select(), commands.Tx.SelectOk, "feeding")
             for body in bodies:
-                await below.basic_publish(
-                    body, routing_key=queue or self.queue, properties=set_, mandatory=True
-                )
+                most = connection.frame_max - FRAME_BYTES
+                parts = [body[start : start + most] for start in range(0, len(body), most)]
+                head = ContentHeader(body_size=len(body), properties=set_)
+                frames = (begin, head, *map(ContentBody, parts))
+                connection.write(b"".join(codec.marshal(one, CHANNEL) for one in frames))
+            await connection.call(commands.Tx.Commit(), commands.Tx.CommitOk, "feeding")
+        finally:
+            await connection.aclose()
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Put messages of ours there, in order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +25,7 @@ from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
+from tests.servers.rabbitmq import RabbitServer
 from tests.servers.redis import RedisServer
 
 RIGHT, WRONG = "right-s3cret-5811", "wrong-s3cret-5812"
@@ -54,6 +55,11 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
         {"subject_template": "guarded.{op}", "stream": "guarded", "create_stream": True},
     ),
     "redis": WithSecret({"url": "redis://{address}"}, {"password": "{secret}"}),
+    "rabbitmq": WithSecret(
+        {"url": "amqp://{address}"},
+        {"username": "guarded", "password": "{secret}"},
+        {"exchange": "guarded", "declare_exchange": True, "mandatory": False},
+    ),
     "webhook": WithSecret({"url": "http://{address}/hook"}, {"bearer_token": "{secret}"}),
     "pg-inbox": WithSecret(
         {"url": "postgresql://guarded:{secret}@{address}/postgres"}, {}, {"inbox_table": "arrived"}
@@ -69,6 +75,11 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
     "redis": WithSecret(
         {"url": "redis://{address}"}, {"password": "{secret}"}, {"stream_key": "guarded"}
     ),
+    "rabbitmq": WithSecret(
+        {"url": "amqp://{address}"},
+        {"username": "guarded", "password": "{secret}"},
+        {"queue": "guarded", "declare_queue": True},
+    ),
     # A receiver is who refuses: it runs, whatever its secret.
     "webhook": WithSecret(
         {"listen_addr": "{address}"}, {"auth_value": "{secret}"}, {"path": "/guarded"}
@@ -83,6 +94,9 @@ BESIDE_A_PROFILE: Mapping[str, str] = {
     "sink:redis": "timeout_ms stream_key routing maxlen max_message_bytes wait_replicas format",
     "source:redis": "timeout_ms stream_key group_name consumer_name start_id block_ms count"
     " claim_idle_ms payload_field",
+    "sink:rabbitmq": "timeout_ms exchange exchange_type routing_key_template routing"
+    " declare_exchange mandatory max_in_flight max_message_bytes confirm_timeout_ms format",
+    "source:rabbitmq": "timeout_ms queue declare_queue prefetch_count exclusive",
     "sink:webhook": "method timeout_ms batch_mode max_in_flight retry_on_status max_body_bytes"
     " subject_template routing format",
     "source:webhook": "path signature_tolerance_s max_body_bytes answer_timeout_ms",
@@ -102,6 +116,14 @@ def nats_that_asks(nats_server_with: Callable[..., NatsServer]) -> str:
 @pytest.fixture
 def redis_that_asks(redis_server_with: Callable[..., RedisServer]) -> str:
     return urlsplit(redis_server_with(f"requirepass {RIGHT}").url).netloc
+
+
+@pytest.fixture
+def rabbitmq_that_asks(rabbitmq_server: RabbitServer) -> Iterator[str]:
+    rabbitmq_server.tell("add_user", "guarded", RIGHT)
+    rabbitmq_server.tell("set_permissions", "guarded", ".*", ".*", ".*")
+    yield urlsplit(rabbitmq_server.url).netloc
+    rabbitmq_server.tell("delete_user", "guarded")
 
 
 @pytest.fixture
@@ -134,6 +156,7 @@ async def postgres_that_asks(postgres_server_with: Callable[..., PostgresServer]
 SERVERS: Mapping[str, str] = {
     "nats": "nats_that_asks",
     "redis": "redis_that_asks",
+    "rabbitmq": "rabbitmq_that_asks",
     "webhook": "webhook_that_asks",
     "pg-inbox": "postgres_that_asks",
 }
