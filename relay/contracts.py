@@ -47,10 +47,14 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One message of a publish that was not accepted; ``index`` counts in what was published."""
+    """One message of a publish that was not accepted; ``index`` counts in what was published.
+
+    ``was_sent`` is False where it only waited behind the failure of another, whose error it bears.
+    """
 
     index: int
     error: RelayError
+    was_sent: bool = True
 
 
 class PublishResult(msgspec.Struct, frozen=True, kw_only=True):

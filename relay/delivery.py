@@ -425,7 +425,7 @@ class Delivery:
     async def _after_transient(
         self,
         work: _Settlement,
-        transient: Sequence[tuple[RelayMessage, RelayError]],
+        transient: Sequence[tuple[RelayMessage, Failure]],
         backoff: Backoff,
     ) -> None:
         limit = self._policy.max_attempts
@@ -436,7 +436,8 @@ class Delivery:
             work.pending = [message for message in work.pending if id(message) not in gone]
             return
         delay_s = backoff.next_s(self._rest_s())
-        decisive = max((error for _, error in transient), key=lambda one: one.retry_after_s or 0.0)
+        errors = (failure.error for _, failure in transient)
+        decisive = max(errors, key=lambda error: error.retry_after_s or 0.0)
         self._voice.retried("sink", work.attempts, delay_s, decisive)
         await self._pause(delay_s)
 
@@ -534,33 +535,36 @@ class Delivery:
 
 def _sorted_out(
     messages: Sequence[RelayMessage], failures: Sequence[Failure]
-) -> tuple[list[tuple[RelayMessage, RelayError]], list[tuple[RelayMessage, RelayError]]]:
+) -> tuple[list[tuple[RelayMessage, RelayError]], list[tuple[RelayMessage, Failure]]]:
     """What was rejected for good, and what is to be tried again, in order."""
     rejected: list[tuple[RelayMessage, RelayError]] = []
-    transient: list[tuple[RelayMessage, RelayError]] = []
+    transient: list[tuple[RelayMessage, Failure]] = []
     for failure in failures:
-        side = rejected if failure.error.kind is ErrorKind.MESSAGE else transient
-        side.append((messages[failure.index], failure.error))
+        message = messages[failure.index]
+        if failure.error.kind is ErrorKind.MESSAGE:
+            rejected.append((message, failure.error))
+        else:
+            transient.append((message, failure))
     return rejected, transient
 
 
 def _spent(
-    work: _Settlement, transient: Sequence[tuple[RelayMessage, RelayError]], limit: int
+    work: _Settlement, transient: Sequence[tuple[RelayMessage, Failure]], limit: int
 ) -> list[tuple[RelayMessage, RelayError]]:
     """Count this attempt, and give what has had all of its attempts.
 
-    Behind the first transient failure nothing is sent: what waits there fails with the very same
-    error, and is not counted.
+    Behind the first transient failure nothing is sent: what waits there, or was not sent for it,
+    fails with the very same error, and is not counted.
     """
     spent: list[tuple[RelayMessage, RelayError]] = []
     counted: set[int] = set()
-    for message, error in transient:
-        if id(error) in counted:
+    for message, failure in transient:
+        if not failure.was_sent or id(failure.error) in counted:
             continue
-        counted.add(id(error))
+        counted.add(id(failure.error))
         work.tried[id(message)] = tried = work.tried.get(id(message), 0) + 1
         if tried >= limit:
-            spent.append((message, error))
+            spent.append((message, failure.error))
     return spent
 
 

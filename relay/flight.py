@@ -22,14 +22,13 @@ _SETTLED = 2
 
 
 class Chunk(msgspec.Struct):
-    """Messages that are sent together and answered on one reply subject.
+    """Messages that are sent together and answered as one.
 
     An answer says what became of a message, not of which: only when all have been given, and all
-    alike, is it known of each. ``indices`` of the messages, ``subjects`` that they went to.
+    alike, is it known of each.
     """
 
     indices: list[int] = msgspec.field(default_factory=list)
-    subjects: set[str] = msgspec.field(default_factory=set)
     answers: int = 0
     duplicates: int = 0
     error: RelayError | None = None
@@ -104,6 +103,8 @@ class Flight:
         if self._alone:
             index = self._alone.popleft()
             self._alone_under_way.add(index)
+        elif self._alone_under_way:
+            return None
         elif self._freed:
             index = self._freed.popleft()
         else:
@@ -122,15 +123,14 @@ class Flight:
     def answered(self, chunk: Chunk) -> None:
         """All of a chunk have been answered: settle them, or send each again by itself.
 
-        What is one message's own trouble, or one subject's, must not be put on its neighbours. What
-        of them was accepted is accepted again as a duplicate, which is also what becomes of it
-        where a trouble is everybody's and the loop repeats the chunk.
+        Whose the trouble is shows only then; what of them was accepted is accepted again as a
+        duplicate. Nothing else is sent meanwhile.
         """
         error = chunk.error
         if error is None:
             self.duplicates += chunk.duplicates
             self.accept(chunk.indices)
-        elif len(chunk.indices) > 1 and _is_of_one(error, chunk):
+        elif len(chunk.indices) > 1:
             again = [index for index in chunk.indices if self.is_under_way(index)]
             for index in again:
                 self._states[index] = _WAITING
@@ -138,8 +138,7 @@ class Flight:
             self._count_under_way -= len(again)
             self._alone.extend(again)
         else:
-            for index in chunk.indices:
-                self.fail(index, error)
+            self.fail(chunk.indices[0], error)
 
     def weigh(self, index: int, size_bytes: int) -> None:
         """Note how large a message under way is."""
@@ -166,12 +165,12 @@ class Flight:
 
     def failures(self) -> list[Failure]:
         """Every message that is not durable, in order, with its reason; once the flight is over."""
+        found = [Failure(index, error) for index, error in self._errors.items()]
         if self._grounded is not None:
             unsent = [*self._alone, *self._freed, *range(self._next, len(self.messages))]
             unsent.extend(index for behind in self._behind.values() for index in behind)
-            for index in unsent:
-                self._errors[index] = self._grounded
-        return [Failure(index, self._errors[index]) for index in sorted(self._errors)]
+            found += [Failure(index, self._grounded, was_sent=False) for index in unsent]
+        return sorted(found, key=lambda failure: failure.index)
 
     @property
     def _is_full(self) -> bool:
@@ -204,6 +203,7 @@ class Flight:
             if not 0 <= index < count or states[index] != _UNDER_WAY:
                 continue
             states[index] = _SETTLED
+            self._alone_under_way.discard(index)
             landed += 1
             size += sizes[index]
             if ordered_keys:
@@ -221,12 +221,6 @@ class Flight:
             self._freed.append(behind.popleft())
         else:
             del self._behind[key]
-
-
-def _is_of_one(error: RelayError, chunk: Chunk) -> bool:
-    if error.kind is ErrorKind.CONFIGURATION:
-        return len(chunk.subjects) > 1
-    return error.kind is ErrorKind.MESSAGE
 
 
 def _repeated_keys(messages: Sequence[RelayMessage]) -> AbstractSet[str]:

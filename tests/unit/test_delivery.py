@@ -389,6 +389,23 @@ async def test_max_attempts_buries_the_one_that_fails_and_none_that_waits_behind
     assert line.received == ["0", "2", "3"]
 
 
+async def test_max_attempts_buries_none_that_was_held_back_before_the_one_that_fails() -> None:
+    class Holding(ScriptedSink):
+        async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+            if len(messages) == 1:
+                return PublishResult()
+            busy = Outage("busy")
+            return PublishResult(failures=[Failure(0, busy, was_sent=False), Failure(1, busy)])
+
+    policy = RetryPolicy(initial_s=0.001, max_s=0.002, max_attempts=2)
+    line = Line(sink=Holding(), policy=policy)
+    line.write(message("0"), message("1"))
+
+    await line.run_to_the_end()
+
+    assert line.letters.keys == ["1"]
+
+
 async def test_a_letter_that_the_sink_refused_is_not_transformed_again() -> None:
     def transform(one: RelayMessage) -> RelayMessage:
         return RelayMessage(

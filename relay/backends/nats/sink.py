@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Self
 
 import msgspec
@@ -28,7 +27,6 @@ from relay.contracts import PublishResult
 from relay.errors import (
     ConfigurationError,
     DestinationMissing,
-    ErrorKind,
     MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
@@ -48,7 +46,6 @@ ORDERINGS = ("strict", "pipelined")
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
 _CHUNK_MESSAGES = 256
-_NAMED_SUBJECTS = 3
 _MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
 _NO_RESPONDERS = 503
 # No stream's name has a blank, so that this is nowhere else in a block of ours.
@@ -254,7 +251,7 @@ class NatsSink:
         """
         lines: list[bytes] = []
         size = 0
-        messages, indices, subjects = flight.messages, chunk.indices, chunk.subjects
+        messages, indices = flight.messages, chunk.indices
         subject_of, encoded = self._subject, self._encoded
         reply = f"{self._reply_prefix}{self._next_number}"
         while size < _CHUNK_BYTES and len(indices) < _CHUNK_MESSAGES:
@@ -273,7 +270,6 @@ class NatsSink:
             line = f"HPUB {subject} {reply} {head} {total}\r\n"
             lines += (line.encode(), block, body, b"\r\n")
             indices.append(index)
-            subjects.add(subject)
             flight.weigh(index, total)
             size += total
             if flight.goes_alone(index):
@@ -343,32 +339,31 @@ class NatsSink:
             self._answered(number, answers, duplicates=answers)
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, block: bytes | None) -> None:
+        flight = self._flight
         number = int(subject[len(self._reply_prefix) :])
         chunk = self._chunks.get(number)
-        if chunk is None:
+        if flight is None or chunk is None:
             return
-        error: RelayError | None = None
+        # Of several it may be any; what is told is told of one that was sent alone.
+        publishing_to = self._subject(flight.messages[chunk.indices[0]])
         is_duplicate = False
         if block is not None:
-            error = _of_status(block, _names(chunk.subjects))
+            chunk.error = _of_status(block, publishing_to)
         else:
             try:
                 acknowledgement = _acknowledgement.decode(body)
             except msgspec.DecodeError:
-                error = Outage("the server's acknowledgement can't be read")
+                chunk.error = Outage("the server's acknowledgement can't be read")
             else:
                 is_duplicate = acknowledgement.duplicate
                 if acknowledgement.error is not None:
-                    error = of_jetstream(
+                    chunk.error = of_jetstream(
                         acknowledgement.error,
-                        f"publishing to {_names(chunk.subjects)}",
+                        f"publishing to {publishing_to!r}",
                         is_publish=True,
                     )
                 elif not acknowledgement.stream:
-                    error = _no_stream(_names(chunk.subjects))
-        # What decides for the pipeline weighs more than what may be one message's own trouble.
-        if error is not None and (chunk.error is None or error.kind is not ErrorKind.MESSAGE):
-            chunk.error = error
+                    chunk.error = _no_stream(publishing_to)
         self._answered(number, 1, duplicates=int(is_duplicate))
 
     def _answered(self, number: int, answers: int, *, duplicates: int = 0) -> None:
@@ -404,25 +399,17 @@ def _check(options: NatsSinkOptions) -> None:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
-def _of_status(block: bytes, subjects: str) -> RelayError:
+def _of_status(block: bytes, subject: str) -> RelayError:
     code, text = wire_headers.status(block) or (0, "")
     if code == _NO_RESPONDERS:
-        return _no_stream(subjects)
-    return Outage(f"publishing to {subjects}: the server answers {code} {text}".rstrip())
+        return _no_stream(subject)
+    return Outage(f"publishing to {subject!r}: the server answers {code} {text}".rstrip())
 
 
-def _no_stream(subjects: str) -> DestinationMissing:
+def _no_stream(subject: str) -> DestinationMissing:
     return DestinationMissing(
-        f"no stream listens on the subject {subjects}",
+        f"no stream listens on the subject {subject!r}",
         remedy="set create_stream with stream, or create one with this subject",
-    )
-
-
-def _names(subjects: AbstractSet[str]) -> str:
-    """The subjects of a chunk, for people: which of several it was, the server does not say."""
-    names = sorted(map(repr, subjects))
-    return " or ".join(
-        [*names[:_NAMED_SUBJECTS], *(["another"] if names[_NAMED_SUBJECTS:] else [])]
     )
 
 
