@@ -38,13 +38,21 @@ class Flight:
     """The messages of one publish, from waiting to settled.
 
     Messages are sent in order, except that with ``is_strict`` a message waits while another of its
-    key is unsettled. The first failure that is not the fault of its own message grounds the
-    flight: nothing more is sent, and what was not sent fails for the same reason. Settling one
+    key is unsettled. ``window`` messages may be under way, and ``window_bytes`` bytes and the one
+    message that reaches them. The first failure that is not the fault of its own message grounds
+    the flight: nothing more is sent, and what was not sent fails for the same reason. Settling one
     message frees at most one that waited for it, so that a sender which takes again after each
     leaves none behind.
     """
 
-    def __init__(self, messages: Sequence[RelayMessage], *, is_strict: bool, window: int) -> None:
+    def __init__(
+        self,
+        messages: Sequence[RelayMessage],
+        *,
+        is_strict: bool,
+        window: int,
+        window_bytes: int = 32 * 1024 * 1024,
+    ) -> None:
         self.messages = messages
         self.duplicates = 0
         self.settled = 0
@@ -53,6 +61,7 @@ class Flight:
         self._sizes = [0] * len(messages)
         self._count_under_way = 0
         self._window = window
+        self._window_bytes = window_bytes
         self._next = 0
         self._freed: deque[int] = deque()
         self._alone: deque[int] = deque()
@@ -72,10 +81,12 @@ class Flight:
     @property
     def wants_sender(self) -> bool:
         """True when the sender has something to do: to send, or to report the end."""
-        if not self._count_under_way or self._freed or self._alone:
+        if not self._count_under_way:
             return True
-        may_go = self._grounded is None and self._next < len(self.messages)
-        return may_go and self._count_under_way * 2 <= self._window
+        if self._grounded is not None or self._is_full:
+            return False
+        may_go = self._next < len(self.messages) and self._count_under_way * 2 <= self._window
+        return may_go or bool(self._freed or self._alone)
 
     def under_way(self) -> list[int]:
         """What was sent and is not settled, in order."""
@@ -87,7 +98,7 @@ class Flight:
 
     def take(self) -> int | None:
         """The next message that may be sent now, counted as under way; None for none."""
-        if self._grounded is not None or self._count_under_way >= self._window:
+        if self._grounded is not None or self._is_full:
             return None
         if self._alone:
             index = self._alone.popleft()
@@ -160,6 +171,10 @@ class Flight:
             unsent.extend(index for behind in self._behind.values() for index in behind)
             found += [Failure(index, self._grounded, was_sent=False) for index in unsent]
         return sorted(found, key=lambda failure: failure.index)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._count_under_way >= self._window or self.bytes_under_way >= self._window_bytes
 
     @property
     def _has_more(self) -> bool:

@@ -16,6 +16,7 @@ SINKS: Mapping[str, str] = {
     "kafka": "relay.backends.kafka:KafkaSink",
     "redis": "relay.backends.redis:RedisSink",
     "sqs": "relay.backends.sqs:SqsSink",
+    "rabbitmq": "relay.backends.rabbitmq:RabbitSink",
     "webhook": "relay.backends.webhook:WebhookSink",
     "pg-inbox": "relay.backends.inbox:InboxSink",
     "stdout": "relay.backends.files:FileSink",
@@ -28,6 +29,7 @@ SOURCES: Mapping[str, str] = {
     "kafka": "relay.backends.kafka:KafkaSource",
     "redis": "relay.backends.redis:RedisSource",
     "sqs": "relay.backends.sqs:SqsSource",
+    "rabbitmq": "relay.backends.rabbitmq:RabbitSource",
     "webhook": "relay.backends.webhook:WebhookSource",
     "stdin": "relay.backends.files:FileSource",
     "file": "relay.backends.files:FileSource",
@@ -39,6 +41,7 @@ EXTRAS: Mapping[str, str] = {
     "kafka": "kafka",
     "redis": "redis",
     "sqs": "sqs",
+    "rabbitmq": "rabbitmq",
     "webhook": "webhook",
 }
 

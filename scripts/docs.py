@@ -34,6 +34,10 @@ from relay.backends.inbox.options import InboxSinkOptions  # noqa: E402
 from relay.backends.kafka.options import KafkaSinkOptions, KafkaSourceOptions  # noqa: E402
 from relay.backends.nats.options import NatsSinkOptions, NatsSourceOptions  # noqa: E402
 from relay.backends.outbox.source import OutboxSourceOptions  # noqa: E402
+from relay.backends.rabbitmq.options import (  # noqa: E402
+    RabbitSinkOptions,
+    RabbitSourceOptions,
+)
 from relay.backends.redis.options import RedisSinkOptions, RedisSourceOptions  # noqa: E402
 from relay.backends.sqs.options import SqsSinkOptions, SqsSourceOptions  # noqa: E402
 from relay.backends.webhook.options import WebhookSinkOptions, WebhookSourceOptions  # noqa: E402
@@ -145,6 +149,18 @@ WORDS: Mapping[str, str] = {
     "kafka.tls_insecure": "Accept any server certificate.",
     "kafka.topic_template": "Where each event goes, a template, instead of `topic`.",
     "kafka.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
+    "rabbitmq.type": "`rabbitmq`.",
+    "rabbitmq.username": "User name, with `password`.",
+    "rabbitmq.password": "Password, with `username`.",
+    "rabbitmq.vhost": "The virtual host.",
+    "rabbitmq.tls": "Speak TLS whatever the scheme of `url`.",
+    "rabbitmq.tls_ca": "PEM file of the authority; implies `tls`.",
+    "rabbitmq.tls_cert": "PEM file of the client certificate; implies `tls`, and logs in where"
+    " there is no user.",
+    "rabbitmq.tls_key": "PEM file of the client key; implies `tls`.",
+    "rabbitmq.tls_insecure": "Accept any server certificate.",
+    "rabbitmq.exchange_type": "Of an exchange that `declare_exchange` makes, by default `topic`.",
+    "rabbitmq.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
     "redis.type": "`redis`.",
     "redis.username": "User name of an ACL user, with `password`.",
     "redis.password": "Password; alone, that of the default user.",
@@ -857,6 +873,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "pg-inbox": options_part(InboxSinkOptions, "pg-inbox"),
     "kafka-sink": options_part(KafkaSinkOptions, "kafka"),
     "kafka-source": options_part(KafkaSourceOptions, "kafka"),
+    "rabbitmq-sink": options_part(RabbitSinkOptions, "rabbitmq"),
+    "rabbitmq-source": options_part(RabbitSourceOptions, "rabbitmq"),
     "redis-sink": options_part(RedisSinkOptions, "redis"),
     "redis-source": options_part(RedisSourceOptions, "redis"),
     "sqs-sink": options_part(SqsSinkOptions, "sqs"),

@@ -30,6 +30,7 @@ pytest_plugins = [
     "tests.servers.kafka_fixtures",
     "tests.servers.redis_fixtures",
     "tests.servers.sqs_fixtures",
+    "tests.servers.rabbitmq_fixtures",
 ]
 
 # Examples talk to real servers on shared machines: a slow one says nothing about the code.

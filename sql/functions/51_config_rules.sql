@@ -117,13 +117,14 @@ as $$
 
             ('rabbitmq', 'both', 'text', 'type profile url username password vhost tls_ca tls_cert tls_key'),
             ('rabbitmq', 'both', 'boolean', 'tls tls_insecure'),
+            ('rabbitmq', 'both', 'number', 'timeout_ms'),
             ('rabbitmq', 'sink', 'template', 'routing_key_template'),
             ('rabbitmq', 'sink', 'templates', 'routing'),
             ('rabbitmq', 'sink', 'text', 'exchange exchange_type format'),
             ('rabbitmq', 'sink', 'boolean', 'declare_exchange mandatory'),
-            ('rabbitmq', 'sink', 'number', 'max_in_flight'),
+            ('rabbitmq', 'sink', 'number', 'max_in_flight max_message_bytes confirm_timeout_ms'),
             ('rabbitmq', 'source', 'text', 'queue'),
-            ('rabbitmq', 'source', 'boolean', 'declare_queue'),
+            ('rabbitmq', 'source', 'boolean', 'declare_queue exclusive'),
             ('rabbitmq', 'source', 'number', 'prefetch_count'),
 
             ('pg-inbox', 'sink', 'text', 'type profile url inbox inbox_table schema source sslmode sslrootcert sslcert sslkey'),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from tests.servers.kafka import PASSWORD as KAFKA_PASSWORD
 from tests.servers.kafka import USER, KafkaServer
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
+from tests.servers.rabbitmq import RabbitServer
 from tests.servers.redis import RedisServer
 from tests.servers.sqs import SqsServer
 
@@ -67,6 +68,10 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
     "sqs": WithSecret(
         {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
         {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    "rabbitmq": WithSecret(
+        {"url": "amqp://{address}"},
+        {"username": "guarded", "password": "{secret}"},
+        {"exchange": "guarded", "declare_exchange": True, "mandatory": False},
     ),
     "webhook": WithSecret({"url": "http://{address}/hook"}, {"bearer_token": "{secret}"}),
     "pg-inbox": WithSecret(
@@ -91,6 +96,10 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
     "sqs": WithSecret(
         {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
         {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    "rabbitmq": WithSecret(
+        {"url": "amqp://{address}"},
+        {"username": "guarded", "password": "{secret}"},
+        {"queue": "guarded", "declare_queue": True},
     ),
     # A receiver is who refuses: it runs, whatever its secret.
     "webhook": WithSecret(
@@ -113,6 +122,9 @@ BESIDE_A_PROFILE: Mapping[str, str] = {
     "sink:sqs": "timeout_ms max_in_flight message_group_id subject_template routing"
     " max_message_bytes format",
     "source:sqs": "timeout_ms max_in_flight visibility_timeout wait_time_seconds",
+    "sink:rabbitmq": "timeout_ms exchange exchange_type routing_key_template routing"
+    " declare_exchange mandatory max_in_flight max_message_bytes confirm_timeout_ms format",
+    "source:rabbitmq": "timeout_ms queue declare_queue prefetch_count exclusive",
     "sink:webhook": "method timeout_ms batch_mode max_in_flight retry_on_status max_body_bytes"
     " subject_template routing format",
     "source:webhook": "path signature_tolerance_s max_body_bytes answer_timeout_ms",
@@ -151,6 +163,14 @@ async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
 
 
 @pytest.fixture
+def rabbitmq_that_asks(rabbitmq_server: RabbitServer) -> Iterator[str]:
+    rabbitmq_server.tell("add_user", "guarded", RIGHT)
+    rabbitmq_server.tell("set_permissions", "guarded", ".*", ".*", ".*")
+    yield urlsplit(rabbitmq_server.url).netloc
+    rabbitmq_server.tell("delete_user", "guarded")
+
+
+@pytest.fixture
 async def webhook_that_asks(http_server: HttpServer) -> str:
     def judge(request: Received) -> Reply:
         return OK if request.header("Authorization") == f"Bearer {RIGHT}" else Reply(401)
@@ -182,6 +202,7 @@ SERVERS: Mapping[str, str] = {
     "kafka": "kafka_that_asks",
     "redis": "redis_that_asks",
     "sqs": "sqs_that_asks",
+    "rabbitmq": "rabbitmq_that_asks",
     "webhook": "webhook_that_asks",
     "pg-inbox": "postgres_that_asks",
 }

@@ -58,6 +58,25 @@ def test_nothing_is_sent_after_a_transient_failure_and_the_rest_fails_with_it() 
     ]
 
 
+def test_a_sender_with_nothing_to_send_is_left_alone_until_what_is_under_way_has_settled() -> None:
+    grounded = Flight(messages(["a", "a", "b", "c"]), is_strict=True, window=2)
+    assert taken(grounded) == [0, 2]
+    grounded.fail(0, Outage("full"))
+    assert not grounded.wants_sender
+    grounded.accept([2])
+    assert grounded.wants_sender
+
+    heavy = Flight(messages(["a", "b", "c", "c"]), is_strict=True, window=100, window_bytes=10)
+    for index in (0, 1):
+        assert heavy.take() == index
+        heavy.weigh(index, 5)
+    assert heavy.take() is None
+    assert not heavy.wants_sender
+    heavy.accept([0])
+    assert heavy.wants_sender
+    assert heavy.take() == 2
+
+
 def test_a_rejected_message_lets_its_successor_go() -> None:
     flight = Flight(messages(["a", "a"]), is_strict=True, window=2)
     assert taken(flight) == [0]

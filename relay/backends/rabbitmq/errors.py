@@ -1,0 +1,165 @@
+"""Everything that can go wrong with RabbitMQ, as errors of the relay.
+
+A broker closes a channel or a connection with a number and a text
+(https://www.rabbitmq.com/amqp-0-9-1-reference#constants). The number decides, except where a text
+says more; the texts are those of RabbitMQ 3.8 to 4.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import msgspec
+from pamqp.exceptions import PAMQPException
+
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
+from relay.network import not_connected
+from relay.tls import of_tls
+
+REPLY_CODES: Mapping[int, type[RelayError]] = {
+    200: NotConnected,  # closed in order
+    311: Outage,  # content too large at the present time
+    312: DestinationMissing,  # no route
+    313: Outage,  # no consumers
+    320: NotConnected,  # closed by an operator
+    402: DestinationMissing,  # invalid path: no such virtual host
+    403: AuthenticationRefused,
+    404: DestinationMissing,
+    405: ConfigurationError,  # locked by another connection
+    406: ConfigurationError,  # precondition failed
+    501: NotConnected,  # frame error
+    502: NotConnected,  # syntax error
+    503: ConfigurationError,  # command invalid
+    504: NotConnected,  # channel error
+    505: NotConnected,  # unexpected frame
+    506: Outage,  # resource error
+    530: AuthenticationRefused,  # not allowed
+    540: ConfigurationError,  # not implemented
+    541: Outage,  # internal error
+}
+
+
+class _Words(msgspec.Struct, frozen=True):
+    """What a text means beyond its number. Without a kind the number's stands."""
+
+    code: int
+    words: str
+    remedy: str
+    kind: type[RelayError] | None = None
+
+
+# The first one that fits decides.
+_WORDS: Sequence[_Words] = (
+    _Words(
+        403,
+        "in exclusive use",
+        "stop the queue's other consumer, or set exclusive to false",
+        Outage,
+    ),
+    _Words(403, "login", "correct username and password"),
+    _Words(403, "", "give the user this permission: rabbitmqctl set_permissions"),
+    _Words(404, "no exchange", "create the exchange, or set declare_exchange"),
+    _Words(404, "no queue", "create the queue, or set declare_queue"),
+    _Words(404, "home node", "start the node that holds the queue", Outage),
+    _Words(405, "", "the queue is another connection's own: choose another one"),
+    _Words(
+        406,
+        "delivery acknowledgement",
+        "a batch took longer than the broker's consumer_timeout: raise it",
+        Outage,
+    ),
+    _Words(406, "unknown delivery tag", "", Outage),
+    _Words(
+        406,
+        "inequivalent arg",
+        "it is there with other properties: let them agree, or do not declare it",
+    ),
+    _Words(503, "unknown exchange type", "correct exchange_type, or enable the plugin that has it"),
+    _Words(530, "not found", "correct vhost, or run: rabbitmqctl add_vhost", DestinationMissing),
+    _Words(530, "limit", "raise the limit, or close other connections", Outage),
+    _Words(530, "is down", "start the virtual host: rabbitmqctl restart_vhost", Outage),
+    _Words(530, "", "give the user access to the virtual host: rabbitmqctl set_permissions"),
+)
+
+_TOO_LARGE = re.compile(r"message size (\d+)\D+(\d+)")
+_PRECONDITION_FAILED = 406
+
+
+class SizeRefused(Outage):
+    """The broker closed the channel because one message is above its limit, which is known now.
+
+    An outage to all others that were under way.
+    """
+
+    def __init__(self, problem: str, limit_bytes: int) -> None:
+        super().__init__(problem)
+        self.limit_bytes = limit_bytes
+
+
+def of_close(code: int, text: str, doing: str) -> RelayError:
+    """The relay's error for what a broker says when it closes a channel or the connection."""
+    words = " ".join(text.split()).rstrip(".")
+    too_large = _TOO_LARGE.search(words) if code == _PRECONDITION_FAILED else None
+    if too_large:
+        return SizeRefused(f"{doing}: {words}", int(too_large[2]))
+    lowered = words.lower()
+    known = next((one for one in _WORDS if one.code == code and one.words in lowered), None)
+    kind = REPLY_CODES.get(code, Outage)
+    if known is None:
+        return kind(f"{doing}: {words}")
+    return (known.kind or kind)(f"{doing}: {words}", remedy=known.remedy)
+
+
+def not_amqp(doing: str) -> ConfigurationError:
+    """What answers is no AMQP broker, or none of this version."""
+    return ConfigurationError(
+        f"{doing}: what answers there does not speak AMQP 0-9-1",
+        remedy="is this the right port, and does it want TLS?",
+    )
+
+
+def of_exception(error: BaseException, doing: str) -> RelayError | None:
+    """The relay's error for what the codec, TLS or the network raised; None for others."""
+    if isinstance(error, RelayError):
+        return error
+    if isinstance(error, ssl.SSLError):
+        return of_tls(error, doing)
+    if isinstance(error, PAMQPException):
+        code = getattr(error, "value", None)
+        if isinstance(code, int):
+            return of_close(code, str(error) or type(error).__name__, doing)
+        return NotConnected(f"{doing}: a frame can't be read")
+    if isinstance(error, struct.error):
+        return NotConnected(f"{doing}: a frame can't be read")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return TimedOut(f"{doing}: no answer in time")
+    if isinstance(error, EOFError):
+        return NotConnected(f"{doing}: the broker ended the connection")
+    if isinstance(error, OSError):
+        return not_connected(error, doing)
+    return None
+
+
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Turn whatever the codec, TLS or the network raises inside into an error of the relay."""
+    try:
+        yield
+    except Exception as error:
+        ours = of_exception(error, doing)
+        if ours is None or ours is error:
+            raise
+        raise ours from error

@@ -1,0 +1,191 @@
+"""The keys of a RabbitMQ ``sink`` and ``source`` object, and how they say whom to connect to."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from relay.errors import ConfigurationError
+from relay.tls import client_context
+
+DEFAULT_EXCHANGE_TYPE = "topic"
+DEFAULT_ROUTING_KEY = "pgtrickle.{stream_table}.{op}"
+# AMQP counts unacknowledged deliveries in 16 bits.
+MAX_PREFETCH = 65535
+# Names of exchanges, queues and routing keys have a length of one byte.
+MAX_NAME_BYTES = 255
+
+_PORTS = {"amqp": 5672, "amqps": 5671}
+
+
+class RabbitConnectionOptions(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
+    """What sink and source have in common.
+
+    ``url``: ``amqp://host:5672/vhost`` or ``amqps://`` for TLS; a user, a password and a virtual
+    host in it are percent-decoded. ``username``, ``password`` and ``vhost`` (default ``/``) may
+    stand beside it instead; without a user it is ``guest``, unless there is a client certificate,
+    which then logs in by itself (``EXTERNAL``). ``tls`` speaks TLS whatever the scheme; ``tls_ca``,
+    ``tls_cert`` and ``tls_key`` are paths of PEM files and imply it; ``tls_insecure`` accepts any
+    certificate. ``timeout_ms``: how long to wait for an answer, in milliseconds, default 10000.
+    """
+
+    type: str
+    url: str
+    username: str | None = None
+    password: str | None = None
+    vhost: str | None = None
+    tls: bool = False
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_insecure: bool = False
+    timeout_ms: int = 10_000
+
+
+class RabbitSinkOptions(
+    RabbitConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
+    """The sink's keys.
+
+    ``exchange``: where events are published; without it the broker's own, which hands an event to
+    the queue that is named like its routing key. ``routing_key_template``: the routing key of each
+    event; required where there is no ``exchange``. ``routing``: other templates by event type or
+    op. ``declare_exchange``: make the exchange where it is missing, durable, of ``exchange_type``
+    (default ``topic``). ``mandatory``: an event that no queue takes is an error (the default),
+    instead of being dropped by the broker. ``max_in_flight``: events without confirmation at a
+    time. ``max_message_bytes``: the most bytes of one body; by default what a broker of that
+    version takes (16 MiB from 4.0 on, 128 MiB before), and never more than it says it does.
+    ``confirm_timeout_ms``: how long to go on without a single confirmation, in milliseconds,
+    default 30000. ``format``: ``envelope``, ``payload`` or ``cloudevents``.
+    """
+
+    exchange: str = ""
+    exchange_type: str | None = None
+    routing_key_template: str = DEFAULT_ROUTING_KEY
+    routing: Mapping[str, str] = {}
+    declare_exchange: bool = False
+    mandatory: bool = True
+    max_in_flight: int = 4096
+    max_message_bytes: int | None = None
+    confirm_timeout_ms: int = 30_000
+    format: str = "envelope"
+
+
+class RabbitSourceOptions(
+    RabbitConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
+    """The source's keys.
+
+    ``queue``: what to consume. ``declare_queue``: make it where it is missing, durable.
+    ``prefetch_count``: how many messages the broker sends ahead of their acknowledgement, at most
+    65535, by default four batches and at least 1000. ``exclusive``: be the queue's only consumer
+    (the default), which keeps its order across a lost connection; ``false`` shares the queue with
+    other consumers.
+    """
+
+    queue: str
+    declare_queue: bool = False
+    prefetch_count: int | None = None
+    exclusive: bool = True
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where the broker is, and who we are there."""
+
+    host: str
+    port: int
+    vhost: str
+    username: str | None
+    password: str | None
+    is_tls: bool
+
+    @property
+    def address(self) -> str:
+        """``host:port``, as errors and logs name the broker."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def endpoint_of(options: RabbitConnectionOptions, path: str) -> Endpoint:
+    """The broker that the keys name. Raises `ConfigurationError`; never repeats a password."""
+    wrong = ConfigurationError(
+        f"{path}.url is not a RabbitMQ address",
+        remedy="write amqp://host:5672/vhost or amqps://host:5671/vhost",
+    )
+    try:
+        parts = urlsplit(options.url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in _PORTS or not host:
+        raise wrong
+    if parts.query or parts.fragment:
+        raise ConfigurationError(
+            f"{path}.url has a query", remedy="write its options as keys of their own"
+        )
+    in_url = {
+        "username": unquote(parts.username) if parts.username else None,
+        "password": unquote(parts.password) if parts.password else None,
+        "vhost": unquote(parts.path[1:]) or None,
+    }
+    for name, value in in_url.items():
+        if value is not None and getattr(options, name) is not None:
+            raise ConfigurationError(f"{path} has {name} in its url and beside it")
+    username = options.username or in_url["username"]
+    password = options.password or in_url["password"]
+    if (username is None) != (password is None):
+        raise ConfigurationError(f"{path} needs username and password together")
+    is_tls = parts.scheme == "amqps" or bool(
+        options.tls or options.tls_ca or options.tls_cert or options.tls_insecure
+    )
+    return Endpoint(
+        host=host,
+        port=port or _PORTS["amqps" if is_tls else "amqp"],
+        vhost=options.vhost or in_url["vhost"] or "/",
+        username=username,
+        password=password,
+        is_tls=is_tls,
+    )
+
+
+def tls_context_of(options: RabbitConnectionOptions, path: str) -> ssl.SSLContext | None:
+    """The TLS context where TLS is asked for. Raises `ConfigurationError`."""
+    if not endpoint_of(options, path).is_tls:
+        return None
+    return client_context(
+        path,
+        ca=options.tls_ca,
+        cert=options.tls_cert,
+        key=options.tls_key,
+        is_insecure=options.tls_insecure,
+    )
+
+
+def check_connection(options: RabbitConnectionOptions, path: str) -> None:
+    """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
+    endpoint = endpoint_of(options, path)
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise ConfigurationError(f"{path} needs tls_cert and tls_key together")
+    check_name(endpoint.vhost, f"{path}.vhost")
+    check_at_least_one(path, timeout_ms=options.timeout_ms)
+
+
+def check_at_least_one(path: str, **values: int | None) -> None:
+    """Raise `ConfigurationError` naming the first key whose number is below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{path}.{name} must be at least 1")
+
+
+def check_name(name: str, path: str) -> None:
+    """Raise `ConfigurationError` for what AMQP can't spell."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{path} has no UTF-8 form") from None
+    if size > MAX_NAME_BYTES:
+        raise ConfigurationError(f"{path} has {size} bytes, the limit is {MAX_NAME_BYTES} bytes")

@@ -1,0 +1,62 @@
+"""Routing keys: what a value may contribute to one, and which ones are taken.
+
+A topic exchange reads words between dots, and bindings have the wildcards ``*`` and ``#``. So a
+value that a template puts into a routing key never adds a word or a wildcard: ``.``, ``*``, ``#``,
+``%``, white space and control characters become ``%XX`` of their UTF-8 bytes. An empty value
+becomes ``_`` and the value ``_`` becomes ``%5F``, so that the escaping can be undone.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from relay.backends.rabbitmq.options import MAX_NAME_BYTES
+from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
+
+_TO_ESCAPE = re.compile(r"[.*#%\s\x00-\x20\x7f\ud800-\udfff]")
+_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
+
+
+class RoutingKeyInvalid(MessageRejected):
+    """The routing key of this message is none that AMQP can spell."""
+
+    found_before_sending = True
+
+
+def escape(value: str) -> str:
+    """One value of a template, fit to be part of a word."""
+    if value in ("", "_"):
+        return "%5F" if value else "_"
+    return _TO_ESCAPE.sub(_percent, value)
+
+
+@lru_cache(maxsize=4096)
+def check_routing_key(key: str) -> str:
+    """The key, when a message can be published with it.
+
+    Raises `RoutingKeyInvalid`, or `MessageTooLarge` naming the limit.
+    """
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise RoutingKeyInvalid("the routing key has no UTF-8 form") from None
+    if size > MAX_NAME_BYTES:
+        raise MessageTooLarge(
+            f"the routing key has {size} bytes, the limit is {MAX_NAME_BYTES} bytes"
+        )
+    return key
+
+
+def check_template(text: str) -> None:
+    """Raise `TemplateInvalid` where no value could make a key of this template."""
+    try:
+        size = len(_VARIABLE.sub("", text).encode())
+    except UnicodeEncodeError:
+        raise TemplateInvalid(f"the routing key template {text!r} has no UTF-8 form") from None
+    if size > MAX_NAME_BYTES:
+        raise TemplateInvalid(f"the routing key template has more than {MAX_NAME_BYTES} bytes")
+
+
+def _percent(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

@@ -1,0 +1,472 @@
+"""The RabbitMQ source against a real broker: deliveries, what goes back, and keys of strangers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+
+import aio_pika
+import pytest
+import uvloop
+
+from relay.backends.rabbitmq import RabbitSource
+from relay.backends.rabbitmq import connection as connection_module
+from relay.contracts import Batch
+from relay.errors import DestinationMissing, NotConnected, Outage, TimedOut
+from relay.message import RelayMessage
+from tests.contract.evidence import (
+    SERIALIZED_FIELDS,
+    assert_same_message,
+    complete_message,
+    dedup_keys,
+    first_occurrences,
+    numbered,
+    reconnect,
+)
+from tests.contract.rabbitmq_far_side import FarSide, sink_of, source_of
+from tests.contract.source_contract import (
+    assert_nothing_more,
+    collect,
+    messages_of,
+)
+from tests.servers.proxy import TcpProxy
+from tests.servers.rabbitmq import RabbitServer
+
+Proxies = Callable[[str, int], Awaitable[TcpProxy]]
+NAME = "consuming"
+BOUND_S = 60
+
+
+@pytest.fixture
+async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(rabbitmq_server, NAME)
+    await far_side.make()
+    yield far_side
+    await far_side.drop()
+
+
+async def connected(far_side: FarSide, *, batch_size: int = 100, **keys: object) -> RabbitSource:
+    source = source_of(far_side.server.url, far_side.queue, batch_size=batch_size, **keys)
+    await source.connect()
+    return source
+
+
+async def poll_in_vain(source: RabbitSource) -> None:
+    """Poll until that fails."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            await source.poll()
+
+
+@pytest.mark.shows("source:rabbitmq.queue")
+@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+async def test_every_field_survives_the_way_through_the_broker(
+    far_side: FarSide, format_: str
+) -> None:
+    sent = complete_message()
+    headers = {**sent.headers, "CC": "other", "Pgtrickle-op": "x", "50%": "ä\n"}
+    odd = RelayMessage(
+        dedup_key="k" * 300, key="k" * 10_000, payload=b"{}", subject="x", headers=headers
+    )
+    await far_side.feed([sent, odd], format_)
+    source = await connected(far_side)
+
+    first, second = messages_of(await collect(source, 2))
+
+    assert_same_message(first, sent, SERIALIZED_FIELDS)
+    assert_same_message(second, odd, SERIALIZED_FIELDS)
+    await source.aclose()
+
+
+async def test_an_envelope_is_known_by_its_content_type_alone(far_side: FarSide) -> None:
+    await far_side.feed([complete_message()])
+    (arrived,) = await far_side.taken()
+    await far_side.put(arrived.body, content_type=arrived.content_type)
+    source = await connected(far_side)
+
+    (message,) = messages_of(await collect(source, 1))
+
+    assert_same_message(message, complete_message(), SERIALIZED_FIELDS)
+    await source.aclose()
+
+
+async def test_a_broken_envelope_is_refused_as_one_message(far_side: FarSide) -> None:
+    marked = {"Pgtrickle-Format": "envelope"}
+    await far_side.put(b'{"v":9}', headers=marked, message_id="broken")
+    await far_side.feed(numbered(1))
+    source = await connected(far_side)
+
+    batches = await collect(source, 2)
+
+    assert dedup_keys(messages_of(batches)) == ["m:0"]
+    assert [one.message.dedup_key for batch in batches for one in batch.rejected] == ["broken"]
+    await source.aclose()
+
+
+async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_headers(
+    far_side: FarSide,
+) -> None:
+    at = datetime(2025, 3, 30, 2, 30, 15, tzinfo=UTC)
+    await far_side.put(
+        b'{"a":1}',
+        message_id="theirs",
+        timestamp=at,
+        message_type="order.placed",
+        app_id="shop",
+        correlation_id="c",
+        headers={"n": 7, "yes": True, "deep": {"x": [1, "y"]}, "t": "text"},
+    )
+    await far_side.put(b'{"a":2}', headers={"Pgtrickle-Dedup-Key": "ours"})
+    await far_side.put(b'{"a":3}')
+    source = await connected(far_side)
+
+    first, second, third = messages_of(await collect(source, 3))
+
+    assert (first.dedup_key, second.dedup_key) == ("theirs", "ours")
+    assert len(third.dedup_key) == 36
+    assert first.created_at == at
+    assert first.subject == NAME
+    assert dict(first.headers) == {
+        "type": "order.placed",
+        "app-id": "shop",
+        "correlation-id": "c",
+        "n": "7",
+        "yes": "true",
+        "deep": '{"x":[1,"y"]}',
+        "t": "text",
+    }
+    await source.aclose()
+
+
+async def test_a_body_in_another_encoding_is_refused_with_its_name(far_side: FarSide) -> None:
+    await far_side.put(b"\x1f\x8b", content_encoding="gzip")
+    source = await connected(far_side)
+
+    (batch,) = await collect(source, 1)
+
+    assert "gzip" in str(batch.rejected[0].error)
+    await source.aclose()
+
+
+@pytest.mark.shows("source:rabbitmq.declare_queue")
+async def test_a_queue_is_made_only_where_that_is_asked_for(far_side: FarSide) -> None:
+    name = f"{NAME}.made"
+    source = source_of(far_side.server.url, name)
+    with pytest.raises(DestinationMissing, match="set declare_queue") as caught:
+        await source.connect()
+    assert name in str(caught.value)
+    making = source_of(far_side.server.url, name, declare_queue=True)
+    for _ in range(2):
+        await making.connect()
+    await making.aclose()
+
+    await source.connect()
+    await source.aclose()
+
+    async with far_side.channel() as channel:
+        await channel.declare_queue(name, durable=True)
+        await channel.queue_delete(name)
+
+
+@pytest.mark.shows("source:rabbitmq.prefetch_count")
+async def test_the_broker_sends_no_more_ahead_than_it_may(far_side: FarSide) -> None:
+    await far_side.feed(numbered(30))
+    source = await connected(far_side, prefetch_count=10)
+    held = await collect(source, 10)
+
+    empty = await source.poll()
+
+    assert empty.is_empty
+    assert not empty.is_end_of_backlog
+    assert await far_side.depth() == 20
+    for batch in held:
+        await source.acknowledge(batch)
+    assert dedup_keys(messages_of(await collect(source, 10))) == dedup_keys(numbered(20)[10:])
+    await source.aclose()
+
+
+@pytest.mark.shows("source:rabbitmq.exclusive")
+async def test_a_queue_has_one_consumer_unless_it_may_be_shared(far_side: FarSide) -> None:
+    first = await connected(far_side)
+    second = source_of(far_side.server.url, far_side.queue)
+    with pytest.raises(Outage, match="set exclusive to false"):
+        await second.connect()
+    await first.aclose()
+    await second.connect()
+    await second.aclose()
+
+    sharing = [
+        await connected(far_side, exclusive=False, prefetch_count=5, batch_size=5) for _ in "ab"
+    ]
+    await far_side.feed(numbered(10))
+    arrived = [messages_of(await collect(source, 5)) for source in sharing]
+
+    assert sorted(dedup_keys(arrived[0] + arrived[1])) == sorted(dedup_keys(numbered(10)))
+    for source in sharing:
+        await source.aclose()
+
+
+async def test_batches_may_be_acknowledged_in_any_order(far_side: FarSide) -> None:
+    await far_side.feed(numbered(30))
+    source = await connected(far_side, batch_size=10)
+    batches = await collect(source, 30)
+    settled = {key for batch in batches[1:] for key in dedup_keys(batch.messages)}
+
+    for batch in reversed(batches[1:]):
+        await source.acknowledge(batch)
+    await source.aclose()
+
+    left = [key for key in dedup_keys(numbered(30)) if key not in settled]
+    assert dedup_keys(await far_side.restored()) == left
+
+
+async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSide) -> None:
+    await far_side.feed(numbered(200))
+    source = await connected(far_side, batch_size=20)
+    batches = [await source.poll() for _ in range(3)]
+    settled = len(batches[0].messages)
+
+    for batch in reversed(batches[1:]):
+        await source.reject(batch)
+    await source.acknowledge(batches[0])
+    await source.acknowledge(batches[1])
+
+    again = await collect(source, 200 - settled)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(200)[settled:])
+    await source.aclose()
+
+
+async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSide) -> None:
+    await far_side.feed(numbered(5))
+    source = await connected(far_side)
+    (old,) = await collect(source, 5)
+    await source.connect()
+
+    with pytest.raises(NotConnected):
+        await source.acknowledge(old)
+
+    assert dedup_keys(messages_of(await collect(source, 5))) == dedup_keys(numbered(5))
+    await source.aclose()
+
+
+async def test_after_a_lost_connection_everything_comes_again_and_in_order(
+    far_side: FarSide, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
+    await far_side.feed(numbered(300))
+    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_size=50)
+    await source.connect()
+    first = await source.poll()
+    await source.acknowledge(first)
+    held = await source.poll()
+
+    await proxy.reset_connections()
+    with pytest.raises(Outage):
+        await source.acknowledge(held)
+    await reconnect(source.connect)
+    await far_side.feed(numbered(20, start=300))
+
+    settled = len(first.messages)
+    again = await collect(source, 320 - settled)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(320)[settled:])
+    await source.aclose()
+
+
+async def test_a_broker_killed_while_messages_flow_loses_none(far_side: FarSide) -> None:
+    messages = numbered(3000)
+    await far_side.feed(messages)
+    source = await connected(far_side)
+    batches = await collect(source, 500)
+    for batch in batches:
+        await source.acknowledge(batch)
+
+    await asyncio.to_thread(far_side.server.kill)
+    await asyncio.to_thread(far_side.server.start)
+    keys = set(dedup_keys(messages_of(batches)))
+    async with asyncio.timeout(2 * BOUND_S):
+        while len(keys) < 3000:
+            try:
+                batch = await source.poll()
+                batches.append(batch)
+                keys.update(dedup_keys(batch.messages))
+                await source.acknowledge(batch)
+            except Outage:
+                await _reconnected(source)
+
+    arrived = first_occurrences(messages_of(batches))
+    assert dedup_keys(arrived) == dedup_keys(messages)
+    await source.aclose()
+    assert await far_side.depth() == 0
+
+
+async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
+    far_side: FarSide,
+) -> None:
+    source = await connected(far_side)
+    polling = asyncio.create_task(poll_in_vain(source))
+    await asyncio.sleep(0)
+    async with far_side.channel() as channel:
+        await channel.queue_delete(far_side.queue)
+
+    with pytest.raises(Outage, match="the queue was deleted"):
+        await polling
+
+    with pytest.raises(DestinationMissing, match=NAME):
+        await source.connect()
+    await source.aclose()
+
+
+async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_broker(
+    far_side: FarSide,
+) -> None:
+    body = b'"%s"' % (b"x" * 50_000)
+    count = 200
+    await far_side.put_all([body] * count)
+    source = await connected(far_side, batch_bytes=200_000)
+    await source.poll()
+    await source.poll()
+    assert source._buffered_bytes < 3_000_000
+
+    batches = await collect(source, count - 8)
+
+    assert max(len(batch.messages) for batch in batches) <= 4
+    for batch in batches:
+        await source.acknowledge(batch)
+    assert await source.is_healthy()
+    await source.aclose()
+
+
+async def test_a_large_document_comes_whole(far_side: FarSide) -> None:
+    body = b'"%s"' % (b"x" * 20_000_000)
+    await far_side.put(body)
+    source = await connected(far_side)
+
+    (message,) = messages_of(await collect(source, 1))
+
+    assert message.payload == body
+    await source.aclose()
+
+
+async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
+    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HEARTBEAT_S", 1)
+    proxy = await tcp_proxy(*far_side.server.address)
+    source = source_of(proxy.url(far_side.server.url), far_side.queue)
+    await source.connect()
+
+    # Time is what is tested: more than both sides' patience passes without a message.
+    for _ in range(4):
+        assert (await source.poll()).is_empty
+    proxy.stall()
+    with pytest.raises(TimedOut, match="no sign of life"):
+        await poll_in_vain(source)
+
+    await proxy.restore()
+    await source.aclose()
+
+
+async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(far_side: FarSide) -> None:
+    await far_side.feed(numbered(2500))
+    source = await connected(far_side, batch_size=1000)
+    batches: list[Batch] = []
+    for batch in await collect(source, 2500):
+        batches.append(batch)
+        await source.acknowledge(batch)
+
+    assert source._connection is not None
+    source._connection.abort(NotConnected("as a killed process does"))
+    await reconnect(source.connect)
+
+    await assert_nothing_more(source)
+    await source.aclose()
+
+
+async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:
+    name = f"{NAME}.quorum"
+    async with far_side.channel() as channel:
+        await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "quorum"})
+    try:
+        await far_side.put_all([b"%d" % number for number in range(50)], queue=name)
+        source = source_of(far_side.server.url, name, batch_size=10)
+        await source.connect()
+        first = await source.poll()
+        await source.reject(first)
+
+        batches = await collect(source, 50)
+
+        assert [int(one.payload) for one in messages_of(batches)] == list(range(50))
+        for batch in batches:
+            await source.acknowledge(batch)
+        await source.aclose()
+    finally:
+        async with far_side.channel() as channel:
+            await channel.queue_delete(name)
+
+
+async def test_a_broker_that_names_no_consumer_is_described(far_side: FarSide) -> None:
+    source = await connected(far_side)
+
+    described = await source.describe()
+
+    assert described["queue"] == NAME
+    assert described["version"] == far_side.server.version
+    await source.aclose()
+    with pytest.raises(NotConnected):
+        await source.describe()
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_the_loop_that_the_relay_runs_on_does_as_well(
+    rabbitmq_server: RabbitServer, *, is_tls: bool
+) -> None:
+    server = rabbitmq_server
+    files = server.tls_files
+    assert files is not None
+    url = f"amqps://localhost:{server.tls_port}" if is_tls else server.url
+    keys = {"tls_ca": str(files.authority)} if is_tls else {}
+    messages = [
+        RelayMessage(dedup_key=str(n), payload=b'"%s"' % (b"x" * 10_000)) for n in range(90)
+    ]
+
+    async def round_trip() -> None:
+        far_side = FarSide(server, NAME)
+        await far_side.make()
+        sink = sink_of(url, far_side.exchange, **keys)
+        source = source_of(url, far_side.queue, batch_bytes=50_000, **keys)
+        await sink.connect()
+        await source.connect()
+        assert not (await sink.publish(messages)).failures
+        batches = await collect(source, len(messages))
+        for batch in batches:
+            await source.acknowledge(batch)
+        assert dedup_keys(messages_of(batches)) == dedup_keys(messages)
+        await source.aclose()
+        await sink.aclose()
+        assert await far_side.depth() == 0
+        await far_side.drop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(round_trip())
+
+
+async def test_another_client_understands_what_goes_through(far_side: FarSide) -> None:
+    """The frames are ours on both ends of the other tests."""
+    await far_side.feed(numbered(3), "payload")
+
+    arrived = await far_side.taken()
+
+    assert [message.body for message in arrived] == [one.payload for one in numbered(3)]
+    assert all(message.delivery_mode is aio_pika.DeliveryMode.PERSISTENT for message in arrived)
+
+
+async def _reconnected(source: RabbitSource) -> None:
+    """A node that was killed takes longer than the contract's bound to come back."""
+    while True:
+        try:
+            await source.connect()
+        except Outage:
+            await asyncio.sleep(0.05)
+        else:
+            return

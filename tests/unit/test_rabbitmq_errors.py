@@ -1,0 +1,163 @@
+"""Every error of RabbitMQ is one of the relay's, of the right kind."""
+
+from __future__ import annotations
+
+import inspect
+import ssl
+
+import pamqp.exceptions
+import pytest
+
+from relay.backends.rabbitmq.errors import (
+    REPLY_CODES,
+    SizeRefused,
+    mapped,
+    of_close,
+    of_exception,
+)
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    ErrorKind,
+    NotConnected,
+    Outage,
+    RelayError,
+    TimedOut,
+)
+from tests.contract.rabbitmq_far_side import driver_exceptions
+
+
+def test_every_reply_code_of_the_protocol_has_a_kind() -> None:
+    codes = {
+        member.value
+        for _, member in inspect.getmembers(pamqp.exceptions, inspect.isclass)
+        if isinstance(getattr(member, "value", None), int)
+    }
+
+    assert codes <= REPLY_CODES.keys()
+
+
+def test_every_exception_of_the_codec_comes_out_as_one_of_ours() -> None:
+    for exception in driver_exceptions():
+        with pytest.raises(RelayError), mapped("testing"):
+            raise exception
+
+
+@pytest.mark.parametrize(
+    "code, text, kind, words",
+    [
+        (
+            403,
+            "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN.",
+            AuthenticationRefused,
+            "correct username and password",
+        ),
+        (
+            403,
+            "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'",
+            AuthenticationRefused,
+            "set_permissions",
+        ),
+        (
+            403,
+            "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use",
+            Outage,
+            "set exclusive to false",
+        ),
+        (404, "NOT_FOUND - no exchange 'e' in vhost '/'", DestinationMissing, "declare_exchange"),
+        (404, "NOT_FOUND - no queue 'q' in vhost '/'", DestinationMissing, "declare_queue"),
+        (
+            404,
+            "NOT_FOUND - home node 'rabbit@a' of durable queue 'q' is down or inaccessible",
+            Outage,
+            "start the node",
+        ),
+        (405, "RESOURCE_LOCKED - cannot obtain exclusive access", ConfigurationError, "another"),
+        (
+            406,
+            "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'q'",
+            ConfigurationError,
+            "other properties",
+        ),
+        (
+            406,
+            "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value"
+            " used: 1800000 ms. This timeout value can be configured",
+            Outage,
+            "consumer_timeout",
+        ),
+        (406, "PRECONDITION_FAILED - unknown delivery tag 7", Outage, "unknown delivery tag"),
+        (320, "CONNECTION_FORCED - broker forced connection closure", NotConnected, "forced"),
+        (530, "NOT_ALLOWED - vhost nowhere not found", DestinationMissing, "add_vhost"),
+        (
+            530,
+            "NOT_ALLOWED - access to vhost 'v' refused for user 'u'",
+            AuthenticationRefused,
+            "set_permissions",
+        ),
+        (
+            530,
+            "NOT_ALLOWED - access to vhost 'v' refused for user 'u': connection limit (1) is"
+            " reached",
+            Outage,
+            "limit",
+        ),
+        (541, "INTERNAL_ERROR", Outage, "INTERNAL_ERROR"),
+        (999, "SOMETHING NEW", Outage, "SOMETHING NEW"),
+    ],
+)
+def test_a_close_is_of_its_kind_and_says_what_to_do(
+    code: int, text: str, kind: type[RelayError], words: str
+) -> None:
+    error = of_close(code, text, "testing")
+
+    assert type(error) is kind
+    assert words in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PRECONDITION_FAILED - message size 25165825 is larger than configured max size 25165824",
+        "PRECONDITION_FAILED - message size 25165825 larger than max size 25165824",
+    ],
+)
+def test_a_size_that_is_refused_teaches_the_limit_and_is_an_outage_to_the_others(
+    text: str,
+) -> None:
+    error = of_close(406, text, "publishing")
+
+    assert isinstance(error, SizeRefused)
+    assert error.limit_bytes == 25165824
+    assert error.kind is ErrorKind.OUTAGE
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (ConnectionResetError(), NotConnected),
+        (TimeoutError(), TimedOut),
+        (EOFError(), NotConnected),
+        (ssl.SSLCertVerificationError(1, "unknown authority"), ConfigurationError),
+        (pamqp.exceptions.AMQPNotFound(), DestinationMissing),
+        (pamqp.exceptions.UnmarshalingException("Unknown", "broken"), NotConnected),
+    ],
+)
+def test_an_exception_is_of_its_kind(error: Exception, kind: type[RelayError]) -> None:
+    assert type(of_exception(error, "testing")) is kind
+
+
+def test_an_error_of_ours_passes_unchanged() -> None:
+    error = Outage("ours")
+
+    with pytest.raises(Outage) as caught, mapped("connecting"):
+        raise error
+
+    assert caught.value is error
+
+
+def test_a_mistake_in_our_own_code_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError), mapped("connecting"):
+        raise ZeroDivisionError
