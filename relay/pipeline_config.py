@@ -173,6 +173,10 @@ def with_profile(
     merged = {name: value for name, value in options.items() if name != "profile"}
     name = options.get("profile")
     if name is None:
+        if "client" in merged:
+            raise ConfigurationError(
+                f"{role}.client belongs into a profile", remedy="add it to backends.<name>.client"
+            )
         return merged
     profile = profiles.get(str(name))
     if profile is None:

@@ -13,6 +13,7 @@ from relay.errors import ConfigurationError, DriverMissing
 
 SINKS: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSink",
+    "kafka": "relay.backends.kafka:KafkaSink",
     "redis": "relay.backends.redis:RedisSink",
     "sqs": "relay.backends.sqs:SqsSink",
     "webhook": "relay.backends.webhook:WebhookSink",
@@ -24,6 +25,7 @@ SINKS: Mapping[str, str] = {
 SOURCES: Mapping[str, str] = {
     "outbox": "relay.backends.outbox:OutboxSource",
     "nats": "relay.backends.nats:NatsSource",
+    "kafka": "relay.backends.kafka:KafkaSource",
     "redis": "relay.backends.redis:RedisSource",
     "sqs": "relay.backends.sqs:SqsSource",
     "webhook": "relay.backends.webhook:WebhookSource",
@@ -34,6 +36,7 @@ SOURCES: Mapping[str, str] = {
 # The extra of the distribution that brings a backend's driver.
 EXTRAS: Mapping[str, str] = {
     "nats": "nats",
+    "kafka": "kafka",
     "redis": "redis",
     "sqs": "sqs",
     "webhook": "webhook",

@@ -178,13 +178,39 @@ def restore(body: bytes, headers: Mapping[str, str], spelling: Spelling) -> Rela
     own_names = spelling.names()
     others = {name: value for name, value in headers.items() if name.lower() not in own_names}
     if marker == "envelope":
-        return _restore_envelope(body)
+        return restore_envelope(body)
     if marker == "cloudevents":
         return _restore_cloud_event(body, others)
     if marker == "payload":
         return _restore_payload(body, lowered, others, spelling)
     raise MessageUndecodable(
         f"the format marker says {marker[:40]!r}, which this version can't read"
+    )
+
+
+def restore_envelope(body: bytes) -> RelayMessage:
+    """The message in a body that is known to be marked as an envelope.
+
+    Raises `MessageUndecodable` where it is none, or of another version.
+    """
+    try:
+        envelope = _envelope.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageUndecodable(f"marked as an envelope, but it is none: {error}") from None
+    if envelope.v != ENVELOPE_VERSION:
+        raise MessageUndecodable(f"envelope version {envelope.v} is not one this version can read")
+    return RelayMessage(
+        dedup_key=envelope.dedup_key,
+        key=envelope.key,
+        subject=envelope.subject,
+        op=op_named(envelope.op),
+        payload=bytes(envelope.payload),
+        is_full_refresh=envelope.is_full_refresh,
+        stream_table=envelope.stream_table,
+        outbox_id=envelope.outbox_id,
+        refresh_id=envelope.refresh_id,
+        created_at=envelope.created_at,
+        headers=envelope.headers,
     )
 
 
@@ -288,28 +314,6 @@ def _cloud_event_of(message: RelayMessage, namespace: str) -> _CloudEvent:
         pgtricklefullrefresh=message.is_full_refresh,
         pgtricklesubject=message.subject or None,
         data=msgspec.Raw(message.payload),
-    )
-
-
-def _restore_envelope(body: bytes) -> RelayMessage:
-    try:
-        envelope = _envelope.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MessageUndecodable(f"marked as an envelope, but it is none: {error}") from None
-    if envelope.v != ENVELOPE_VERSION:
-        raise MessageUndecodable(f"envelope version {envelope.v} is not one this version can read")
-    return RelayMessage(
-        dedup_key=envelope.dedup_key,
-        key=envelope.key,
-        subject=envelope.subject,
-        op=op_named(envelope.op),
-        payload=bytes(envelope.payload),
-        is_full_refresh=envelope.is_full_refresh,
-        stream_table=envelope.stream_table,
-        outbox_id=envelope.outbox_id,
-        refresh_id=envelope.refresh_id,
-        created_at=envelope.created_at,
-        headers=envelope.headers,
     )
 
 

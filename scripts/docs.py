@@ -31,6 +31,7 @@ import msgspec  # noqa: E402 - the checkout's own modules come first
 from relay import cli, errors, metrics, registry, settings, template, wire  # noqa: E402
 from relay.backends.files.options import FileSinkOptions, FileSourceOptions  # noqa: E402
 from relay.backends.inbox.options import InboxSinkOptions  # noqa: E402
+from relay.backends.kafka.options import KafkaSinkOptions, KafkaSourceOptions  # noqa: E402
 from relay.backends.nats.options import NatsSinkOptions, NatsSourceOptions  # noqa: E402
 from relay.backends.outbox.source import OutboxSourceOptions  # noqa: E402
 from relay.backends.redis.options import RedisSinkOptions, RedisSourceOptions  # noqa: E402
@@ -133,6 +134,17 @@ WORDS: Mapping[str, str] = {
     "nats.max_in_flight": "Messages under way without acknowledgement, at most.",
     "nats.ack_timeout_ms": "How long to go on without a single acknowledgement.",
     "nats.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
+    "kafka.type": "`kafka`.",
+    "kafka.sasl_mechanism": "How to log in; `SCRAM-SHA-512` unless something else is said.",
+    "kafka.sasl_username": "User name, with `sasl_password`.",
+    "kafka.sasl_password": "Password, with `sasl_username`.",
+    "kafka.tls": "Speak TLS.",
+    "kafka.tls_ca": "PEM file of the authority; implies `tls`.",
+    "kafka.tls_cert": "PEM file of the client certificate; implies `tls`.",
+    "kafka.tls_key": "PEM file of the client key; implies `tls`.",
+    "kafka.tls_insecure": "Accept any server certificate.",
+    "kafka.topic_template": "Where each event goes, a template, instead of `topic`.",
+    "kafka.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
     "redis.type": "`redis`.",
     "redis.username": "User name of an ACL user, with `password`.",
     "redis.password": "Password; alone, that of the default user.",
@@ -843,6 +855,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "file-sink": options_part(FileSinkOptions, "file-sink"),
     "file-source": options_part(FileSourceOptions, "file-source"),
     "pg-inbox": options_part(InboxSinkOptions, "pg-inbox"),
+    "kafka-sink": options_part(KafkaSinkOptions, "kafka"),
+    "kafka-source": options_part(KafkaSourceOptions, "kafka"),
     "redis-sink": options_part(RedisSinkOptions, "redis"),
     "redis-source": options_part(RedisSourceOptions, "redis"),
     "sqs-sink": options_part(SqsSinkOptions, "sqs"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,6 +27,7 @@ from tests.servers.tls import TlsFiles, write_tls_files
 
 pytest_plugins = [
     "tests.servers.http_fixtures",
+    "tests.servers.kafka_fixtures",
     "tests.servers.redis_fixtures",
     "tests.servers.sqs_fixtures",
 ]
@@ -41,6 +43,23 @@ _LEDGER = pytest.StashKey[ServerLedger]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEDGER] = ServerLedger()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes hands what it knows of its servers to the one that reports."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        ledger = session.config.stash[_LEDGER]
+        output["servers"] = {"found": ledger.found, "missing": ledger.missing}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Called where the tests run in several processes, for each that has ended."""
+    servers = getattr(node, "workeroutput", {}).get("servers", {})
+    ledger = node.config.stash[_LEDGER]
+    ledger.found.update(servers.get("found", {}))
+    ledger.missing.update(servers.get("missing", {}))
 
 
 def pytest_terminal_summary(

@@ -9,38 +9,63 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
+from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
 from scripts.benchmark.capture import capture
 from scripts.benchmark.forward import forward
-from scripts.benchmark.latency import latency
+from scripts.benchmark.latency import latency, latency_reverse
 from scripts.benchmark.report import print_table, write_results
 from scripts.benchmark.row import Row
+from scripts.benchmark.sinks import TARGET_OF_FLOOR, to_destination
+from scripts.benchmark.sources import from_origin
 
 Measure = Callable[[argparse.Namespace, Callable[[str], None]], Awaitable[Row]]
+
+MISSED, SERVER_MISSING = 1, 3
+
+
+def _throughput(measure: Callable[..., Awaitable[Row]], backend: str) -> Measure:
+    return lambda options, say: measure(
+        backend,
+        events=options.events,
+        runs=options.runs,
+        target_of_floor=options.of_floor,
+        say=say,
+    )
+
 
 ROWS: dict[str, Measure] = {
     "forward": lambda options, say: forward(events=options.events, runs=options.runs, say=say),
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
     "latency": lambda options, say: latency(seconds=4 * options.seconds, say=say),
+    "latency-reverse": lambda options, say: latency_reverse(seconds=4 * options.seconds, say=say),
+    **{f"to-{backend}": _throughput(to_destination, backend) for backend in SINKS},
+    **{f"from-{backend}": _throughput(from_origin, backend) for backend in SOURCES},
 }
+# A request for each event: minutes a run.
+ON_DEMAND = frozenset(row for row in ROWS if row.endswith("-each"))
 
 
 def main() -> int:
-    """Measure the rows that the command line names, all when it names none; the exit code."""
+    """Measure the rows that the command line names, else all but a few; the exit code."""
     options = _options()
     console, progress = Console(), Console(stderr=True)
-    if progress.is_terminal:
-        with progress.status("measuring"):
+    try:
+        if progress.is_terminal:
+            with progress.status("measuring"):
+                rows = uvloop.run(_measure(options, progress.print))
+        else:
             rows = uvloop.run(_measure(options, progress.print))
-    else:
-        rows = uvloop.run(_measure(options, progress.print))
+    except ServerMissing as missing:
+        progress.print(str(missing))
+        return SERVER_MISSING
     print_table(rows, console)
     for path in write_results(rows, options.output):
         progress.print(f"written: {path}")
-    return 0 if all(row.is_met for row in rows) else 1
+    return 0 if all(row.is_met for row in rows) else MISSED
 
 
 async def _measure(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
-    names = list(dict.fromkeys(options.rows)) or list(ROWS)
+    names = list(dict.fromkeys(options.rows)) or [row for row in ROWS if row not in ON_DEMAND]
     return [await ROWS[name](options, say) for name in names]
 
 
@@ -49,12 +74,24 @@ def _options() -> argparse.Namespace:
         prog="scripts/bench",
         description="Measure the relay on servers of its own; exit code 1 when a target is missed.",
     )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIRECTORY")
-    parser.add_argument("--runs", type=int, default=5, help="runs of forward and turns of capture")
-    parser.add_argument("--events", type=int, default=100_000, help="events of a run of forward")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of one load of capture; latency takes 4 times"
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all but …-each"
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIRECTORY")
+    parser.add_argument("--runs", type=int, default=5, help="runs of a row, turns of capture")
+    parser.add_argument("--events", type=int, default=100_000, help="events of a run")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="of one load of capture; a latency takes 4 times",
+    )
+    parser.add_argument(
+        "--of-floor",
+        type=float,
+        default=TARGET_OF_FLOOR,
+        metavar="PART",
+        help="of its floor that each to-… and from-… must reach; default 0.5",
     )
     options = parser.parse_args()
     unknown = sorted(set(options.rows) - set(ROWS))

@@ -22,9 +22,10 @@ SILENCE_S: Final = 30.0
 # What every acknowledgement of JetStream holds exactly once, and a refusal never.
 _ACCEPTED: Final = b'"seq":'
 _CHUNK_MESSAGES: Final = 256
+_PULL_MESSAGES: Final = 1_000
 
-# Called with subject, header block and body of a message.
-Handler = Callable[[bytes, bytes, bytes], None]
+# Called with subject, reply subject (empty without one), header block and body of a message.
+Handler = Callable[[bytes, bytes, bytes, bytes], None]
 
 
 class StoredMessage(msgspec.Struct, frozen=True, gc=False):
@@ -45,6 +46,11 @@ class StreamState(msgspec.Struct, frozen=True):
 
 class _Info(msgspec.Struct, frozen=True):
     state: StreamState
+
+
+class _ConsumerInfo(msgspec.Struct, frozen=True):
+    num_ack_pending: int
+    num_pending: int
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -114,7 +120,7 @@ class BareNats(asyncio.Protocol):
         self._inboxes += 1
         inbox = f"{self._inbox}.{self._inboxes}"
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.subscribe(inbox, lambda _, __, reply: answer.set_result(reply))
+        self.subscribe(inbox, lambda _, __, ___, reply: answer.set_result(reply))
         content = b"" if body is None else msgspec.json.encode(body)
         self._write(b"PUB %b %b %d\r\n" % (subject.encode(), inbox.encode(), len(content)))
         self._write(content + b"\r\n")
@@ -172,12 +178,65 @@ class BareNats(asyncio.Protocol):
             },
         )
 
+    async def acknowledge_all(self, stream: str, messages: int) -> None:
+        """Read so many messages as a pulling consumer and acknowledge each; do nothing with them.
+
+        Batches are asked for ahead, and every message has an acknowledgement of its own. Returns
+        when the server has counted all of them. Raises `TimeoutError`.
+        """
+        self._inboxes += 1
+        inbox, durable = f"{self._inbox}.{self._inboxes}".encode(), f"floor-{self._inboxes}"
+        moved = asyncio.Event()
+        replies: list[bytes] = []
+
+        def keep(_: bytes, reply: bytes, __: bytes, ___: bytes) -> None:
+            if reply:
+                replies.append(reply)
+                moved.set()
+
+        await self.request(
+            f"$JS.API.CONSUMER.CREATE.{stream}.{durable}",
+            {
+                "stream_name": stream,
+                "config": {
+                    "durable_name": durable,
+                    "deliver_policy": "all",
+                    "ack_policy": "explicit",
+                    "max_ack_pending": -1,
+                },
+            },
+        )
+        self.subscribe(inbox.decode(), keep)
+        ask = b"PUB $JS.API.CONSUMER.MSG.NEXT.%b.%b %b %d\r\n%b\r\n"
+        batch = b'{"batch":%d}' % _PULL_MESSAGES
+        wanted = (stream.encode(), durable.encode(), inbox, len(batch), batch)
+        acknowledged = asked = 0
+        async with asyncio.timeout(SILENCE_S + messages / 1000):
+            while acknowledged < messages:
+                while asked < min(messages, acknowledged + 2 * _PULL_MESSAGES):
+                    self._write(ask % wanted)
+                    asked += _PULL_MESSAGES
+                moved.clear()
+                if not replies:
+                    await moved.wait()
+                settled, replies[:] = replies[:], []
+                self._write(b"".join(b"PUB %b 4\r\n+ACK\r\n" % reply for reply in settled))
+                acknowledged += len(settled)
+                await self._writable.wait()
+            while await self._unsettled(stream, durable):
+                continue
+
+    async def _unsettled(self, stream: str, durable: str) -> int:
+        reply = await self.request(f"$JS.API.CONSUMER.INFO.{stream}.{durable}")
+        info = msgspec.json.decode(reply, type=_ConsumerInfo)
+        return info.num_ack_pending + info.num_pending
+
     async def read(self, stream: str, messages: int) -> list[StoredMessage]:
         """The first so many messages of a stream. Raises `TimeoutError`."""
         found: list[StoredMessage] = []
         everything = asyncio.Event()
 
-        def keep(subject: bytes, block: bytes, body: bytes) -> None:
+        def keep(subject: bytes, _: bytes, block: bytes, body: bytes) -> None:
             found.append(StoredMessage(subject, block, body))
             if len(found) >= messages:
                 everything.set()
@@ -187,6 +246,13 @@ class BareNats(asyncio.Protocol):
             async with asyncio.timeout(SILENCE_S + messages / 1000):
                 await everything.wait()
         return found
+
+    def publish(self, message: StoredMessage) -> None:
+        """Publish one, without a look at its acknowledgement."""
+        block, body = message.block, message.body
+        sizes = (len(block), len(block) + len(body))
+        line = b"HPUB %b %d %d\r\n" % (message.subject, *sizes)
+        self._write(b"".join((line, block, body, b"\r\n")))
 
     async def publish_all(self, messages: Sequence[StoredMessage], window: int) -> None:
         """Publish and return when JetStream has acknowledged each; one reply subject for all.
@@ -248,8 +314,10 @@ class BareNats(asyncio.Protocol):
                 if len(buffer) < start + total + 2:
                     break
                 headers = int(words[-2]) if verb == b"HMSG" else 0
+                sizes = 1 if verb == b"MSG" else 2
                 self._handlers[words[2]](
                     words[1],
+                    words[3] if len(words) > 3 + sizes else b"",
                     buffer[start : start + headers],
                     buffer[start + headers : start + total],
                 )

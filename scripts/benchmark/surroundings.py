@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -24,12 +23,12 @@ from relay.demo.embedded import LOOPBACK, EmbeddedServers, embedded_servers
 from relay.migrate import migrate
 from relay.postgres import Connection
 from scripts.benchmark.bare_nats import BareNats, connected
+from scripts.benchmark.server import free_port, stopped
 
 STREAM: Final = "bench"
+NATS_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 START_TIMEOUT_S: Final = 30.0
-STOP_TIMEOUT_S: Final = 60.0
 
-_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 _REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
@@ -43,15 +42,19 @@ class Surroundings:
     nats: BareNats
 
     @contextlib.asynccontextmanager
-    async def relay(self) -> AsyncIterator[int]:
-        """The real relay as a process of its own, ready; its process id."""
-        port = _free_port()
+    async def relay(self, secret: Mapping[str, str] | None = None) -> AsyncIterator[int]:
+        """The real relay as a process of its own, ready; its process id.
+
+        ``secret``: more variables of its environment.
+        """
+        port = free_port()
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "PGTRICKLE_"))},
             "PYTHONPATH": str(_REPOSITORY),
             "PGTRICKLE_RELAY_POSTGRES_URL": self.database_url,
             "PGTRICKLE_RELAY_METRICS_ADDR": f"{LOOPBACK}:{port}",
-            _TOKEN: self.servers.nats_token,
+            NATS_TOKEN: self.servers.nats_token,
+            **(secret or {}),
         }
         with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-") as directory:
             log = Path(directory) / "relay.log"
@@ -68,22 +71,39 @@ class Surroundings:
                 await _until_ready(port, process, log)
                 yield process.pid
             finally:
-                await _stopped(process)
+                await stopped(process)
 
     async def set_pipeline(self, name: str, outbox: str, *, is_enabled: bool = True) -> None:
         """A pipeline from this outbox to the stream, with the defaults of everything else."""
         sink = {
             "type": "nats",
             "url": self.servers.nats_url,
-            "token": f"${{env:{_TOKEN}}}",
+            "token": f"${{env:{NATS_TOKEN}}}",
             "stream": STREAM,
             "subject_template": f"{STREAM}.{{stream_table}}.{{op}}",
         }
+        await self.forward(name, outbox, sink, is_enabled=is_enabled)
+
+    async def forward(
+        self, name: str, outbox: str, sink: Mapping[str, object], *, is_enabled: bool = True
+    ) -> None:
+        """A pipeline from this outbox to this sink, with the defaults of everything else."""
         await self.postgres.execute(
             "select pgtrickle.set_relay_outbox("
             "name => $1, outbox => $2, consumer_group => null, sink => $3, enabled => $4)",
             *(name, outbox, msgspec.json.encode(sink).decode(), is_enabled),
         )
+
+    async def reverse(self, name: str, inbox: str, source: Mapping[str, object]) -> None:
+        """A pipeline from this source to this inbox, with the defaults of everything else."""
+        await self.postgres.execute(
+            "select pgtrickle.set_relay_inbox($1, $2, $3::text)",
+            *(name, inbox, msgspec.json.encode(source).decode()),
+        )
+
+    async def delete_pipeline(self, name: str) -> None:
+        """Remove a pipeline and its position."""
+        await self.postgres.execute("select pgtrickle.delete_relay($1)", name)
 
     async def fresh_stream(self) -> None:
         """Make the stream empty and without memory of message ids."""
@@ -97,24 +117,33 @@ class Surroundings:
 @contextlib.asynccontextmanager
 async def surroundings() -> AsyncIterator[Surroundings]:
     """Servers and database, gone at the end. PostgreSQL syncs its commits, as in earnest."""
-    async with embedded_servers() as servers:
-        name = f"bench_{secrets.token_hex(4)}"
-        admin = await _connected(servers.postgres_url)
-        url = urlsplit(servers.postgres_url)._replace(path=f"/{name}").geturl()
+    async with (
+        embedded_servers() as servers,
+        migrated_database(servers) as (url, postgres),
+        connected(servers.nats_url, servers.nats_token) as nats,
+    ):
+        yield Surroundings(url, servers, postgres, nats)
+
+
+@contextlib.asynccontextmanager
+async def migrated_database(servers: EmbeddedServers) -> AsyncIterator[tuple[str, Connection]]:
+    """A database with nothing but the catalog, gone at the end: its URL and a connection."""
+    name = f"bench_{secrets.token_hex(4)}"
+    url = urlsplit(servers.postgres_url)._replace(path=f"/{name}").geturl()
+    admin = await _connected(servers.postgres_url)
+    try:
+        await admin.execute(f"create database {name} template template0")
         try:
-            await admin.execute(f"create database {name} template template0")
+            postgres = await _connected(url)
             try:
-                async with connected(servers.nats_url, servers.nats_token) as nats:
-                    postgres = await _connected(url)
-                    try:
-                        await migrate(postgres, on_step=lambda _: None)
-                        yield Surroundings(url, servers, postgres, nats)
-                    finally:
-                        await postgres.close()
+                await migrate(postgres, on_step=lambda _: None)
+                yield url, postgres
             finally:
-                await admin.execute(f"drop database {name} with (force)")
+                await postgres.close()
         finally:
-            await admin.close()
+            await admin.execute(f"drop database {name} with (force)")
+    finally:
+        await admin.close()
 
 
 def pgbench() -> Path:
@@ -156,22 +185,3 @@ async def _until_ready(port: int, process: asyncio.subprocess.Process, log: Path
             await asyncio.sleep(0.02)
     said = await asyncio.to_thread(log.read_text, errors="replace")
     raise RuntimeError(f"the relay ended with {process.returncode}:\n{said}")
-
-
-async def _stopped(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import redis.exceptions
 from redis.asyncio import Redis
+from redis.typing import EncodableT, FieldT
 
 from relay import wire
 from relay.backends.redis import RedisSink, RedisSource
@@ -80,6 +82,17 @@ class FarSide:
         added = await self.ask("XADD", self.stream, "*", *pairs)
         assert isinstance(added, bytes)
         return added
+
+    async def put_all(self, entries: Iterable[Mapping[str, str | bytes]]) -> None:
+        """Add entries in order as somebody else would, many at a time."""
+        async with Redis.from_url(self.server.url) as client:
+            left = iter(entries)
+            while part := list(itertools.islice(left, 1000)):
+                async with client.pipeline(transaction=False) as pipeline:
+                    for fields in part:
+                        entry: dict[FieldT, EncodableT] = dict(fields.items())
+                        pipeline.xadd(self.stream, entry)
+                    await pipeline.execute()
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Add messages of ours, in order, to this stream whatever their subject."""

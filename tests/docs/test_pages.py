@@ -138,13 +138,13 @@ async def test_a_backend_of_a_later_version_fails_as_the_guide_says(
         connection.execute("select pgtrickle.enable_outbox('orders', capture => false)")
         connection.execute(
             "select pgtrickle.set_relay_outbox('o', 'orders', null,"
-            """ '{"type": "kafka", "brokers": "localhost:9092", "topic": "orders"}')"""
+            """ '{"type": "sqs", "queue_url": "http://localhost/orders"}')"""
         )
 
     relay = await relay_process("drain", dsn=migrated_database.dsn)
 
     assert await relay.wait() == 1
-    await relay.wait_for_log("'kafka' is not a type of sink")
+    await relay.wait_for_log("'sqs' is not a type of sink")
 
 
 @pytest.mark.parametrize(

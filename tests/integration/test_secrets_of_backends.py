@@ -20,16 +20,19 @@ import pytest
 from relay.options import known_keys
 from relay.pipeline_config import CONNECTION_KEYS
 from relay.registry import SINKS, SOURCES
+from tests.contract.kafka_far_side import FarSide
 from tests.contract.sqs_far_side import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply
+from tests.servers.kafka import PASSWORD as KAFKA_PASSWORD
+from tests.servers.kafka import USER, KafkaServer
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.redis import RedisServer
 from tests.servers.sqs import SqsServer
 
-RIGHT, WRONG = "right-s3cret-5811", "wrong-s3cret-5812"
+RIGHT, WRONG = KAFKA_PASSWORD, "wrong-s3cret-5812"
 
 
 class WithSecret(msgspec.Struct, frozen=True):
@@ -55,6 +58,11 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
         {"user": "relay", "password": "{secret}"},
         {"subject_template": "guarded.{op}", "stream": "guarded", "create_stream": True},
     ),
+    "kafka": WithSecret(
+        {"brokers": "{address}"},
+        {"sasl_username": USER, "sasl_password": "{secret}"},
+        {"topic": "guarded"},
+    ),
     "redis": WithSecret({"url": "redis://{address}"}, {"password": "{secret}"}),
     "sqs": WithSecret(
         {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
@@ -71,6 +79,11 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
         {"url": "nats://{address}"},
         {"user": "relay", "password": "{secret}"},
         {"subject": "guarded.>", "stream": "guarded"},
+    ),
+    "kafka": WithSecret(
+        {"brokers": "{address}"},
+        {"sasl_username": USER, "sasl_password": "{secret}"},
+        {"topic": "guarded"},
     ),
     "redis": WithSecret(
         {"url": "redis://{address}"}, {"password": "{secret}"}, {"stream_key": "guarded"}
@@ -90,6 +103,10 @@ BESIDE_A_PROFILE: Mapping[str, str] = {
     "sink:nats": "subject_template routing stream create_stream duplicate_window_s max_in_flight"
     " ack_timeout_ms format",
     "source:nats": "subject stream durable_name deliver_policy ack_wait_seconds max_deliver",
+    "sink:kafka": "topic topic_template routing key_template acks compression linger_ms"
+    " max_request_size request_timeout_ms format",
+    "source:kafka": "topic group_id group_instance_id auto_offset_reset on_position_lost"
+    " isolation_level session_timeout_ms rebalance_timeout_ms fetch_max_bytes request_timeout_ms",
     "sink:redis": "timeout_ms stream_key routing maxlen max_message_bytes wait_replicas format",
     "source:redis": "timeout_ms stream_key group_name consumer_name start_id block_ms count"
     " claim_idle_ms payload_field",
@@ -126,6 +143,14 @@ async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
 
 
 @pytest.fixture
+async def kafka_that_asks(kafka_server: KafkaServer) -> AsyncIterator[str]:
+    far_side = FarSide(kafka_server, "guarded")
+    await far_side.create()
+    yield kafka_server.at("SASL")
+    await far_side.drop()
+
+
+@pytest.fixture
 async def webhook_that_asks(http_server: HttpServer) -> str:
     def judge(request: Received) -> Reply:
         return OK if request.header("Authorization") == f"Bearer {RIGHT}" else Reply(401)
@@ -154,6 +179,7 @@ async def postgres_that_asks(postgres_server_with: Callable[..., PostgresServer]
 # The fixture that gives ``host:port`` of a server that lets in who knows `RIGHT`.
 SERVERS: Mapping[str, str] = {
     "nats": "nats_that_asks",
+    "kafka": "kafka_that_asks",
     "redis": "redis_that_asks",
     "sqs": "sqs_that_asks",
     "webhook": "webhook_that_asks",

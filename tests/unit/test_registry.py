@@ -42,7 +42,7 @@ def test_every_entry_leads_to_a_class_that_builds_itself(target: str) -> None:
 def test_a_type_that_is_none_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match=r"'nast' is not a type of sink .*nats"):
         build_sink("nast", {}, backend_context())
-    with pytest.raises(ConfigurationError, match=r"known are outbox, nats, redis, "):
+    with pytest.raises(ConfigurationError, match=r"known are outbox, nats, kafka, redis, "):
         build_source("zzz", {}, backend_context())
 
 

@@ -1,0 +1,152 @@
+"""A message as a Kafka record, and back.
+
+The value is the body, the headers are ``pgtrickle-dedup-key`` and the like (`relay.wire.LOWER`)
+and the publisher's own, by their names; a publisher's header that has one of our names is left
+out, so that it can't pass for our metadata. A record of somebody else is a payload with headers
+and its key; without a value (a tombstone) it is the delete of its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from msgspec import structs
+
+from relay import wire
+from relay.contracts import Rejected
+from relay.errors import MessageUndecodable
+from relay.message import NO_HEADERS, RelayMessage
+
+Header = tuple[str, bytes]
+
+_OWN = wire.LOWER.names()
+_FORMAT = wire.LOWER.format
+_DEDUP_KEY = wire.LOWER.dedup_key
+_MARKED_AS_ENVELOPE = (_FORMAT, b"envelope")
+
+
+class Record(Protocol):
+    """One record as the library reads it."""
+
+    @property
+    def offset(self) -> int:
+        """Its place in the partition."""
+
+    @property
+    def key(self) -> bytes | None:
+        """The record key."""
+
+    @property
+    def value(self) -> bytes | None:
+        """The body; None for a tombstone."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes | None]]:
+        """Names and values, in order; a name can come more than once."""
+
+
+class RecordEncoder:
+    """Makes value and headers of messages, in one format."""
+
+    def __init__(self, format_: str, namespace: str) -> None:
+        self._body_of = wire.body_encoder(format_, namespace=namespace)
+        self._headers_of = wire.headers_encoder(format_, wire.LOWER)
+        self._has_few_headers = format_ in wire.FEW_HEADERS
+        # What headers are the same for all messages of an op and full-refresh mark.
+        self._fixed: dict[tuple[str, bool], list[Header]] = {}
+
+    def encode(self, message: RelayMessage) -> tuple[bytes, list[Header]]:
+        """Value and headers. Raises `MessageUndecodable` for what the format can't hold."""
+        body = self._body_of(message)
+        try:
+            return body, self._headers(message)
+        except UnicodeEncodeError:
+            raise MessageUndecodable("a text of the message has no UTF-8 form") from None
+
+    def _headers(self, message: RelayMessage) -> list[Header]:
+        if message.headers or not self._has_few_headers:
+            return self._headers_from_scratch(message)
+        slot = (message.op, message.is_full_refresh)
+        fixed = self._fixed.get(slot)
+        if fixed is None:
+            made = self._headers_from_scratch(message)
+            fixed = self._fixed[slot] = [one for one in made if one[0] != _DEDUP_KEY]
+        return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
+
+    def _headers_from_scratch(self, message: RelayMessage) -> list[Header]:
+        theirs = message.headers
+        if any(name.lower() in _OWN for name in theirs):
+            theirs = {name: text for name, text in theirs.items() if name.lower() not in _OWN}
+            message = structs.replace(message, headers=theirs)
+        headers = [(name, text.encode()) for name, text in self._headers_of(message).items()]
+        for name, _ in headers:
+            name.encode()
+        return headers
+
+
+def decoded(record: Record, topic: str, partition: int) -> RelayMessage | Rejected:
+    """The message of a record, or why it is none, with the raw body."""
+    headers = record.headers
+    if _MARKED_AS_ENVELOPE in headers:
+        # The body has everything; the other headers are for those who filter.
+        return _of_ours(record, topic, partition, None)
+    texts = {name: _text(text) for name, text in headers if text is not None}
+    if any(name.lower() == _FORMAT for name in texts):
+        return _of_ours(record, topic, partition, texts)
+    return _of_others(record, topic, partition, texts)
+
+
+def _of_ours(
+    record: Record, topic: str, partition: int, headers: Mapping[str, str] | None
+) -> RelayMessage | Rejected:
+    """``headers`` None: it is an envelope."""
+    body = record.value
+    try:
+        if body is None:
+            raise MessageUndecodable("the record is marked as ours, but has no value")
+        restored = (
+            wire.restore_envelope(body)
+            if headers is None
+            else wire.restore(body, headers, wire.LOWER)
+        )
+    except MessageUndecodable as error:
+        texts = {name: _text(text) for name, text in record.headers if text is not None}
+        broken = RelayMessage(
+            dedup_key=texts.get(_DEDUP_KEY) or _position(record, topic, partition),
+            payload=body or b"",
+            subject=topic,
+            headers={name: text for name, text in texts.items() if name.lower() not in _OWN},
+        )
+        return Rejected(broken, error)
+    assert restored is not None, "the format's header is there"  # noqa: S101 - for the type checker
+    return restored if restored.subject else structs.replace(restored, subject=topic)
+
+
+def _of_others(
+    record: Record, topic: str, partition: int, texts: Mapping[str, str]
+) -> RelayMessage | Rejected:
+    own_key = next((text for name, text in texts.items() if name.lower() == _DEDUP_KEY), "")
+    body = record.value
+    message = RelayMessage(
+        dedup_key=own_key or _position(record, topic, partition),
+        payload=b"null" if body is None else body,
+        key=None if record.key is None else _text(record.key),
+        subject=topic,
+        op="delete" if body is None else "event",
+        headers={name: text for name, text in texts.items() if name.lower() not in _OWN}
+        if texts
+        else NO_HEADERS,
+    )
+    if body is not None and not wire.is_json(body):
+        reason = f"record {record.offset} of {topic!r}, partition {partition}, is not JSON"
+        return Rejected(message, MessageUndecodable(reason))
+    return message
+
+
+def _position(record: Record, topic: str, partition: int) -> str:
+    return f"kafka:{topic}:{partition}:{record.offset}"
+
+
+def _text(text: bytes) -> str:
+    return text.decode("utf-8", "backslashreplace")

@@ -1,0 +1,85 @@
+"""`to-<backend>`: the events of an outbox into a destination, through one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Final
+
+from scripts.benchmark.backends import Destination, sink_backend
+from scripts.benchmark.orders import COLUMNS, VALUES, make_table
+from scripts.benchmark.row import Row, Target
+from scripts.benchmark.surroundings import Surroundings, surroundings
+
+TARGET_OF_FLOOR: Final = 0.5
+
+
+async def to_destination(
+    name: str, *, events: int, runs: int, target_of_floor: float, say: Callable[[str], None]
+) -> Row:
+    """Measure so many runs, each with its own floor; the figures are their medians.
+
+    Each run delivers the same outbox of ``events`` rows, each captured from a statement of its
+    own, through a new pipeline from its beginning. Raises `ServerMissing`.
+    """
+    backend = sink_backend(name)
+    results: list[dict[str, float]] = []
+    received = 0
+    async with surroundings() as around, backend.opened(around) as destination:
+        await _fill(around, events)
+        async with around.relay(destination.environment):
+            for run in range(1, runs + 1):
+                keys, result = await _run(around, destination, f"to-{name}-{run}", events)
+                received += keys
+                results.append(result)
+                say(
+                    f"to-{name} {run}/{runs}: {result['per_s']:,.0f}/s,"
+                    f" floor {result['floor_per_s']:,.0f}/s"
+                )
+    figures = {figure: median(result[figure] for result in results) for figure in results[0]}
+    return Row(
+        name=f"to-{name}",
+        title=f"{events:,} outbox events to {backend.title}",
+        targets=[of_floor(figures, target_of_floor)],
+        figures=figures,
+        runs=results,
+        counted={"sent": events * runs, "received": received},
+    )
+
+
+def of_floor(figures: dict[str, float], limit: float) -> Target:
+    """The target of every row that has a floor."""
+    return Target(
+        figure=f"of the floor, {figures['per_s']:,.0f} of {figures['floor_per_s']:,.0f}/s",
+        value=100 * figures["of_floor"],
+        bound="at least",
+        limit=100 * limit,
+        unit="%",
+    )
+
+
+async def _fill(around: Surroundings, events: int) -> None:
+    await make_table(around.postgres, "orders")
+    await around.postgres.execute("select pgtrickle.enable_outbox('orders')")
+    await around.postgres.execute(
+        f"do $$ begin for n in 1..{events} loop"
+        f" insert into orders ({COLUMNS}) values ({VALUES}); end loop; end $$"
+    )
+    await around.postgres.execute("vacuum analyze pgtrickle.outbox_orders")
+
+
+async def _run(
+    around: Surroundings, destination: Destination, pipeline: str, events: int
+) -> tuple[int, dict[str, float]]:
+    """How many different events arrived, and how fast."""
+    await destination.empty()
+    await around.forward(pipeline, "orders", destination.sink())
+    stretch = await destination.until_holding(events, timeout_s=60 + events / 50)
+    await around.delete_pipeline(pipeline)
+    keys = await destination.read()
+    floor_per_s = await destination.floor()
+    return len(keys), {
+        "per_s": stretch.per_s,
+        "floor_per_s": floor_per_s,
+        "of_floor": stretch.per_s / floor_per_s,
+    }

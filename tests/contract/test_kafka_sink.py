@@ -1,0 +1,64 @@
+"""The Kafka sink under the contract, against a real broker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
+
+import pytest
+
+from relay.backends.kafka import KafkaSink
+from relay.contracts import Sink
+from relay.message import RelayMessage
+from tests.contract.evidence import until
+from tests.contract.kafka_far_side import FarSide, KafkaHarness, login, new_name, sink_of
+from tests.contract.sink_contract import SinkContract, SinkHarness
+from tests.servers.kafka import KafkaServer
+from tests.servers.proxy import TcpProxy
+from tests.servers.tls import TlsFiles
+
+LIMIT_BYTES = 100_000
+TOPICS = ("orders.insert", "orders.upsert")
+
+
+class KafkaSinkHarness(KafkaHarness, SinkHarness):
+    def make(self) -> KafkaSink:
+        return sink_of(self.brokers, self.far_side.topic)
+
+    async def received(self, at_least: int) -> Sequence[RelayMessage]:
+        return await until(self._all, at_least)
+
+    async def _all(self) -> Sequence[RelayMessage]:
+        return await self.far_side.restored(self.far_side.topic, *TOPICS)
+
+    def unacceptable(self, dedup_key: str) -> RelayMessage:
+        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
+
+    def oversize(self, dedup_key: str) -> RelayMessage:
+        return RelayMessage(dedup_key=dedup_key, payload=b'"%s"' % (b"x" * LIMIT_BYTES))
+
+    async def make_tls(self, *, trusted: bool) -> Sink:
+        return sink_of(
+            self.far_side.server.at("TLS"), self.far_side.topic, **self.tls(trusted=trusted)
+        )
+
+    async def make_unauthorized(self) -> Sink:
+        server = self.far_side.server
+        return sink_of(server.at("SASL"), self.far_side.topic, **login("wrong"))
+
+
+class TestKafkaSink(SinkContract):
+    backend = "kafka"
+    lacks: ClassVar[dict[str, str]] = {
+        "deduplication": "a topic holds what it is sent; consumers deduplicate by the header",
+    }
+
+    @pytest.fixture
+    async def harness(
+        self, kafka_server: KafkaServer, kafka_proxy: TcpProxy, tls_files: TlsFiles
+    ) -> AsyncIterator[KafkaSinkHarness]:
+        far_side = FarSide(kafka_server, new_name())
+        limit = {"max.message.bytes": str(LIMIT_BYTES)}
+        await far_side.create(far_side.topic, *TOPICS, configuration=limit)
+        yield KafkaSinkHarness(far_side, kafka_proxy, tls_files)
+        await far_side.drop(far_side.topic, *TOPICS)

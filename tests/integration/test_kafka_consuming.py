@@ -1,0 +1,465 @@
+"""What the Kafka source reads, commits and lets go, alone and among other members of its group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiokafka.admin import NewPartitions
+
+from relay.backends.kafka import KafkaSource
+from relay.contracts import Batch
+from relay.errors import (
+    ConfigurationError,
+    DestinationMissing,
+    Outage,
+    OwnershipLost,
+    PositionLost,
+    RelayError,
+)
+from relay.mapping import compile_reverse
+from relay.message import RelayMessage
+from tests.contract.evidence import dedup_keys
+from tests.contract.kafka_far_side import (
+    FarSide,
+    batch_with_broken_header,
+    eventually,
+    new_name,
+    source_of,
+)
+from tests.contract.source_contract import assert_nothing_more, collect, messages_of
+from tests.servers.kafka import KafkaServer
+
+BOUND_S = 40.0
+
+
+@pytest.fixture
+async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(kafka_server)
+    await far_side.create()
+    yield far_side
+    await far_side.drop()
+
+
+@pytest.fixture
+async def wide(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    """A topic of four partitions."""
+    far_side = FarSide(kafka_server)
+    await far_side.create(partitions=4)
+    yield far_side
+    await far_side.drop()
+
+
+def reader(far_side: FarSide, **keys: Any) -> KafkaSource:
+    return source_of(far_side.server.brokers, far_side.topic, **keys)
+
+
+async def connected(far_side: FarSide, **keys: Any) -> KafkaSource:
+    source = reader(far_side, **keys)
+    await source.connect()
+    return source
+
+
+async def trouble_of(source: KafkaSource) -> RelayError:
+    """Poll until something ends it."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            try:
+                await source.poll()
+            except RelayError as error:
+                return error
+
+
+# What it commits
+
+
+async def test_every_partition_of_a_batch_is_committed_when_it_is_acknowledged(
+    wide: FarSide,
+) -> None:
+    for number in range(4):
+        await wide.put_all([b"{}"] * (number + 1), partition=number)
+    source = await connected(wide)
+
+    batches = await collect(source, 10)
+    before = await wide.committed()
+    for batch in batches:
+        await source.acknowledge(batch)
+
+    assert set(before.values()) == {0}
+    assert await wide.committed() == {(wide.topic, n): n + 1 for n in range(4)}
+    await source.aclose()
+
+
+async def test_several_topics_are_read_together(kafka_server: KafkaServer) -> None:
+    sides = [FarSide(kafka_server) for _ in range(2)]
+    for side in sides:
+        await side.create()
+        await side.put(b'{"a":1}')
+
+    source = source_of(kafka_server.brokers, [side.topic for side in sides])
+    await source.connect()
+    arrived = messages_of(await collect(source, 2))
+
+    assert {one.subject for one in arrived} == {side.topic for side in sides}
+    assert {one.dedup_key for one in arrived} == {f"kafka:{side.topic}:0:0" for side in sides}
+    await source.aclose()
+    for side in sides:
+        await side.drop()
+
+
+@pytest.mark.shows("source:kafka.topic", "source:kafka.group_id")
+async def test_each_group_reads_a_topic_for_itself(far_side: FarSide) -> None:
+    await far_side.put_all([b"{}"] * 3)
+    for group in (new_name(), new_name()):
+        source = await connected(far_side, group_id=group)
+        for batch in await collect(source, 3):
+            await source.acknowledge(batch)
+        assert await far_side.committed(group) == {(far_side.topic, 0): 3}
+        await source.aclose()
+
+
+@pytest.mark.shows("source:kafka.auto_offset_reset")
+@pytest.mark.parametrize("reset,expected", [("earliest", 3), ("latest", 1)])
+async def test_a_group_begins_where_it_is_told_and_stays_there(
+    far_side: FarSide, reset: str, expected: int
+) -> None:
+    await far_side.put_all([b"{}"] * 2)
+    await (await connected(far_side, auto_offset_reset=reset)).aclose()
+    # Comes while nobody reads, and nothing was ever acknowledged.
+    await far_side.put(b"{}")
+
+    source = await connected(far_side, auto_offset_reset=reset)
+
+    assert len(messages_of(await collect(source, expected))) == expected
+    await assert_nothing_more(source)
+    await source.aclose()
+
+
+@pytest.mark.shows("source:kafka.fetch_max_bytes")
+async def test_a_record_that_is_larger_than_a_fetch_is_read_all_the_same(
+    far_side: FarSide,
+) -> None:
+    bodies = [b'"%s"' % (b"x" * 50_000)] * 4
+    for body in bodies:
+        await far_side.put(body)
+    source = await connected(far_side, fetch_max_bytes=1000)
+
+    arrived = messages_of(await collect(source, 4))
+
+    assert [one.payload for one in arrived] == bodies
+    assert source._most_buffered == 2 * 1024 * 1024
+    await source.aclose()
+
+
+async def test_a_batch_is_bounded_in_bytes(far_side: FarSide) -> None:
+    await far_side.put_all([b'"%s"' % (b"x" * 1000)] * 50)
+    source = await connected(far_side, batch_bytes=10_000)
+
+    batches = await collect(source, 50)
+
+    assert all(len(batch.messages) <= 10 for batch in batches)
+    await source.aclose()
+
+
+@pytest.mark.shows("source:kafka.isolation_level")
+@pytest.mark.parametrize(
+    "level,expected", [("read_committed", ["1", "4"]), ("read_uncommitted", ["1", "2", "3", "4"])]
+)
+async def test_what_a_transaction_aborted_is_left_out_or_not(
+    far_side: FarSide, level: str, expected: list[str]
+) -> None:
+    async with far_side.producer(transactional_id=new_name()) as producer:
+        for is_kept, values in ((True, [b"1"]), (False, [b"2", b"3"]), (True, [b"4"])):
+            await producer.begin_transaction()
+            for value in values:
+                await producer.send_and_wait(far_side.topic, value)
+            await (producer.commit_transaction if is_kept else producer.abort_transaction)()
+    source = await connected(far_side, isolation_level=level)
+
+    batches = await collect(source, len(expected))
+    for batch in batches:
+        await source.acknowledge(batch)
+
+    assert [one.payload.decode() for one in messages_of(batches)] == expected
+    await assert_nothing_more(source)
+    await source.aclose()
+
+
+# What it makes of records
+
+
+async def test_records_of_others_keep_key_and_headers(far_side: FarSide) -> None:
+    await far_side.put(b'{"a":1}', key="Ä".encode(), headers=[("type", b"paid"), ("type", b"late")])
+    await far_side.put(None, key=b"gone")
+    await far_side.put(b"{}", headers=[("pgtrickle-dedup-key", b"theirs")])
+    await far_side.put(b"{}", key=b"\xff\x00")
+    source = await connected(far_side)
+
+    first, gone, keyed, binary = messages_of(await collect(source, 4))
+
+    assert (first.key, dict(first.headers), first.op) == ("Ä", {"type": "late"}, "event")
+    assert (gone.key, gone.op, gone.payload) == ("gone", "delete", b"null")
+    assert (keyed.dedup_key, dict(keyed.headers)) == ("theirs", {})
+    assert binary.key == "\\xff\x00"
+    reshape = compile_reverse("record_key", "header:type")
+    assert (reshape(first).dedup_key, reshape(first).subject) == ("Ä", "late")
+    await source.aclose()
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "lz4", "snappy", "zstd"])
+async def test_a_header_name_that_is_not_utf_8_costs_nobody_anything(
+    far_side: FarSide, compression: str
+) -> None:
+    values = [b'{"n":%d}' % number for number in range(30)]
+    await far_side.put_raw(batch_with_broken_header(values, compression))
+    source = await connected(far_side)
+
+    arrived = messages_of(await collect(source, 30))
+
+    assert [one.payload for one in arrived] == values
+    assert dict(arrived[0].headers) == {"\\xff\\xfe": "v"}
+    assert arrived[29].dedup_key == f"kafka:{far_side.topic}:0:29"
+    await source.aclose()
+
+
+async def test_a_broken_envelope_is_refused_with_its_key_and_body(far_side: FarSide) -> None:
+    ours = [("pgtrickle-format", b"envelope"), ("pgtrickle-dedup-key", b"k:1")]
+    await far_side.put(b'{"v":2}', headers=ours)
+    await far_side.put(None, headers=ours)
+    await far_side.put(b"{}")
+    source = await connected(far_side)
+
+    batches = await collect(source, 3)
+
+    refused = [one for batch in batches for one in batch.rejected]
+    assert [(one.message.dedup_key, one.message.payload) for one in refused] == [
+        ("k:1", b'{"v":2}'),
+        ("k:1", b""),
+    ]
+    assert len(messages_of(batches)) == 1
+    await source.aclose()
+
+
+# Where it goes on
+
+
+@pytest.mark.shows("source:kafka.on_position_lost")
+@pytest.mark.parametrize("how,expected", [("fail", []), ("earliest", [8, 9]), ("latest", [])])
+async def test_a_position_that_retention_removed_is_said_and_handled_as_configured(
+    far_side: FarSide, caplog: pytest.LogCaptureFixture, how: str, expected: list[int]
+) -> None:
+    await far_side.put_all([b"%d" % n for n in range(10)])
+    source = await connected(far_side, batch_size=5)
+    (batch,) = await collect(source, 5)
+    await source.acknowledge(batch)
+    await source.aclose()
+    await far_side.remove_before(8)
+
+    source = reader(far_side, on_position_lost=how)
+    said = r"goes on at offset 5 of .*, partition 0, which has 8 to 10: offsets 5 to 7 were removed"
+    if how == "fail":
+        with pytest.raises(PositionLost, match=said):
+            await source.connect()
+    else:
+        with caplog.at_level(logging.WARNING):
+            await source.connect()
+        arrived = messages_of(await collect(source, len(expected)))
+        assert [int(one.payload) for one in arrived] == expected
+        await assert_nothing_more(source)
+        assert "offsets 5 to 7 were removed before they were read" in caplog.text
+    await source.aclose()
+
+
+async def test_a_position_that_is_removed_while_it_reads_is_said(far_side: FarSide) -> None:
+    source = await connected(far_side)
+    await far_side.put_all([b"%d" % n for n in range(10)])
+    await collect(source, 10)
+    source._positions[far_side.topic, 0] = 3
+    source._pages.clear()
+
+    await far_side.remove_before(8)
+    error = await trouble_of(source)
+
+    assert isinstance(error, PositionLost)
+    assert "which has 8 to 10" in str(error)
+    await source.aclose()
+
+
+async def test_a_topic_that_was_made_anew_is_said(far_side: FarSide) -> None:
+    await far_side.put_all([b"{}"] * 5)
+    source = await connected(far_side)
+    for batch in await collect(source, 5):
+        await source.acknowledge(batch)
+    committed = await far_side.committed()
+    await far_side.drop()
+    error = await trouble_of(source)
+    assert isinstance(error, Outage)
+    await source.aclose()
+    with pytest.raises(DestinationMissing):
+        await source.connect()
+
+    await far_side.create()
+    assert committed == {(far_side.topic, 0): 5}
+    # The broker forgets a group's offsets of a topic that is removed; a mirror does not.
+    await far_side.commit(5)
+    with pytest.raises(PositionLost, match="was the topic made anew"):
+        await source.connect()
+    await source.aclose()
+
+
+# Among others
+
+
+@pytest.mark.shows("source:kafka.group_instance_id")
+async def test_whoever_runs_the_pipeline_next_has_its_partitions_at_once_and_shuts_out_the_other(
+    far_side: FarSide,
+) -> None:
+    await far_side.put_all([b"%d" % n for n in range(10)])
+    keys = {"session_timeout_ms": 30_000, "batch_size": 5}
+    stalled = await connected(far_side, **keys)
+    (batch,) = await collect(stalled, 5)
+
+    # As after a kill: the one before has not let go.
+    successor = await connected(far_side, **keys)
+    again = messages_of(await collect(successor, 10, timeout_s=5))
+
+    assert [one.payload for one in again] == [b"%d" % n for n in range(10)]
+    with pytest.raises(OwnershipLost):
+        await stalled.acknowledge(batch)
+    assert isinstance(await trouble_of(stalled), OwnershipLost)
+    await stalled.aclose()
+    assert await successor.is_healthy()
+    await successor.poll()
+    await successor.aclose()
+
+
+async def test_members_with_names_of_their_own_share_the_partitions(wide: FarSide) -> None:
+    first = await connected(wide, pipeline="a", group_instance_id="")
+    second = await connected(wide, pipeline="b")
+    for number in range(4):
+        await wide.put_all([b"%d" % number] * 5, partition=number)
+
+    arrived: dict[str, list[RelayMessage]] = {"first": [], "second": []}
+    async with asyncio.timeout(BOUND_S):
+        while sum(map(len, arrived.values())) < 20:
+            for name, source in (("first", first), ("second", second)):
+                batch = await source.poll()
+                arrived[name] += batch.messages
+                if not batch.is_empty:
+                    await source.acknowledge(batch)
+
+    assert all(arrived.values())
+    assert len(set(dedup_keys([*arrived["first"], *arrived["second"]]))) == 20
+    await first.aclose()
+    # What the first leaves, the second has.
+    await wide.put_all([b"later"] * 3, partition=0)
+    await wide.put_all([b"later"] * 3, partition=3)
+
+    async def has_all() -> bool:
+        return (await second.describe())["partitions"] == "4 of 4"
+
+    await eventually(has_all)
+    await second.aclose()
+
+
+@pytest.mark.shows("source:kafka.session_timeout_ms")
+async def test_partitions_of_one_that_died_come_when_its_session_is_over(
+    far_side: FarSide,
+) -> None:
+    await far_side.put_all([b"{}"] * 3)
+    keys = {"session_timeout_ms": 2000, "rebalance_timeout_ms": 2000, "group_instance_id": ""}
+    dead = await connected(far_side, **keys)
+    await collect(dead, 3)
+    for task in tuple(dead._tasks):
+        task.cancel()
+
+    alive = await connected(far_side, **keys)
+
+    assert len(messages_of(await collect(alive, 3, timeout_s=BOUND_S))) == 3
+    assert alive.keep_alive_interval_s == pytest.approx(0.667, abs=0.01)
+    with pytest.raises(ConfigurationError, match="INVALID_SESSION_TIMEOUT"):
+        await reader(far_side, session_timeout_ms=100).connect()
+    await dead.aclose()
+    await alive.aclose()
+
+
+async def test_a_rebalance_waits_until_what_is_out_is_settled(wide: FarSide) -> None:
+    for number in range(4):
+        await wide.put_all([b"{}"] * 5, partition=number)
+    first = await connected(wide, pipeline="a", rebalance_timeout_ms=60_000)
+    batches = await collect(first, 20)
+
+    joining = asyncio.create_task(connected(wide, pipeline="b", rebalance_timeout_ms=60_000))
+    await eventually(lambda: _is_rebalancing(first))
+    assert (await first.poll()).is_empty
+    assert not joining.done()
+    for batch in batches:
+        await first.acknowledge(batch)
+    second = await joining
+
+    assert await wide.committed() == {(wide.topic, number): 5 for number in range(4)}
+    await assert_nothing_more(second)
+    await assert_nothing_more(first)
+    await first.aclose()
+    await second.aclose()
+
+
+@pytest.mark.shows("source:kafka.rebalance_timeout_ms")
+async def test_what_is_not_settled_in_time_goes_to_the_next_and_is_lost_to_us(
+    far_side: FarSide,
+) -> None:
+    await far_side.put_all([b"{}"] * 5)
+    first = await connected(far_side, pipeline="b", rebalance_timeout_ms=1000)
+    (batch,) = await collect(first, 5)
+
+    # The first by name gets the one partition.
+    second = await connected(far_side, pipeline="a", rebalance_timeout_ms=1000)
+
+    assert len(messages_of(await collect(second, 5, timeout_s=BOUND_S))) == 5
+    with pytest.raises(OwnershipLost):
+        await first.acknowledge(batch)
+    with pytest.raises(OwnershipLost):
+        await first.keep_alive(batch)
+    await first.aclose()
+    await second.aclose()
+
+
+async def test_a_rejected_batch_takes_back_what_came_after_it(far_side: FarSide) -> None:
+    await far_side.put_all([b"%d" % n for n in range(30)])
+    source = await connected(far_side, batch_size=10)
+    first, second, third = await _three(source)
+    await source.acknowledge(first)
+
+    await source.reject(second)
+    again = messages_of(await collect(source, 20))
+    await source.acknowledge(third)
+
+    assert [int(one.payload) for one in again] == list(range(10, 30))
+    assert await far_side.committed() == {(far_side.topic, 0): 10}
+    await source.aclose()
+
+
+async def test_new_partitions_are_found(far_side: FarSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.backends.kafka.cluster._METADATA_AGE_S", 0.1)
+    source = await connected(far_side, session_timeout_ms=1500)
+    async with far_side.admin() as admin:
+        await admin.create_partitions({far_side.topic: NewPartitions(3)})
+    await far_side.put(b'"there"', partition=2)
+
+    assert messages_of(await collect(source, 1))[0].payload == b'"there"'
+    await source.aclose()
+
+
+async def _three(source: KafkaSource) -> tuple[Batch, Batch, Batch]:
+    found: list[Batch] = []
+    while len(found) < 3:
+        found += await collect(source, 10)
+    first, second, third = found
+    return first, second, third
+
+
+async def _is_rebalancing(source: KafkaSource) -> bool:
+    return not source._is_assigned

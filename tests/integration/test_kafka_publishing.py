@@ -1,0 +1,443 @@
+"""What the Kafka sink stores: where, how, how often; and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.record.memory_records import MemoryRecords
+from msgspec import structs
+
+from relay import wire
+from relay.contracts import PublishResult
+from relay.errors import MessageRejected, MessageTooLarge
+from relay.message import RelayMessage
+from tests.contract.evidence import (
+    assert_per_key_order,
+    complete_message,
+    dedup_keys,
+    first_occurrences,
+)
+from tests.contract.kafka_far_side import FarSide, new_name, sink_of, source_of
+from tests.contract.sink_contract import deliver
+from tests.contract.source_contract import collect, messages_of
+from tests.servers.kafka import KafkaServer
+from tests.servers.proxy import TcpProxy
+
+BOUND_S = 40.0
+
+
+@pytest.fixture
+async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(kafka_server)
+    await far_side.create()
+    yield far_side
+    await far_side.drop()
+
+
+@pytest.fixture
+async def wide(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    """A topic of six partitions."""
+    far_side = FarSide(kafka_server)
+    await far_side.create(partitions=6)
+    yield far_side
+    await far_side.drop()
+
+
+async def publish(
+    far_side: FarSide, *messages: RelayMessage, topic: str | None = "", **keys: Any
+) -> PublishResult:
+    """Publish once with a sink of these keys."""
+    where = far_side.topic if topic == "" else topic
+    sink = sink_of(far_side.server.brokers, where, **keys)
+    await sink.connect()
+    try:
+        addressed = [
+            one if one.subject else structs.replace(one, subject=sink.subject_of(one))
+            for one in messages
+        ]
+        return await sink.publish(addressed)
+    finally:
+        await sink.aclose()
+
+
+def bare(dedup_key: str, **fields: Any) -> RelayMessage:
+    return RelayMessage(
+        **{"dedup_key": dedup_key, "payload": b'{"id":1}', "op": "insert", **fields}
+    )
+
+
+# Where and how
+
+
+@pytest.mark.shows("sink:kafka.topic_template", "sink:kafka.routing", "sink:kafka.topic")
+async def test_each_event_goes_where_template_and_routing_say(kafka_server: KafkaServer) -> None:
+    base = new_name()
+    topics = [f"{base}.Order_lines.insert", f"{base}.gone._.x", base]
+    far_side = FarSide(kafka_server, base)
+    await far_side.create(*topics)
+
+    await publish(
+        far_side,
+        bare("1", stream_table="Order lines"),
+        bare("2", key="", op="delete", payload=b'{"a":"x"}'),
+        topic=None,
+        topic_template=f"{base}.{{stream_table}}.{{op}}",
+        routing={"delete": f"{base}.gone.{{key}}.{{payload.a}}"},
+    )
+    await publish(far_side, bare("3"))
+
+    stored = [[one.dedup_key for one in await far_side.restored(topic)] for topic in topics]
+    assert stored == [["1"], ["2"], ["3"]]
+    await far_side.drop(*topics)
+
+
+@pytest.mark.shows("sink:kafka.key_template")
+async def test_the_record_key_keeps_an_entity_in_one_partition_in_order(wide: FarSide) -> None:
+    messages = wide.numbered(120, keys=7)
+
+    assert not (await publish(wide, *messages, key_template="{key}")).failures
+    by_entity = await wide.records()
+
+    assert {one.key for one in by_entity} == {b"k%d" % number for number in range(7)}
+    places = {(one.key, one.partition) for one in by_entity}
+    assert len(places) == 7
+    assert_per_key_order(await wide.restored(), messages)
+
+
+async def test_without_a_template_the_record_key_is_the_dedup_key_and_spreads(
+    wide: FarSide,
+) -> None:
+    await publish(wide, *wide.numbered(60))
+
+    records = await wide.records()
+    assert {one.key for one in records} == {b"m:%d" % number for number in range(60)}
+    assert {one.partition for one in records} == set(range(6))
+
+
+async def test_a_key_goes_to_the_partition_that_the_client_library_chooses(wide: FarSide) -> None:
+    await publish(wide, *wide.numbered(40, keys=40), key_template="{key}-{op}-☃")
+    ours = {one.key: one.partition for one in await wide.records()}
+
+    async with wide.producer() as producer:
+        theirs = {
+            key: (await producer.send_and_wait(wide.topic, b"{}", key=key)).partition
+            for key in ours
+        }
+
+    assert theirs == ours
+
+
+async def test_events_without_a_key_take_turns(wide: FarSide) -> None:
+    await publish(wide, *[bare(f"{n}", key=None) for n in range(12)], key_template="{key}")
+
+    records = await wide.records()
+    assert {one.key for one in records} == {None}
+    assert {one.partition for one in records} == set(range(6))
+
+
+@pytest.mark.shows("sink:kafka.format")
+@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+async def test_every_format_carries_its_mark_and_comes_back(
+    far_side: FarSide, format_: str
+) -> None:
+    sent = structs.replace(complete_message(), subject=far_side.topic)
+
+    await publish(far_side, sent, format=format_)
+
+    (record,) = await far_side.records()
+    headers = dict(record.headers)
+    assert headers["pgtrickle-format"] == format_.encode()
+    assert headers["pgtrickle-dedup-key"] == sent.dedup_key.encode()
+    assert headers["traceparent"] == sent.headers["traceparent"].encode()
+    if format_ == "payload":
+        assert record.value == sent.payload
+    source = source_of(far_side.server.brokers, far_side.topic)
+    await source.connect()
+    (arrived,) = messages_of(await collect(source, 1))
+    assert msgspec.json.decode(arrived.payload) == msgspec.json.decode(sent.payload)
+    for field in ("dedup_key", "key", "op", "is_full_refresh", "outbox_id", "refresh_id"):
+        assert getattr(arrived, field) == getattr(sent, field)
+    await source.aclose()
+
+
+async def test_a_publishers_header_does_not_pass_for_our_metadata(far_side: FarSide) -> None:
+    headers = {"pgtrickle-op": "delete", "Pgtrickle-Format": "payload", "Other": "☃"}
+    await publish(far_side, bare("1", headers=headers, subject=far_side.topic))
+
+    (record,) = await far_side.records()
+    (restored,) = await far_side.restored()
+
+    assert dict(record.headers) == {
+        wire.LOWER.format: b"envelope",
+        wire.LOWER.dedup_key: b"1",
+        wire.LOWER.op: b"insert",
+        "Other": "☃".encode(),
+    }
+    assert restored.op == "insert"
+
+
+@pytest.mark.shows("sink:kafka.compression")
+@pytest.mark.parametrize("compression", ["none", "gzip", "snappy", "lz4", "zstd"])
+async def test_batches_are_compressed_as_asked_and_can_be_read(
+    far_side: FarSide, compression: str
+) -> None:
+    messages = [
+        bare(f"{n}", payload=b'"%s"' % (b"repeat " * 400), subject=far_side.topic)
+        for n in range(100)
+    ]
+    assert not (await publish(far_side, *messages, compression=compression)).failures
+
+    source = source_of(far_side.server.brokers, far_side.topic, pipeline=compression)
+    await source.connect()
+    arrived = messages_of(await collect(source, 100))
+    assert dedup_keys(arrived) == dedup_keys(messages)
+    assert all(one.payload == messages[0].payload for one in arrived)
+    size = len(await far_side.stored())
+    assert size > 280_000 if compression == "none" else size < 40_000
+    await source.aclose()
+
+
+@pytest.mark.shows("sink:kafka.acks")
+@pytest.mark.parametrize("acks,is_idempotent", [("all", True), ("1", False)])
+async def test_with_all_acknowledgements_the_broker_knows_the_producer_and_its_batches(
+    far_side: FarSide, acks: str, is_idempotent: bool
+) -> None:
+    messages = far_side.numbered(3)
+
+    assert not (await publish(far_side, *messages, acks=acks)).failures
+
+    batch = MemoryRecords(await far_side.stored()).next_batch()
+    assert (batch.producer_id >= 0) is is_idempotent
+    assert (batch.base_sequence == 0) is is_idempotent
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+
+
+@pytest.mark.parametrize("ordering", ["strict", "pipelined"])
+async def test_both_orderings_keep_the_order_of_a_partition_with_one_acknowledgement(
+    far_side: FarSide, ordering: str
+) -> None:
+    messages = far_side.numbered(5000)
+
+    assert not (await publish(far_side, *messages, acks="1", ordering=ordering)).failures
+
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+
+
+@pytest.mark.shows("sink:kafka.linger_ms")
+async def test_a_small_publish_lingers_and_a_large_one_does_not(far_side: FarSide) -> None:
+    sink = sink_of(far_side.server.brokers, far_side.topic, linger_ms=60_000)
+    await sink.connect()
+    large = [
+        bare(f"{n}", payload=b'"%s"' % (b"x" * 1000), subject=far_side.topic) for n in range(600)
+    ]
+
+    started = time.monotonic()
+    assert not (await sink.publish(large)).failures
+    assert time.monotonic() - started < BOUND_S
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await sink.publish(far_side.numbered(1))
+
+    assert len(await far_side.records()) == 600
+    await sink.aclose()
+
+
+# What is too large
+
+
+@pytest.mark.shows("sink:kafka.max_request_size")
+@pytest.mark.parametrize("compression,is_accepted", [("none", False), ("zstd", True)])
+async def test_what_is_too_large_for_us_is_refused_with_the_limit_unless_compression_helps(
+    far_side: FarSide, compression: str, is_accepted: bool
+) -> None:
+    large = bare("large", payload=b'"%s"' % (b"x" * 20_000), subject=far_side.topic)
+    good = far_side.numbered(2)
+
+    result = await publish(
+        far_side, good[0], large, good[1], max_request_size=10_000, compression=compression
+    )
+
+    if is_accepted:
+        assert not result.failures
+    else:
+        (failure,) = result.failures
+        assert failure.index == 1
+        assert isinstance(failure.error, MessageTooLarge)
+        assert "max_request_size is 10000 bytes" in str(failure.error)
+        assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+
+
+async def test_the_limit_of_the_topic_is_found_and_named(kafka_server: KafkaServer) -> None:
+    far_side = FarSide(kafka_server)
+    await far_side.create(configuration={"max.message.bytes": "5000"})
+    good = far_side.numbered(200)
+    large = bare("large", payload=b'"%s"' % (b"x" * 5000), subject=far_side.topic)
+
+    result = await publish(far_side, *good[:100], large, *good[100:])
+
+    (failure,) = result.failures
+    assert failure.index == 100
+    assert f"max.message.bytes of the topic '{far_side.topic}' is 5000 bytes" in str(failure.error)
+    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    await far_side.drop()
+
+
+async def test_a_limit_that_came_later_is_met_with_smaller_batches(far_side: FarSide) -> None:
+    sink = sink_of(far_side.server.brokers, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(200)
+    await deliver(sink, messages[:1])
+    async with far_side.admin() as admin:
+        await admin.alter_configs(
+            [
+                ConfigResource(
+                    ConfigResourceType.TOPIC, far_side.topic, {"max.message.bytes": "2000"}
+                )
+            ]
+        )
+
+    async with asyncio.timeout(BOUND_S):
+        await deliver(sink, messages[1:])
+    (refused,) = (
+        await sink.publish([bare("l", payload=b'"%s"' % (b"x" * 9000), subject=far_side.topic)])
+    ).failures
+
+    assert isinstance(refused.error, MessageTooLarge)
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    await sink.aclose()
+
+
+@pytest.mark.parametrize(
+    "message,words",
+    [
+        (bare("1", subject="a b"), "can't be the name of a Kafka topic"),
+        (bare("1", subject="t" * 250), "has 250 characters, the limit is 249"),
+        (bare("a\ud800"), "no UTF-8 form"),
+        (bare("1", headers={"a": "\ud800"}), "no UTF-8 form"),
+        (bare("1", payload=b"{"), "not JSON"),
+    ],
+)
+async def test_a_message_that_can_not_be_sent_costs_only_itself(
+    far_side: FarSide, message: RelayMessage, words: str
+) -> None:
+    good = far_side.numbered(2)
+
+    result = await publish(far_side, good[0], message, good[1])
+
+    (failure,) = result.failures
+    assert failure.index == 1
+    assert isinstance(failure.error, MessageRejected)
+    assert failure.error.found_before_sending
+    assert words in str(failure.error)
+    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+
+
+# How often, when things break
+
+
+async def test_a_connection_that_breaks_again_and_again_stores_everything_once_and_in_order(
+    far_side: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(4000)
+
+    async def disturb() -> None:
+        for cut_after in range(12):
+            await kafka_proxy.wait_for_connections(1, timeout_s=BOUND_S)
+            kafka_proxy.cut_after(20_000 * cut_after, "to_server")
+            await kafka_proxy.wait_until_cut(timeout_s=BOUND_S)
+            await kafka_proxy.restore()
+
+    disturbing = asyncio.create_task(disturb())
+    for start in range(0, 4000, 1000):
+        await deliver(sink, messages[start : start + 1000])
+    disturbing.cancel()
+    await asyncio.gather(disturbing, return_exceptions=True)
+    await kafka_proxy.restore()
+
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    await sink.aclose()
+
+
+async def test_an_answer_that_is_lost_does_not_store_twice(
+    wide: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, wide.topic)
+    await sink.connect()
+    messages = wide.numbered(500)
+    await deliver(sink, messages[:100])
+
+    kafka_proxy.cut_after(1, "to_client")
+    result = await sink.publish(messages[100:])
+    assert len(result.failures) == 400
+    await kafka_proxy.restore()
+    await sink.connect()
+    await deliver(sink, messages[100:])
+
+    assert sorted(dedup_keys(await wide.restored())) == sorted(dedup_keys(messages))
+    await sink.aclose()
+
+
+async def test_what_can_not_be_sent_again_as_it_was_is_sent_anew(
+    far_side: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(40)
+    await deliver(sink, messages[:1])
+    kafka_proxy.cut_after(1, "to_client")
+    assert len((await sink.publish(messages[:20])).failures) == 20
+    await kafka_proxy.restore()
+    await sink.connect()
+
+    # Others come first, as when dead letters are retried meanwhile.
+    await deliver(sink, messages[30:])
+    await deliver(sink, messages[:30])
+
+    arrived = first_occurrences(await far_side.restored())
+    assert sorted(dedup_keys(arrived)) == sorted(dedup_keys(messages))
+    await sink.aclose()
+
+
+async def test_a_publish_that_is_cancelled_can_be_repeated(
+    far_side: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(3000)
+    for turns in (1, 3, 10, 30):
+        publishing = asyncio.create_task(sink.publish(messages))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        publishing.cancel()
+        await asyncio.wait([publishing], timeout=BOUND_S)
+
+    await deliver(sink, messages)
+
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    await sink.aclose()
+
+
+async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(far_side: FarSide) -> None:
+    sink = sink_of(far_side.server.brokers, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(3000)
+    await deliver(sink, messages[:1000])
+
+    publishing = asyncio.create_task(sink.publish(messages[1000:]))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(far_side.server.kill)
+    await asyncio.wait([publishing], timeout=BOUND_S)
+    await asyncio.to_thread(far_side.server.start)
+    await sink.connect()
+    await deliver(sink, messages[1000:])
+
+    assert dedup_keys(first_occurrences(await far_side.restored())) == dedup_keys(messages)
+    await sink.aclose()

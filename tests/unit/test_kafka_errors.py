@@ -1,0 +1,121 @@
+"""Every error of Kafka is one of the relay's, of the right kind."""
+
+from __future__ import annotations
+
+import inspect
+import ssl
+
+import pytest
+from aiokafka import errors as client
+
+from relay.backends.kafka.errors import CODES, mapped, of_code, of_exception
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    DestinationMissing,
+    ErrorKind,
+    MessageRejected,
+    MessageTooLarge,
+    NotConnected,
+    Outage,
+    OwnershipLost,
+    PositionLost,
+    RelayError,
+    TimedOut,
+)
+from tests.contract.kafka_far_side import driver_exceptions
+
+# Answers to what is never asked here: transactions, administration, fetch sessions, tokens.
+NEVER_ASKED = {
+    *(0, 4, 11, 12, 21, 28, *range(36, 43), *range(48, 56), 57, 60),
+    *range(61, 72),
+}
+
+
+def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:
+    for exception in driver_exceptions():
+        with pytest.raises(RelayError), mapped("testing"):
+            raise exception
+
+
+def test_every_code_of_the_library_is_in_the_table_or_never_asked_for() -> None:
+    codes = {
+        member.errno
+        for _, member in inspect.getmembers(client, inspect.isclass)
+        if issubclass(member, client.BrokerResponseError) and hasattr(member, "errno")
+    }
+
+    # Those that the table has no words for pass, or are met where they come.
+    assert codes - CODES.keys() - NEVER_ASKED == {46, 79}
+
+
+@pytest.mark.parametrize(
+    "code,kind",
+    [
+        (1, PositionLost),
+        (3, DestinationMissing),
+        (6, Outage),
+        (7, TimedOut),
+        (10, MessageTooLarge),
+        (19, Outage),
+        (22, OwnershipLost),
+        (26, ConfigurationError),
+        (29, AuthenticationRefused),
+        (45, Outage),
+        (58, AuthenticationRefused),
+        (76, ConfigurationError),
+        (82, OwnershipLost),
+        (87, MessageRejected),
+        (9999, Outage),
+    ],
+)
+def test_a_code_is_judged_by_whose_trouble_it_is(code: int, kind: type[RelayError]) -> None:
+    error = of_code(code, "testing")
+
+    assert type(error) is kind
+    assert str(error).startswith("testing: ")
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (client.SaslAuthenticationFailed("no"), AuthenticationRefused),
+        (client.UnsupportedSaslMechanismError("no"), AuthenticationRefused),
+        (client.TopicAuthorizationFailedError("no"), AuthenticationRefused),
+        (client.KafkaConnectionError("gone"), NotConnected),
+        (client.KafkaTimeoutError("late"), TimedOut),
+        (client.IncompatibleBrokerVersion("old"), ConfigurationError),
+        (client.UnsupportedCodecError("odd"), ConfigurationError),
+        (client.CorrelationIdError("odd"), Outage),
+        (ConnectionResetError(), NotConnected),
+        (TimeoutError(), TimedOut),
+        (EOFError(), NotConnected),
+        (ssl.SSLCertVerificationError(1, "unknown"), ConfigurationError),
+        (ssl.SSLError(1, "x"), ConfigurationError),
+        (ssl.SSLEOFError(8, "x"), NotConnected),
+    ],
+)
+def test_an_exception_is_judged_by_whose_trouble_it_is(
+    error: Exception, kind: type[RelayError]
+) -> None:
+    ours = of_exception(error, "testing")
+
+    assert type(ours) is kind
+    assert "\n" not in str(ours)
+
+
+def test_what_the_library_wraps_is_judged_by_what_is_inside() -> None:
+    error = client.KafkaConnectionError("closed")
+    error.__cause__ = ssl.SSLCertVerificationError(1, "unknown")
+
+    ours = of_exception(error, "testing")
+
+    assert ours is not None
+    assert ours.kind is ErrorKind.CONFIGURATION
+
+
+def test_an_exception_of_somebody_else_passes() -> None:
+    assert of_exception(KeyError("x"), "testing") is None
+    with pytest.raises(KeyError), mapped("testing"):
+        raise KeyError("x")
