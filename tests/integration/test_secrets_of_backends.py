@@ -135,19 +135,19 @@ def redis_that_asks(redis_server_with: Callable[..., RedisServer]) -> str:
 
 
 @pytest.fixture
-async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
-    checking = {"INITIAL_NO_AUTH_ACTION_COUNT": "0", "PGTRICKLE_TEST_SQS_KEY": RIGHT}
-    server = sqs_server_with(checking)
-    await let_in(server, "guarded")
-    return urlsplit(server.url).netloc
-
-
-@pytest.fixture
 async def kafka_that_asks(kafka_server: KafkaServer) -> AsyncIterator[str]:
     far_side = FarSide(kafka_server, "guarded")
     await far_side.create()
     yield kafka_server.at("SASL")
     await far_side.drop()
+
+
+@pytest.fixture
+async def sqs_that_asks(sqs_server_with: Callable[..., SqsServer]) -> str:
+    checking = {"INITIAL_NO_AUTH_ACTION_COUNT": "0", "PGTRICKLE_TEST_SQS_KEY": RIGHT}
+    server = sqs_server_with(checking)
+    await let_in(server, "guarded")
+    return urlsplit(server.url).netloc
 
 
 @pytest.fixture
