@@ -97,7 +97,9 @@ class FarSide:
         Raises TimeoutError after `BOUND_S`.
         """
         async with asyncio.timeout(BOUND_S):
-            while await self.attribute(name) != value:
+            while True:
+                if await self.attribute(name) == value:
+                    return
                 await asyncio.sleep(PAUSE_S)
 
     async def take(self) -> Sequence[Received]:
