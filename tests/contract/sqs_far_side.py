@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import socket
@@ -25,6 +26,7 @@ from relay.backends.sqs.identifier import deduplication_id, group_id
 from relay.backends.sqs.queue import _loader
 from relay.contracts import Rejected
 from relay.message import RelayMessage
+from tests.contract.evidence import BOUND_S, PAUSE_S
 from tests.contract.surroundings import backend_context
 from tests.servers.proxy import TcpProxy
 from tests.servers.sqs import SqsServer
@@ -88,6 +90,17 @@ class FarSide:
         attributes = answer["Attributes"]
         assert isinstance(attributes, dict)
         return str(attributes[name])
+
+    async def until_attribute(self, name: str, value: str) -> None:
+        """Wait until an attribute is that: counts are approximate, and follow after a moment.
+
+        Raises TimeoutError after `BOUND_S`.
+        """
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                if await self.attribute(name) == value:
+                    return
+                await asyncio.sleep(PAUSE_S)
 
     async def take(self) -> Sequence[Received]:
         """All messages that were ever seen, in the queue's order; takes out what is there."""
