@@ -68,6 +68,7 @@ SINKS_WITH_SECRET: Mapping[str, WithSecret] = {
     "sqs": WithSecret(
         {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
         {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     "rabbitmq": WithSecret(
         {"url": "amqp://{address}"},
         {"username": "guarded", "password": "{secret}"},
@@ -96,6 +97,7 @@ SOURCES_WITH_SECRET: Mapping[str, WithSecret] = {
     "sqs": WithSecret(
         {"queue_url": "http://{address}/123456789012/guarded", "region": "eu-central-1"},
         {"access_key_id": "{secret}", "secret_access_key": "{secret}"},
+    ),
     "rabbitmq": WithSecret(
         {"url": "amqp://{address}"},
         {"username": "guarded", "password": "{secret}"},
