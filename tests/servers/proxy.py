@@ -65,7 +65,8 @@ class TcpProxy:
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _cut_after: dict[Direction, int] = field(default_factory=dict)
-    _listener: asyncio.Server | None = None
+    _listener: socket.socket | None = None
+    _unserved: set[socket.socket] = field(default_factory=set)
 
     @property
     def address(self) -> str:
@@ -86,7 +87,7 @@ class TcpProxy:
     async def start(self) -> None:
         """Listen on a free port of loopback."""
         self._flowing.set()
-        await self._listen()
+        self._listen()
 
     async def cut(self) -> None:
         """Reset every connection and refuse new ones until `restore`."""
@@ -117,7 +118,7 @@ class TcpProxy:
         self._cut_after.clear()
         self._flowing.set()
         if self._listener is None:
-            await self._listen()
+            self._listen()
 
     async def wait_for_connections(self, count: int, *, timeout_s: float = 10.0) -> None:
         """Wait until exactly `count` clients are connected; TimeoutError after `timeout_s`."""
@@ -139,20 +140,17 @@ class TcpProxy:
         for _ in range(3):
             await asyncio.sleep(0)
 
-    async def _listen(self) -> None:
-        self._listener = await asyncio.start_server(self._accept, LOOPBACK, self.listen_port)
-        self.listen_port = self._listener.sockets[0].getsockname()[1]
+    def _listen(self) -> None:
+        # asyncio's own server leaks a connection that is accepted while it closes.
+        self._listener = socket.create_server((LOOPBACK, self.listen_port), backlog=100)
+        self._listener.setblocking(False)
+        self.listen_port = self._listener.getsockname()[1]
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
 
     async def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
-            # A connection that is accepted while the listener closes would be leaked by asyncio:
-            # first no more are accepted, and those that were become ours.
-            loop = asyncio.get_running_loop()
-            for accepting in listener.sockets:
-                loop.remove_reader(accepting.fileno())
-            for _ in range(3):
-                await asyncio.sleep(0)
+            asyncio.get_running_loop().remove_reader(listener)
             listener.close()
         async with self._changed:
             self._changed.notify_all()
@@ -168,19 +166,29 @@ class TcpProxy:
         if others:
             await asyncio.wait(others)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(reader, writer), name=f"proxy {self.address}")
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            # It went away again.
+            return
+        self._unserved.add(client)
+        task = asyncio.create_task(self._serve(client), name=f"proxy {self.address}")
         self._tasks.add(task)
 
         def ended(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
             # A task that is cancelled before its first step has closed nothing.
-            if not writer.is_closing():
-                writer.transport.abort()
+            if client in self._unserved:
+                self._unserved.remove(client)
+                client.close()
 
         task.add_done_callback(ended)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, client: socket.socket) -> None:
+        self._unserved.remove(client)
+        client.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=client)
         connection = _Connection(client=writer)
         self._connections.add(connection)
         is_cut_due = is_over = False
