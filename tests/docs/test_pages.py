@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from tests.docs.page import (
     read,
 )
 from tests.servers.postgres import Database, PostgresServer
-from tests.servers.process import RelayProcess
 
 EXECUTED_LANGUAGES = ("sql", "console", "yaml")
 
@@ -40,6 +39,10 @@ EXECUTED_LANGUAGES = ("sql", "console", "yaml")
 LEFT_OUT = {
     ("README.md", "scripts/demo    # PostgreSQL, NATS and the relay, with orders flowing through"),
     ("README.md", "pipx install 'pgtrickle-relay[nats]'"),
+    (
+        "docs/RELAY.md",
+        "kafka-topics.sh --bootstrap-server broker:9092 --create --topic orders --pa",
+    ),
     ("docs/RELAY.md", "usage: pgtrickle-relay [command] [flags] [key=value | +group=option ...]"),
     ("docs/OPERATIONS.md", "# /etc/systemd/system/pgtrickle-relay.service"),
     ("docs/OPERATIONS.md", "docker build -t grove/pgtrickle-relay:0.29.0 ."),
@@ -129,22 +132,6 @@ def test_an_alert_asks_for_metrics_and_labels_that_exist(block: Block) -> None:
         for name, label in asked:
             assert name in specs, rule
             assert not label or label in specs[name].label_names, rule
-
-
-async def test_a_backend_of_a_later_version_fails_as_the_guide_says(
-    migrated_database: Database, relay_process: Callable[..., Awaitable[RelayProcess]]
-) -> None:
-    with psycopg.connect(migrated_database.dsn) as connection:
-        connection.execute("select pgtrickle.enable_outbox('orders', capture => false)")
-        connection.execute(
-            "select pgtrickle.set_relay_outbox('o', 'orders', null,"
-            """ '{"type": "sqs", "queue_url": "http://localhost/orders"}')"""
-        )
-
-    relay = await relay_process("drain", dsn=migrated_database.dsn)
-
-    assert await relay.wait() == 1
-    await relay.wait_for_log("'sqs' is not a type of sink")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ async def test_keys_are_accepted_or_refused(account: Account, role: str) -> None
 
     for wrong in ({"access_key_id": "AKIAUNKNOWN"}, {"secret_access_key": "hunter2"}):
         said = await refused(role, account.url, **{**account.all_keys, **wrong})
-        assert "check access_key_id" in said
+        assert "correct access_key_id" in said
         assert "hunter2" not in said
 
 
