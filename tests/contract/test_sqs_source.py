@@ -41,6 +41,11 @@ class SqsSourceHarness(SqsHarness, SourceHarness):
         self._server_with = server_with
         self._tls_files = tls_files
 
+    @property
+    def keeps_order_over_outages(self) -> bool:
+        """Messages of an answer that was lost stay hidden for a while."""
+        return False
+
     def make(self, *, batch_size: int = 100) -> Source:
         return source_of(
             self.url,
