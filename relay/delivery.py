@@ -25,6 +25,7 @@ from relay.backoff import LONGEST_ASKED_WAIT_S, Backoff
 from relay.catalog import DeadLetter, StoredDeadLetter
 from relay.contracts import Batch, Describing, Failure, Sink, Source
 from relay.errors import (
+    ConfigurationError,
     ErrorKind,
     MessageRejected,
     NotConnected,
@@ -364,9 +365,14 @@ class Delivery:
             self._lost()
             self._grant_rest(error)
             return [Failure(index, error) for index in range(len(messages))]
+        except ConfigurationError:
+            # Whoever changes what is wrong does so on the far side, too: we go there anew.
+            self._lost()
+            raise
         failed = {failure.index for failure in result.failures}
         for failure in result.failures:
             if failure.error.kind is ErrorKind.CONFIGURATION:
+                self._lost()
                 raise failure.error
             if isinstance(failure.error, NotConnected | TimedOut):
                 self._lost()

@@ -92,7 +92,8 @@ WORDS: Mapping[str, str] = {
     "config.breaker_threshold": "Rejections in a row, without one success, after which the pipeline"
     " is suspended and probes.",
     "config.ordering": "`strict`: no event of a key overtakes another, also under retries."
-    " `pipelined`: faster on hot keys. Read by the NATS sink; the other sinks are always strict.",
+    " `pipelined`: faster on hot keys. Read by the sinks of brokers and webhooks; inboxes and files"
+    " are always strict.",
     "config.allow_plaintext_secrets": "Accept a secret that is not a reference.",
     "config.start": "Where a new position starts. `latest`: behind what is visible when the"
     " pipeline is set; transactions open at that moment are still delivered.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import time
 from collections import deque
@@ -39,7 +40,8 @@ KEYS = 60
 WRITING_S = 6.0
 SETTLED_WITHIN_S = 1.0
 FIXED_SEEDS = (1, 20261)
-RANDOM_SEED = random.randrange(10**9)
+# Another one in each run, and the same in all processes of a run.
+RANDOM_SEED = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**9)
 
 _PUBLISH = "select pgtrickle.outbox_publish('orders', $1)"
 _PLAIN_INSERT = (

@@ -389,6 +389,27 @@ async def test_max_attempts_buries_the_one_that_fails_and_none_that_waits_behind
     assert line.received == ["0", "2", "3"]
 
 
+@pytest.mark.parametrize("is_raised", [True, False])
+async def test_what_is_wrong_with_the_configuration_is_looked_at_anew_on_a_new_connection(
+    is_raised: bool,
+) -> None:
+    class Stubborn(ScriptedSink):
+        async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
+            if self.connects > 1:
+                return ALL_ACCEPTED
+            error = ConfigurationError("not allowed")
+            if is_raised:
+                raise error
+            return PublishResult(failures=[Failure(at, error) for at in range(len(messages))])
+
+    line = Line(sink=Stubborn(), failed_retry_s=0.001)
+    line.write(message("0"))
+
+    await line.run_to_the_end()
+
+    assert line.acknowledged == 1
+
+
 async def test_max_attempts_buries_none_that_was_held_back_before_the_one_that_fails() -> None:
     class Holding(ScriptedSink):
         async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
