@@ -22,10 +22,13 @@ from tests.docs.console_block import Shell
 from tests.docs.page import REPOSITORY
 from tests.docs.stage import Stage
 from tests.servers.finding import LOOPBACK, free_port
+from tests.servers.kafka import KafkaServer
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.process import RelayProcess
+from tests.servers.rabbitmq import RabbitServer
 from tests.servers.redis import RedisServer
+from tests.servers.sqs import SqsServer
 
 # What stands where nobody listens, or where the page starts something itself.
 FREE_PORT = "a free port"
@@ -35,9 +38,17 @@ ADDRESSES: Mapping[str, str] = {
     "localhost:4222": "nats_of_page",
     "nats.internal:4222": "nats_with_password",
     "localhost:4223": FREE_PORT,
+    "localhost:9092": "kafka_of_page",
+    "kafka.internal:9092": "kafka_with_password",
+    "localhost:9093": FREE_PORT,
     "localhost:6379": "redis_of_page",
     "redis.internal:6379": "redis_with_password",
     "localhost:6380": FREE_PORT,
+    "localhost:5000": "sqs_of_page",
+    "sqs.internal:5000": "sqs_with_keys",
+    "localhost:5001": FREE_PORT,
+    "localhost:5672": "rabbitmq_of_page",
+    "localhost:5673": FREE_PORT,
     "localhost:8000": FREE_PORT,
     "localhost:8001": FREE_PORT,
     "localhost:8080": FREE_PORT,
@@ -79,6 +90,39 @@ def redis_of_page(redis_server_with: Callable[..., RedisServer]) -> str:
 def redis_with_password(redis_server_with: Callable[..., RedisServer]) -> str:
     """The password of the default user is s3cret."""
     return _host_of(redis_server_with("requirepass s3cret").url)
+
+
+@pytest.fixture
+def kafka_of_page(kafka_server: KafkaServer) -> str:
+    """The broker of the session, which takes long to start: topics of the pages are no one's."""
+    host, port = kafka_server.address
+    return f"{host}:{port}"
+
+
+@pytest.fixture
+def kafka_with_password(kafka_server: KafkaServer) -> str:
+    """The user is relay."""
+    port = kafka_server.at("SASL").rpartition(":")[2]
+    return f"{LOOPBACK}:{port}"
+
+
+@pytest.fixture
+def sqs_of_page(sqs_server: SqsServer) -> str:
+    """The server of the session, which takes any keys."""
+    return _host_of(sqs_server.url)
+
+
+@pytest.fixture
+def sqs_with_keys(sqs_server_with: Callable[..., SqsServer]) -> str:
+    """A server that knows nobody's keys."""
+    return _host_of(sqs_server_with({"INITIAL_NO_AUTH_ACTION_COUNT": "0", "PAGES": "1"}).url)
+
+
+@pytest.fixture
+def rabbitmq_of_page(rabbitmq_server: RabbitServer) -> str:
+    """The node of the session, which takes long to start: queues of the pages are no one's."""
+    host, port = rabbitmq_server.address
+    return f"{host}:{port}"
 
 
 @pytest.fixture

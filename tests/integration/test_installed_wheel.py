@@ -40,7 +40,10 @@ SINKS_WITH_DRIVER: Mapping[str, Mapping[str, str]] = {
 }
 
 # The least loads when it runs: what a pipeline to a file may not have loaded in the end.
-UNUSED = ("nats", "redis", "httpx", "rich", "relay.backends.nats", "relay.backends.webhook")
+UNUSED = (
+    *("nats", "redis", "aiokafka", "aiobotocore", "aioboto3", "pamqp", "httpx", "rich"),
+    *("relay.backends.nats", "relay.backends.webhook"),
+)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
 import socket
 import sys
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
@@ -22,6 +24,15 @@ import pytest
 from docker.errors import DockerException
 
 LOOPBACK = "127.0.0.1"
+
+# Linux hands out ports from 32768 on, others from 49152 on.
+_PORTS = (20_000, 32_000)
+_ATTEMPTS = 1000
+# A claim is a file descriptor, of which a process has a few hundred.
+_CLAIMS_KEPT = 100
+_CLAIMS: deque[int] = deque()
+# Not the one that a test seeds, so that two runs do not ask for the same ones in turn.
+_RANDOM = random.SystemRandom()
 
 
 class ServerMissing(Exception):
@@ -121,8 +132,22 @@ def warn_of_docker(image: str, failure: DockerException) -> None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port on loopback where nobody listens, and that nobody else is given meanwhile.
+
+    It is below those that the system hands out by itself, to either end of a connection: one of
+    them may be taken between its choice and the start of the server that it is for. The claim on
+    it is a UDP port of the same number, which other test runs on this machine respect.
+    """
+    for _ in range(_ATTEMPTS):
+        port = _RANDOM.randrange(*_PORTS)
+        with socket.socket() as probe, socket.socket(type=socket.SOCK_DGRAM) as claim:
+            try:
+                claim.bind((LOOPBACK, port))
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            _CLAIMS.append(claim.detach())
+        if len(_CLAIMS) > _CLAIMS_KEPT:
+            os.close(_CLAIMS.popleft())
         return port
+    raise RuntimeError(f"no free port from {_PORTS[0]} to {_PORTS[1]}")

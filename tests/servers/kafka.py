@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -360,10 +361,12 @@ def _wait_until_ready(port: int, is_gone: object) -> bool:
     """Wait until the broker serves a group; False where it does not in time."""
     assert callable(is_gone)
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and not is_gone():
-        if asyncio.run(_does_serve_groups(port)):
-            return True
-        time.sleep(0.1)
+    # The loop of a test may be running in this thread.
+    with ThreadPoolExecutor(1) as another:
+        while time.monotonic() < deadline and not is_gone():
+            if another.submit(asyncio.run, _does_serve_groups(port)).result():
+                return True
+            time.sleep(0.1)
     return False
 
 

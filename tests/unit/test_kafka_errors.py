@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import socket
 import ssl
 
 import pytest
@@ -103,6 +105,28 @@ def test_an_exception_is_judged_by_whose_trouble_it_is(
 
     assert type(ours) is kind
     assert "\n" not in str(ours)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            client.SaslAuthenticationFailed("[Error 58] SaslAuthenticationFailed: no"),
+            "testing: the login is refused"
+            " (correct sasl_username, sasl_password and sasl_mechanism)",
+        ),
+        (
+            ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 9092)"),
+            "testing: Connection refused (start the server, or correct the address)",
+        ),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "testing: the name of the host is not known (correct the address)",
+        ),
+    ],
+)
+def test_what_is_met_first_is_said_with_its_remedy(error: Exception, said: str) -> None:
+    assert str(of_exception(error, "testing")) == said
 
 
 def test_what_the_library_wraps_is_judged_by_what_is_inside() -> None:

@@ -117,6 +117,18 @@ def test_a_close_is_of_its_kind_and_says_what_to_do(
     assert "\n" not in str(error)
 
 
+def test_what_the_broker_says_is_told_without_what_is_not_of_the_matter() -> None:
+    text = (
+        "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see"
+        " the broker logfile."
+    )
+
+    assert str(of_close(403, text, "connecting")) == (
+        "connecting: Login was refused using authentication mechanism PLAIN"
+        " (correct username and password)"
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [

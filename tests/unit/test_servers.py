@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -12,10 +13,24 @@ import nats
 import psycopg
 import pytest
 
-from tests.servers.finding import ServerLedger, is_ci, leave_out
+from tests.servers.finding import LOOPBACK, ServerLedger, free_port, is_ci, leave_out
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 from tests.servers.tls import TlsFiles
+
+
+def test_a_free_port_is_nobody_elses_until_its_server_starts() -> None:
+    ports = [free_port() for _ in range(20)]
+
+    assert len(set(ports)) == 20
+    # Linux gives these to nobody who asks for any.
+    assert max(ports) < 32_768
+    with socket.socket(type=socket.SOCK_DGRAM) as another_run:
+        for port in ports:
+            with pytest.raises(OSError, match="in use"):
+                another_run.bind((LOOPBACK, port))
+            with socket.socket() as server:
+                server.bind((LOOPBACK, port))
 
 
 async def test_each_supported_postgres_accepts_superuser_connections(

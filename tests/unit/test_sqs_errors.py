@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 
@@ -99,6 +100,28 @@ def test_an_entry_is_refused_for_good_by_the_senders_fault_and_else_for_now(
     entry = {"Id": "1", "Code": code, "SenderFault": is_ours, "Message": "m"}
 
     assert type(of_entry(entry, "sending")) is kind
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            client_error("AWS.SimpleQueueService.NonExistentQueue", "for this wsdl version"),
+            "asking: there is no such queue (create it, or correct queue_url and region)",
+        ),
+        (
+            client_error("InvalidClientTokenId", status=403),
+            "asking: access is refused: InvalidClientTokenId"
+            " (correct access_key_id, secret_access_key, session_token and region)",
+        ),
+        (
+            ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed"),
+            "asking: Connection refused (start the server, or correct the address)",
+        ),
+    ],
+)
+def test_what_is_met_first_is_said_with_its_remedy(error: Exception, said: str) -> None:
+    assert str(of_exception(error, "asking")) == said
 
 
 def test_what_is_said_of_a_wrong_signature_is_not_repeated() -> None:

@@ -27,6 +27,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 
 # By name, since releases of the library differ in which classes they have.
 CLIENT_ERRORS: Mapping[str, type[RelayError]] = {
@@ -117,7 +118,11 @@ CODES: Mapping[int, tuple[str, type[RelayError], str]] = {
     45: ("OUT_OF_ORDER_SEQUENCE_NUMBER", Outage, ""),
     47: ("INVALID_PRODUCER_EPOCH", Outage, ""),
     56: ("KAFKA_STORAGE_ERROR", Outage, "the broker can't use its disk"),
-    58: ("SASL_AUTHENTICATION_FAILED", AuthenticationRefused, "check user and password"),
+    58: (
+        "the login is refused",
+        AuthenticationRefused,
+        "correct sasl_username, sasl_password and sasl_mechanism",
+    ),
     59: ("UNKNOWN_PRODUCER_ID", Outage, ""),
     72: ("LISTENER_NOT_FOUND", ConfigurationError, "a broker advertises no such listener"),
     74: ("FENCED_LEADER_EPOCH", Outage, ""),
@@ -157,7 +162,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the broker ended the connection")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {error.strerror or type(error).__name__}")
+        return not_connected(error, doing)
     return None
 
 

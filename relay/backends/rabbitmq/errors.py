@@ -94,6 +94,8 @@ _WORDS: Sequence[_Words] = (
     _Words(530, "", "give the user access to the virtual host: rabbitmqctl set_permissions"),
 )
 
+# The number's name in front, and a hint for the one who runs the broker behind.
+_NOT_OF_THE_MATTER = re.compile(r"^[A-Z_]+ - |\. For details see the broker logfile")
 _TOO_LARGE = re.compile(r"message size (\d+)\D+(\d+)")
 _PRECONDITION_FAILED = 406
 
@@ -111,7 +113,7 @@ class SizeRefused(Outage):
 
 def of_close(code: int, text: str, doing: str) -> RelayError:
     """The relay's error for what a broker says when it closes a channel or the connection."""
-    words = " ".join(text.split()).rstrip(".")
+    words = _NOT_OF_THE_MATTER.sub("", " ".join(text.split())).rstrip(".")
     too_large = _TOO_LARGE.search(words) if code == _PRECONDITION_FAILED else None
     if too_large:
         return SizeRefused(f"{doing}: {words}", int(too_large[2]))

@@ -7,7 +7,6 @@ the errors of each action). Older servers put ``AWS.SimpleQueueService.`` in fro
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import ssl
@@ -28,6 +27,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import not_connected
 
 # By name, since releases of the library differ in which classes they have. The nearest class of
 # an exception's ancestry decides; what is not here is about how the client is set up.
@@ -115,8 +115,8 @@ CODES: Mapping[str, type[RelayError]] = {
 }
 
 _REMEDIES: Mapping[str, str] = {
-    "NonExistentQueue": "make the queue, or correct queue_url and region",
-    "QueueDoesNotExist": "make the queue, or correct queue_url and region",
+    "NonExistentQueue": "create it, or correct queue_url and region",
+    "QueueDoesNotExist": "create it, or correct queue_url and region",
     "AccessDenied": "allow it in the policy of the queue or of the key's owner",
     "AccessDeniedException": "allow it in the policy of the queue or of the key's owner",
     "ExpiredToken": "renew access_key_id, secret_access_key and session_token",
@@ -126,7 +126,8 @@ _REMEDIES: Mapping[str, str] = {
     "KMS.AccessDeniedException": "allow the queue's KMS key to the key's owner",
     "OverLimit": "too many messages are received and not deleted",
 }
-_CHECK_KEYS = "check access_key_id, secret_access_key, session_token and region"
+_NO_SUCH_QUEUE = ("NonExistentQueue", "QueueDoesNotExist")
+_CHECK_KEYS = "correct access_key_id, secret_access_key, session_token and region"
 _NO_KEYS = "set access_key_id and secret_access_key, or what the AWS chain reads"
 _PREFIX = "AWS.SimpleQueueService."
 _CODE_IN_XML = re.compile(r"<Code>(?:AWS\.SimpleQueueService\.)?([\w.]+)</Code>")
@@ -186,7 +187,7 @@ def of_exception(
     if isinstance(error, EOFError):
         return NotConnected(f"{doing}: the connection was ended")
     if isinstance(error, OSError):
-        return NotConnected(f"{doing}: {_reason(error)}")
+        return not_connected(error, doing)
     if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
         # The few that are no BotoCoreError: an answer that is not what the protocol says.
         return NotConnected(f"{doing}: the answer is not one of SQS ({type(error).__name__})")
@@ -212,9 +213,10 @@ def _told(
         kind = ConfigurationError
     if kind is AuthenticationRefused:
         # What a service says of a wrong signature may repeat the request, and so a token.
-        return kind(
-            f"{doing}: {code or 'access is refused'}", remedy=_REMEDIES.get(code, _CHECK_KEYS)
-        )
+        refused = ": ".join(part for part in (doing, "access is refused", code) if part)
+        return kind(refused, remedy=_REMEDIES.get(code, _CHECK_KEYS))
+    if code in _NO_SUCH_QUEUE:
+        return kind(f"{doing}: there is no such queue", remedy=_REMEDIES[code])
     words = " ".join(text.split())[:_LONGEST_TEXT].rstrip(".")
     said = ": ".join(part for part in (doing, code, words) if part)
     return kind(said, remedy=_REMEDIES.get(code, ""))
@@ -239,7 +241,7 @@ def _of_client(error: BaseException, doing: str) -> RelayError:
     if kind is NotConnected:
         for cause in _causes(error):
             if isinstance(cause, OSError) and cause.errno is not None:
-                return kind(f"{doing}: {_reason(cause)}")
+                return not_connected(cause, doing)
         return kind(f"{doing}: the connection was ended")
     if isinstance(error, client.NoRegionError):
         return kind(f"{doing}: the region is not known", remedy="set region")
@@ -284,9 +286,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             if isinstance(beside, BaseException):
                 yield beside
         seen = seen.__cause__ or seen.__context__
-
-
-def _reason(error: OSError) -> str:
-    if error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return error.strerror or type(error).__name__
