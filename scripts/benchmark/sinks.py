@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Final
 
-from scripts.benchmark.backends import Destination, sink_backend
+from scripts.benchmark.backends import Destination, at_most, sink_backend
 from scripts.benchmark.orders import COLUMNS, VALUES, make_table
 from scripts.benchmark.row import Row, Target
 from scripts.benchmark.surroundings import Surroundings, surroundings
@@ -23,6 +23,7 @@ async def to_destination(
     own, through a new pipeline from its beginning. Raises `ServerMissing`.
     """
     backend = sink_backend(name)
+    events = at_most(events, backend.most_events)
     results: list[dict[str, float]] = []
     received = 0
     async with surroundings() as around, backend.opened(around) as destination:

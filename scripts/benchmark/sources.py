@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
-from scripts.benchmark.backends import Origin, source_backend
+from scripts.benchmark.backends import Origin, at_most, source_backend
 from scripts.benchmark.inbox import Inbox
 from scripts.benchmark.row import Row, Target
 from scripts.benchmark.sinks import of_floor
@@ -25,6 +25,7 @@ async def from_origin(
     and bare asyncpg that writes the same rows into the same table. Raises `ServerMissing`.
     """
     backend = source_backend(name)
+    events = at_most(events, backend.most_events)
     results: list[dict[str, float]] = []
     received = 0
     async with surroundings() as around, backend.opened(around) as origin:

@@ -130,8 +130,17 @@ class FarSide:
             await eventually(have_leaders)
         await eventually(lambda: self._is_served(names))
 
+    async def ends(self) -> dict[int, int]:
+        """The offset behind the last record of each partition, of those that are served."""
+        answered = await self._asked_ends([self.topic])
+        return {partition: end for _, partition, code, end in answered if code == 0}
+
     async def _is_served(self, topics: Sequence[str]) -> bool:
         """Whether the broker that leads the partitions of these topics knows that it does."""
+        return not any(code for _, _, code, _ in await self._asked_ends(topics))
+
+    async def _asked_ends(self, topics: Sequence[str]) -> list[tuple[str, int, int, int]]:
+        """Topic, partition, error code and end of each partition."""
         connection = AIOKafkaConnection(*self.server.address, request_timeout_ms=TIMEOUT_MS)
         await connection.connect()
         try:
@@ -139,7 +148,11 @@ class FarSide:
             answer = await connection.send(OffsetRequest(-1, 0, asked))
         finally:
             await asyncio.wait({connection.close()}, timeout=5)
-        return not any(code for _, ones in answer.topics for _, code, *_ in ones)
+        return [
+            (topic, partition, code, end)
+            for topic, ones in answer.topics
+            for partition, code, _, end in ones
+        ]
 
     async def drop(self, *topics: str) -> None:
         """Remove the topic, or others, and wait until they are gone."""

@@ -18,7 +18,8 @@ What the tests do with them: events are written in slices, and a blow falls when
 have arrived and others have not. That is observed and never hoped for: a slice that was through
 before the blow is followed by another. In the end there are at least fifty thousand events; each
 has arrived, a repetition is equal to the event it repeats, and events of a key came first in their
-order. An inbox has each message once.
+order. An inbox has each message once. A far side that takes minutes for so many says with
+``event_count`` how many it gets.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ INBOX: Final = "arrived"
 
 Blow = Literal["stop", "kill"]
 
-# Each kill falls when so many events of its slice, or more, have arrived.
-_KILLS_AFTER: Final = (1, 1_500, 3_000, 4_500)
-_SLICE: Final = EVENTS // (len(_KILLS_AFTER) + 1)
+# Each kill falls when this part of its slice, or more, has arrived.
+_KILLS_AFTER: Final = (0.0, 0.15, 0.3, 0.45)
+_SLICES: Final = len(_KILLS_AFTER) + 1
 _OUTAGES: Final[tuple[Blow, ...]] = ("stop", "kill")
-_OUTAGE_AFTER: Final = 2_000
-_HELD_BACK: Final = 1_000
+_OUTAGE_AFTER: Final = 0.2
+_HELD_BACK: Final = 0.1
 _ATTEMPTS: Final = 10
 _BATCH: Final = 500
 _CUSTOMERS: Final = 97
@@ -95,8 +96,10 @@ class Destination(Protocol):
 
     ``deduplicates``: a repetition is stored once. ``keeps_order``: events of a key are found in
     their order. ``is_apart_from_postgres``: the outbox can be written while it is away.
+    ``event_count``: how many it gets, or more.
     """
 
+    event_count: int = EVENTS
     deduplicates: bool = False
     keeps_order: bool = True
     is_apart_from_postgres: bool = True
@@ -127,8 +130,10 @@ class Origin(Protocol):
 
     ``keeps``: what was put stays there until a relay fetches it. Without that `put` ends when a
     relay has accepted the messages, and lives through outages by repeating what was not accepted.
+    ``event_count``: how many messages it gets, or more.
     """
 
+    event_count: int = EVENTS
     keeps: bool = True
 
     def source(self) -> Mapping[str, object]:
@@ -172,13 +177,14 @@ class _Flow(Protocol):
 
     world: RelayWorld
     keeps: bool
+    event_count: int
 
     async def write(self, ids: range) -> None:
         """Write events with these ids where the pipeline begins."""
         ...
 
-    async def write_while_away(self, first: int) -> int:
-        """Write some more behind the far side's back where that is possible; how many."""
+    async def write_while_away(self, first: int, count: int) -> int:
+        """Write so many more behind the far side's back where that is possible; how many."""
         ...
 
     async def count(self) -> int:
@@ -204,6 +210,7 @@ class _Scenario:
     def __init__(self, flow: _Flow, writers: asyncio.TaskGroup) -> None:
         self._flow = flow
         self._writers = writers
+        self._slice = flow.event_count // _SLICES
         self.written = 0
 
     async def relay(self) -> RelayProcess:
@@ -218,12 +225,12 @@ class _Scenario:
         if self._flow.keeps:
             await writer
 
-    async def kill_a_relay_at_work(self, after: int) -> bool:
+    async def kill_a_relay_at_work(self, after: float) -> bool:
         """Write a slice and kill a relay in the middle of it; False when it was through before."""
         before = await self._flow.count()
-        await self.write(_SLICE)
+        await self.write(self._slice)
         relay = await self.relay()
-        await self._until_arrived(before + after)
+        await self._until_arrived(before + max(1, round(after * self._slice)))
         await relay.kill()
         return await self._flow.count() < self.written
 
@@ -231,12 +238,13 @@ class _Scenario:
         """Write a slice and take the far side away in the middle; False when it was through."""
         before = await self._flow.count()
         await self._flow.world.run("select pgtrickle.disable_relay($1)", PIPELINE)
-        await self.write(_SLICE)
+        await self.write(self._slice)
         await self._flow.world.run("select pgtrickle.enable_relay($1)", PIPELINE)
-        await self._until_arrived(before + _OUTAGE_AFTER)
+        await self._until_arrived(before + round(_OUTAGE_AFTER * self._slice))
         await self._flow.take_away(blow)
         try:
-            self.written += await self._flow.write_while_away(self.written + 1)
+            held_back = round(_HELD_BACK * self._slice)
+            self.written += await self._flow.write_while_away(self.written + 1, held_back)
             await self._flow.until_missed(relay)
         finally:
             await self._flow.bring_back()
@@ -244,8 +252,8 @@ class _Scenario:
 
     async def write_the_rest(self) -> None:
         """Complete the fifty thousand."""
-        if self.written < EVENTS:
-            await self.write(EVENTS - self.written)
+        if self.written < self._flow.event_count:
+            await self.write(self._flow.event_count - self.written)
 
     async def _until_arrived(self, count: int) -> None:
         async def is_there() -> bool:
@@ -292,6 +300,7 @@ class _Forward:
 
     def __init__(self, world: RelayWorld, destination: Destination) -> None:
         self.world = world
+        self.event_count = destination.event_count
         self._destination = destination
         self._sizes = itertools.cycle(_STATEMENT_ROWS)
 
@@ -311,11 +320,11 @@ class _Forward:
                 *(part.start, part.stop - 1, _CUSTOMERS),
             )
 
-    async def write_while_away(self, first: int) -> int:
+    async def write_while_away(self, first: int, count: int) -> int:
         if not self._destination.is_apart_from_postgres:
             return 0
-        await self.write(range(first, first + _HELD_BACK))
-        return _HELD_BACK
+        await self.write(range(first, first + count))
+        return count
 
     async def count(self) -> int:
         return await self._destination.count()
@@ -366,6 +375,7 @@ class _Reverse:
     def __init__(self, world: RelayWorld, origin: Origin) -> None:
         self.world = world
         self.keeps = origin.keeps
+        self.event_count = origin.event_count
         self._origin = origin
 
     async def prepare(self) -> None:
@@ -374,7 +384,7 @@ class _Reverse:
     async def write(self, ids: range) -> None:
         await self._origin.put(ids)
 
-    async def write_while_away(self, first: int) -> int:  # noqa: ARG002 - nothing can be
+    async def write_while_away(self, first: int, count: int) -> int:  # noqa: ARG002 - nothing can be
         return 0
 
     async def count(self) -> int:

@@ -20,6 +20,9 @@ from scripts.benchmark.surroundings import Surroundings
 
 SINKS: Final[Mapping[str, str]] = {
     "redis": "redis:ToRedis",
+    "kafka": "kafka:ToKafka",
+    "rabbitmq": "rabbitmq:ToRabbit",
+    "sqs": "sqs:ToSqs",
     "webhook": "webhook:ToWebhook",
     "webhook-each": "webhook:ToWebhookEach",
     "inbox": "inbox:ToInbox",
@@ -28,6 +31,9 @@ SINKS: Final[Mapping[str, str]] = {
 SOURCES: Final[Mapping[str, str]] = {
     "nats": "nats:FromNats",
     "redis": "redis:FromRedis",
+    "kafka": "kafka:FromKafka",
+    "rabbitmq": "rabbitmq:FromRabbit",
+    "sqs": "sqs:FromSqs",
     "webhook": "webhook:FromWebhook",
     "webhook-each": "webhook:FromWebhookEach",
     "file": "files:FromFile",
@@ -53,7 +59,12 @@ class Stretch(msgspec.Struct, frozen=True):
 
 
 class Destination(Protocol):
-    """Where a sink writes to, looked at past the relay."""
+    """Where a sink writes to, looked at past the relay.
+
+    ``most_events``: how many a run has at most, where the server is too slow for more.
+    """
+
+    most_events: int | None = None
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -89,7 +100,12 @@ class Destination(Protocol):
 
 
 class Origin(Protocol):
-    """Where a source reads from, filled past the relay."""
+    """Where a source reads from, filled past the relay.
+
+    ``most_events``: how many a run has at most, where the server is too slow for more.
+    """
+
+    most_events: int | None = None
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -119,6 +135,7 @@ class _Sink(Protocol):
     """A class of `SINKS`. ``title``: for people, as in "100,000 outbox events to Redis"."""
 
     title: str
+    most_events: int | None
 
     @classmethod
     def opened(cls, around: Surroundings) -> AbstractAsyncContextManager[Destination]:
@@ -130,6 +147,7 @@ class _Source(Protocol):
     """A class of `SOURCES`. Targets in messages a second, on top of half of the floor."""
 
     title: str
+    most_events: int | None
     target_per_s: float | None
     hard_bar_per_s: float | None
 
@@ -147,6 +165,11 @@ def sink_backend(name: str) -> type[_Sink]:
 def source_backend(name: str) -> type[_Source]:
     """The class behind ``from-<name>``."""
     return cast("type[_Source]", _found(SOURCES[name]))
+
+
+def at_most(events: int, most: int | None) -> int:
+    """So many events, or the ``most_events`` of a backend where those are fewer."""
+    return events if most is None else min(events, most)
 
 
 def payload(number: int) -> bytes:

@@ -1,0 +1,122 @@
+"""Fifty thousand events to and from a durable queue of RabbitMQ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import aiormq
+import pytest
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from tests.contract.rabbitmq_far_side import FarSide
+from tests.crash.fifty_thousand import (
+    BOUND_S,
+    Arrived,
+    Blow,
+    Destination,
+    ForwardProof,
+    Origin,
+    ReverseProof,
+    arrived,
+    payload,
+)
+from tests.servers.rabbitmq import RabbitServer
+
+_AT_ONCE = 2_000
+
+
+class _Queue:
+    """A queue and its node, which keeps persistent messages that it has confirmed."""
+
+    def __init__(self, far_side: FarSide) -> None:
+        self._far_side = far_side
+
+    async def take_away(self, blow: Blow) -> None:
+        await asyncio.to_thread(getattr(self._far_side.server, blow))
+
+    async def bring_back(self) -> None:
+        await asyncio.to_thread(self._far_side.server.start)
+
+
+class _ToRabbit(_Queue, Destination):
+    """The queue can only be looked at by taking messages out, so those are kept here."""
+
+    def __init__(self, far_side: FarSide) -> None:
+        super().__init__(far_side)
+        self._events: list[Arrived] = []
+
+    def sink(self) -> Mapping[str, object]:
+        return {
+            "type": "rabbitmq",
+            "url": self._far_side.server.url,
+            "exchange": self._far_side.exchange,
+        }
+
+    async def count(self) -> int:
+        return len(self._events) + await self._far_side.depth()
+
+    async def events(self) -> Sequence[Arrived]:
+        count = await self.count()
+        are_all = asyncio.Event()
+
+        async def take(message: DeliveredMessage) -> None:
+            self._events.append(arrived(message.body))
+            if len(self._events) >= count:
+                are_all.set()
+
+        if len(self._events) < count:
+            async with aiormq.connect(self._far_side.server.url) as connection:
+                channel = await connection.channel()
+                await channel.basic_consume(self._far_side.queue, take, no_ack=True)
+                async with asyncio.timeout(BOUND_S):
+                    await are_all.wait()
+        return self._events
+
+
+class _FromRabbit(_Queue, Origin):
+    def source(self) -> Mapping[str, object]:
+        return {
+            "type": "rabbitmq",
+            "url": self._far_side.server.url,
+            "queue": self._far_side.queue,
+        }
+
+    async def put(self, ids: Sequence[int]) -> None:
+        async with aiormq.connect(self._far_side.server.url) as connection:
+            channel = await connection.channel()
+            for start in range(0, len(ids), _AT_ONCE):
+                confirmed = await asyncio.gather(
+                    *(
+                        channel.basic_publish(
+                            payload(id_),
+                            routing_key=self._far_side.queue,
+                            mandatory=True,
+                            wait=False,
+                            properties=Basic.Properties(delivery_mode=2, message_id=f"m{id_}"),
+                        )
+                        for id_ in ids[start : start + _AT_ONCE]
+                    )
+                )
+                assert all(isinstance(one, Basic.Ack) for one in confirmed)
+
+
+@pytest.fixture
+async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(rabbitmq_server, "fifty")
+    await far_side.make()
+    yield far_side
+    await far_side.drop()
+
+
+class TestForward(ForwardProof):
+    @pytest.fixture
+    def destination(self, far_side: FarSide) -> Destination:
+        return _ToRabbit(far_side)
+
+
+class TestReverse(ReverseProof):
+    @pytest.fixture
+    def origin(self, far_side: FarSide) -> Origin:
+        return _FromRabbit(far_side)
