@@ -648,24 +648,28 @@ def evidence_part(role: Literal["sink", "source"]) -> Callable[[], str]:
     def part() -> str:
         suites = _suites(role, registry.SINKS if role == "sink" else registry.SOURCES)
         evidences = list(dict.fromkeys(name for suite in suites for name in suite.evidences()))
-        rows = [
-            [evidence, *("-" if evidence in suite.lacks else "yes" for suite in suites)]
-            for evidence in evidences
-        ]
+        rows = [[evidence, *(_mark(suite, evidence) for suite in suites)] for evidence in evidences]
         table = _rows(["promise", *(f"`{suite.backend}`" for suite in suites)], rows)
         reasons = [
             f"- `{suite.backend}`, {evidence}: {reason}\n"
             for suite in suites
-            for evidence, reason in suite.lacks.items()
+            for evidence, reason in (suite.lacks | suite.shown_as).items()
         ]
         return f"{table}\n{''.join(reasons)}" if reasons else table
 
     return part
 
 
+def _mark(suite: _Suite, evidence: str) -> str:
+    if evidence in suite.lacks:
+        return "-"
+    return "yes, see below" if evidence in suite.shown_as else "yes"
+
+
 class _Suite(typing.Protocol):
     backend: str
-    lacks: Mapping[str, str]
+    lacks: dict[str, str]
+    shown_as: dict[str, str]
 
     def evidences(self) -> dict[str, list[str]]: ...
 

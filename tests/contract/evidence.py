@@ -44,13 +44,15 @@ def shows(evidence: str) -> Callable[[Test], Test]:
 class Contract:
     """Root of both suites.
 
-    A subclass says ``backend`` (the type as the catalog spells it) and ``lacks`` (evidence to
-    reason), and supplies a fixture named ``harness``.
+    A subclass says ``backend`` (the type as the catalog spells it), ``lacks`` (evidence to
+    reason) and ``shown_as`` (evidence to how it is shown where the test server can't do better),
+    and supplies a fixture named ``harness``.
     """
 
     direction: ClassVar[str]
     backend: ClassVar[str]
     lacks: ClassVar[Mapping[str, str]] = {}
+    shown_as: ClassVar[Mapping[str, str]] = {}
     can_be_lacking: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod

@@ -69,6 +69,11 @@ class TestSqsSink(SinkContract):
         " queue keeps them; consumers deduplicate by Pgtrickle-Dedup-Key",
     }
 
+    shown_as: ClassVar[Mapping[str, str]] = {
+        "restart": "the test server keeps its queues in memory: a restart is shown as an outage,"
+        " through a proxy that cuts and restores",
+    }
+
     @pytest.fixture
     async def harness(
         self,

@@ -5,7 +5,8 @@ moto keeps the order of a standard queue, as long as one receive at a time asks 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import ClassVar
 
 import pytest
 
@@ -89,6 +90,11 @@ def is_text_of_sqs(body: bytes) -> bool:
 
 class TestSqsSource(SourceContract):
     backend = "sqs"
+
+    shown_as: ClassVar[Mapping[str, str]] = {
+        "restart": "the test server keeps its queues in memory: a restart is shown as an outage,"
+        " through a proxy that cuts and restores",
+    }
 
     @pytest.fixture
     async def harness(
