@@ -4,8 +4,9 @@ moto counts a queue's messages several times over for every message that is sent
 clock about each of them: a thousand messages take a minute. Here the approximate counts are made
 anew every 50 ms, and the clock is the ordinary one. A receive that waits looks only once a second,
 and without a pause where all there is belongs to groups that are blocked; here it looks every 50
-ms. With ``PGTRICKLE_TEST_SQS_KEY`` a user's key is made of that text, id and secret alike. All else
-is moto's.
+ms. A deletion makes the list of messages anew, without the lock under which one is added, and so
+loses what was sent meanwhile; here it takes that lock. With ``PGTRICKLE_TEST_SQS_KEY`` a user's key
+is made of that text, id and secret alike. All else is moto's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     for name in _COUNTS:
         setattr(models.Queue, name, property(_counted(name, getattr(models.Queue, name).fget)))
     models.Queue.wait_for_messages = _wait_for_messages
+    models.Queue.delete_message = _deleting_alone(models.Queue.delete_message)
     key = os.environ.get("PGTRICKLE_TEST_SQS_KEY")
     if key is not None:
         iam.generate_access_key_id_from_account_id = lambda *_, **__: key
@@ -46,6 +48,16 @@ def _wait_for_messages(queue: models.Queue, timeout: float) -> None:
     """Return when a message came, or it is time to look again."""
     with queue._messages_lock:
         queue._messages_lock.wait(min(timeout, _LOOK_EVERY_S))
+
+
+def _deleting_alone(
+    delete: Callable[[models.Queue, str], None],
+) -> Callable[[models.Queue, str], None]:
+    def delete_alone(queue: models.Queue, receipt_handle: str) -> None:
+        with queue._messages_lock:
+            delete(queue, receipt_handle)
+
+    return delete_alone
 
 
 def _counted(name: str, count: Callable[[object], int]) -> Callable[[object], int]:
