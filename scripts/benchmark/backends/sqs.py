@@ -135,24 +135,25 @@ class _Queues:
 
     async def consume(self, messages: int) -> float:
         """Receive and delete so many; how many seconds that took. Raises `RuntimeError`."""
-        deleted = 0
+        # A message may be given more than once.
+        deleted: set[str] = set()
         elapsed_s = 0.0
         started = time.perf_counter()
 
         async def take() -> None:
-            nonlocal deleted, elapsed_s
-            while deleted < messages:
+            nonlocal elapsed_s
+            while len(deleted) < messages:
                 received = await self._receive(1)
                 if received:
-                    count = await self._delete(received)
-                    deleted += count
+                    await self._delete(received)
+                    deleted.update(one["MessageId"] for one in received)
                     elapsed_s = time.perf_counter() - started
 
         async with asyncio.timeout(_SILENCE_S + messages / 50), asyncio.TaskGroup() as tasks:
             for _ in range(_CALLS_AT_ONCE):
                 tasks.create_task(take())
-        if deleted != messages:
-            raise RuntimeError(f"{deleted} of {messages} messages were deleted")
+        if len(deleted) != messages:
+            raise RuntimeError(f"{len(deleted)} of {messages} messages were deleted")
         return elapsed_s
 
     async def _receive(self, wait_s: int) -> Sequence[Mapping[str, Any]]:
