@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import ssl
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -352,12 +353,16 @@ async def eventually(is_so: Callable[[], Awaitable[bool]], timeout_s: float = 30
 
 
 def batch_with_broken_header(values: Sequence[bytes], compression: str) -> bytes:
-    """Records whose one header has a name that is not UTF-8, as some other client may write."""
+    """Records whose one header has a name that is not UTF-8, as some other client may write.
+
+    They are of now: what is older than the broker keeps may be gone before it is read.
+    """
+    now_ms = int(time.time() * 1000)
 
     def built(codec: int) -> bytes:
         builder = DefaultRecordBatchBuilder(2, codec, 0, -1, -1, -1, batch_size=2**20)
         for number, value in enumerate(values):
-            builder.append(number, 1_700_000_000_000, None, value, [("~~", b"v")])
+            builder.append(number, now_ms, None, value, [("~~", b"v")])
         return bytes(builder.build())
 
     plain = bytearray(built(0)[_BATCH_HEADER_BYTES:].replace(b"~~", b"\xff\xfe"))
