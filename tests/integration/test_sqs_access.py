@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -275,7 +276,9 @@ async def demanding_a_certificate(server: SqsServer, files: TlsFiles) -> AsyncIt
             await asyncio.gather(*both, return_exceptions=True)
         finally:
             for end in (writer, back_writer):
-                end.close()
+                end.transport.abort()
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
             open_now.discard(task)
 
     front = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
