@@ -16,9 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 # raise.
 Accepted = Callable[[Mapping[int, int], Mapping[int, int]], None]
 
-# Number, size and body.
-_Frame = tuple[bytes, bytes, bytes]
-
 # An acceptance is shorter; what is longer is none.
 _LONGEST_FRAME_BYTES = 1024
 
@@ -28,6 +25,7 @@ _BODY = (
     % b',"duplicate": ?true'
 )
 _IS_DUPLICATE = b'"duplicate"'
+_LINE_ENDS = b"\r\n"
 
 
 class Acceptances:
@@ -39,7 +37,7 @@ class Acceptances:
         head = re.escape(self._head)
         self._opening = re.compile(rb"%b%b %d (%b)\r\n" % (head, _NUMBER, subscription, _SIZE))
         self._frame = re.compile(
-            rb"%b(%b) %d (%b)\r\n(%b)\r\n" % (head, _NUMBER, subscription, _SIZE, _BODY)
+            rb"(%b%b %d (%b))\r\n(%b)\r\n" % (head, _NUMBER, subscription, _SIZE, _BODY)
         )
         self._frames = re.compile(
             rb"(?:%b%b %d %b\r\n%b\r\n)*" % (head, _NUMBER, subscription, _SIZE, _BODY)
@@ -57,12 +55,16 @@ class Acceptances:
             data = self._begun + data
         run = self._frames.match(data)
         end = 0 if run is None else run.end()
-        frames = self._frame.findall(data, 0, end)
-        if any(int(size) != length for size, length in {(f[1], len(f[2])) for f in frames}):
+        lines = data[:end].split(_LINE_ENDS)
+        heads, bodies = lines[:-1:2], lines[1::2]
+        counts = self._counted(heads, bodies)
+        if counts is None:
             # Something that is longer than it looks: only what stands before it is clear.
-            frames, end = self._sound(data)
-        if frames:
-            self._accepted(*_counted(frames))
+            heads, bodies, end = self._sound(data)
+            counts = self._counted(heads, bodies)
+        if counts:
+            duplicates = self._duplicates(heads, bodies) if _IS_DUPLICATE in data else Counter()
+            self._accepted(counts - duplicates, duplicates)
         rest = data[end:]
         if rest and self._may_become_one(rest):
             self._begun, rest = rest, b""
@@ -70,17 +72,40 @@ class Acceptances:
             self._begun = b""
         return rest
 
-    def _sound(self, data: bytes) -> tuple[list[_Frame], int]:
-        """The frames in front that are as long as they say, and where they end."""
-        sound: list[_Frame] = []
+    def _counted(self, heads: Sequence[bytes], bodies: Sequence[bytes]) -> Counter[int] | None:
+        """How often each number comes; None where a body is not as long as its head says.
+
+        The heads of one chunk are alike but for the size, so that few are looked at singly.
+        """
+        counts: Counter[int] = Counter()
+        alike = Counter(zip(heads, map(len, bodies), strict=True))
+        for (head, length), count in alike.items():
+            number, _, size = head[len(self._head) :].split(b" ")
+            if int(size) != length:
+                return None
+            counts[int(number)] += count
+        return counts
+
+    def _duplicates(self, heads: Sequence[bytes], bodies: Sequence[bytes]) -> Counter[int]:
+        return Counter(
+            int(head[len(self._head) :].split(b" ")[0])
+            for head, body in zip(heads, bodies, strict=True)
+            if _IS_DUPLICATE in body[-20:]
+        )
+
+    def _sound(self, data: bytes) -> tuple[list[bytes], list[bytes], int]:
+        """Heads and bodies of the frames in front that are as long as they say, and their end."""
+        heads: list[bytes] = []
+        bodies: list[bytes] = []
         end = 0
         for found in self._frame.finditer(data):
-            number, size, body = found.groups()
+            head, size, body = found.groups()
             if found.start() != end or int(size) != len(body):
                 break
             end = found.end()
-            sound.append((number, size, body))
-        return sound, end
+            heads.append(head)
+            bodies.append(body)
+        return heads, bodies, end
 
     def _may_become_one(self, rest: bytes) -> bool:
         if len(rest) > _LONGEST_FRAME_BYTES or rest[: len(self._head)] != self._head[: len(rest)]:
@@ -89,12 +114,3 @@ class Acceptances:
         if opening is None:
             return b"\n" not in rest
         return len(rest) < opening.end() + int(opening[1]) + len(b"\r\n")
-
-
-def _counted(frames: Sequence[_Frame]) -> tuple[Mapping[int, int], Mapping[int, int]]:
-    """How often each number was accepted, and how often as a duplicate."""
-    duplicates = Counter(int(number) for number, _, body in frames if _IS_DUPLICATE in body[-20:])
-    counts: Counter[int] = Counter()
-    for text, count in Counter([frame[0] for frame in frames]).items():
-        counts[int(text)] += count
-    return counts - duplicates, duplicates
