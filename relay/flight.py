@@ -116,9 +116,31 @@ class Flight:
         self._count_under_way += 1
         return index
 
-    def goes_alone(self, index: int) -> bool:
-        """True for a message under way that has to be a chunk of its own."""
-        return index in self._alone_under_way
+    def take_chunk(self, most: int) -> Sequence[int]:
+        """The next messages that may be sent now as one chunk, at most so many; none for none.
+
+        All count as under way. One that has to be a chunk of its own comes alone.
+        """
+        first = self._next
+        if self._alone or self._alone_under_way or self._freed or self._ordered_keys:
+            return self._taken_singly(most)
+        if self._grounded is not None or self._is_full:
+            return ()
+        room = min(most, self._window - self._count_under_way, len(self.messages) - first)
+        self._next = first + room
+        self._states[first : first + room] = bytes((_UNDER_WAY,)) * room
+        self._count_under_way += room
+        return range(first, first + room)
+
+    def put_back(self, indices: Sequence[int]) -> None:
+        """These were taken, last of all, and were not sent after all: they are the next ones."""
+        for index in indices:
+            self._states[index] = _WAITING
+        self._count_under_way -= len(indices)
+        if indices and not self._ordered_keys and indices[-1] == self._next - 1:
+            self._next = indices[0]
+        else:
+            self._freed.extendleft(reversed(indices))
 
     def answered(self, chunk: Chunk) -> None:
         """All of a chunk have been answered: settle them, or send each again by itself.
@@ -171,6 +193,14 @@ class Flight:
             unsent.extend(index for behind in self._behind.values() for index in behind)
             found += [Failure(index, self._grounded, was_sent=False) for index in unsent]
         return sorted(found, key=lambda failure: failure.index)
+
+    def _taken_singly(self, most: int) -> Sequence[int]:
+        taken: list[int] = []
+        while len(taken) < most and (index := self.take()) is not None:
+            taken.append(index)
+            if index in self._alone_under_way:
+                break
+        return taken
 
     @property
     def _is_full(self) -> bool:

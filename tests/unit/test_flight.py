@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,15 +124,51 @@ def test_a_rejection_in_a_chunk_sends_each_of_it_again_alone_and_in_front() -> N
     flight.answered(Chunk(indices=indices, answers=3, error=rejected))
 
     assert (flight.wants_sender, flight.bytes_under_way) == (True, 0)
-    assert taken(flight) == [0, 1, 3]
-    assert all(flight.goes_alone(index) for index in indices)
+    assert [list(flight.take_chunk(9)) for _ in range(4)] == [[0], [1], [3], []]
     flight.answered(Chunk(indices=[0], answers=1, error=rejected))
     flight.answered(Chunk(indices=[1, 3], answers=2))
-    assert taken(flight) == [2, 4]
-    assert not flight.goes_alone(2)
+    assert flight.take_chunk(9) == [2, 4]
     flight.accept([2, 4])
     assert flight.is_over
     assert [(one.index, one.error) for one in flight.failures()] == [(0, rejected)]
+
+
+def test_a_chunk_has_what_single_takes_would_give_in_the_same_order() -> None:
+    flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
+    assert flight.take_chunk(2) == [0, 1]
+    assert flight.take_chunk(9) == [3]
+    assert list(flight.take_chunk(9)) == []
+
+    flight.accept([0, 1, 3])
+
+    assert flight.take_chunk(9) == [2, 4]
+    assert flight.under_way() == [2, 4]
+
+    free = Flight(messages(["a", "b", "c", "d"]), is_strict=True, window=3)
+    assert list(free.take_chunk(2)) == [0, 1]
+    assert list(free.take_chunk(9)) == [2]
+    assert list(free.take_chunk(9)) == []
+    free.fail(0, Outage("full"))
+    free.accept([1, 2])
+    assert list(free.take_chunk(9)) == []
+    assert [(one.index, one.was_sent) for one in free.failures()] == [(0, True), (3, False)]
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "c", "d", "e"], ["a", "b", "c", "c", "d"]])
+def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
+    keys: list[str],
+) -> None:
+    flight = Flight(messages(keys), is_strict=True, window=9)
+    chunk = flight.take_chunk(3)
+
+    flight.put_back(chunk[1:])
+
+    assert flight.under_way() == [0]
+    assert taken(flight) == ([1, 2, 3, 4] if keys[3] == "d" else [1, 2, 4])
+    flight.accept([2])
+    assert taken(flight) == ([] if keys[3] == "d" else [3])
+    flight.accept(range(5))
+    assert flight.is_over
 
 
 def test_what_should_have_gone_again_alone_fails_with_a_grounded_flight() -> None:
@@ -170,6 +207,9 @@ def test_whatever_happens_every_message_is_settled_once_and_keys_keep_their_orde
     flight = Flight(messages(keys), is_strict=is_strict, window=window)
     accepted: list[int] = []
     while not flight.is_over:
+        if chance.random() < 0.5:
+            chunk = flight.take_chunk(4)
+            flight.put_back(chunk[chance.randint(1, 4) :])
         taken(flight)
         under_way = flight.under_way()
         assert len(under_way) <= window

@@ -95,7 +95,8 @@ def test_a_block_that_is_made_from_a_remembered_one_is_no_different(
             headers=headers,
             payload=b"1",
         )
-        assert sink._block(message) == wire_headers.encode(
+        block, _ = sink._encoded(message, max_payload=2**20)
+        assert block == wire_headers.encode(
             headers_of(message),
             message_id=dedup_key,
             fixed=f"{wire_headers.EXPECTED_STREAM}: here\r\n",

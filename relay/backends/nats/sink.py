@@ -251,12 +251,13 @@ class NatsSink:
         """
         lines: list[bytes] = []
         size = 0
-        messages, indices = flight.messages, chunk.indices
+        messages, sent = flight.messages, chunk.indices
         subject_of, encoded = self._subject, self._encoded
         reply = f"{self._reply_prefix}{self._next_number}"
-        while size < _CHUNK_BYTES and len(indices) < _CHUNK_MESSAGES:
-            index = flight.take()
-            if index is None:
+        taken = flight.take_chunk(_CHUNK_MESSAGES)
+        for place, index in enumerate(taken):
+            if size >= _CHUNK_BYTES:
+                flight.put_back(taken[place:])
                 break
             message = messages[index]
             try:
@@ -267,13 +268,10 @@ class NatsSink:
                 continue
             head = len(block)
             total = head + len(body)
-            line = f"HPUB {subject} {reply} {head} {total}\r\n"
-            lines += (line.encode(), block, body, b"\r\n")
-            indices.append(index)
+            lines += (f"HPUB {subject} {reply} {head} {total}\r\n".encode(), block, body, b"\r\n")
+            sent.append(index)
             flight.weigh(index, total)
             size += total
-            if flight.goes_alone(index):
-                break
         return lines
 
     async def _await_replies(self, connection: Connection, flight: Flight) -> None:
@@ -300,32 +298,32 @@ class NatsSink:
     def _encoded(self, message: RelayMessage, max_payload: int) -> tuple[bytes, bytes]:
         try:
             body = self._encode_body(message)
-            block = self._block(message)
+            key = message.dedup_key
+            if self._has_few_headers and not message.headers and wire_headers.is_plain(key):
+                parts = self._blocks.get((message.op, message.is_full_refresh))
+                block = key.encode().join(parts or self._new_parts(message))
+            else:
+                block = self._block_from_scratch(message)
         except UnicodeEncodeError:
             raise MessageUndecodable("the message holds text that is not Unicode") from None
-        total = len(block) + len(body)
-        if total > max_payload:
+        head = len(block)
+        if head + len(body) > max_payload:
             raise MessageTooLarge(
-                f"the message has {total} bytes with its headers, the server's max_payload is"
-                f" {max_payload} bytes"
+                f"the message has {head + len(body)} bytes with its headers, the server's"
+                f" max_payload is {max_payload} bytes"
             )
-        if len(block) > _MAX_HEADER_BYTES:
+        if head > _MAX_HEADER_BYTES:
             raise MessageTooLarge(
-                f"the headers have {len(block)} bytes, JetStream's limit is"
-                f" {_MAX_HEADER_BYTES} bytes"
+                f"the headers have {head} bytes, JetStream's limit is {_MAX_HEADER_BYTES} bytes"
             )
         return block, body
 
-    def _block(self, message: RelayMessage) -> bytes:
-        key = message.dedup_key
-        if not self._has_few_headers or message.headers or not wire_headers.is_plain(key):
-            return self._block_from_scratch(message)
-        slot = (message.op, message.is_full_refresh)
-        parts = self._blocks.get(slot)
-        if parts is None:
-            marked = self._block_from_scratch(structs.replace(message, dedup_key=_KEY_MARK))
-            parts = self._blocks[slot] = marked.split(_KEY_MARK.encode())
-        return key.encode().join(parts)
+    def _new_parts(self, message: RelayMessage) -> list[bytes]:
+        """The header block of messages like this one, cut where the dedup key stands."""
+        marked = self._block_from_scratch(structs.replace(message, dedup_key=_KEY_MARK))
+        parts = marked.split(_KEY_MARK.encode())
+        self._blocks[message.op, message.is_full_refresh] = parts
+        return parts
 
     def _block_from_scratch(self, message: RelayMessage) -> bytes:
         return wire_headers.encode(
