@@ -108,6 +108,7 @@ class _CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defa
 
 _json = msgspec.json.Encoder()
 _document = msgspec.json.Decoder(msgspec.Raw)
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _envelope = msgspec.json.Decoder(Envelope)
 _cloud_event = msgspec.json.Decoder(_CloudEvent)
 
@@ -217,12 +218,17 @@ def restore_envelope(body: bytes) -> RelayMessage:
 def is_json(body: bytes) -> bool:
     """True where the bytes are one JSON document in UTF-8."""
     try:
-        _document.decode(body)
-        if not body.isascii():
-            body.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        _check_json(body)
+    except _NOT_JSON:
         return False
     return True
+
+
+def _check_json(body: bytes) -> None:
+    """Raise one of `_NOT_JSON` unless the bytes are one JSON document in UTF-8."""
+    _document.decode(body)
+    if not body.isascii():
+        body.decode()
 
 
 def _unknown(format_: str) -> ConfigurationError:
@@ -234,13 +240,18 @@ def _unknown(format_: str) -> ConfigurationError:
 def _wrapping(wrapped: Callable[[RelayMessage], msgspec.Struct]) -> EncodeBody:
     """A payload goes into the wrapping JSON as it is, so it must be JSON itself."""
 
+    check, encode = _check_json, _json.encode
+
     def checked(message: RelayMessage) -> bytes:
-        if not is_json(message.payload):
-            raise MessageUndecodable("the payload is not JSON, which this format has to contain")
         try:
-            return _json.encode(wrapped(message))
+            check(message.payload)
+            return encode(wrapped(message))
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
+        except _NOT_JSON:
+            raise MessageUndecodable(
+                "the payload is not JSON, which this format has to contain"
+            ) from None
 
     return checked
 

@@ -15,7 +15,7 @@ cannot be looked into costs only itself; a payload that cannot be read costs its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -39,7 +39,7 @@ OutboxRow = tuple[
     bytes | None,
     bytes | None,
 ]
-KeyOf = Callable[[msgspec.Raw | bytes], str | None]
+_Row = msgspec.Raw | bytes
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ARRAY_OPENS = ord("[")
@@ -106,10 +106,11 @@ class OutboxDecoder:
     ) -> None:
         self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
         self._stream_table = stream_table
-        self._key_of = _key_reader(tuple(key_columns))
+        self._keys = _KeyReader(tuple(key_columns))
         self._collapses = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
         self._payload = msgspec.json.Decoder(_Payload)
+        self._payloads = msgspec.json.Decoder(list[_Payload])
         self._array = msgspec.json.Decoder(list[msgspec.Raw])
 
     @property
@@ -117,8 +118,11 @@ class OutboxDecoder:
         """True where a delete and an insert of one key become one update."""
         return self._collapses
 
-    def decode(self, rows: Iterable[OutboxRow]) -> Decoded:
+    def decode(self, rows: Sequence[OutboxRow]) -> Decoded:
         """Decode as many rows as belong into one batch: up to the first claim check, or that."""
+        singles = self._single_inserts(rows)
+        if singles:
+            return Decoded(messages=singles, rows=len(rows))
         decoded = Decoded()
         messages, rejected = decoded.messages, decoded.rejected
         for row in rows:
@@ -162,7 +166,7 @@ class OutboxDecoder:
     ) -> Iterator[RelayMessage]:
         """The messages of rows that share an op and follow each other."""
         prefix = f"{self._prefix}{event.outbox_id}:"
-        stream_table, key_of = self._stream_table, self._key_of
+        stream_table, key_of = self._stream_table, self._keys.of
         outbox_id, refresh_id, created_at, headers, is_full_refresh = (
             event.outbox_id,
             event.refresh_id,
@@ -192,7 +196,7 @@ class OutboxDecoder:
     def key_of(self, row: bytes) -> str | None:
         """The key of a row, or None where it has none or cannot be looked into."""
         try:
-            return self._key_of(row)
+            return self._keys.of(row)
         except MessageUndecodable:
             return None
 
@@ -216,6 +220,51 @@ class OutboxDecoder:
         """A claim check as a whole on its way to the dead letters."""
         return self._refused(claim_check.event, claim_check.payload, error)
 
+    def _single_inserts(self, rows: Sequence[OutboxRow]) -> list[RelayMessage] | None:
+        """The messages of the commonest batch by far: each row says that one row was inserted.
+
+        None for any other. What it gives is what the long way would give, at a third of the cost:
+        all are read in two calls. Each body is a whole JSON document, being of type jsonb.
+        """
+        bodies = [row[6] for row in rows if row[6] and not row[5]]
+        if len(bodies) < len(rows):
+            return None
+        try:
+            payloads = self._payloads.decode(b"[%b]" % b",".join(bodies))
+            inserted = [
+                payload.inserted[0]
+                for payload in payloads
+                if payload.inserted
+                and len(payload.inserted) == 1
+                and not payload.deleted
+                and payload.v == PAYLOAD_VERSION
+                and payload.v is not True
+                and not payload.full_refresh
+                and not payload.claim_check
+            ]
+            if len(inserted) < len(rows):
+                return None
+            keys = self._keys.of_all(inserted)
+        except (*_UNREADABLE, MessageUndecodable):
+            return None
+        prefix, stream_table = self._prefix, self._stream_table
+        return [
+            RelayMessage(
+                dedup_key=f"{prefix}{outbox_id}:0",
+                payload=bytes(row),
+                key=key,
+                op="insert",
+                stream_table=stream_table,
+                outbox_id=outbox_id,
+                refresh_id=refresh_id,
+                created_at=created_at,
+                headers=NO_HEADERS if headers is None else _headers(headers),
+            )
+            for (outbox_id, refresh_id, created_at, _, _, _, _, headers), row, key in zip(
+                rows, inserted, keys, strict=True
+            )
+        ]
+
     def _plain_inserts(self, row: OutboxRow) -> list[RelayMessage] | None:
         """The messages of the commonest row by far: rows were inserted, and nothing is amiss.
 
@@ -236,7 +285,7 @@ class OutboxDecoder:
             ):
                 return None
             prefix = f"{self._prefix}{outbox_id}:"
-            stream_table, key_of = self._stream_table, self._key_of
+            stream_table, key_of = self._stream_table, self._keys.of
             texts = NO_HEADERS if headers is None else _headers(headers)
             return [
                 RelayMessage(
@@ -401,62 +450,72 @@ def _raws(array: bytes) -> list[msgspec.Raw]:
     return [msgspec.Raw(element) for element in array_elements(array)]
 
 
-def _key_reader(columns: tuple[str, ...]) -> KeyOf:
-    """What reads the key of a row: one column's text, or several as a compact JSON array."""
-    if not columns:
-        return lambda _: None
-    pick = _column_reader(columns)
+class _KeyReader:
+    """Reads the keys of rows: one column's text, or several as a compact JSON array.
 
-    def single(row: msgspec.Raw | bytes) -> str | None:
-        try:
-            text = str(pick(row)[0], "utf-8")
-        except _UNREADABLE as error:
-            _raise_unless_keyless(error)
-            return None
-        if not text or text == "null":
-            return None
-        return msgspec.json.decode(text, type=str) if text[0] == '"' else text
+    Raises `MessageUndecodable` for a row that is not sound; one that is no object has no key.
+    """
 
-    def several(row: msgspec.Raw | bytes) -> str | None:
-        try:
-            values = [bytes(value) for value in pick(row)]
-        except _UNREADABLE as error:
-            _raise_unless_keyless(error)
-            return None
-        return None if b"" in values else f"[{b','.join(values).decode()}]"
-
-    return single if len(columns) == 1 else several
-
-
-def _raise_unless_keyless(error: Exception) -> None:
-    """What is no object has no columns, hence no key; anything else is a row that is not sound."""
-    if not isinstance(error, msgspec.ValidationError):
-        raise MessageUndecodable(f"the row's key cannot be read: {error}") from None
-
-
-def _column_reader(
-    columns: tuple[str, ...],
-) -> Callable[[msgspec.Raw | bytes], Sequence[msgspec.Raw | bytes]]:
-    """What takes the raw values of these columns out of a JSON object; empty where missing."""
-    if any(_needs_escaping(column) for column in columns):
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self._columns = columns
+        self._as_key = _single_key if len(columns) == 1 else _joined_key
         # The decoder of a struct does not take such names.
-        objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
+        self._by_name = (
+            msgspec.json.Decoder(dict[str, msgspec.Raw])
+            if any(_needs_escaping(column) for column in columns)
+            else None
+        )
+        names = [f"column_{number}" for number in range(len(columns))]
+        row_type = msgspec.defstruct(
+            "KeyColumns",
+            [(name, msgspec.Raw, msgspec.Raw()) for name in names],
+            rename=None if self._by_name else dict(zip(names, columns, strict=True)),
+            frozen=True,
+            gc=False,
+        )
+        self._row = msgspec.json.Decoder(row_type)
+        self._rows = msgspec.json.Decoder(list[row_type])  # type: ignore[valid-type]  # made here
 
-        def pick_by_name(row: msgspec.Raw | bytes) -> Sequence[msgspec.Raw | bytes]:
-            found = objects.decode(row)
-            return [found.get(column, b"") for column in columns]
+    def of(self, row: _Row) -> str | None:
+        """The key of one row."""
+        if not self._columns:
+            return None
+        try:
+            return self._as_key(self._picked(row))
+        except msgspec.ValidationError:
+            return None
+        except _UNREADABLE as error:
+            raise MessageUndecodable(f"the row's key cannot be read: {error}") from None
 
-        return pick_by_name
-    names = [f"column_{number}" for number in range(len(columns))]
-    key_type = msgspec.defstruct(
-        "KeyColumns",
-        [(name, msgspec.Raw, msgspec.Raw()) for name in names],
-        rename=dict(zip(names, columns, strict=True)),
-        frozen=True,
-        gc=False,
-    )
-    decode = msgspec.json.Decoder(key_type).decode
-    return lambda row: msgspec.structs.astuple(decode(row))
+    def of_all(self, rows: Sequence[_Row]) -> Sequence[str | None]:
+        """The keys of these rows, cheaper than one after the other."""
+        if not self._columns or self._by_name:
+            return [self.of(row) for row in rows]
+        try:
+            found = self._rows.decode(b"[%b]" % b",".join(rows))
+            as_key, values_of = self._as_key, msgspec.structs.astuple
+            return [as_key(values_of(columns)) for columns in found]
+        except _UNREADABLE:
+            return [self.of(row) for row in rows]
+
+    def _picked(self, row: _Row) -> Sequence[_Row]:
+        """The raw values of the key columns; empty where missing."""
+        if self._by_name is None:
+            return msgspec.structs.astuple(self._row.decode(row))
+        found = self._by_name.decode(row)
+        return [found.get(column, b"") for column in self._columns]
+
+
+def _single_key(values: Sequence[_Row]) -> str | None:
+    text = str(values[0], "utf-8")
+    if not text or text == "null":
+        return None
+    return msgspec.json.decode(text, type=str) if text[0] == '"' else text
+
+
+def _joined_key(values: Sequence[_Row]) -> str | None:
+    texts = [bytes(value) for value in values]
+    return None if b"" in texts else f"[{b','.join(texts).decode()}]"
 
 
 def _needs_escaping(name: str) -> bool:
