@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -159,11 +160,22 @@ class Voice:
         )
 
 
-class _Settlement(msgspec.Struct, kw_only=True):
+class Prepared(msgspec.Struct, frozen=True):
+    """What of a batch is ready to be published, and what is refused, with the reason."""
+
+    messages: Sequence[RelayMessage]
+    refused: Sequence[tuple[RelayMessage, RelayError]]
+
+
+_Acceptance = tuple[datetime, Sequence[RelayMessage], AbstractSet[int]]
+
+
+class Settlement(msgspec.Struct, kw_only=True):
     """How far one batch has come.
 
     ``tried``: by the id of a pending message, how often it failed itself; a failure that merely
-    held it back behind another does not count.
+    held it back behind another does not count. ``acceptances``: when the sink accepted what, and
+    the indices of what it did not.
     """
 
     pending: list[RelayMessage]
@@ -172,7 +184,8 @@ class _Settlement(msgspec.Struct, kw_only=True):
     accepted: int = 0
     duplicates: int = 0
     dead_lettered: int = 0
-    latencies_s: list[float] = msgspec.field(default_factory=list)
+    duration_s: float = 0.0
+    acceptances: list[_Acceptance] = msgspec.field(default_factory=list)
 
 
 class Delivery:
@@ -218,20 +231,26 @@ class Delivery:
         await self._sink.aclose()
         self._lost()
 
-    async def settle(self, batch: Batch) -> None:
-        """Return when every message of the batch is accepted or dead-lettered.
-
-        Raises `Stopping` when that can't be had before the pipeline stops, and
-        `ConfigurationError` when it never will be.
-        """
-        started = time.perf_counter()
-        work = _Settlement(pending=[])
+    def prepare(self, batch: Batch) -> Prepared:
+        """Transform the messages of a batch; to be done while the one before is under way."""
+        messages: list[RelayMessage] = []
         refused = [(rejected.message, rejected.error) for rejected in batch.rejected]
         for message in batch.messages:
             try:
-                work.pending.append(self._transform(message))
+                messages.append(self._transform(message))
             except MessageRejected as error:
                 refused.append((message, error))
+        return Prepared(messages, refused)
+
+    async def settle(self, prepared: Prepared) -> Settlement:
+        """Return when every message of the batch is accepted or dead-lettered.
+
+        What is returned is for `tell`. Raises `Stopping` when that can't be had before the pipeline
+        stops, and `ConfigurationError` when it never will be.
+        """
+        started = time.perf_counter()
+        work = Settlement(pending=list(prepared.messages))
+        refused = prepared.refused
         try:
             if refused:
                 await self._bury(refused, attempts=1, is_transformed=False)
@@ -241,12 +260,15 @@ class Delivery:
                     await self._publish_all(work)
         except Stopping:
             if work.accepted or work.dead_lettered:
-                self._tell_published(work, started)
+                work.duration_s = time.perf_counter() - started
+                self.tell(work)
             raise
         self._voice.state(PipelineState.RUNNING)
-        self._tell_published(work, started)
+        work.duration_s = time.perf_counter() - started
+        return work
 
-    def _tell_published(self, work: _Settlement, started: float) -> None:
+    def tell(self, work: Settlement) -> None:
+        """Tell the observers how a batch was settled; apart, so that the next need not wait."""
         self._voice.emit(
             BatchPublished(
                 pipeline=self._voice.pipeline,
@@ -254,9 +276,9 @@ class Delivery:
                 messages=work.accepted,
                 duplicates=work.duplicates,
                 dead_lettered=work.dead_lettered,
-                duration_s=time.perf_counter() - started,
+                duration_s=work.duration_s,
                 attempts=work.attempts,
-                latencies_s=work.latencies_s,
+                latencies_s=_latencies_s(work.acceptances),
             )
         )
 
@@ -309,7 +331,7 @@ class Delivery:
             # What was suspended lets go of the sink when it stops, no better than it was.
             if self._stop.is_set() or self._rest_s() > 0:
                 return False
-            failures = await self._publish_once(_Settlement(pending=messages), messages)
+            failures = await self._publish_once(Settlement(pending=messages), messages)
         failed = {failure.index for failure in failures}
         delivered = [id_ for index, id_ in enumerate(ids) if index not in failed]
         refused = [failure for failure in failures if failure.error.kind is ErrorKind.MESSAGE]
@@ -331,7 +353,7 @@ class Delivery:
         )
         return len(refused) == len(failures)
 
-    async def _publish_all(self, work: _Settlement) -> None:
+    async def _publish_all(self, work: Settlement) -> None:
         backoff = self._policy.backoff()
         while work.pending:
             await self._rest()
@@ -351,7 +373,7 @@ class Delivery:
                 await self._after_transient(work, transient, backoff)
 
     async def _publish_once(
-        self, work: _Settlement, messages: Sequence[RelayMessage]
+        self, work: Settlement, messages: Sequence[RelayMessage]
     ) -> Sequence[Failure]:
         """Publish and account for what was accepted; an outage is the failure of each message."""
         if not messages:
@@ -382,16 +404,11 @@ class Delivery:
             self._condemned.clear()
             work.accepted += len(messages) - len(failed)
             work.duplicates += result.duplicates
-            now = datetime.now(UTC)
-            work.latencies_s.extend(
-                (now - message.created_at).total_seconds()
-                for index, message in enumerate(messages)
-                if message.created_at is not None and index not in failed
-            )
+            work.acceptances.append((datetime.now(UTC), messages, failed))
         return result.failures
 
     def _is_sink_broken(
-        self, work: _Settlement, rejected: Sequence[tuple[RelayMessage, RelayError]]
+        self, work: Settlement, rejected: Sequence[tuple[RelayMessage, RelayError]]
     ) -> bool:
         """Called when nothing was accepted: is it the messages, or the sink?
 
@@ -403,7 +420,7 @@ class Delivery:
         self._rejections_in_a_row += sum(1 for _, error in rejected if _is_sinks_verdict(error))
         return self._rejections_in_a_row >= self._policy.breaker_threshold
 
-    async def _probe(self, work: _Settlement, error: RelayError) -> None:
+    async def _probe(self, work: Settlement, error: RelayError) -> None:
         """Hold the batch and try one message at a time until one is accepted.
 
         Only the first message of each key is tried, so that no event overtakes another of its key.
@@ -430,7 +447,7 @@ class Delivery:
 
     async def _after_transient(
         self,
-        work: _Settlement,
+        work: Settlement,
         transient: Sequence[tuple[RelayMessage, Failure]],
         backoff: Backoff,
     ) -> None:
@@ -554,8 +571,17 @@ def _sorted_out(
     return rejected, transient
 
 
+def _latencies_s(acceptances: Sequence[_Acceptance]) -> list[float]:
+    return [
+        (accepted_at - message.created_at).total_seconds()
+        for accepted_at, messages, failed in acceptances
+        for index, message in enumerate(messages)
+        if message.created_at is not None and index not in failed
+    ]
+
+
 def _spent(
-    work: _Settlement, transient: Sequence[tuple[RelayMessage, Failure]], limit: int
+    work: Settlement, transient: Sequence[tuple[RelayMessage, Failure]], limit: int
 ) -> list[tuple[RelayMessage, RelayError]]:
     """Count this attempt, and give what has had all of its attempts.
 

@@ -1,8 +1,8 @@
 """One pipeline: poll → transform → publish → acknowledge, for as long as it is wanted.
 
 Three stages run side by side, joined by short queues: while batch n is published, batch n+1 is
-polled and batch n-1 acknowledged. A batch moves on only when all of it is done, so what is
-acknowledged is always the position of a finished batch.
+polled and transformed, and batch n-1 acknowledged. A batch moves on only when all of it is done,
+so what is acknowledged is always the position of a finished batch.
 
 Any trouble of the source ends the *session*: what was polled and not acknowledged is void, and
 the source starts again from what was acknowledged; the same events come again with the same keys.
@@ -26,7 +26,9 @@ from relay.contracts import Batch, Sink, Source
 from relay.delivery import (
     DeadLetters,
     Delivery,
+    Prepared,
     RetryPolicy,
+    Settlement,
     Stopping,
     Transform,
     Voice,
@@ -206,26 +208,32 @@ class _Session:
         self._stop = stop
         self._is_draining = is_draining
         self._progressed = progressed
-        self._polled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(max(1, prefetch))
+        self._polled: asyncio.Queue[tuple[Batch, Prepared] | _Finished] = asyncio.Queue(
+            max(1, prefetch)
+        )
         self._settled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(2)
         self._room = asyncio.Semaphore(prefetch + 1)
         self._out: deque[Batch] = deque()
+        self._untold: deque[Settlement] = deque()
 
     async def run(self) -> None:
         """Until stop, drain or end of input; what is still out then is given back.
 
         Raises what the source or the delivery raised, in an exception group.
         """
-        async with asyncio.TaskGroup() as tasks:
-            background = [
-                tasks.create_task(self._keep_alive()),
-                tasks.create_task(self._delivery.retry_dead_letters()),
-            ]
-            tasks.create_task(self._poll())
-            tasks.create_task(self._publish())
-            await tasks.create_task(self._acknowledge())
-            for task in background:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(self._keep_alive()),
+                    tasks.create_task(self._delivery.retry_dead_letters()),
+                ]
+                tasks.create_task(self._poll())
+                tasks.create_task(self._publish())
+                await tasks.create_task(self._acknowledge())
+                for task in background:
+                    task.cancel()
+        finally:
+            self._tell()
         for batch in reversed(self._out):
             await self._source.reject(batch)
 
@@ -257,14 +265,15 @@ class _Session:
                     break
                 continue
             self._out.append(batch)
-            await self._polled.put(batch)
+            await self._polled.put((batch, self._delivery.prepare(batch)))
         await self._polled.put(_Finished())
 
     async def _publish(self) -> None:
-        while not isinstance(batch := await self._polled.get(), _Finished):
+        while not isinstance(polled := await self._polled.get(), _Finished):
+            batch, prepared = polled
             if not self._stop.is_set():
                 with contextlib.suppress(Stopping):
-                    await self._delivery.settle(batch)
+                    self._untold.append(await self._delivery.settle(prepared))
                     heed_cancellation()
                     await self._settled.put(batch)
             self._room.release()
@@ -272,6 +281,7 @@ class _Session:
 
     async def _acknowledge(self) -> None:
         while not isinstance(batch := await self._settled.get(), _Finished):
+            self._tell()
             await self._source.acknowledge(batch)
             heed_cancellation()
             self._out.popleft()
@@ -284,6 +294,11 @@ class _Session:
                     offset=int(batch.checkpoint) if batch.checkpoint.isdecimal() else None,
                 )
             )
+
+    def _tell(self) -> None:
+        """Tell what was settled: here, while the publisher is at the next batch."""
+        while self._untold:
+            self._delivery.tell(self._untold.popleft())
 
     async def _keep_alive(self) -> None:
         interval_s = self._source.keep_alive_interval_s
