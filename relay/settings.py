@@ -94,7 +94,7 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     shutdown_timeout_s: float = 30.0
     coordinate_interval_s: float = 0.5
     failed_retry_s: float = 30.0
-    batch_size: int = 1000
+    batch_size: int = 4000
     batch_bytes: int = 4_194_304
     prefetch: int = 1
     poll_interval_ms: int = 20
