@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from nats.protocol.parser import Parser
 
 from relay.backends.nats.acceptance import Acceptances
-from relay.backends.nats.connection import _Parser
+from relay.backends.nats.frame import FrameParser
 
 PREFIX = "_INBOX.ours."
 SUBSCRIPTION = 7
+HANDLED = 8
 USUAL = b'{"stream":"S","seq":12}'
 REPEATED = b'{"stream":"S", "domain":"hub", "seq":12,"duplicate": true}'
 REFUSED = b'{"error":{"code":503,"err_code":10077,"description":"full"},"stream":"S","seq":0}'
@@ -25,6 +26,12 @@ def frame(
     body: bytes, number: int | str = 1, *, prefix: str = PREFIX, subscription: int = SUBSCRIPTION
 ) -> bytes:
     return f"MSG {prefix}{number} {subscription} {len(body)}\r\n".encode() + body + b"\r\n"
+
+
+def headed(head: bytes, body: bytes, has_reply: bool) -> bytes:
+    sizes = b"%d %d" % (len(head), len(head) + len(body))
+    reply = b"$JS.ACK.1 " if has_reply else b""
+    return "HMSG orders.ä ".encode() + b"%d %b%b\r\n%b%b\r\n" % (HANDLED, reply, sizes, head, body)
 
 
 FRAMES = st.one_of(
@@ -37,6 +44,8 @@ FRAMES = st.one_of(
     st.builds(frame, st.just(USUAL), st.integers(0, 99), prefix=st.just("orders.")),
     st.builds(frame, st.just(USUAL), st.integers(0, 99), subscription=st.sampled_from([5, 77])),
     st.builds(frame, st.binary(max_size=2000), st.integers(0, 99)),
+    st.builds(frame, st.binary(max_size=99), st.integers(0, 9), subscription=st.just(HANDLED)),
+    st.builds(headed, st.binary(max_size=9), st.binary(max_size=99), st.booleans()),
     st.sampled_from(
         [
             b"PING\r\n",
@@ -46,6 +55,8 @@ FRAMES = st.one_of(
             b'INFO {"server_id":"a"}\r\n',
             b"HMSG _INBOX.ours.3 7 16 16\r\nNATS/1.0 503\r\n\r\n\r\n",
             b"MSG _INBOX.ours.4 7 _INBOX.theirs 23\r\n" + USUAL + b"\r\n",
+            b"MSG orders %d _INBOX.theirs 23\r\n" % HANDLED + USUAL + b"\r\n",
+            b"MSG  orders\t%d 23\r\n" % HANDLED + USUAL + b"\r\n",
         ]
     ),
 )
@@ -61,6 +72,9 @@ class Heard:
         for counts, is_duplicate in ((numbers, False), (duplicates, True)):
             for number, count in counts.items():
                 self.events += [("accepted", number, is_duplicate)] * count
+
+    def handled(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        self.events.append(("message", HANDLED, subject, reply, data, headers))
 
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None
@@ -104,13 +118,37 @@ def test_what_arrives_means_the_same_as_to_the_librarys_own_parser(
     data = b"".join(frames)
     cuts = draw.draw(st.lists(st.integers(0, len(data)), max_size=12))
     theirs, ours = Heard(), Heard()
-    parser = _Parser(ours)
+    parser = FrameParser(ours, {HANDLED: ours.handled})
     parser.acceptances = Acceptances(PREFIX, SUBSCRIPTION, ours.accepted)
 
     asyncio.run(fed(Parser(theirs), data, cuts))
     asyncio.run(fed(parser, data, cuts))
 
     assert ours.in_order() == theirs.in_order()
+
+
+@pytest.mark.parametrize("cut", range(len(headed(b"head", b"body", True))))
+def test_a_message_to_a_handler_never_passes_the_librarys_parser_however_it_is_cut(
+    cut: int,
+) -> None:
+    heard = Heard()
+    parser = FrameParser(None, {HANDLED: heard.handled})
+
+    asyncio.run(fed(parser, headed(b"head", b"body", True) * 2, [cut]))
+
+    message = ("message", HANDLED, "orders.ä".encode(), b"$JS.ACK.1", b"body", b"head")
+    assert heard.events == [message, message]
+
+
+def test_what_had_begun_to_arrive_is_forgotten_with_its_connection() -> None:
+    heard = Heard()
+    parser = FrameParser(heard, {HANDLED: heard.handled})
+    asyncio.run(parser.parse(b"MSG orders 8 4\r\nto"))
+
+    parser.reset()
+    asyncio.run(parser.parse(b"PING\r\n"))
+
+    assert heard.events == [("ping",)]
 
 
 @pytest.mark.parametrize("cut", range(len(frame(USUAL)) * 2))

@@ -10,7 +10,7 @@ import pytest
 from nats.aio.client import Client
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
-from relay.backends.nats.connection import _Client, _Parser
+from relay.backends.nats.connection import _Client
 from relay.backends.nats.errors import (
     CLIENT_ERRORS,
     JETSTREAM_ERRORS,
@@ -19,6 +19,7 @@ from relay.backends.nats.errors import (
     of_jetstream,
     of_server_text,
 )
+from relay.backends.nats.frame import FrameParser
 from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
@@ -155,7 +156,7 @@ def test_the_client_library_still_has_the_seams_that_the_connection_uses() -> No
 
 
 def test_the_client_library_still_has_the_parser_whose_place_the_connection_takes() -> None:
-    theirs, ours = inspect.signature(Parser.parse), inspect.signature(_Parser.parse)
+    theirs, ours = inspect.signature(Parser.parse), inspect.signature(FrameParser.parse)
     assert list(ours.parameters) == list(theirs.parameters)
     assert inspect.iscoroutinefunction(Parser.parse)
     client = _Client(is_tls_wanted=False)
@@ -163,4 +164,5 @@ def test_the_client_library_still_has_the_parser_whose_place_the_connection_take
     assert client._parser.nc is client
     assert client._parser.state == AWAITING_CONTROL_LINE
     assert client._parser.buf == b""
+    assert "self.reset()" in inspect.getsource(Parser.__init__)
     assert "self._ps.parse(" in inspect.getsource(Client._read_loop)

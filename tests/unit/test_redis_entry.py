@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relay import wire
 from relay.backends.redis.connection import pack
-from relay.backends.redis.entry import Entry, Limits, decoded, packed_fields
+from relay.backends.redis.entry import Entry, FieldPacker, Limits, decoded, packed_fields
 from relay.contracts import Rejected
 from relay.errors import MessageTooLarge, MessageUndecodable
-from relay.message import RelayMessage
+from relay.message import Op, RelayMessage
 from tests.contract.evidence import SERIALIZED_FIELDS, assert_same_message, complete_message
 
 LIMITS = Limits(1000, 500)
+AMPLE = Limits(10**6, 10**6)
 
 
 def entry(*fields: bytes) -> Entry:
@@ -77,6 +81,48 @@ def test_text_without_a_utf8_form_is_refused() -> None:
 
     with pytest.raises(MessageUndecodable):
         packed_fields(message, wire.encoder("payload", wire.FIELD), LIMITS)
+
+
+@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+@given(
+    dedup_keys=st.lists(st.text(), min_size=1, max_size=4),
+    op=st.sampled_from(["insert", "event"]),
+    is_full_refresh=st.booleans(),
+    headers=st.dictionaries(st.text(), st.text(), max_size=1),
+    body=st.text(),
+)
+def test_fields_that_are_packed_from_remembered_ones_are_no_different(
+    format_: str,
+    dedup_keys: list[str],
+    op: Op,
+    is_full_refresh: bool,
+    headers: dict[str, str],
+    body: str,
+) -> None:
+    packer = FieldPacker(format_, namespace="shop")
+    encode = wire.encoder(format_, wire.FIELD, namespace="shop")
+
+    for dedup_key in dedup_keys:
+        message = RelayMessage(
+            dedup_key=dedup_key,
+            op=op,
+            is_full_refresh=is_full_refresh,
+            headers=headers,
+            payload=msgspec.json.encode(body),
+        )
+        assert packer.pack(message, AMPLE) == packed_fields(message, encode, AMPLE)
+
+
+@pytest.mark.parametrize("limits", [Limits(300, 10**6), Limits(10**6, 300)])
+def test_remembered_fields_do_not_get_around_a_limit(limits: Limits) -> None:
+    packer = FieldPacker("envelope", namespace="")
+
+    for payload in (b'"%s"' % (b"x" * 400), b"{}"):
+        message = RelayMessage(dedup_key="k" * 400, payload=payload)
+        with pytest.raises(MessageTooLarge, match="300"):
+            packer.pack(message, limits)
+    with pytest.raises(MessageUndecodable):
+        packer.pack(RelayMessage(dedup_key="\ud800", payload=b"{}"), AMPLE)
 
 
 def test_somebody_elses_payload_is_named_by_its_place_and_has_the_other_fields_as_headers() -> None:

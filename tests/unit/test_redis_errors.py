@@ -7,6 +7,7 @@ import ssl
 
 import pytest
 import redis.exceptions as client
+from redis._parsers.hiredis import _AsyncHiredisParser
 from redis.asyncio import Connection as Driver
 
 from relay.backends.redis.connection import _TlsDriver
@@ -130,3 +131,10 @@ def test_the_client_library_still_has_the_seams_that_the_connection_uses() -> No
     assert {"host", "port", "ssl"} <= arguments.keys()
     assert "disable_decoding" in inspect.signature(Driver.read_response).parameters
     assert "check_health" in inspect.signature(Driver.send_packed_command).parameters
+
+
+def test_the_library_reads_answers_with_the_parser_that_gives_many_at_once() -> None:
+    parser = Driver()._parser
+
+    assert isinstance(parser, _AsyncHiredisParser)
+    assert "_reader" in _AsyncHiredisParser.__slots__

@@ -3,8 +3,8 @@
 The client library does what it does well: the handshake, TLS, authentication, pings and single
 requests. For bulk work it makes a future, a message object and a queue entry per message, which
 costs more than all else; so whole chunks of protocol lines are handed to its transport, and what
-arrives for our own inboxes goes straight to a handler; acceptances don't even pass the library's
-parser. The seams used are those of `_Client` and `_Parser`.
+arrives for our own inboxes goes straight to a handler. The seams used are those of `_Client` and
+`relay.backends.nats.frame`.
 
 A connection that is lost stays lost: the library's own reconnecting would buffer and replay
 publishes behind the back of the loop, which has to decide what is repeated, and in which order.
@@ -25,7 +25,6 @@ from nats.aio.client import Client, RawCredentials
 from nats.aio.transport import TcpTransport
 from nats.errors import Error as ClientError
 from nats.errors import NoRespondersError
-from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 
 from relay.backends.nats.acceptance import Acceptances, Accepted
 from relay.backends.nats.errors import (
@@ -35,6 +34,7 @@ from relay.backends.nats.errors import (
     of_jetstream,
     of_server_text,
 )
+from relay.backends.nats.frame import FrameParser, Handler
 from relay.backends.nats.options import NatsConnectionOptions, NatsServer, servers_of
 from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
 
@@ -46,24 +46,7 @@ _ABORT_TIMEOUT_S = 0.1
 _HEALTH_TIMEOUT_S = 2.0
 _PING_INTERVAL_S = 20
 
-# Called with subject, reply subject, body and header block of what arrives; must not raise.
-Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
-
 T = TypeVar("T")
-
-
-class _Parser(Parser):
-    """nats-py's parser; while it waits for a frame to begin, acceptances are taken out before."""
-
-    acceptances: Acceptances | None = None
-
-    async def parse(self, data: bytes = b"") -> None:
-        acceptances = self.acceptances
-        if acceptances is not None and self.state == AWAITING_CONTROL_LINE and not self.buf:
-            data = acceptances.feed(data)
-            if not data:
-                return
-        await super().parse(data)
 
 
 class _Client(Client):
@@ -71,8 +54,8 @@ class _Client(Client):
 
     def __init__(self, *, is_tls_wanted: bool) -> None:
         super().__init__()
-        self._ps = self._parser = _Parser(self)
         self._handlers: dict[int, Handler] = {}
+        self._ps = self._parser = FrameParser(self, self._handlers)
         self._is_tls_wanted = is_tls_wanted
 
     def listen(self, subject: str, handler: Handler) -> int:

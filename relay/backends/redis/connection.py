@@ -3,7 +3,9 @@
 The client library does what it does well: the handshake, TLS, authentication and reading answers.
 Its pipelines and pools are not used: they reconnect and repeat behind the back of the loop, which
 has to decide what is repeated, and in which order; and packing a command costs them more than all
-else. A connection that is lost, or given up in the middle of an answer, stays lost.
+else. Of many answers only those that are waited for come through its coroutine; what has arrived
+with them is taken straight from its parser. A connection that is lost, or given up in the middle
+of an answer, stays lost.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
+from redis._parsers.hiredis import NOT_ENOUGH_DATA, _AsyncHiredisParser
 from redis.asyncio import Connection as Driver
+from redis.exceptions import ConnectionError as ServerGone
 from redis.exceptions import NoPermissionError, ResponseError
 
 from relay.backends.redis.errors import mapped, of_reply
@@ -87,6 +91,7 @@ class Connection:
                     await self._driver.send_packed_command([packed], check_health=False)
                     while len(replies) < answers:
                         replies.append(await self._read())
+                        self._take_arrived(replies, answers)
         return replies
 
     async def is_healthy(self) -> bool:
@@ -122,6 +127,20 @@ class Connection:
         except ResponseError as error:
             return error
         return reply
+
+    def _take_arrived(self, replies: list[Reply], answers: int) -> None:
+        """Take what has arrived whole by now, without the library's coroutines for each."""
+        parser = self._driver._parser  # noqa: SLF001 - a seam, see the module
+        if not isinstance(parser, _AsyncHiredisParser):
+            return
+        gets: Callable[[bool], Reply] = parser._reader.gets  # type: ignore[attr-defined]  # noqa: SLF001
+        while len(replies) < answers:
+            reply = gets(False)
+            if reply is NOT_ENOUGH_DATA:
+                return
+            if isinstance(reply, ServerGone):
+                raise reply
+            replies.append(reply)
 
     @contextmanager
     def _giving_up(self, doing: str) -> Iterator[None]:

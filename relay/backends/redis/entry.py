@@ -32,6 +32,10 @@ _HEADER = HEADER.encode()
 _PAYLOAD = PAYLOAD.encode()
 _FORMAT = wire.FIELD.format.encode()
 _DEDUP_KEY = wire.FIELD.dedup_key.encode()
+_PACKED_PAYLOAD = pack_one(_PAYLOAD)
+_KEY_MARK = "dedup key"
+# No mark, op or name of a format is longer.
+_LONGEST_OWN = 64
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -39,6 +43,9 @@ class Limits(msgspec.Struct, frozen=True):
 
     message_bytes: int
     value_bytes: int
+
+
+_NO_LIMITS = Limits(2**40, 2**40)
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -87,6 +94,47 @@ def packed_fields(message: RelayMessage, encode: wire.Encode, limits: Limits) ->
             f" {limits.value_bytes} bytes"
         )
     return len(arguments), packed
+
+
+class FieldPacker:
+    """`packed_fields` for the messages of one sink, which remembers what they have in common."""
+
+    def __init__(self, format_: str, *, namespace: str) -> None:
+        self._encode = wire.encoder(format_, wire.FIELD, namespace=namespace)
+        self._encode_body = wire.body_encoder(format_, namespace=namespace)
+        self._has_few_headers = format_ in wire.FEW_HEADERS
+        # By op and full-refresh mark: how many arguments, and what stands between and behind body
+        # and dedup key.
+        self._known: dict[tuple[str, bool], tuple[int, bytes, bytes]] = {}
+
+    def pack(self, message: RelayMessage, limits: Limits) -> tuple[int, bytes]:
+        """See `packed_fields`."""
+        if not self._has_few_headers or message.headers:
+            return packed_fields(message, self._encode, limits)
+        body = self._encode_body(message)
+        try:
+            key = message.dedup_key.encode()
+        except UnicodeEncodeError:
+            return packed_fields(message, self._encode, limits)
+        known = self._known.get((message.op, message.is_full_refresh))
+        count, between, behind = known or self._learned(message)
+        packed = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n%b" % (
+            *(_PACKED_PAYLOAD, len(body), body),
+            *(between, len(key), key, behind),
+        )
+        longest = max(len(body), len(key), _LONGEST_OWN)
+        if len(packed) > limits.message_bytes or longest > limits.value_bytes:
+            return packed_fields(message, self._encode, limits)
+        return count, packed
+
+    def _learned(self, message: RelayMessage) -> tuple[int, bytes, bytes]:
+        marked = structs.replace(message, dedup_key=_KEY_MARK, payload=b"0")
+        count, packed = packed_fields(marked, self._encode, _NO_LIMITS)
+        body = pack_one(self._encode_body(marked))
+        _, _, rest = packed.partition(_PACKED_PAYLOAD + body)
+        between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
+        found = self._known[message.op, message.is_full_refresh] = (count, between, behind)
+        return found
 
 
 def entries(reply: Sequence[Reply]) -> Iterator[Entry]:

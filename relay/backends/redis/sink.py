@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import msgspec
 from redis.exceptions import ResponseError
 
-from relay import wire
 from relay.backends.redis.connection import Connection, Reply, connect, pack, pack_one, rows
-from relay.backends.redis.entry import Limits, packed_fields
+from relay.backends.redis.entry import FieldPacker, Limits
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key, check_template, escape
 from relay.backends.redis.options import (
@@ -61,13 +61,13 @@ class RedisSink:
         options: RedisSinkOptions,
         *,
         render: Render,
-        encode: wire.Encode,
+        packer: FieldPacker,
         ordering: str,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
-        self._encode = encode
+        self._packer = packer
         self._is_strict = ordering == "strict"
         self._name = name
         self._connection: Connection | None = None
@@ -97,7 +97,7 @@ class RedisSink:
         return cls(
             parsed,
             render=compile_routing(parsed.stream_key, parsed.routing, escape=escape),
-            encode=wire.encoder(parsed.format, wire.FIELD, namespace=context.dedup_namespace),
+            packer=FieldPacker(parsed.format, namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
         )
@@ -145,18 +145,23 @@ class RedisSink:
         """
         connection = self._open()
         failed: dict[int, RelayError] = {}
-        start = 0
-        while start < len(messages):
-            chunk, start = self._next_chunk(messages, start, failed)
+        chunk, start = self._next_chunk(messages, 0, failed)
+        while chunk.indexes:
+            adding = asyncio.create_task(self._add(connection, chunk, messages, failed))
             try:
-                await self._add(connection, chunk, messages, failed)
-            except Outage as error:
-                failed.update(dict.fromkeys(chunk.indexes, error))
+                # The next is packed while the server is at this one.
+                await asyncio.sleep(0)
+                following, packed_to = self._next_chunk(messages, start, failed)
+                await adding
+            finally:
+                adding.cancel()
+                await asyncio.gather(adding, return_exceptions=True)
             trouble = next((failed[one] for one in chunk.indexes if _is_passing(failed, one)), None)
             # Behind what may still be accepted later nothing of its key may go.
             if trouble is not None and (self._is_strict or connection.loss is not None):
                 failed.update(dict.fromkeys(range(start, len(messages)), trouble))
                 break
+            chunk, start = following, packed_to
         if self._options.wait_replicas and connection.loss is None:
             await self._confirm(connection, messages, failed)
         return PublishResult(failures=[Failure(one, failed[one]) for one in sorted(failed)])
@@ -204,7 +209,7 @@ class RedisSink:
 
     def _command(self, message: RelayMessage) -> bytes:
         key = check_key(message.subject or self._render(message))
-        count, fields = packed_fields(message, self._encode, self._limits)
+        count, fields = self._packer.pack(message, self._limits)
         return b"*%d\r\n$4\r\nXADD\r\n%b%b%b" % (
             self._fixed_arguments + count,
             pack_one(key.encode()),
@@ -219,10 +224,12 @@ class RedisSink:
         messages: Sequence[RelayMessage],
         failed: dict[int, RelayError],
     ) -> None:
-        """Send a chunk and note what the server refuses. Raises `Outage`."""
-        if not chunk.commands:
+        """Send a chunk and note what the server refuses, or that nothing is known of it."""
+        try:
+            replies = await self._replies(connection, chunk.commands)
+        except Outage as error:
+            failed.update(dict.fromkeys(chunk.indexes, error))
             return
-        replies = await self._replies(connection, chunk.commands)
         for index, reply in zip(chunk.indexes, replies, strict=True):
             if isinstance(reply, ResponseError):
                 stream = messages[index].subject or self._render(messages[index])

@@ -105,7 +105,7 @@ class WebhookSink:
             parsed,
             target,
             render=compile_routing(parsed.subject_template, parsed.routing),
-            encode=wire.encoder(parsed.format, wire.HTTP, namespace=context.dedup_namespace),
+            encode=_encode(parsed, context.dedup_namespace),
             is_strict=ordering == "strict",
         )
 
@@ -261,6 +261,14 @@ class WebhookSink:
         if item.message.subject:
             headers = {**headers, SUBJECT: item.message.subject}
         return [(b"Content-Type", self._content_type), *encode(headers)]
+
+
+def _encode(options: WebhookSinkOptions, namespace: str) -> wire.Encode:
+    """An array has headers of its own, and no use for those of its messages."""
+    if not options.batch_mode:
+        return wire.encoder(options.format, wire.HTTP, namespace=namespace)
+    body_of = wire.body_encoder(options.format, namespace=namespace)
+    return lambda message: wire.Encoded(body_of(message), {})
 
 
 def _format(name: str) -> wire.Format:
