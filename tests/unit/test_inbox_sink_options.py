@@ -164,10 +164,23 @@ def test_a_message_that_cannot_be_read_fails_alone_and_without_its_content() -> 
 
     rows, failures = read_rows(messages, reads)
 
-    assert [row.index for row in rows] == [0, 3]
+    assert list(rows.indexes) == [0, 3]
+    assert list(rows.columns[0]) == ["1", "4"]
     assert [failure.index for failure in failures] == [1, 2]
     assert all(isinstance(failure.error, MessageUndecodable) for failure in failures)
     assert "secret" not in str(failures[0].error)
+
+
+def test_a_part_of_rows_has_the_indexes_and_values_of_its_messages() -> None:
+    reads = compile_fields({}, source=None, pipeline="p").values()
+    messages = [RelayMessage(dedup_key=f"{n}", payload=b"{}") for n in range(5)]
+
+    rows, failures = read_rows(messages, list(reads))
+    part = rows.part(1, 3)
+
+    assert (len(rows), len(part), failures) == (5, 2, [])
+    assert list(part.indexes) == [1, 2]
+    assert list(part.columns[0]) == ["1", "2"]
 
 
 def test_bytes_reach_a_bytea_column_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""A message as the values of one inbox row, read by rules that were compiled once."""
+"""Messages as the values of inbox rows, read by rules that were compiled once."""
 
 from __future__ import annotations
 
@@ -36,11 +36,18 @@ Read = Callable[[RelayMessage], Value]
 _json = msgspec.json.Encoder()
 
 
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """The values of one message; ``index`` counts in what was published."""
+class Rows(msgspec.Struct, frozen=True):
+    """The values of messages, a list for each column; ``indexes`` count in what was published."""
 
-    index: int
-    values: tuple[Value, ...]
+    indexes: Sequence[int]
+    columns: Sequence[Sequence[Value]]
+
+    def __len__(self) -> int:
+        return len(self.indexes)
+
+    def part(self, start: int, end: int) -> Rows:
+        """The rows from ``start`` up to ``end``."""
+        return Rows(self.indexes[start:end], [column[start:end] for column in self.columns])
 
 
 class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -126,18 +133,33 @@ def as_column(name: str, read: Read, column_type: str) -> Read:
 
 def read_rows(
     messages: Sequence[RelayMessage], reads: Sequence[Read]
-) -> tuple[list[Row], list[Failure]]:
+) -> tuple[Rows, list[Failure]]:
     """The rows of all messages that can be read, in order, and a failure for each other one."""
-    rows: list[Row] = []
+    try:
+        columns = [list(map(read, messages)) for read in reads]
+    except (MessageRejected, UnicodeDecodeError, UnicodeEncodeError):
+        return _read_singly(messages, reads)
+    return Rows(range(len(messages)), columns), []
+
+
+def _read_singly(
+    messages: Sequence[RelayMessage], reads: Sequence[Read]
+) -> tuple[Rows, list[Failure]]:
+    indexes: list[int] = []
+    columns: list[list[Value]] = [[] for _ in reads]
     failures: list[Failure] = []
     for index, message in enumerate(messages):
         try:
-            rows.append(Row(index, tuple([read(message) for read in reads])))
+            values = [read(message) for read in reads]
         except MessageRejected as error:
             failures.append(Failure(index, error))
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             failures.append(Failure(index, MessageUndecodable(f"not UTF-8: {error.reason}")))
-    return rows, failures
+        else:
+            indexes.append(index)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+    return Rows(indexes, columns), failures
 
 
 def _required(field: str, read: Read) -> Read:

@@ -10,7 +10,7 @@ from typing import Self
 import msgspec
 
 from relay.backends.inbox.options import InboxSinkOptions, inbox_sink_options
-from relay.backends.inbox.row import Read, Row, as_column, compile_fields, read_rows
+from relay.backends.inbox.row import Read, Rows, as_column, compile_fields, read_rows
 from relay.backends.inbox.table import InboxTable, table_named, table_of_inbox
 from relay.catalog import Catalog
 from relay.context import BackendContext
@@ -97,7 +97,7 @@ class InboxSink:
             raise NotConnected("the inbox is not connected")
         rows, failures = read_rows(messages, insert.reads)
         written = _Written(failures=failures)
-        if rows:
+        if len(rows):
             await insert.write(rows, written)
         if written.rows == len(messages):
             return ALL_ACCEPTED
@@ -178,7 +178,7 @@ class _Insert:
     statement: str
     reads: tuple[Read, ...]
 
-    async def write(self, rows: Sequence[Row], written: _Written) -> None:
+    async def write(self, rows: Rows, written: _Written) -> None:
         """Write all at once; where that is refused for some row's sake, find it."""
         try:
             async with self.database.connection(_DOING) as connection:
@@ -187,15 +187,15 @@ class _Insert:
         except MessageRejected as error:
             refusal = error
         if len(rows) == 1:
-            written.failures.append(Failure(rows[0].index, refusal))
+            written.failures.append(Failure(rows.indexes[0], refusal))
         elif len(rows) <= _SEARCHED_ROWS:
             await self._search(rows, written, refusal)
         else:
             for start in range(0, len(rows), _SEARCHED_ROWS):
-                await self._search(rows[start : start + _SEARCHED_ROWS], written, None)
+                await self._search(rows.part(start, start + _SEARCHED_ROWS), written, None)
 
     async def _search(
-        self, rows: Sequence[Row], written: _Written, known_error: MessageRejected | None
+        self, rows: Rows, written: _Written, known_error: MessageRejected | None
     ) -> None:
         """Write, in one transaction, all rows but those that are refused."""
         try:
@@ -211,7 +211,7 @@ class _Insert:
     async def _bisect(
         self,
         connection: PooledConnection,
-        rows: Sequence[Row],
+        rows: Rows,
         written: _Written,
         known_error: MessageRejected | None,
     ) -> None:
@@ -225,16 +225,17 @@ class _Insert:
         if error is None:
             return
         if len(rows) == 1:
-            written.failures.append(Failure(rows[0].index, error))
+            written.failures.append(Failure(rows.indexes[0], error))
             return
         half = len(rows) // 2
         failures_before = len(written.failures)
-        await self._bisect(connection, rows[:half], written, None)
+        await self._bisect(connection, rows.part(0, half), written, None)
         is_in_front = len(written.failures) > failures_before
-        await self._bisect(connection, rows[half:], written, None if is_in_front else error)
+        rest = rows.part(half, len(rows))
+        await self._bisect(connection, rest, written, None if is_in_front else error)
 
     async def _try(
-        self, connection: PooledConnection, rows: Sequence[Row], written: _Written
+        self, connection: PooledConnection, rows: Rows, written: _Written
     ) -> MessageRejected | None:
         """Write the rows under a savepoint; gives the error where some row is refused."""
         try:
@@ -245,11 +246,9 @@ class _Insert:
             return error
         return None
 
-    async def _run(self, connection: PooledConnection, rows: Sequence[Row]) -> int:
+    async def _run(self, connection: PooledConnection, rows: Rows) -> int:
         """How many rows were new."""
-        status = await connection.execute(
-            self.statement, *zip(*[row.values for row in rows], strict=True)
-        )
+        status = await connection.execute(self.statement, *rows.columns)
         return int(status.rpartition(" ")[2])
 
 

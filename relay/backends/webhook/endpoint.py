@@ -30,37 +30,49 @@ _KEEP_IDLE_S = 30.0
 
 
 class _Pool:
-    """The connections that are used now; closed when it is retired and its last request is over."""
+    """So many connections, each in a transport of its own.
+
+    A transport with several looks at every one of them, socket included, for each request.
+    """
 
     def __init__(self, connections: int, tls: ssl.SSLContext | None) -> None:
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=tls or False,
-            trust_env=False,
-            limits=httpx.Limits(
-                max_connections=connections,
-                max_keepalive_connections=connections,
-                keepalive_expiry=_KEEP_IDLE_S,
-            ),
-        )
-        self._under_way = 0
-        self._is_retired = False
+        self._tls = tls
+        self._room = asyncio.Semaphore(connections)
+        # The last one used comes first: the far side is the least likely to have closed it.
+        self._free: list[httpx.AsyncHTTPTransport] = []
+        self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def in_use(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
-        self._under_way += 1
-        try:
-            yield self._transport
-        finally:
-            self._under_way -= 1
-            if self._is_retired:
-                await self.retire()
+    async def connection(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+        """One that nobody else uses meanwhile; waits for it."""
+        async with self._room:
+            transport = self._free.pop() if self._free else self._new()
+            is_sound = False
+            try:
+                yield transport
+                is_sound = True
+            finally:
+                # The client never frees the place of a connection that was interrupted half-way.
+                if is_sound and not self._is_closed:
+                    self._free.append(transport)
+                else:
+                    await _closed(transport)
 
-    async def retire(self) -> None:
-        """Use no more; never raises."""
-        self._is_retired = True
-        if self._under_way == 0:
-            with contextlib.suppress(httpx.HTTPError, OSError):
-                await self._transport.aclose()
+    async def aclose(self) -> None:
+        """Close all that are not in use, and the others when they are free; never raises."""
+        self._is_closed = True
+        free, self._free = self._free, []
+        for transport in free:
+            await _closed(transport)
+
+    def _new(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(
+            verify=self._tls or False,
+            trust_env=False,
+            limits=httpx.Limits(
+                max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEP_IDLE_S
+            ),
+        )
 
 
 class Endpoint:
@@ -96,7 +108,8 @@ class Endpoint:
         await self._reach(
             min(self._timeout_s, _PROBE_TIMEOUT_S), is_refusal_awaited=self._tls is not None
         )
-        self._pool = self._new_pool()
+        connections = 1 if self._options.batch_mode else self._options.max_in_flight
+        self._pool = _Pool(connections, self._tls)
 
     async def is_reachable(self) -> bool:
         """True when somebody listens there now."""
@@ -126,8 +139,10 @@ class Endpoint:
                     content=body,
                     extensions=self._extensions,
                 )
-                async with pool.in_use() as transport:
-                    response = await self._answer_to(request, transport)
+                async with pool.connection() as transport:
+                    async with asyncio.timeout(self._timeout_s):
+                        response = await transport.handle_async_request(request)
+                    await _read_to_its_end(response)
         except RelayError as error:
             return error
         return of_status(
@@ -142,26 +157,7 @@ class Endpoint:
         """Close the connections; never raises."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            await pool.retire()
-
-    async def _answer_to(
-        self, request: httpx.Request, transport: httpx.AsyncHTTPTransport
-    ) -> httpx.Response:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await transport.handle_async_request(request)
-            await _read_to_its_end(response)
-            return response
-        except (TimeoutError, asyncio.CancelledError):
-            # The client never frees the place of a connection that was interrupted half-way.
-            pool, self._pool = self._pool, self._new_pool()
-            if pool is not None:
-                await pool.retire()
-            raise
-
-    def _new_pool(self) -> _Pool:
-        connections = 1 if self._options.batch_mode else self._options.max_in_flight
-        return _Pool(connections, self._tls)
+            await pool.aclose()
 
     async def _reach(self, timeout_s: float, *, is_refusal_awaited: bool = False) -> None:
         host = self._target.host
@@ -179,6 +175,11 @@ class Endpoint:
             finally:
                 # An orderly end of TLS would wait for the peer.
                 writer.transport.abort()
+
+
+async def _closed(transport: httpx.AsyncHTTPTransport) -> None:
+    with contextlib.suppress(httpx.HTTPError, OSError):
+        await transport.aclose()
 
 
 async def _hear_refusal(reader: asyncio.StreamReader, address: str) -> None:
