@@ -61,6 +61,7 @@ class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 _OURS = frozenset(_Metadata.__struct_fields__)
+_TRACE_NAMES = frozenset({"traceparent", "trace_id"})
 
 
 def compile_fields(
@@ -177,7 +178,7 @@ def _or_empty_object(read: Read) -> Read:
 
 
 def _trace_id(message: RelayMessage) -> str | None:
-    if not message.headers:
+    if _TRACE_NAMES.isdisjoint(map(str.lower, message.headers)):
         return None
     # https://www.w3.org/TR/trace-context/#traceparent-header: version, trace id, parent, flags
     traceparent = header_value(message.headers, "traceparent", "traceparent")
@@ -200,5 +201,7 @@ def _headers(message: RelayMessage) -> bytes:
         message.is_full_refresh,
     )
     encoded = _json.encode(metadata)
-    others = {name: text for name, text in message.headers.items() if name not in _OURS}
+    others = message.headers
+    if not _OURS.isdisjoint(others):
+        others = {name: text for name, text in others.items() if name not in _OURS}
     return encoded[:-1] + b"," + _json.encode(others)[1:] if others else encoded

@@ -40,12 +40,9 @@ def parse(block: bytes | None) -> dict[str, str]:
     """The headers of a received block as they are on the wire; of a repeated name the last."""
     if block is None:
         return {}
-    headers: dict[str, str] = {}
-    for line in block.decode("utf-8", "replace").split("\r\n")[1:]:
-        name, colon, value = line.partition(":")
-        if colon:
-            headers[name.strip()] = value.strip()
-    return headers
+    lines = block.decode("utf-8", "replace").split("\r\n")
+    parts = [line.partition(":") for line in lines[1:] if ":" in line]
+    return {name.strip(): value.strip() for name, _, value in parts}
 
 
 def decode(headers: Mapping[str, str]) -> dict[str, str]:

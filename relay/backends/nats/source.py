@@ -57,6 +57,7 @@ _CONFLICT = 409
 _BAD_REQUEST = 400
 
 _SHORT_REPLY_TOKENS = 9
+_MARKER = wire.TITLE.format.lower()
 
 
 class _Arrived(msgspec.Struct, frozen=True, gc=False):
@@ -579,8 +580,7 @@ def _is_last(reply: bytes) -> bool:
 
 def _restored(body: bytes, headers: Mapping[str, str]) -> RelayMessage | None:
     """The message as our own sink sent it, or None for somebody else's."""
-    marker = wire.TITLE.format.lower()
-    if not any(name.lower() == marker for name in headers):
+    if _MARKER not in map(str.lower, headers):
         return None
     own = {name: value for name, value in headers.items() if name[:5].lower() != "nats-"}
     return wire.restore(body, wire_headers.decode(own), wire.TITLE)
