@@ -26,30 +26,26 @@ def murmur2(data: bytes) -> int:
     """The hash as Kafka's clients compute it, without a sign."""
     length = len(data)
     if length < _BEGINNING_BYTES:
-        h, at = _SEED ^ length, 0
+        h = _mixed(_SEED ^ length, data, 0)
     else:
-        h, at = _begun(data[:_BEGINNING_BYTES], length), _BEGINNING_BYTES
-    return _ended(_mixed(h, data, at, length >> 2), data, length)
+        h = _mixed(_begun(data[:_BEGINNING_BYTES], length), data, _BEGINNING_BYTES)
+    if length & 3:
+        h = ((h ^ int.from_bytes(data[length & ~3 :], "little")) * _M) & _32
+    h = ((h ^ (h >> 13)) * _M) & _32
+    return h ^ (h >> 15)
 
 
 # Dedup keys differ at their end, and most of the work is their beginning.
 @lru_cache(maxsize=4096)
 def _begun(beginning: bytes, length: int) -> int:
-    return _mixed(_SEED ^ length, beginning, 0, _BEGINNING_BYTES >> 2)
+    return _mixed(_SEED ^ length, beginning, 0)
 
 
-def _mixed(h: int, data: bytes, at: int, words: int) -> int:
-    """Take in the words of four bytes from there to so many in all."""
-    count = words - (at >> 2)
+def _mixed(h: int, data: bytes, at: int) -> int:
+    """Take in the whole words of four bytes from there on."""
+    count = (len(data) - at) >> 2
     unpack = _words[count] if count < len(_words) else struct.Struct(f"<{count}I")
     for word in unpack.unpack_from(data, at):
         k = (word * _M) & _32
         h = ((h * _M) ^ ((k ^ (k >> 24)) * _M)) & _32
     return h
-
-
-def _ended(h: int, data: bytes, length: int) -> int:
-    if length & 3:
-        h = ((h ^ int.from_bytes(data[length & ~3 :], "little")) * _M) & _32
-    h = ((h ^ (h >> 13)) * _M) & _32
-    return h ^ (h >> 15)

@@ -381,7 +381,7 @@ def _unpacked(record: asyncpg.Record) -> Sequence[OutboxRow]:
         for id_, refresh_id, created_at, payload, headers in zip(
             ids,
             record["refresh_ids"] or itertools.repeat(None),
-            [_moment(seconds) for seconds in record["created_ats"]],
+            _moments(record["created_ats"]),
             record["payloads"].encode().split(b"\n"),
             itertools.repeat(None)
             if record["headers"] is None
@@ -389,6 +389,15 @@ def _unpacked(record: asyncpg.Record) -> Sequence[OutboxRow]:
             strict=False,
         )
     ]
+
+
+def _moments(seconds: Sequence[float | None]) -> Sequence[datetime | None]:
+    """Times from seconds since the epoch, to the microsecond."""
+    from_seconds = datetime.fromtimestamp
+    try:
+        return [from_seconds(one, UTC) for one in seconds]  # type: ignore[arg-type]  # None raises
+    except (TypeError, OverflowError, ValueError, OSError):
+        return [_moment(one) for one in seconds]
 
 
 def _moment(seconds: float | None) -> datetime | None:
