@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Final
@@ -12,6 +13,8 @@ from scripts.benchmark.row import Row, Target
 from scripts.benchmark.surroundings import Surroundings, surroundings
 
 TARGET_OF_FLOOR: Final = 0.5
+# As many as the relay reads at a time by default.
+PAGE_ROWS: Final = 4_000
 
 
 async def to_destination(
@@ -20,7 +23,9 @@ async def to_destination(
     """Measure so many runs, each with its own floor; the figures are their medians.
 
     Each run delivers the same outbox of ``events`` rows, each captured from a statement of its
-    own, through a new pipeline from its beginning. Raises `ServerMissing`.
+    own, through a new pipeline from its beginning. The floor is the slower of two: bare asyncpg
+    that reads the same rows, and a bare client that writes the same bytes to the destination.
+    Raises `ServerMissing`.
     """
     backend = sink_backend(name)
     events = at_most(events, backend.most_events)
@@ -34,8 +39,9 @@ async def to_destination(
                 received += keys
                 results.append(result)
                 say(
-                    f"to-{name} {run}/{runs}: {result['per_s']:,.0f}/s,"
-                    f" floor {result['floor_per_s']:,.0f}/s"
+                    f"to-{name} {run}/{runs}: {result['per_s']:,.0f}/s, floor"
+                    f" {result['floor_per_s']:,.0f}/s (reading {result['read_floor_per_s']:,.0f},"
+                    f" writing {result['write_floor_per_s']:,.0f})"
                 )
     figures = {figure: median(result[figure] for result in results) for figure in results[0]}
     return Row(
@@ -78,9 +84,33 @@ async def _run(
     stretch = await destination.until_holding(events, timeout_s=60 + events / 50)
     await around.delete_pipeline(pipeline)
     keys = await destination.read()
-    floor_per_s = await destination.floor()
+    read_per_s = await _read_floor(around, events)
+    write_per_s = await destination.floor()
+    floor_per_s = min(read_per_s, write_per_s)
     return len(keys), {
         "per_s": stretch.per_s,
         "floor_per_s": floor_per_s,
+        "read_floor_per_s": read_per_s,
+        "write_floor_per_s": write_per_s,
         "of_floor": stretch.per_s / floor_per_s,
     }
+
+
+async def _read_floor(around: Surroundings, events: int) -> float:
+    """Outbox rows a second of bare asyncpg that reads them in order and does nothing with them.
+
+    Raises `RuntimeError` where not all are there.
+    """
+    page = await around.postgres.prepare(
+        "select id, refresh_id, created_at, inserted_count, deleted_count, is_claim_check, payload,"
+        " headers from pgtrickle.outbox_orders where id > $1 order by id limit $2"
+    )
+    seen = last_id = 0
+    started = time.perf_counter()
+    while rows := await page.fetch(last_id, PAGE_ROWS):
+        seen += len(rows)
+        last_id = rows[-1]["id"]
+    elapsed_s = time.perf_counter() - started
+    if seen != events:
+        raise RuntimeError(f"{seen} of {events} outbox rows were read")
+    return seen / elapsed_s

@@ -1,4 +1,4 @@
-"""The sink: one thread per sink encodes, writes and syncs whole batches."""
+"""The sink: whole batches are encoded here, and written and synced by one thread per sink."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from relay.errors import ConfigurationError, MessageRejected, NotConnected
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
+
+# A thread that encodes would contend with the loop for the interpreter.
+_ENCODED_IN_A_TURN = 250
 
 
 class FileSink:
@@ -64,12 +67,16 @@ class FileSink:
 
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Write all and sync. A cancelled publish may still be written, before anything later."""
-        if self._thread is None or not self._output.is_open:
+        thread = self._thread
+        if thread is None or not self._output.is_open:
             raise NotConnected(f"{self._name} is not open")
-        if not messages:
-            return ALL_ACCEPTED
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._write, messages)
+        lines, failures = await self._encoded(messages)
+        if self._thread is not thread:
+            raise NotConnected(f"{self._name} was closed")
+        if lines:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(thread, self._output.append, lines)
+        return PublishResult(failures=failures) if failures else ALL_ACCEPTED
 
     async def is_healthy(self) -> bool:
         """True while the file is open and its last write has worked."""
@@ -86,17 +93,19 @@ class FileSink:
         with contextlib.suppress(Exception):
             await asyncio.shield(closing)
 
-    def _write(self, messages: Sequence[RelayMessage]) -> PublishResult:
+    async def _encoded(self, messages: Sequence[RelayMessage]) -> tuple[list[bytes], list[Failure]]:
+        """The lines, and what can't be one. Others get their turn in between."""
         lines: list[bytes] = []
         failures: list[Failure] = []
-        for index, message in enumerate(messages):
+        encode = self._format.encode
+        for index, message in enumerate(messages, start=1):
             try:
-                lines.append(self._format.encode(message))
+                lines.append(encode(message))
             except MessageRejected as error:
-                failures.append(Failure(index, error))
-        if lines:
-            self._output.append(lines)
-        return PublishResult(failures=failures) if failures else ALL_ACCEPTED
+                failures.append(Failure(index - 1, error))
+            if index % _ENCODED_IN_A_TURN == 0:
+                await asyncio.sleep(0)
+        return lines, failures
 
 
 def _check(options: FileSinkOptions) -> None:
