@@ -137,7 +137,7 @@ class Flight:
         for index in indices:
             self._states[index] = _WAITING
         self._count_under_way -= len(indices)
-        if indices and not self._ordered_keys and indices[-1] == self._next - 1:
+        if indices and not self._ordered_keys and indices[0] == self._next - len(indices):
             self._next = indices[0]
         else:
             self._freed.extendleft(reversed(indices))

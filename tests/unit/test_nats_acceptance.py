@@ -140,6 +140,18 @@ def test_a_message_to_a_handler_never_passes_the_librarys_parser_however_it_is_c
     assert heard.events == [message, message]
 
 
+def test_a_very_large_message_is_put_together_by_the_library() -> None:
+    heard = Heard()
+    parser = FrameParser(heard, {HANDLED: heard.handled})
+    body = bytes(3 * 1024 * 1024)
+    data = headed(b"head", body, False) + headed(b"", b"next", False)
+
+    asyncio.run(fed(parser, data, range(0, len(data), 2**20)))
+
+    texts = [event[-2:] for event in heard.events]
+    assert texts == [(body, b"head"), (b"next", None)]
+
+
 def test_what_had_begun_to_arrive_is_forgotten_with_its_connection() -> None:
     heard = Heard()
     parser = FrameParser(heard, {HANDLED: heard.handled})

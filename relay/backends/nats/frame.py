@@ -19,6 +19,8 @@ from relay.backends.nats.acceptance import Acceptances
 Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
 
 _LINE_END = b"\r\n"
+# What is kept is copied with each piece that follows; the library's buffer grows in place.
+_MOST_KEPT_BYTES = 1024 * 1024
 # Words of a line without and with a reply subject.
 _WORDS_OF_MSG = (4, 5)
 _WORDS_OF_HMSG = (5, 6)
@@ -80,7 +82,7 @@ class FrameParser(Parser):
             start = line_end + 2
             body, end = start + int(head_size), start + int(size)
             if end + 2 > len(data):
-                return self._kept(data, at, end + 2 - at)
+                return self._kept(data, at, min(end + 2 - at, _MOST_KEPT_BYTES))
             handler(
                 words[1],
                 words[3] if has_reply else b"",
@@ -90,7 +92,7 @@ class FrameParser(Parser):
             at = end + 2
 
     def _kept(self, data: bytes, at: int, limit: int) -> int:
-        """Keep what stands from here on, unless it is longer than it can be; where that begins."""
+        """Keep what stands from here on, if that is less than the limit; how much is handled."""
         if len(data) - at >= limit:
             return at
         self._begun = data[at:]
