@@ -28,7 +28,7 @@ _CAPTURED: Final = "captured_orders"
 _DELIVERED: Final = "delivered_orders"
 _BACKLOG: Final = "backlog_orders"
 # More than the relay can deliver beside the load, so that it is busy to its end.
-_BACKLOG_PER_S: Final = 40_000
+_BACKLOG_PER_S: Final = 110_000
 _BACKLOG_ROWS: Final = 500
 _RATE: Final = re.compile(rb"^tps = ([0-9.]+)", re.MULTILINE)
 
