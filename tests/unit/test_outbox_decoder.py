@@ -53,6 +53,72 @@ def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
     ]
 
 
+@pytest.mark.parametrize("odd_one", [0, 1, 249, 250, 600, 1199])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"v": 1, "inserted": [{"id": 1}], "deleted": [{"id": 1}]}',
+        b'{"v": 1, "inserted": [{"id": 1}, {"id": 2}]}',
+        b'{"v": 1, "inserted": [3]}',
+        b'{"v": 1, "full_refresh": true, "inserted": [{"id": 4}]}',
+        b'[{"id": 5}]',
+        b'{"v": 2, "inserted": [{"id": 6}]}',
+        b'{"v": 1, "inserted": [{"id": %b}]}' % DEEP,
+        None,
+    ],
+)
+def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
+    odd: bytes | None, odd_one: int
+) -> None:
+    rows = [
+        (
+            number,
+            None,
+            CREATED_AT,
+            1,
+            0,
+            False,
+            b'{"v": 1, "inserted": [{"id": %d}]}' % number,
+            None,
+        )
+        for number in range(1200)
+    ]
+    rows[odd_one] = (odd_one, "r", CREATED_AT, 1, 0, False, odd, b'{"a": "b"}')
+
+    together = decoder().decode(rows)
+
+    alone = [decoder().decode([row]) for row in rows]
+    assert together.rows == 1200
+    assert together.messages == [message for one in alone for message in one.messages]
+    assert [one.message for one in together.rejected] == [
+        rejected.message for one in alone for rejected in one.rejected
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 1, 250, 600])
+def test_a_claim_check_ends_what_is_decoded_together(at: int) -> None:
+    rows = [
+        (
+            number,
+            None,
+            CREATED_AT,
+            1,
+            0,
+            False,
+            b'{"v": 1, "inserted": [{"id": %d}]}' % number,
+            None,
+        )
+        for number in range(700)
+    ]
+    rows[at] = (at, None, CREATED_AT, 1, 0, False, b'{"v": 1, "claim_check": true}', None)
+
+    decoded = decoder().decode(rows)
+
+    assert len(decoded.messages) == at
+    assert decoded.rows == (at or 1)
+    assert (decoded.claim_check is not None) == (at == 0)
+
+
 def test_a_row_carries_what_the_outbox_row_says() -> None:
     (message,) = decode(
         b'{"v": 1, "inserted": [{"id": 5, "n": 1e400}], "deleted": []}',

@@ -43,6 +43,8 @@ _Row = msgspec.Raw | bytes
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ARRAY_OPENS = ord("[")
+# As many as stay in the processor's cache meanwhile: 4,000 at once take twice as long.
+_ROWS_AT_ONCE = 250
 
 
 class _Payload(msgspec.Struct, frozen=True, gc=False):
@@ -120,10 +122,19 @@ class OutboxDecoder:
 
     def decode(self, rows: Sequence[OutboxRow]) -> Decoded:
         """Decode as many rows as belong into one batch: up to the first claim check, or that."""
-        singles = self._single_inserts(rows)
-        if singles:
-            return Decoded(messages=singles, rows=len(rows))
         decoded = Decoded()
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            singles = self._single_inserts(some)
+            if singles is not None:
+                decoded.messages += singles
+                decoded.rows += len(some)
+            elif not self._decode_singly(some, decoded):
+                break
+        return decoded
+
+    def _decode_singly(self, rows: Sequence[OutboxRow], decoded: Decoded) -> bool:
+        """Decode row by row behind what is decoded already; False where a claim check ends it."""
         messages, rejected = decoded.messages, decoded.rejected
         for row in rows:
             plain = self._plain_inserts(row)
@@ -151,10 +162,10 @@ class OutboxDecoder:
                 if decoded.rows == 0:
                     decoded.claim_check = _claim_check(event, row, payload)
                     decoded.rows = 1
-                return decoded
+                return False
             self._decode_inline(event, payload, messages, rejected)
             decoded.rows += 1
-        return decoded
+        return True
 
     def rows_of(
         self,
@@ -221,7 +232,7 @@ class OutboxDecoder:
         return self._refused(claim_check.event, claim_check.payload, error)
 
     def _single_inserts(self, rows: Sequence[OutboxRow]) -> list[RelayMessage] | None:
-        """The messages of the commonest batch by far: each row says that one row was inserted.
+        """The messages of the commonest rows by far: each says that one row was inserted.
 
         None for any other. What it gives is what the long way would give, at a third of the cost:
         all are read in two calls. Each body is a whole JSON document, being of type jsonb.
