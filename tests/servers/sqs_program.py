@@ -5,8 +5,10 @@ clock about each of them: a thousand messages take a minute. Here the approximat
 anew every 50 ms, and the clock is the ordinary one. A receive that waits looks only once a second,
 and without a pause where all there is belongs to groups that are blocked; here it looks every 50
 ms. A deletion makes the list of messages anew, without the lock under which one is added, and so
-loses what was sent meanwhile; here it takes that lock. With ``PGTRICKLE_TEST_SQS_KEY`` a user's key
-is made of that text, id and secret alike. All else is moto's.
+loses what was sent meanwhile; here it takes that lock. A message that is shown again is not visible
+in the same tick of the clock, and so goes on blocking its group; here it is visible at once. With
+``PGTRICKLE_TEST_SQS_KEY`` a user's key is made of that text, id and secret alike. All else is
+moto's.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def main() -> None:
         setattr(models.Queue, name, property(_counted(name, getattr(models.Queue, name).fget)))
     models.Queue.wait_for_messages = _wait_for_messages
     models.Queue.delete_message = _deleting_alone(models.Queue.delete_message)
+    models.Message.visible = property(lambda message: time.time() * 1000 >= message.visible_at)
     key = os.environ.get("PGTRICKLE_TEST_SQS_KEY")
     if key is not None:
         iam.generate_access_key_id_from_account_id = lambda *_, **__: key
