@@ -519,7 +519,8 @@ async def test_rows_in_one_record_are_what_they_are_one_by_one(world: OutboxWorl
     "statement",
     [
         "insert into orders select n, 0, repeat('a', 9000) from generate_series(1, 3) as n",
-        "insert into orders select n, 0, repeat(md5(n::text), 30) from generate_series(1, 3) as n",
+        "insert into orders select n, 0, string_agg(md5(random()::text), '')"
+        " from generate_series(1, 3) as n, generate_series(1, 70) group by n",
         "insert into orders select n, 0, '' from generate_series(1, 11) as n",
         "insert into orders select n, 0, '' from generate_series(1, 2000) as n",
     ],
@@ -537,6 +538,69 @@ async def test_rows_that_do_not_fit_together_come_one_by_one(
     assert len(messages_of(await polled(source, rows))) == rows
 
     assert not _packs(source)
+    await source.aclose()
+
+
+async def test_rows_come_together_up_to_about_the_bytes_of_a_batch(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.executemany(
+        "insert into orders values ($1, 0, $2)",
+        [(number, random.Random(number).randbytes(700).hex()) for number in range(40)],
+    )
+    source = await connected(world, batch_size=100, batch_bytes=16_000)
+    assert source._session is not None
+
+    batches = await polled(source, 30)
+    assert source._session.has_more
+    batches += await polled(source, 40 - len(messages_of(batches)))
+
+    assert not source._session.has_more
+    assert _packs(source)
+    sizes = [sum(len(message.payload) for message in batch.messages) for batch in batches]
+    assert max(sizes) < 18_000
+    assert len(batches) < 6
+    await source.aclose()
+
+
+async def test_a_row_that_is_too_large_to_come_with_others_is_not_sent_with_them(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute(
+        "insert into orders select 1, 0, string_agg(md5(random()::text), '')"
+        " from generate_series(1, 10000)"
+    )
+    await world.publisher.execute("insert into orders values (2, 0, 'small')")
+    source = await connected(world)
+    assert source._session is not None
+    statement = source._session.reader._above_position.packed
+
+    record = await world.publisher.fetchrow(statement, 0, 100, 2048)
+
+    assert record is not None
+    assert record["is_unfit"]
+    assert len(record["payloads"]) < 1000
+    assert [len(message.payload) > 300_000 for message in messages_of(await polled(source, 2))] == [
+        True,
+        False,
+    ]
+    await source.aclose()
+
+
+async def test_a_claim_check_has_more_until_its_last_page(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 10")
+    await world.publisher.execute(
+        "insert into orders select g, 0, 'a' from generate_series(1, 120) g"
+    )
+    source = await connected(world, batch_size=50)
+    assert source._session is not None
+
+    for _ in range(2):
+        await polled(source, 1)
+        assert source._session.has_more
+
+    await rest_of(source)
+    assert not source._session.has_more
     await source.aclose()
 
 

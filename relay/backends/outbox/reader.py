@@ -36,6 +36,8 @@ QUESTION_RANGES: Final = 20_000
 DEAD_GAPS_PER_COMMIT: Final = 10_000
 
 _ROUNDS_BEFORE_PACKING: Final = 8
+# PostgreSQL compresses what is larger, and then it is not packed either.
+_LARGEST_PACKED_ROW_BYTES: Final = 2048
 
 # ``is_surely_open`` is what proves that a holder's rows were invisible to the statement before: its
 # transaction is still in progress in this later statement's snapshot, or has no transaction id yet
@@ -146,9 +148,9 @@ class CommitOrderReader:
         )
         self._above_position = _Statement(_bounded(above), _packed(above))
         self._above_position_and_in_gaps = _Statement(_bounded(in_gaps_too), _packed(in_gaps_too))
-        # Rows larger than this are not packed, so that as many as fit do not exceed a batch.
-        self._packed_row_bytes = max(1, batch_bytes // batch_size)
-        self._packed_rows = batch_size
+        self._packed_row_bytes = min(_LARGEST_PACKED_ROW_BYTES, batch_bytes)
+        self._packed_rows = max(1, min(batch_size, batch_bytes // self._packed_row_bytes))
+        self._has_read_all = True
         self._rounds_before_packing = 0
         self._book = GapBook(0)
         self._server_started_at = ""
@@ -163,6 +165,11 @@ class CommitOrderReader:
     def pending_gaps(self) -> int:
         """How many ranges of ids are waited for."""
         return len(self._book)
+
+    @property
+    def has_read_all(self) -> bool:
+        """True when the last round, as far as it knows, left nothing behind."""
+        return self._has_read_all
 
     @property
     def has_due_gaps(self) -> bool:
@@ -239,9 +246,18 @@ class CommitOrderReader:
             statement.bounded, above, self._batch_size, self._batch_bytes, *gaps
         )
         messages = sum(max(1, (record[3] or 0) + (record[4] or 0)) for record in records)
-        # So many rows of this kind make one batch.
-        self._packed_rows = max(1, self._batch_size * len(records) // max(1, messages))
+        size = sum(len(record[6] or b"") for record in records)
+        # What is stored compressed counted for more than it is.
+        self._has_read_all = messages < self._batch_size and size * 2 < self._batch_bytes
+        self._expect(len(records), messages, size)
         return [tuple(record) for record in records]
+
+    def _expect(self, rows: int, messages: int, size: int) -> None:
+        """Ask next time for about as many rows of this kind as make one batch."""
+        by_messages = self._batch_size * rows // max(1, messages)
+        by_bytes = self._batch_bytes * rows // max(1, size)
+        most = min(self._batch_size, 2 * self._packed_rows)
+        self._packed_rows = max(1, min(by_messages, by_bytes, most))
 
     async def _fetch_packed(
         self,
@@ -254,18 +270,21 @@ class CommitOrderReader:
 
         That is where one is a claim check, is large, or where all together are too much.
         """
+        asked = self._packed_rows
         try:
             record = await connection.fetchrow(
-                statement, above, self._packed_rows, self._packed_row_bytes, *gaps
+                statement, above, asked, self._packed_row_bytes, *gaps
             )
         except (UnicodeDecodeError, asyncpg.ProgramLimitExceededError):
             return None
         if record is None or record["ids"] is None:
+            self._has_read_all = True
             return ()
         if record["is_unfit"] or record["messages"] > self._batch_size:
             return None
-        if record["messages"] * 2 <= self._batch_size:
-            self._packed_rows = min(self._batch_size, 2 * self._packed_rows)
+        rows = len(record["ids"])
+        self._has_read_all = rows < asked
+        self._expect(rows, int(record["messages"]), len(record["payloads"]))
         return _unpacked(record)
 
     def _is_another_run(self, locks: LockView) -> bool:
@@ -354,20 +373,23 @@ def _packed(candidates: str) -> str:
 
     The driver takes a few long values apart several times faster than many short ones, a
     timestamp from seconds faster than from its own form. A line holds one JSON text, which has
-    no line breaks of its own. Something compressed may be any size.
+    no line breaks of its own. Something compressed may be any size; what is unfit is left out, so
+    that the record has a bound. (``offset 0`` keeps what is unfit from being found out twice.)
     """
     return (
         "select array_agg(o.id) as ids,"
         " case when count(o.refresh_id) > 0 then array_agg(o.refresh_id::text) end as refresh_ids,"
         " array_agg(pg_catalog.date_part('epoch', o.created_at)) as created_ats,"
-        " string_agg(coalesce(o.payload::text, ''), E'\\n') as payloads,"
+        " string_agg(case when o.is_unfit then '' else coalesce(o.payload::text, '') end, E'\\n')"
+        "   as payloads,"
         " case when count(nullif(o.headers, '{}')) > 0"
         "   then string_agg(coalesce(nullif(o.headers, '{}')::text, ''), E'\\n') end as headers,"
         " sum(greatest(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0), 1))::float8"
         "   as messages,"
-        " bool_or(o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
+        " bool_or(o.is_unfit) as is_unfit"
+        " from (select o.*, (o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
         "   or pg_catalog.pg_column_compression(o.payload) is not null) as is_unfit"
-        f" from ({candidates}) as o"
+        f"  from ({candidates}) as o offset 0) as o"
     )
 
 

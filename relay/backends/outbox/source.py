@@ -85,6 +85,11 @@ class _Session(msgspec.Struct, kw_only=True):
     reader: CommitOrderReader
     claim_check: ClaimCheckReader | None = None
 
+    @property
+    def has_more(self) -> bool:
+        """True when there is more to hand out at once, as far as is known."""
+        return self.claim_check is not None or not self.reader.has_read_all
+
 
 class OutboxSource:
     """One reader of one outbox."""
@@ -165,7 +170,7 @@ class OutboxSource:
                 # Noted or stirred in the round that has just ended, or too many for one round.
                 batch = await self._next(session)
             if batch is not None:
-                await wakefulness.found(is_full=len(batch.messages) >= self._context.batch_size)
+                await wakefulness.found(is_full=session.has_more)
                 return batch
             wait_s = await wakefulness.found_nothing()
             if await self._wait(min(wait_s, deadline - _now())) or _now() >= deadline:
