@@ -85,8 +85,11 @@ class Flight:
             return True
         if self._grounded is not None or self._is_full:
             return False
+        if self._alone or self._alone_under_way:
+            # Nothing else is sent before what is sent alone has been answered.
+            return bool(self._alone)
         may_go = self._next < len(self.messages) and self._count_under_way * 2 <= self._window
-        return may_go or bool(self._freed or self._alone)
+        return may_go or bool(self._freed)
 
     def under_way(self) -> list[int]:
         """What was sent and is not settled, in order."""

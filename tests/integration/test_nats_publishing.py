@@ -22,7 +22,13 @@ from relay.errors import (
 )
 from relay.message import RelayMessage
 from relay.wire import TITLE, encoder
-from tests.contract.evidence import complete_message, dedup_keys, numbered, until
+from tests.contract.evidence import (
+    assert_per_key_order,
+    complete_message,
+    dedup_keys,
+    numbered,
+    until,
+)
 from tests.contract.nats_far_side import FarSide, port_of, sink_of
 from tests.contract.sink_contract import deliver
 from tests.servers.nats import NatsServer
@@ -92,6 +98,27 @@ async def test_a_message_above_the_streams_limit_fails_alone(far_side: FarSide) 
     assert index == 5
     assert isinstance(error, MessageTooLarge)
     assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    await sink.aclose()
+
+
+@pytest.mark.parametrize("ordering", ["strict", "pipelined"])
+@pytest.mark.parametrize("keys", [1500, 7])
+async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
+    far_side: FarSide, ordering: str, keys: int
+) -> None:
+    await far_side.update(max_msg_size=2000)
+    sink = sink_of(far_side.server.url, ordering=ordering)
+    await sink.connect()
+    good = numbered(1500, keys=keys)
+
+    async with asyncio.timeout(60):
+        result = await sink.publish([*good[:3], large("big", 5000), *good[3:]])
+
+    assert [one.index for one in result.failures] == [3]
+    restored = await far_side.restored()
+    assert sorted(dedup_keys(restored)) == sorted(dedup_keys(good))
+    if ordering == "strict":
+        assert_per_key_order(restored, good)
     await sink.aclose()
 
 

@@ -171,6 +171,21 @@ def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
     assert flight.is_over
 
 
+def test_a_sender_is_not_wanted_while_others_wait_for_one_that_is_sent_alone() -> None:
+    flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
+    first = flight.take_chunk(2)
+    flight.answered(Chunk(indices=list(first), answers=2, error=MessageRejected("bad")))
+    assert taken(flight) == [0, 1]
+
+    flight.accept([0])
+
+    assert taken(flight) == []
+    assert not flight.wants_sender
+    flight.accept([1])
+    assert flight.wants_sender
+    assert taken(flight) == [2, 3, 4]
+
+
 def test_what_should_have_gone_again_alone_fails_with_a_grounded_flight() -> None:
     flight = Flight(messages(["a", "b", "c"]), is_strict=True, window=3)
     indices = taken(flight)
@@ -211,13 +226,20 @@ def test_whatever_happens_every_message_is_settled_once_and_keys_keep_their_orde
             chunk = flight.take_chunk(4)
             flight.put_back(chunk[chance.randint(1, 4) :])
         taken(flight)
+        assert flight.is_over or not flight.wants_sender
         under_way = flight.under_way()
         assert len(under_way) <= window
         flying = [keys[index] for index in under_way if keys[index] is not None]
         assert not is_strict or len(flying) == len(set(flying))
         index = chance.choice(under_way)
         what = chance.random()
-        if what < 0.8:
+        if what < 0.2:
+            # Of several none is settled: each is sent again, alone.
+            several = under_way[: chance.randint(2, 8)]
+            rejected = MessageRejected("bad") if len(several) > 1 else None
+            flight.answered(Chunk(indices=several, answers=len(several), error=rejected))
+            accepted += [] if rejected else several
+        elif what < 0.8:
             flight.accept([index])
             accepted.append(index)
         elif what < 0.95:

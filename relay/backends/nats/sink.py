@@ -276,6 +276,8 @@ class NatsSink:
 
     async def _await_replies(self, connection: Connection, flight: Flight) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
+        # Others get their turn, whatever happens here.
+        await asyncio.sleep(0)
         while connection.loss is None and not flight.wants_sender:
             heard = flight.settled
             self._wake.clear()
