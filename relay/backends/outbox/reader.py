@@ -247,13 +247,15 @@ class CommitOrderReader:
         )
         messages = sum(max(1, (record[3] or 0) + (record[4] or 0)) for record in records)
         size = sum(len(record[6] or b"") for record in records)
-        # What is stored compressed counted for more than it is.
-        self._has_read_all = messages < self._batch_size and size * 2 < self._batch_bytes
+        # What is stored compressed has counted for up to eight times of what it is.
+        self._has_read_all = messages < self._batch_size and size * 8 < self._batch_bytes
         self._expect(len(records), messages, size)
         return [tuple(record) for record in records]
 
     def _expect(self, rows: int, messages: int, size: int) -> None:
         """Ask next time for about as many rows of this kind as make one batch."""
+        if not rows:
+            return
         by_messages = self._batch_size * rows // max(1, messages)
         by_bytes = self._batch_bytes * rows // max(1, size)
         most = min(self._batch_size, 2 * self._packed_rows)
