@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Final
 
+from relay.settings import RelaySettings
 from scripts.benchmark.backends import Destination, at_most, sink_backend
 from scripts.benchmark.orders import COLUMNS, VALUES, make_table
 from scripts.benchmark.row import Row, Target
@@ -14,7 +15,7 @@ from scripts.benchmark.surroundings import Surroundings, surroundings
 
 TARGET_OF_FLOOR: Final = 0.5
 # As many as the relay reads at a time by default.
-PAGE_ROWS: Final = 4_000
+PAGE_ROWS: Final = RelaySettings().batch_size
 
 
 async def to_destination(
@@ -38,11 +39,7 @@ async def to_destination(
                 keys, result = await _run(around, destination, f"to-{name}-{run}", events)
                 received += keys
                 results.append(result)
-                say(
-                    f"to-{name} {run}/{runs}: {result['per_s']:,.0f}/s, floor"
-                    f" {result['floor_per_s']:,.0f}/s (reading {result['read_floor_per_s']:,.0f},"
-                    f" writing {result['write_floor_per_s']:,.0f})"
-                )
+                say(f"to-{name} {run}/{runs}: {told(result)}")
     figures = {figure: median(result[figure] for result in results) for figure in results[0]}
     return Row(
         name=f"to-{name}",
@@ -51,6 +48,27 @@ async def to_destination(
         figures=figures,
         runs=results,
         counted={"sent": events * runs, "received": received},
+    )
+
+
+def beside_floors(per_s: float, read_per_s: float, write_per_s: float) -> dict[str, float]:
+    """The figures of a run: how fast it was, and its floor, the slower of the two."""
+    floor_per_s = min(read_per_s, write_per_s)
+    return {
+        "per_s": per_s,
+        "floor_per_s": floor_per_s,
+        "read_floor_per_s": read_per_s,
+        "write_floor_per_s": write_per_s,
+        "of_floor": per_s / floor_per_s,
+    }
+
+
+def told(figures: dict[str, float]) -> str:
+    """These figures in a line of progress."""
+    return (
+        f"{figures['per_s']:,.0f}/s, floor {figures['floor_per_s']:,.0f}/s"
+        f" (reading {figures['read_floor_per_s']:,.0f},"
+        f" writing {figures['write_floor_per_s']:,.0f})"
     )
 
 
@@ -86,14 +104,7 @@ async def _run(
     keys = await destination.read()
     read_per_s = await _read_floor(around, events)
     write_per_s = await destination.floor()
-    floor_per_s = min(read_per_s, write_per_s)
-    return len(keys), {
-        "per_s": stretch.per_s,
-        "floor_per_s": floor_per_s,
-        "read_floor_per_s": read_per_s,
-        "write_floor_per_s": write_per_s,
-        "of_floor": stretch.per_s / floor_per_s,
-    }
+    return len(keys), beside_floors(stretch.per_s, read_per_s, write_per_s)
 
 
 async def _read_floor(around: Surroundings, events: int) -> float:

@@ -10,7 +10,7 @@ from typing import Final
 from scripts.benchmark.backends import Origin, at_most, source_backend
 from scripts.benchmark.inbox import Inbox
 from scripts.benchmark.row import Row, Target
-from scripts.benchmark.sinks import of_floor
+from scripts.benchmark.sinks import beside_floors, of_floor, told
 from scripts.benchmark.surroundings import Surroundings, surroundings
 
 INBOX: Final = "arrived"
@@ -36,11 +36,7 @@ async def from_origin(
                 keys, result = await _run(around, origin, inbox, f"from-{name}-{run}", events)
                 received += keys
                 results.append(result)
-                say(
-                    f"from-{name} {run}/{runs}: {result['per_s']:,.0f}/s, floor"
-                    f" {result['floor_per_s']:,.0f}/s (reading {result['read_floor_per_s']:,.0f},"
-                    f" writing {result['write_floor_per_s']:,.0f})"
-                )
+                say(f"from-{name} {run}/{runs}: {told(result)}")
     figures = {figure: median(result[figure] for result in results) for figure in results[0]}
     slowest = min(result["per_s"] for result in results)
     return Row(
@@ -77,11 +73,4 @@ async def _run(
     keys = await inbox.read()
     read_per_s = await origin.floor()
     write_per_s = await inbox.floor()
-    floor_per_s = min(read_per_s, write_per_s)
-    return len(keys), {
-        "per_s": stretch.per_s,
-        "floor_per_s": floor_per_s,
-        "read_floor_per_s": read_per_s,
-        "write_floor_per_s": write_per_s,
-        "of_floor": stretch.per_s / floor_per_s,
-    }
+    return len(keys), beside_floors(stretch.per_s, read_per_s, write_per_s)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from relay.backends.outbox.decoder import Decoded, OutboxDecoder
+from relay.backends.outbox.decoder import Decoded, OutboxDecoder, OutboxRow
 from relay.backends.outbox.split import array_elements, object_members
 
 CREATED_AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -53,6 +53,13 @@ def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
     ]
 
 
+def single_inserts(count: int) -> list[OutboxRow]:
+    payload = b'{"v": 1, "inserted": [{"id": %d}]}'
+    return [
+        (number, None, CREATED_AT, 1, 0, False, payload % number, None) for number in range(count)
+    ]
+
+
 @pytest.mark.parametrize("odd_one", [0, 1, 249, 250, 600, 1199])
 @pytest.mark.parametrize(
     "odd",
@@ -70,19 +77,7 @@ def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
 def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
     odd: bytes | None, odd_one: int
 ) -> None:
-    rows = [
-        (
-            number,
-            None,
-            CREATED_AT,
-            1,
-            0,
-            False,
-            b'{"v": 1, "inserted": [{"id": %d}]}' % number,
-            None,
-        )
-        for number in range(1200)
-    ]
+    rows = single_inserts(1200)
     rows[odd_one] = (odd_one, "r", CREATED_AT, 1, 0, False, odd, b'{"a": "b"}')
 
     together = decoder().decode(rows)
@@ -97,19 +92,7 @@ def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
 
 @pytest.mark.parametrize("at", [0, 1, 250, 600])
 def test_a_claim_check_ends_what_is_decoded_together(at: int) -> None:
-    rows = [
-        (
-            number,
-            None,
-            CREATED_AT,
-            1,
-            0,
-            False,
-            b'{"v": 1, "inserted": [{"id": %d}]}' % number,
-            None,
-        )
-        for number in range(700)
-    ]
+    rows = single_inserts(700)
     rows[at] = (at, None, CREATED_AT, 1, 0, False, b'{"v": 1, "claim_check": true}', None)
 
     decoded = decoder().decode(rows)

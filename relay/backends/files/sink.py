@@ -98,12 +98,12 @@ class FileSink:
         lines: list[bytes] = []
         failures: list[Failure] = []
         encode = self._format.encode
-        for index, message in enumerate(messages, start=1):
+        for index, message in enumerate(messages):
             try:
                 lines.append(encode(message))
             except MessageRejected as error:
-                failures.append(Failure(index - 1, error))
-            if index % _ENCODED_IN_A_TURN == 0:
+                failures.append(Failure(index, error))
+            if (index + 1) % _ENCODED_IN_A_TURN == 0:
                 await asyncio.sleep(0)
         return lines, failures
 

@@ -97,7 +97,7 @@ class InboxSink:
             raise NotConnected("the inbox is not connected")
         rows, failures = read_rows(messages, insert.reads)
         written = _Written(failures=failures)
-        if len(rows):
+        if rows:
             await insert.write(rows, written)
         if written.rows == len(messages):
             return ALL_ACCEPTED

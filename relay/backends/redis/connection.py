@@ -133,6 +133,7 @@ class Connection:
         parser = self._driver._parser  # noqa: SLF001 - a seam, see the module
         if not isinstance(parser, _AsyncHiredisParser):
             return
+        # The library types its reader as the None that it is until it is connected.
         gets: Callable[[bool], Reply] = parser._reader.gets  # type: ignore[attr-defined]  # noqa: SLF001
         while len(replies) < answers:
             reply = gets(False)

@@ -13,11 +13,12 @@ from typing import Final
 
 import msgspec
 
+from relay.settings import RelaySettings
 from scripts.benchmark.backends import Destination, Origin, Stretch, observed, payload
 from scripts.benchmark.surroundings import Surroundings
 
 # As many as the relay puts into a batch by default, which it syncs as a whole.
-FLOOR_BATCH_LINES: Final = 4_000
+FLOOR_BATCH_LINES: Final = RelaySettings().batch_size
 
 # A large buffer, made anew for each look, would cost more than what it holds.
 _LOOK_BYTES: Final = 1 << 16
