@@ -32,6 +32,8 @@ class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     unknown. ``snapshot_begin`` and ``snapshot_end`` frame a full refresh where that is asked for.
     ``created_at``: when the outbox row was written, with time zone.
     ``headers``: what the publisher attached (trace context and the like), text to text.
+    ``is_json``: the payload is known to be one JSON document; else a sink that needs to be sure of
+    it looks itself.
     ``token``: the source's own handle for acknowledging; never leaves the process.
     """
 
@@ -46,6 +48,7 @@ class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     refresh_id: str | None = None
     created_at: datetime | None = None
     headers: Mapping[str, str] = NO_HEADERS
+    is_json: bool = False
     token: object = None
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from relay.backends.outbox import OutboxSource
+from relay.backends.outbox.reader import Round
 from relay.contracts import Batch
 from relay.errors import ConfigurationError, NotConnected, OutboxUnsafe, OwnershipLost, PositionLost
 from relay.events import ClaimCheckFetched
@@ -602,6 +603,99 @@ async def test_a_claim_check_has_more_until_its_last_page(world: OutboxWorld) ->
     await rest_of(source)
     assert not source._session.has_more
     await source.aclose()
+
+
+async def test_the_next_batch_is_read_while_this_one_is_out(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await _insert_singly(world, 5)
+    source = await connected(world, batch_size=2)
+
+    await polled(source, 2, acknowledge=False)
+    ahead = _ahead(source)
+    assert ahead is not None
+    async with asyncio.timeout(BOUND_S):
+        assert (await ahead).rows.ids == [3, 4]
+    # What is read by now does not need the table any more.
+    async with world.publisher.transaction():
+        await world.publisher.execute("lock table pgtrickle.outbox_orders")
+        assert ops(await polled(source, 2, acknowledge=False)) == [("insert", "3"), ("insert", "4")]
+
+    assert ops(await polled(source, 1)) == [("insert", "5")]
+    assert _ahead(source) is None
+    await source.aclose()
+
+
+async def test_what_was_read_ahead_of_a_batch_that_is_given_back_waits_for_it(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await _insert_singly(world, 5)
+    source = await connected(world, batch_size=2)
+    (first,) = await polled(source, 2, acknowledge=False)
+    assert _ahead(source) is not None
+
+    await source.reject(first)
+
+    assert [key for _, key in ops(await rest_of(source))] == ["1", "2", "3", "4", "5"]
+    await source.aclose()
+
+
+async def test_a_source_that_is_closed_reads_no_further(world: OutboxWorld) -> None:
+    await enable_orders(world.publisher)
+    await _insert_singly(world, 3)
+    source = await connected(world, batch_size=2)
+    locker = await world.connect_publisher()
+    (first,) = await polled(source, 2, acknowledge=False)
+    assert source._session is not None
+    async with locker.transaction():
+        await locker.execute("lock table pgtrickle.outbox_orders")
+        await source._session.aclose()
+        source._session.read_ahead()
+        under_way = _ahead(source)
+        assert under_way is not None
+        async with asyncio.timeout(BOUND_S):
+            while not await world.publisher.fetchval(
+                "select exists (select from pg_locks where not granted)"
+            ):
+                await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(BOUND_S):
+            await source.aclose()
+
+        assert under_way.cancelled()
+    assert len(first.messages) == 2
+    await locker.close()
+
+
+async def test_a_claim_check_behind_what_is_read_ahead_comes_in_its_turn(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 3")
+    await _insert_singly(world, 4)
+    await world.publisher.execute("update orders set version = 1")
+    await _insert_singly(world, 4, first=10)
+    source = await connected(world, batch_size=2)
+
+    batches = await rest_of(source)
+
+    assert ops(batches) == [
+        *(("insert", str(key)) for key in range(1, 5)),
+        *(("delete", str(key)) for key in range(1, 5)),
+        *(("insert", str(key)) for key in range(1, 5)),
+        *(("insert", str(key)) for key in range(10, 14)),
+    ]
+    await source.aclose()
+
+
+async def _insert_singly(world: OutboxWorld, rows: int, *, first: int = 1) -> None:
+    """Each by a statement of its own, so that each is an outbox row."""
+    for key in range(first, first + rows):
+        await world.publisher.execute("insert into orders values ($1, 0, 'a')", key)
+
+
+def _ahead(source: OutboxSource) -> asyncio.Task[Round] | None:
+    assert source._session is not None
+    return source._session.ahead
 
 
 def _packs(source: OutboxSource) -> bool:

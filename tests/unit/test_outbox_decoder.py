@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import pytest
 
-from relay.backends.outbox.decoder import Decoded, OutboxDecoder, OutboxRow
+from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
+from relay.backends.outbox.row import OutboxRow, OutboxRows
 from relay.backends.outbox.split import array_elements, object_members
 
 CREATED_AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -38,7 +40,17 @@ def decode(
     is_claim_check: bool = False,
 ) -> Decoded:
     row = (7, "r-1", CREATED_AT, 1, 0, is_claim_check, payload, headers)
-    return (by or decoder()).decode([row])
+    return decode_all([row], by=by)
+
+
+def decode_all(rows: Sequence[OutboxRow], *, by: OutboxDecoder | None = None) -> Decoded:
+    """As the source does: part by part, until one says that no more belongs into the batch."""
+    decoded = Decoded()
+    reader = by or decoder()
+    for start in range(0, len(rows), PART_ROWS):
+        if not reader.decode(OutboxRows.of(rows[start : start + PART_ROWS]), decoded):
+            break
+    return decoded
 
 
 def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
@@ -54,18 +66,29 @@ def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
 
 
 def single_inserts(count: int) -> list[OutboxRow]:
-    payload = b'{"v": 1, "inserted": [{"id": %d}]}'
+    payload = b'{"v": 1, "deleted": [], "inserted": [{"id": %d}]}'
     return [
         (number, None, CREATED_AT, 1, 0, False, payload % number, None) for number in range(count)
     ]
 
 
-@pytest.mark.parametrize("odd_one", [0, 1, 249, 250, 600, 1199])
+@pytest.mark.parametrize("key_columns", [(), ("id",), ("id", "id2"), ('"',)])
+@pytest.mark.parametrize("odd_one", [0, 249, 250, 599])
 @pytest.mark.parametrize(
     "odd",
     [
         b'{"v": 1, "inserted": [{"id": 1}], "deleted": [{"id": 1}]}',
         b'{"v": 1, "inserted": [{"id": 1}, {"id": 2}]}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": 1}, {"id": 2}]}',
+        b'{"v": 1, "deleted": [], "inserted": [3]}',
+        b'{"v": 1, "deleted": [], "inserted": [3, 4]}',
+        b'{"v": 1, "deleted": [], "inserted": [], "inserted_1": [{"id": 1}]}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": 1}], "inserted_1": [{"id": 1}]}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": 1}], "inserted_1": []}',
+        b'{"v": 1, "deleted": [], "inserted": []}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": [4]}]}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": "]}"}]}',
+        b'{"v": 1, "deleted": [], "inserted": [{"id": %b}]}' % DEEP,
         b'{"v": 1, "inserted": [3]}',
         b'{"v": 1, "full_refresh": true, "inserted": [{"id": 4}]}',
         b'[{"id": 5}]',
@@ -75,15 +98,16 @@ def single_inserts(count: int) -> list[OutboxRow]:
     ],
 )
 def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
-    odd: bytes | None, odd_one: int
+    odd: bytes | None, odd_one: int, key_columns: tuple[str, ...]
 ) -> None:
-    rows = single_inserts(1200)
+    rows = single_inserts(600)
     rows[odd_one] = (odd_one, "r", CREATED_AT, 1, 0, False, odd, b'{"a": "b"}')
+    one = decoder(key_columns=key_columns)
 
-    together = decoder().decode(rows)
+    together = decode_all(rows, by=one)
 
-    alone = [decoder().decode([row]) for row in rows]
-    assert together.rows == 1200
+    alone = [decode_all([row], by=one) for row in rows]
+    assert together.rows == 600
     assert together.messages == [message for one in alone for message in one.messages]
     assert [one.message for one in together.rejected] == [
         rejected.message for one in alone for rejected in one.rejected
@@ -95,7 +119,7 @@ def test_a_claim_check_ends_what_is_decoded_together(at: int) -> None:
     rows = single_inserts(700)
     rows[at] = (at, None, CREATED_AT, 1, 0, False, b'{"v": 1, "claim_check": true}', None)
 
-    decoded = decoder().decode(rows)
+    decoded = decode_all(rows)
 
     assert len(decoded.messages) == at
     assert decoded.rows == (at or 1)
@@ -184,7 +208,7 @@ def test_a_payload_that_cannot_be_read_costs_its_outbox_row_and_no_other(
 ) -> None:
     good = (8, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None)
 
-    decoded = decoder().decode([(7, None, None, 1, 0, False, payload, None), good])
+    decoded = decode_all([(7, None, None, 1, 0, False, payload, None), good])
 
     (rejected,) = decoded.rejected
     assert said in str(rejected.error)
@@ -231,7 +255,7 @@ def test_a_claim_check_is_decoded_alone() -> None:
     inline = (1, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None)
     claim = (2, None, None, 5, 1, True, b'{"v":1,"claim_check":true,"full_refresh":true}', None)
 
-    before, alone = decoder().decode([inline, claim, inline]), decoder().decode([claim, inline])
+    before, alone = decode_all([inline, claim, inline]), decode_all([claim, inline])
 
     assert (before.rows, len(before.messages), before.claim_check) == (1, 1, None)
     assert (alone.rows, alone.messages) == (1, [])

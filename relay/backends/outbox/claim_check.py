@@ -181,10 +181,8 @@ class ClaimCheckReader:
         first_index = self._read_rows + (contents.inserted if is_deleted else 0)
         op = "delete" if is_deleted else decoder.insert_op(event)
         if not decoder.collapses_updates or event.is_full_refresh:
-            return list(
-                decoder.rows_of(
-                    event, op, (row or b"null" for row, _ in rows), first_index, rejected
-                )
+            return decoder.rows_of(
+                event, op, [row or b"null" for row, _ in rows], first_index, rejected
             )
         messages: list[RelayMessage] = []
         for index, (row, twin) in enumerate(rows, first_index):

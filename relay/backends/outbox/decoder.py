@@ -15,12 +15,14 @@ cannot be looked into costs only itself; a payload that cannot be read costs its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
+from relay.backends.outbox.row import OutboxRow, OutboxRows
 from relay.backends.outbox.split import array_elements, object_members
 from relay.contracts import Rejected
 from relay.errors import MessageUndecodable
@@ -28,23 +30,19 @@ from relay.message import NO_HEADERS, Op, RelayMessage
 
 PAYLOAD_VERSION: Final = 1
 
-# id, refresh_id, created_at, inserted_count, deleted_count, is_claim_check, payload, headers
-OutboxRow = tuple[
-    int,
-    str | None,
-    datetime | None,
-    int | None,
-    int | None,
-    bool | None,
-    bytes | None,
-    bytes | None,
-]
+PART_ROWS: Final = 250
+"""Rows to decode in one go: as many as stay in the processor's cache meanwhile."""
+
 _Row = msgspec.Raw | bytes
+# The raw values of the key columns of a decoded row; empty where missing.
+_ValuesOf = Callable[[Any], Sequence[_Row]]
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ARRAY_OPENS = ord("[")
-# As many as stay in the processor's cache meanwhile: 4,000 at once take twice as long.
-_ROWS_AT_ONCE = 250
+# How jsonb writes what stands around the one row of the commonest payload by far. It puts shorter
+# names first, so nothing else can stand in front, and what stood behind would not end like this.
+_BEFORE_SINGLE = b'{"v": 1, "deleted": [], "inserted": ['
+_BEHIND_SINGLE = b"]}"
 
 
 class _Payload(msgspec.Struct, frozen=True, gc=False):
@@ -112,7 +110,6 @@ class OutboxDecoder:
         self._collapses = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
         self._payload = msgspec.json.Decoder(_Payload)
-        self._payloads = msgspec.json.Decoder(list[_Payload])
         self._array = msgspec.json.Decoder(list[msgspec.Raw])
 
     @property
@@ -120,64 +117,36 @@ class OutboxDecoder:
         """True where a delete and an insert of one key become one update."""
         return self._collapses
 
-    def decode(self, rows: Sequence[OutboxRow]) -> Decoded:
-        """Decode as many rows as belong into one batch: up to the first claim check, or that."""
-        decoded = Decoded()
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            some = rows[start : start + _ROWS_AT_ONCE]
-            singles = self._single_inserts(some)
-            if singles is not None:
-                decoded.messages += singles
-                decoded.rows += len(some)
-            elif not self._decode_singly(some, decoded):
-                break
-        return decoded
+    def decode(self, rows: OutboxRows, decoded: Decoded) -> bool:
+        """Decode these, `PART_ROWS` at most, behind what is decoded already.
 
-    def _decode_singly(self, rows: Sequence[OutboxRow], decoded: Decoded) -> bool:
-        """Decode row by row behind what is decoded already; False where a claim check ends it."""
-        messages, rejected = decoded.messages, decoded.rejected
-        for row in rows:
-            plain = self._plain_inserts(row)
-            if plain:
-                messages += plain
-                decoded.rows += 1
-                continue
-            outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers = row
-            event = OutboxEvent(
-                outbox_id=outbox_id,
-                refresh_id=refresh_id,
-                created_at=created_at,
-                headers=NO_HEADERS if headers is None else _headers(headers),
-                is_full_refresh=False,
-            )
-            try:
-                payload = self._read(body, is_claim_check=bool(is_claim_check))
-            except MessageUndecodable as error:
-                rejected.append(self._refused(event, body or b"null", error))
-                decoded.rows += 1
-                continue
-            if payload.full_refresh:
-                event = msgspec.structs.replace(event, is_full_refresh=True)
-            if payload.claim_check or is_claim_check:
-                if decoded.rows == 0:
-                    decoded.claim_check = _claim_check(event, row, payload)
-                    decoded.rows = 1
-                return False
-            self._decode_inline(event, payload, messages, rejected)
-            decoded.rows += 1
-        return True
+        False where no more rows belong into the batch: up to the first claim check, or that.
+        """
+        singles = self._single_inserts(rows)
+        if singles is not None:
+            decoded.messages += singles
+            decoded.rows += len(rows)
+            return True
+        return all(self._decode_row(row, decoded) for row in rows)
 
     def rows_of(
         self,
         event: OutboxEvent,
         op: Op,
-        rows: Iterable[msgspec.Raw | bytes],
+        rows: Sequence[_Row],
         first_index: int,
         rejected: list[Rejected],
-    ) -> Iterator[RelayMessage]:
+    ) -> list[RelayMessage]:
         """The messages of rows that share an op and follow each other."""
+        keys = self._keys.of_all(rows)
+        if keys is None:
+            return [
+                message
+                for index, row in enumerate(rows, first_index)
+                for message in self._row_alone(event, op, row, index, rejected)
+            ]
         prefix = f"{self._prefix}{event.outbox_id}:"
-        stream_table, key_of = self._stream_table, self._keys.of
+        stream_table = self._stream_table
         outbox_id, refresh_id, created_at, headers, is_full_refresh = (
             event.outbox_id,
             event.refresh_id,
@@ -185,13 +154,8 @@ class OutboxDecoder:
             event.headers,
             event.is_full_refresh,
         )
-        for index, row in enumerate(rows, first_index):
-            try:
-                key = key_of(row)
-            except MessageUndecodable as error:
-                rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
-                continue
-            yield RelayMessage(
+        return [
+            RelayMessage(
                 dedup_key=f"{prefix}{index}",
                 payload=bytes(row),
                 key=key,
@@ -202,7 +166,10 @@ class OutboxDecoder:
                 refresh_id=refresh_id,
                 created_at=created_at,
                 headers=headers,
+                is_json=True,
             )
+            for index, (row, key) in enumerate(zip(rows, keys, strict=True), first_index)
+        ]
 
     def key_of(self, row: bytes) -> str | None:
         """The key of a row, or None where it has none or cannot be looked into."""
@@ -231,38 +198,31 @@ class OutboxDecoder:
         """A claim check as a whole on its way to the dead letters."""
         return self._refused(claim_check.event, claim_check.payload, error)
 
-    def _single_inserts(self, rows: Sequence[OutboxRow]) -> list[RelayMessage] | None:
+    def _single_inserts(self, rows: OutboxRows) -> list[RelayMessage] | None:
         """The messages of the commonest rows by far: each says that one row was inserted.
 
         None for any other. What it gives is what the long way would give, at a third of the cost:
-        all are read in two calls. Each body is a whole JSON document, being of type jsonb.
+        the row is cut out of its payload, which is a whole JSON document, being of type jsonb.
         """
-        bodies = [row[6] for row in rows if row[6] and not row[5]]
-        if len(bodies) < len(rows):
+        before, behind = _BEFORE_SINGLE, _BEHIND_SINGLE
+        start, end = len(before), -len(behind)
+        inserted = [
+            payload[start:end]
+            for payload in rows.payloads
+            if payload and payload.startswith(before) and payload.endswith(behind)
+        ]
+        if len(inserted) < len(rows) or any(rows.are_claim_checks):
             return None
-        try:
-            payloads = self._payloads.decode(b"[%b]" % b",".join(bodies))
-            inserted = [
-                payload.inserted[0]
-                for payload in payloads
-                if payload.inserted
-                and len(payload.inserted) == 1
-                and not payload.deleted
-                and payload.v == PAYLOAD_VERSION
-                and payload.v is not True
-                and not payload.full_refresh
-                and not payload.claim_check
-            ]
-            if len(inserted) < len(rows):
-                return None
-            keys = self._keys.of_all(inserted)
-        except (*_UNREADABLE, MessageUndecodable):
+        # Several rows in one payload, or another array behind, and there are not as many keys.
+        keys = self._keys.of_all(inserted)
+        if keys is None:
             return None
+        nothing = itertools.repeat(None)
         prefix, stream_table = self._prefix, self._stream_table
         return [
             RelayMessage(
                 dedup_key=f"{prefix}{outbox_id}:0",
-                payload=bytes(row),
+                payload=row,
                 key=key,
                 op="insert",
                 stream_table=stream_table,
@@ -270,50 +230,57 @@ class OutboxDecoder:
                 refresh_id=refresh_id,
                 created_at=created_at,
                 headers=NO_HEADERS if headers is None else _headers(headers),
+                is_json=True,
             )
-            for (outbox_id, refresh_id, created_at, _, _, _, _, headers), row, key in zip(
-                rows, inserted, keys, strict=True
+            for outbox_id, refresh_id, created_at, headers, row, key in zip(
+                rows.ids,
+                rows.refresh_ids or nothing,
+                rows.created_ats or nothing,
+                rows.headers or nothing,
+                inserted,
+                keys,
+                strict=False,
             )
         ]
 
-    def _plain_inserts(self, row: OutboxRow) -> list[RelayMessage] | None:
-        """The messages of the commonest row by far: rows were inserted, and nothing is amiss.
-
-        None for any other. What it gives is what the long way would give, at half the cost.
-        """
+    def _decode_row(self, row: OutboxRow, decoded: Decoded) -> bool:
+        """One row, whatever it is; False where a claim check ends the batch."""
         outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers = row
-        if is_claim_check or not body:
-            return None
+        event = OutboxEvent(
+            outbox_id=outbox_id,
+            refresh_id=refresh_id,
+            created_at=created_at,
+            headers=NO_HEADERS if headers is None else _headers(headers),
+            is_full_refresh=False,
+        )
         try:
-            payload = self._payload.decode(body)
-            if (
-                payload.v is True
-                or payload.v != PAYLOAD_VERSION
-                or not payload.inserted
-                or payload.deleted
-                or payload.full_refresh
-                or payload.claim_check
-            ):
-                return None
-            prefix = f"{self._prefix}{outbox_id}:"
-            stream_table, key_of = self._stream_table, self._keys.of
-            texts = NO_HEADERS if headers is None else _headers(headers)
-            return [
-                RelayMessage(
-                    dedup_key=f"{prefix}{index}",
-                    payload=bytes(inserted),
-                    key=key_of(inserted),
-                    op="insert",
-                    stream_table=stream_table,
-                    outbox_id=outbox_id,
-                    refresh_id=refresh_id,
-                    created_at=created_at,
-                    headers=texts,
-                )
-                for index, inserted in enumerate(payload.inserted)
-            ]
-        except (*_UNREADABLE, MessageUndecodable):
-            return None
+            payload = self._read(body, is_claim_check=bool(is_claim_check))
+        except MessageUndecodable as error:
+            decoded.rejected.append(self._refused(event, body or b"null", error))
+            decoded.rows += 1
+            return True
+        if payload.full_refresh:
+            event = msgspec.structs.replace(event, is_full_refresh=True)
+        if not payload.claim_check and not is_claim_check:
+            self._decode_inline(event, payload, decoded.messages, decoded.rejected)
+            decoded.rows += 1
+            return True
+        if decoded.rows == 0:
+            decoded.claim_check = _claim_check(event, row, payload)
+            decoded.rows = 1
+        return False
+
+    def _row_alone(
+        self, event: OutboxEvent, op: Op, row: _Row, index: int, rejected: list[Rejected]
+    ) -> list[RelayMessage]:
+        """The message of one row; where it can't be looked into, its rejection and none."""
+        try:
+            key = self._keys.of(row)
+        except MessageUndecodable as error:
+            rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
+            return []
+        message = self._message(event, str(index), op, bytes(row))
+        return [msgspec.structs.replace(message, key=key)]
 
     def _decode_inline(
         self,
@@ -329,14 +296,14 @@ class OutboxDecoder:
                 return
             messages.extend(self.begin(event))
         if deleted:
-            removed = list(self.rows_of(event, "delete", deleted, len(inserted), rejected))
-            added = list(self.rows_of(event, self.insert_op(event), inserted, 0, rejected))
+            removed = self.rows_of(event, "delete", deleted, len(inserted), rejected)
+            added = self.rows_of(event, self.insert_op(event), inserted, 0, rejected)
             if self._collapses and not event.is_full_refresh:
                 removed, added = _collapsed(removed, added)
             messages += removed
             messages += added
         else:
-            messages.extend(self.rows_of(event, self.insert_op(event), inserted, 0, rejected))
+            messages += self.rows_of(event, self.insert_op(event), inserted, 0, rejected)
         if event.is_full_refresh:
             messages.extend(self.end(event))
 
@@ -469,56 +436,63 @@ class _KeyReader:
 
     def __init__(self, columns: tuple[str, ...]) -> None:
         self._columns = columns
-        self._as_key = _single_key if len(columns) == 1 else _joined_key
-        # The decoder of a struct does not take such names.
-        self._by_name = (
-            msgspec.json.Decoder(dict[str, msgspec.Raw])
-            if any(_needs_escaping(column) for column in columns)
-            else None
-        )
-        names = [f"column_{number}" for number in range(len(columns))]
-        row_type = msgspec.defstruct(
-            "KeyColumns",
-            [(name, msgspec.Raw, msgspec.Raw()) for name in names],
-            rename=None if self._by_name else dict(zip(names, columns, strict=True)),
-            frozen=True,
-            gc=False,
-        )
-        self._row = msgspec.json.Decoder(row_type)
-        self._rows = msgspec.json.Decoder(list[row_type])  # type: ignore[valid-type]  # made here
+        self._is_single = len(columns) == 1
+        row_type: object
+        if any(_needs_escaping(column) for column in columns):
+            # The decoder of a struct does not take such names.
+            row_type = dict[str, msgspec.Raw]
+            self._values_of: _ValuesOf = _picking(columns)
+        else:
+            names = [f"column_{number}" for number in range(len(columns))]
+            row_type = msgspec.defstruct(
+                "KeyColumns",
+                [(name, msgspec.Raw, msgspec.Raw()) for name in names],
+                rename=dict(zip(names, columns, strict=True)),
+                frozen=True,
+                gc=False,
+            )
+            self._values_of = msgspec.structs.astuple
+        self._row = msgspec.json.Decoder(row_type if columns else msgspec.Raw)
+        self._rows = msgspec.json.Decoder(list[row_type if columns else msgspec.Raw])  # type: ignore[misc]  # made here
 
     def of(self, row: _Row) -> str | None:
         """The key of one row."""
         if not self._columns:
             return None
         try:
-            return self._as_key(self._picked(row))
+            values = self._values_of(self._row.decode(row))
+            return _single_key(str(values[0], "utf-8")) if self._is_single else _joined_key(values)
         except msgspec.ValidationError:
             return None
         except _UNREADABLE as error:
             raise MessageUndecodable(f"the row's key cannot be read: {error}") from None
 
-    def of_all(self, rows: Sequence[_Row]) -> Sequence[str | None]:
-        """The keys of these rows, cheaper than one after the other."""
-        if not self._columns or self._by_name:
-            return [self.of(row) for row in rows]
+    def of_all(self, rows: Sequence[_Row]) -> Sequence[str | None] | None:
+        """The keys of these rows, cheaper than one after the other.
+
+        None where they have to be looked at one by one: some row is no object or is not sound, or
+        what was given for one is several.
+        """
         try:
             found = self._rows.decode(b"[%b]" % b",".join(rows))
-            as_key, values_of = self._as_key, msgspec.structs.astuple
-            return [as_key(values_of(columns)) for columns in found]
+            if len(found) != len(rows):
+                return None
+            if not self._columns:
+                return [None] * len(rows)
+            all_values = map(self._values_of, found)
+            if not self._is_single:
+                return list(map(_joined_key, all_values))
+            texts = [str(value, "utf-8") for (value,) in all_values]
+            return [text if text[:1].isdigit() else _single_key(text) for text in texts]
         except _UNREADABLE:
-            return [self.of(row) for row in rows]
-
-    def _picked(self, row: _Row) -> Sequence[_Row]:
-        """The raw values of the key columns; empty where missing."""
-        if self._by_name is None:
-            return msgspec.structs.astuple(self._row.decode(row))
-        found = self._by_name.decode(row)
-        return [found.get(column, b"") for column in self._columns]
+            return None
 
 
-def _single_key(values: Sequence[_Row]) -> str | None:
-    text = str(values[0], "utf-8")
+def _picking(columns: Sequence[str]) -> _ValuesOf:
+    return lambda row: [row.get(column, b"") for column in columns]
+
+
+def _single_key(text: str) -> str | None:
     if not text or text == "null":
         return None
     return msgspec.json.decode(text, type=str) if text[0] == '"' else text

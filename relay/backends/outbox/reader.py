@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 
 import asyncpg
 import msgspec
 
-from relay.backends.outbox.decoder import OutboxRow
 from relay.backends.outbox.gap import (
     MAX_ID,
     NOBODY,
@@ -26,6 +25,7 @@ from relay.backends.outbox.gap import (
     LockView,
     PositionDelta,
 )
+from relay.backends.outbox.row import OutboxRows
 from relay.catalog import OutboxDescription
 from relay.errors import CatalogError, OutboxUnsafe
 from relay.postgres import Database, PooledConnection
@@ -100,11 +100,17 @@ from holder as h
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """What one round read: whole outbox rows in ascending order of id, that may go out as such."""
+    """What one round read: whole outbox rows in ascending order of id, that may go out as such.
 
-    rows: Sequence[OutboxRow]
+    ``may_have_claim_check``: else all of them go out together. ``has_more``: as far as the round
+    knows, it left something behind.
+    """
+
+    rows: OutboxRows
     question: GapQuestion
-    locks: LockView | None
+    may_have_claim_check: bool = False
+    has_more: bool = False
+    locks: LockView | None = None
 
 
 class _Statement(msgspec.Struct, frozen=True):
@@ -150,7 +156,6 @@ class CommitOrderReader:
         self._above_position_and_in_gaps = _Statement(_bounded(in_gaps_too), _packed(in_gaps_too))
         self._packed_row_bytes = min(_LARGEST_PACKED_ROW_BYTES, batch_bytes)
         self._packed_rows = max(1, min(batch_size, batch_bytes // self._packed_row_bytes))
-        self._has_read_all = True
         self._rounds_before_packing = 0
         self._book = GapBook(0)
         self._server_started_at = ""
@@ -165,11 +170,6 @@ class CommitOrderReader:
     def pending_gaps(self) -> int:
         """How many ranges of ids are waited for."""
         return len(self._book)
-
-    @property
-    def has_read_all(self) -> bool:
-        """True when the last round, as far as it knows, left nothing behind."""
-        return self._has_read_all
 
     @property
     def has_due_gaps(self) -> bool:
@@ -197,9 +197,9 @@ class CommitOrderReader:
         async with self._database.connection("reading the outbox") as connection:
             while True:
                 question = book.question(QUESTION_RANGES)
-                rows = await self._fetch(connection, question)
-                if not book.has_gaps and not book.has_holes([row[0] for row in rows]):
-                    return Round(rows=rows, question=question, locks=None)
+                read = await self._fetch(connection, question)
+                if not book.has_gaps and not book.has_holes(read.rows.ids):
+                    return read
                 locks = await self._look(connection)
                 if self._is_another_run(locks):
                     self._remember_server(locks)
@@ -208,8 +208,8 @@ class CommitOrderReader:
                         continue
                 # Where a transaction may have ended before the read whose gaps were not read
                 # along, a row of it might be older than one that was read: read again.
-                if not rows or book.rests_surely(locks):
-                    return Round(rows=rows, question=question, locks=locks)
+                if not read.rows.ids or book.rests_surely(locks):
+                    return msgspec.structs.replace(read, locks=locks)
                 book.observe(locks)
 
     def settle(self, read: Round, rows: int) -> None:
@@ -218,7 +218,7 @@ class CommitOrderReader:
         At least one row of a round that has any.
         """
         holders = NOBODY if read.locks is None else read.locks.holders
-        self._book.absorb(read.question, [row[0] for row in read.rows[:rows]], holders)
+        self._book.absorb(read.question, read.rows.ids[:rows], holders)
         if read.locks is not None:
             self._book.observe(read.locks)
 
@@ -226,9 +226,7 @@ class CommitOrderReader:
         """What is to be committed once everything up to here is delivered."""
         return self._book.delta(DEAD_GAPS_PER_COMMIT)
 
-    async def _fetch(
-        self, connection: PooledConnection, question: GapQuestion
-    ) -> Sequence[OutboxRow]:
+    async def _fetch(self, connection: PooledConnection, question: GapQuestion) -> Round:
         # Rows behind gaps that are not asked about yet have to wait for their answer.
         above = self._book.position if question.is_complete else MAX_ID
         gaps: tuple[Sequence[int], ...] = ()
@@ -237,9 +235,9 @@ class CommitOrderReader:
             statement = self._above_position_and_in_gaps
             gaps = _singles_and_ranges(question)
         if self._rounds_before_packing == 0:
-            rows = await self._fetch_packed(connection, statement.packed, above, gaps)
-            if rows is not None:
-                return rows
+            read = await self._fetch_packed(connection, statement.packed, above, question, gaps)
+            if read is not None:
+                return read
             self._rounds_before_packing = _ROUNDS_BEFORE_PACKING
         self._rounds_before_packing -= 1
         records = await connection.fetch(
@@ -247,10 +245,14 @@ class CommitOrderReader:
         )
         messages = sum(max(1, (record[3] or 0) + (record[4] or 0)) for record in records)
         size = sum(len(record[6] or b"") for record in records)
-        # What is stored compressed has counted for up to eight times of what it is.
-        self._has_read_all = messages < self._batch_size and size * 8 < self._batch_bytes
         self._expect(len(records), messages, size)
-        return [tuple(record) for record in records]
+        return Round(
+            rows=OutboxRows.of([tuple(record) for record in records]),
+            question=question,
+            may_have_claim_check=True,
+            # What is stored compressed has counted for up to eight times of what it is.
+            has_more=messages >= self._batch_size or size * 8 >= self._batch_bytes,
+        )
 
     def _expect(self, rows: int, messages: int, size: int) -> None:
         """Ask next time for about as many rows of this kind as make one batch."""
@@ -266,8 +268,9 @@ class CommitOrderReader:
         connection: PooledConnection,
         statement: str,
         above: int,
+        question: GapQuestion,
         gaps: tuple[Sequence[int], ...],
-    ) -> Sequence[OutboxRow] | None:
+    ) -> Round | None:
         """The rows in one record, at a third of the cost; None where they have to come singly.
 
         That is where one is a claim check, is large, or where all together are too much.
@@ -280,14 +283,12 @@ class CommitOrderReader:
         except (UnicodeDecodeError, asyncpg.ProgramLimitExceededError):
             return None
         if record is None or record["ids"] is None:
-            self._has_read_all = True
-            return ()
+            return Round(rows=OutboxRows(), question=question)
         if record["is_unfit"] or record["messages"] > self._batch_size:
             return None
         rows = len(record["ids"])
-        self._has_read_all = rows < asked
         self._expect(rows, int(record["messages"]), len(record["payloads"]))
-        return _unpacked(record)
+        return Round(rows=_unpacked(record), question=question, has_more=rows == asked)
 
     def _is_another_run(self, locks: LockView) -> bool:
         """True where the names of holders have changed: the server has started, or recovered.
@@ -371,7 +372,9 @@ def _bounded(candidates: str) -> str:
 
 
 def _packed(candidates: str) -> str:
-    """All candidates ($2) in one record, and whether one is unfit for it: larger than $3 bytes.
+    """All candidates ($2) in one record, and whether one is unfit for it.
+
+    That is a claim check, or what is larger than $3 bytes.
 
     The driver takes a few long values apart several times faster than many short ones, a
     timestamp from seconds faster than from its own form. A line holds one JSON text, which has
@@ -389,46 +392,44 @@ def _packed(candidates: str) -> str:
         " sum(greatest(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0), 1))::float8"
         "   as messages,"
         " bool_or(o.is_unfit) as is_unfit"
-        " from (select o.*, (o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
-        "   or pg_catalog.pg_column_compression(o.payload) is not null) as is_unfit"
+        " from (select o.*, case"
+        "   when o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
+        "    or pg_catalog.pg_column_compression(o.payload) is not null then true"
+        "   else o.payload @> '{\"claim_check\": true}' end as is_unfit"
         f"  from ({candidates}) as o offset 0) as o"
     )
 
 
-def _unpacked(record: asyncpg.Record) -> Sequence[OutboxRow]:
+def _unpacked(record: asyncpg.Record) -> OutboxRows:
     """The rows of a packed record; counts and the claim check are what they are without one."""
     ids = record["ids"]
-    if any(map(operator.ge, ids, ids[1:])):
+    if any(map(operator.ge, ids, itertools.islice(ids, 1, None))):
         raise CatalogError("the server gave the rows of the outbox out of order")
-    return [
-        (id_, refresh_id, created_at, None, None, False, payload or None, headers or None)
-        for id_, refresh_id, created_at, payload, headers in zip(
-            ids,
-            record["refresh_ids"] or itertools.repeat(None),
-            _moments(record["created_ats"]),
-            record["payloads"].encode().split(b"\n"),
-            itertools.repeat(None)
-            if record["headers"] is None
-            else record["headers"].encode().split(b"\n"),
-            strict=False,
-        )
-    ]
+    return OutboxRows(
+        ids=ids,
+        refresh_ids=record["refresh_ids"] or (),
+        created_ats=_moments(record["created_ats"]),
+        payloads=_lines(record["payloads"]),
+        headers=() if record["headers"] is None else _lines(record["headers"]),
+    )
+
+
+def _lines(text: str) -> Sequence[bytes | None]:
+    """The lines of a text, None for an empty one."""
+    lines = text.encode().split(b"\n")
+    return [line or None for line in lines] if b"" in lines else lines
 
 
 def _moments(seconds: Sequence[float | None]) -> Sequence[datetime | None]:
-    """Times from seconds since the epoch, to the microsecond."""
-    from_seconds = datetime.fromtimestamp
+    """Times from seconds since the epoch, to the microsecond; None for one that Python lacks."""
     try:
-        return [from_seconds(one, UTC) for one in seconds]  # type: ignore[arg-type]  # None raises
-    except (TypeError, OverflowError, ValueError, OSError):
+        return msgspec.convert(seconds, list[datetime | None], strict=False)
+    except msgspec.ValidationError:
         return [_moment(one) for one in seconds]
 
 
-def _moment(seconds: float | None) -> datetime | None:
-    """A time from seconds since the epoch, to the microsecond; None for none that Python has."""
-    if seconds is None:
-        return None
+def _moment(second: float | None) -> datetime | None:
     try:
-        return datetime.fromtimestamp(seconds, UTC)
-    except (OverflowError, ValueError, OSError):
+        return msgspec.convert(second, datetime | None, strict=False)
+    except msgspec.ValidationError:
         return None

@@ -22,9 +22,10 @@ from typing import Final, Literal, Self
 import msgspec
 
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader
-from relay.backends.outbox.decoder import OutboxDecoder
+from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
 from relay.backends.outbox.gap import PositionDelta
-from relay.backends.outbox.reader import CommitOrderReader, standby
+from relay.backends.outbox.reader import CommitOrderReader, Round, standby
+from relay.backends.outbox.row import OutboxRows
 from relay.backends.outbox.wakefulness import Wakefulness
 from relay.catalog import OUTBOX_CHANNEL, Claim, OutboxDescription
 from relay.context import BackendContext
@@ -76,7 +77,11 @@ class _Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Session(msgspec.Struct, kw_only=True):
-    """One ownership of the position, from claim to the next."""
+    """One ownership of the position, from claim to the next.
+
+    ``left_some``: the last round left something behind, as far as it knows. ``ahead``: the one
+    behind it, which the server reads while that one is decoded and published.
+    """
 
     number: int
     epoch: int
@@ -84,11 +89,29 @@ class _Session(msgspec.Struct, kw_only=True):
     decoder: OutboxDecoder
     reader: CommitOrderReader
     claim_check: ClaimCheckReader | None = None
+    left_some: bool = False
+    ahead: asyncio.Task[Round] | None = None
 
     @property
     def has_more(self) -> bool:
         """True when there is more to hand out at once, as far as is known."""
-        return self.claim_check is not None or not self.reader.has_read_all
+        return self.claim_check is not None or self.left_some
+
+    async def read(self) -> Round:
+        """The next round, which may have been read ahead."""
+        ahead, self.ahead = self.ahead, None
+        return await (self.reader.read() if ahead is None else ahead)
+
+    def read_ahead(self) -> None:
+        """Begin to read the next round."""
+        self.ahead = asyncio.create_task(self.reader.read())
+
+    async def aclose(self) -> None:
+        """Read no further."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
 
 
 class OutboxSource:
@@ -158,6 +181,7 @@ class OutboxSource:
         if session is None or wakefulness is None:
             raise NotConnected("the outbox source is not connected")
         if self._is_stale:
+            await session.aclose()
             session = self._session = await self._begin_session(session.outbox)
         deadline = _now() + POLL_WAIT_S
         self._news.clear()
@@ -232,9 +256,16 @@ class OutboxSource:
         if session.claim_check is not None:
             return await self._next_page(session, session.claim_check)
         reader = session.reader
-        read = await reader.read()
-        decoded = session.decoder.decode(read.rows)
-        reader.settle(read, decoded.rows)
+        read = await session.read()
+        session.left_some = read.has_more
+        if read.may_have_claim_check:
+            decoded = await _decoded(session.decoder, read.rows)
+            reader.settle(read, decoded.rows)
+        else:
+            reader.settle(read, len(read.rows))
+            if read.has_more and read.locks is None:
+                session.read_ahead()
+            decoded = await _decoded(session.decoder, read.rows)
         if decoded.claim_check is not None:
             session.claim_check = ClaimCheckReader(
                 database=self._database,
@@ -245,7 +276,7 @@ class OutboxSource:
                 page_bytes=self._context.batch_bytes,
             )
             return await self._next_page(session, session.claim_check)
-        if not read.rows:
+        if not read.rows.ids:
             return None
         return Batch(
             messages=decoded.messages,
@@ -313,9 +344,11 @@ class OutboxSource:
         """Forget everything, and spare publishers the notification. Raises `Outage`."""
         unsubscribe, self._unsubscribe = self._unsubscribe, None
         wakefulness, self._wakefulness = self._wakefulness, None
-        self._session = None
+        session, self._session = self._session, None
         if unsubscribe is not None:
             unsubscribe()
+        if session is not None:
+            await session.aclose()
         if wakefulness is not None:
             await wakefulness.end()
 
@@ -432,6 +465,16 @@ class OutboxSource:
             f" swept before pipeline {self._context.pipeline} had read all of them",
             remedy="delete_relay and set the pipeline again to go on with what is there",
         )
+
+
+async def _decoded(decoder: OutboxDecoder, rows: OutboxRows) -> Decoded:
+    """As much of these as belongs into one batch; others have their turn in between."""
+    decoded = Decoded()
+    for start in range(0, len(rows), PART_ROWS):
+        await asyncio.sleep(0)
+        if not decoder.decode(rows.part(start, start + PART_ROWS), decoded):
+            break
+    return decoded
 
 
 def _now() -> float:
