@@ -11,7 +11,7 @@ https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -108,12 +108,16 @@ class _CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defa
 
 _json = msgspec.json.Encoder()
 _document = msgspec.json.Decoder(msgspec.Raw)
+# As many as stay in the processor's cache meanwhile.
+_BODIES_AT_ONCE = 250
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _envelope = msgspec.json.Decoder(Envelope)
 _cloud_event = msgspec.json.Decoder(_CloudEvent)
 
 Encode = Callable[[RelayMessage], Encoded]
 EncodeBody = Callable[[RelayMessage], bytes]
+EncodeBodies = Callable[[Sequence[RelayMessage]], list[bytes | MessageUndecodable]]
+_Wrap = Callable[[RelayMessage], msgspec.Struct]
 EncodeHeaders = Callable[[RelayMessage], dict[str, str]]
 
 # Formats in which the headers of a message without headers of the publisher's depend on nothing
@@ -135,13 +139,30 @@ def body_encoder(format_: str, *, namespace: str = "") -> EncodeBody:
     an unknown format. The function itself raises `MessageUndecodable` for a message that the
     format can't hold.
     """
-    if format_ == "payload":
+    wrapped = _wrapper(format_, namespace)
+    if wrapped is None:
         return lambda message: message.payload
-    if format_ == "envelope":
-        return _wrapping(_envelope_of)
-    if format_ == "cloudevents":
-        return _wrapping(lambda message: _cloud_event_of(message, namespace))
-    raise _unknown(format_)
+    return _wrapping(wrapped)
+
+
+def bodies_encoder(format_: str, *, namespace: str = "") -> EncodeBodies:
+    """The function that makes the bodies of many messages in one go, at half the cost.
+
+    It gives what `body_encoder` makes of each; for a message that the format can't hold, its error.
+    """
+    wrapped = _wrapper(format_, namespace)
+    if wrapped is None:
+        return lambda messages: [message.payload for message in messages]
+    body_of = _wrapping(wrapped)
+
+    def bodies_of(messages: Sequence[RelayMessage]) -> list[bytes | MessageUndecodable]:
+        bodies: list[bytes | MessageUndecodable] = []
+        for start in range(0, len(messages), _BODIES_AT_ONCE):
+            some = messages[start : start + _BODIES_AT_ONCE]
+            bodies += _together(some, wrapped) or [_body_or_error(body_of, one) for one in some]
+        return bodies
+
+    return bodies_of
 
 
 def headers_encoder(format_: str, spelling: Spelling) -> EncodeHeaders:
@@ -237,14 +258,26 @@ def _unknown(format_: str) -> ConfigurationError:
     )
 
 
-def _wrapping(wrapped: Callable[[RelayMessage], msgspec.Struct]) -> EncodeBody:
+def _wrapper(format_: str, namespace: str) -> _Wrap | None:
+    """What makes the JSON object around a payload; None where nothing goes around it."""
+    if format_ == "payload":
+        return None
+    if format_ == "envelope":
+        return _envelope_of
+    if format_ == "cloudevents":
+        return lambda message: _cloud_event_of(message, namespace)
+    raise _unknown(format_)
+
+
+def _wrapping(wrapped: _Wrap) -> EncodeBody:
     """A payload goes into the wrapping JSON as it is, so it must be JSON itself."""
 
     check, encode = _check_json, _json.encode
 
     def checked(message: RelayMessage) -> bytes:
         try:
-            check(message.payload)
+            if not message.is_json:
+                check(message.payload)
             return encode(wrapped(message))
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
@@ -254,6 +287,25 @@ def _wrapping(wrapped: Callable[[RelayMessage], msgspec.Struct]) -> EncodeBody:
             ) from None
 
     return checked
+
+
+def _together(messages: Sequence[RelayMessage], wrapped: _Wrap) -> list[bytes] | None:
+    """The bodies of all; None where they have to be looked at one by one."""
+    if not all(message.is_json for message in messages):
+        return None
+    try:
+        lines = _json.encode_lines([wrapped(message) for message in messages]).split(b"\n")
+    except UnicodeEncodeError:
+        return None
+    # A payload that has line breaks of its own, between its tokens, makes more lines.
+    return lines[:-1] if len(lines) == len(messages) + 1 else None
+
+
+def _body_or_error(body_of: EncodeBody, message: RelayMessage) -> bytes | MessageUndecodable:
+    try:
+        return body_of(message)
+    except MessageUndecodable as error:
+        return error
 
 
 def _envelope_of(message: RelayMessage) -> Envelope:

@@ -95,7 +95,7 @@ def test_a_block_that_is_made_from_a_remembered_one_is_no_different(
             headers=headers,
             payload=b"1",
         )
-        block, _ = sink._encoded(message, max_payload=2**20)
+        block = sink._block(message, 1, max_payload=2**20)
         assert block == wire_headers.encode(
             headers_of(message),
             message_id=dedup_key,

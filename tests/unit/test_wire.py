@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay import wire
@@ -104,6 +104,44 @@ def test_any_message_survives_the_envelope(
     encoded = wire.encoder("envelope", wire.TITLE)(message)
 
     assert wire.restore(encoded.body, encoded.headers, wire.TITLE) == message
+
+
+_ODD_ONES = [
+    msgspec.structs.replace(FULL, payload=b'{"id":\n7}', is_json=True),
+    msgspec.structs.replace(FULL, payload=b"1,\n2"),
+    msgspec.structs.replace(FULL, payload=b"[1"),
+    msgspec.structs.replace(FULL, payload=b"2]"),
+    msgspec.structs.replace(FULL, payload=b"\xff"),
+    msgspec.structs.replace(FULL, payload=b""),
+    msgspec.structs.replace(FULL, dedup_key="\ud800", is_json=True),
+    msgspec.structs.replace(FULL, headers={"a": "\ud800"}, is_json=True),
+]
+
+
+@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+@given(odd_ones=st.lists(st.tuples(st.integers(0, 600), st.sampled_from(_ODD_ONES))))
+@settings(max_examples=30)
+def test_bodies_that_are_made_together_are_those_of_each_by_itself(
+    format_: str, odd_ones: list[tuple[int, RelayMessage]]
+) -> None:
+    messages = [
+        msgspec.structs.replace(FULL, dedup_key=f"orders:{number}:0", is_json=True)
+        for number in range(600)
+    ]
+    for place, message in odd_ones:
+        messages.insert(place, message)
+    body_of = wire.body_encoder(format_, namespace="shop")
+
+    bodies = wire.bodies_encoder(format_, namespace="shop")(messages)
+
+    assert len(bodies) == len(messages)
+    for message, body in zip(messages, bodies, strict=True):
+        if isinstance(body, bytes):
+            assert body == body_of(message)
+        else:
+            with pytest.raises(MessageUndecodable) as raised:
+                body_of(message)
+            assert str(raised.value) == str(body)
 
 
 def test_header_names_compare_without_regard_to_case() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from relay.backends.files.options import FileFormat
 from relay.errors import ConfigurationError, MessageUndecodable
 from relay.message import RelayMessage
-from relay.wire import LOWER, Encode, encoder, is_json
+from relay.wire import LOWER, EncodeBodies, bodies_encoder, is_json
 
 SPELLING = LOWER
 CSV_COLUMNS = (
@@ -34,6 +34,12 @@ _LINE_BREAK = re.compile(rb"[\r\n]")
 _SPECIAL = re.compile(r'[",\r\n]')
 
 
+_T = TypeVar("_T")
+
+Line = bytes | MessageUndecodable
+"""An event as it is written; or why it can't be."""
+
+
 class End(msgspec.Struct, frozen=True):
     """What to do with the end of a file: keep so many bytes, then append these."""
 
@@ -48,8 +54,8 @@ class Format(Protocol):
     def header(self) -> bytes:
         """What stands once at the beginning of a file."""
 
-    def encode(self, message: RelayMessage) -> bytes:
-        """One event with its terminator. Raises `MessageUndecodable`."""
+    def encode(self, messages: Sequence[RelayMessage]) -> list[Line]:
+        """Each event with its terminator; for one that can't be written, why."""
 
     def sound_end(self, file: int, size_bytes: int) -> End:
         """Where the last complete event ends. Raises `ConfigurationError` for a foreign file."""
@@ -59,7 +65,7 @@ def file_format(name: FileFormat, content: str, namespace: str) -> Format:
     """The format of that name; ``content`` is one of `relay.wire.CONTENT_TYPES`."""
     if name == "csv":
         return Csv()
-    encode = encoder(content, SPELLING, namespace=namespace)
+    encode = bodies_encoder(content, namespace=namespace)
     return JsonLines(encode) if name == "jsonl" else PrettyJson(encode)
 
 
@@ -68,16 +74,15 @@ class JsonLines:
 
     header = b""
 
-    def __init__(self, encode: Encode) -> None:
+    def __init__(self, encode: EncodeBodies) -> None:
         self._encode = encode
 
-    def encode(self, message: RelayMessage) -> bytes:
+    def encode(self, messages: Sequence[RelayMessage]) -> list[Line]:
         """See `Format`."""
-        body = _encoded(lambda: self._encode(message).body, message)
-        if _LINE_BREAK.search(body):
-            # Inside strings JSON escapes them, so these can only stand between tokens.
-            body = _LINE_BREAK.sub(b" ", body)
-        return body + b"\n"
+        return [
+            _written(_one_line, message, body)
+            for message, body in zip(messages, self._encode(messages), strict=True)
+        ]
 
     def sound_end(self, file: int, size_bytes: int) -> End:
         """Behind the last line break; a last line that only lacks its break is given one."""
@@ -94,14 +99,15 @@ class PrettyJson:
 
     header = b""
 
-    def __init__(self, encode: Encode) -> None:
+    def __init__(self, encode: EncodeBodies) -> None:
         self._encode = encode
 
-    def encode(self, message: RelayMessage) -> bytes:
+    def encode(self, messages: Sequence[RelayMessage]) -> list[Line]:
         """See `Format`."""
-        return _encoded(
-            lambda: msgspec.json.format(self._encode(message).body, indent=2) + b"\n\n", message
-        )
+        return [
+            _written(_indented, message, body)
+            for message, body in zip(messages, self._encode(messages), strict=True)
+        ]
 
     def sound_end(self, file: int, size_bytes: int) -> End:
         """Behind the last empty line; a complete document that lacks it is given one."""
@@ -123,9 +129,9 @@ class Csv:
 
     header = ",".join(CSV_COLUMNS).encode() + b"\r\n"
 
-    def encode(self, message: RelayMessage) -> bytes:
+    def encode(self, messages: Sequence[RelayMessage]) -> list[Line]:
         """See `Format`."""
-        return _encoded(lambda: _csv_record(message), message)
+        return [_written(_csv_record, message, message) for message in messages]
 
     def sound_end(self, file: int, size_bytes: int) -> End:
         """Behind the last line break outside of quotes."""
@@ -140,13 +146,28 @@ class Csv:
         return End(_behind_last_record(file, size_bytes))
 
 
-def _encoded(encode: Callable[[], bytes], message: RelayMessage) -> bytes:
-    if not is_json(message.payload):
-        raise MessageUndecodable("the payload is not JSON")
+def _written(
+    write: Callable[[_T], bytes], message: RelayMessage, what: _T | MessageUndecodable
+) -> Line:
+    if isinstance(what, MessageUndecodable):
+        return what
+    if not message.is_json and not is_json(message.payload):
+        return MessageUndecodable("the payload is not JSON")
     try:
-        return encode()
+        return write(what)
     except (UnicodeError, msgspec.MsgspecError, RecursionError) as error:
-        raise MessageUndecodable(f"the message can't be written as text: {error}") from None
+        return MessageUndecodable(f"the message can't be written as text: {error}")
+
+
+def _one_line(body: bytes) -> bytes:
+    # Inside strings JSON escapes line breaks, so these can only stand between tokens.
+    if b"\n" in body or b"\r" in body:
+        body = _LINE_BREAK.sub(b" ", body)
+    return body + b"\n"
+
+
+def _indented(body: bytes) -> bytes:
+    return msgspec.json.format(body, indent=2) + b"\n\n"
 
 
 def _csv_record(message: RelayMessage) -> bytes:

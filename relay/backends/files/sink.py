@@ -15,7 +15,7 @@ from relay.backends.files.output import FileOutput, Output
 from relay.backends.files.stdout import STDOUT
 from relay.context import BackendContext
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
-from relay.errors import ConfigurationError, MessageRejected, NotConnected
+from relay.errors import ConfigurationError, NotConnected
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
@@ -97,14 +97,14 @@ class FileSink:
         """The lines, and what can't be one. Others get their turn in between."""
         lines: list[bytes] = []
         failures: list[Failure] = []
-        encode = self._format.encode
-        for index, message in enumerate(messages):
-            try:
-                lines.append(encode(message))
-            except MessageRejected as error:
-                failures.append(Failure(index, error))
-            if (index + 1) % _ENCODED_IN_A_TURN == 0:
-                await asyncio.sleep(0)
+        for start in range(0, len(messages), _ENCODED_IN_A_TURN):
+            await asyncio.sleep(0)
+            some = messages[start : start + _ENCODED_IN_A_TURN]
+            for index, line in enumerate(self._format.encode(some), start):
+                if isinstance(line, bytes):
+                    lines.append(line)
+                else:
+                    failures.append(Failure(index, line))
         return lines, failures
 
 

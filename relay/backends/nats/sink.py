@@ -69,13 +69,13 @@ class NatsSink:
         options: NatsSinkOptions,
         *,
         render: Render,
-        encode_body: wire.EncodeBody,
+        bodies: wire.EncodeBodies,
         ordering: str,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
-        self._encode_body = encode_body
+        self._bodies = bodies
         self._headers_of = wire.headers_encoder(options.format, wire.TITLE)
         self._has_few_headers = options.format in wire.FEW_HEADERS
         # Header blocks by op and full-refresh mark, cut where the dedup key stands.
@@ -111,7 +111,7 @@ class NatsSink:
         return cls(
             parsed,
             render=compile_routing(parsed.subject_template, parsed.routing, escape=escape),
-            encode_body=wire.body_encoder(parsed.format, namespace=context.dedup_namespace),
+            bodies=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
         )
@@ -250,19 +250,16 @@ class NatsSink:
         A subject that comes for the first time costs the server more than a message.
         """
         lines: list[bytes] = []
-        size = 0
-        messages, sent = flight.messages, chunk.indices
-        subject_of, encoded = self._subject, self._encoded
+        sent, subject_of, block_of = chunk.indices, self._subject, self._block
         reply = f"{self._reply_prefix}{self._next_number}"
-        taken = flight.take_chunk(_CHUNK_MESSAGES)
-        for place, index in enumerate(taken):
-            if size >= _CHUNK_BYTES:
-                flight.put_back(taken[place:])
-                break
-            message = messages[index]
+        indices = self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES))
+        messages = [flight.messages[index] for index in indices]
+        for index, message, body in zip(indices, messages, self._bodies(messages), strict=True):
             try:
+                if isinstance(body, MessageUndecodable):
+                    raise body
                 subject = subject_of(message)
-                block, body = encoded(message, max_payload)
+                block = block_of(message, len(body), max_payload)
             except MessageRejected as error:
                 flight.fail(index, error)
                 continue
@@ -271,8 +268,17 @@ class NatsSink:
             lines += (f"HPUB {subject} {reply} {head} {total}\r\n".encode(), block, body, b"\r\n")
             sent.append(index)
             flight.weigh(index, total)
-            size += total
         return lines
+
+    def _bounded(self, flight: Flight, taken: Sequence[int]) -> Sequence[int]:
+        """As many of these as make one chunk by their bytes; the others are put back."""
+        size = 0
+        for place, index in enumerate(taken, 1):
+            size += len(flight.messages[index].payload)
+            if size >= _CHUNK_BYTES:
+                flight.put_back(taken[place:])
+                return taken[:place]
+        return taken
 
     async def _await_replies(self, connection: Connection, flight: Flight) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
@@ -297,9 +303,9 @@ class NatsSink:
     def _subject(self, message: RelayMessage) -> str:
         return check_subject(message.subject or self._render(message))
 
-    def _encoded(self, message: RelayMessage, max_payload: int) -> tuple[bytes, bytes]:
+    def _block(self, message: RelayMessage, body_bytes: int, max_payload: int) -> bytes:
+        """The header block. Raises `MessageUndecodable`, `MessageTooLarge`."""
         try:
-            body = self._encode_body(message)
             key = message.dedup_key
             if self._has_few_headers and not message.headers and wire_headers.is_plain(key):
                 parts = self._blocks.get((message.op, message.is_full_refresh))
@@ -309,16 +315,16 @@ class NatsSink:
         except UnicodeEncodeError:
             raise MessageUndecodable("the message holds text that is not Unicode") from None
         head = len(block)
-        if head + len(body) > max_payload:
+        if head + body_bytes > max_payload:
             raise MessageTooLarge(
-                f"the message has {head + len(body)} bytes with its headers, the server's"
+                f"the message has {head + body_bytes} bytes with its headers, the server's"
                 f" max_payload is {max_payload} bytes"
             )
         if head > _MAX_HEADER_BYTES:
             raise MessageTooLarge(
                 f"the headers have {head} bytes, JetStream's limit is {_MAX_HEADER_BYTES} bytes"
             )
-        return block, body
+        return block
 
     def _new_parts(self, message: RelayMessage) -> list[bytes]:
         """The header block of messages like this one, cut where the dedup key stands."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec import structs
@@ -34,8 +34,9 @@ _FORMAT = wire.FIELD.format.encode()
 _DEDUP_KEY = wire.FIELD.dedup_key.encode()
 _PACKED_PAYLOAD = pack_one(_PAYLOAD)
 _KEY_MARK = "dedup key"
-# No mark, op or name of a format is longer.
-_LONGEST_OWN = 64
+_END = b"\r\n"
+# What the lengths of body and dedup key add at most to those of the frame's own.
+_LONGEST_LENGTHS = 24
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -96,45 +97,64 @@ def packed_fields(message: RelayMessage, encode: wire.Encode, limits: Limits) ->
     return len(arguments), packed
 
 
+class Packed(NamedTuple):
+    """Packed fields, in ``parts`` to be joined: how many ``arguments`` and bytes, or a few more."""
+
+    arguments: int
+    size: int
+    parts: Sequence[bytes]
+
+
+class _Frame(NamedTuple):
+    """What stands between and behind body and dedup key, the same for many messages."""
+
+    arguments: int
+    size: int
+    between: bytes
+    behind: bytes
+
+
 class FieldPacker:
     """`packed_fields` for the messages of one sink, which remembers what they have in common."""
 
     def __init__(self, format_: str, *, namespace: str) -> None:
         self._encode = wire.encoder(format_, wire.FIELD, namespace=namespace)
-        self._encode_body = wire.body_encoder(format_, namespace=namespace)
         self._has_few_headers = format_ in wire.FEW_HEADERS
-        # By op and full-refresh mark: how many arguments, and what stands between and behind body
-        # and dedup key.
-        self._known: dict[tuple[str, bool], tuple[int, bytes, bytes]] = {}
+        # By op and full-refresh mark.
+        self._frames: dict[tuple[str, bool], _Frame] = {}
 
-    def pack(self, message: RelayMessage, limits: Limits) -> tuple[int, bytes]:
-        """See `packed_fields`."""
+    def pack(self, message: RelayMessage, body: bytes, limits: Limits) -> Packed:
+        """See `packed_fields`; ``body`` is that of the message."""
         if not self._has_few_headers or message.headers:
-            return packed_fields(message, self._encode, limits)
-        body = self._encode_body(message)
+            return self._packed_singly(message, limits)
+        frame = self._frames.get((message.op, message.is_full_refresh)) or self._learned(message)
         try:
             key = message.dedup_key.encode()
         except UnicodeEncodeError:
-            return packed_fields(message, self._encode, limits)
-        known = self._known.get((message.op, message.is_full_refresh))
-        count, between, behind = known or self._learned(message)
-        packed = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n%b" % (
-            *(_PACKED_PAYLOAD, len(body), body),
-            *(between, len(key), key, behind),
+            return self._packed_singly(message, limits)
+        size = frame.size + len(body) + len(key)
+        if size > limits.message_bytes or size > limits.value_bytes:
+            return self._packed_singly(message, limits)
+        parts = (
+            *(_PACKED_PAYLOAD, b"$%d\r\n" % len(body), body, frame.between),
+            *(b"$%d\r\n" % len(key), key, frame.behind),
         )
-        longest = max(len(body), len(key), _LONGEST_OWN)
-        if len(packed) > limits.message_bytes or longest > limits.value_bytes:
-            return packed_fields(message, self._encode, limits)
-        return count, packed
+        return Packed(frame.arguments, size, parts)
 
-    def _learned(self, message: RelayMessage) -> tuple[int, bytes, bytes]:
-        marked = structs.replace(message, dedup_key=_KEY_MARK, payload=b"0")
+    def _packed_singly(self, message: RelayMessage, limits: Limits) -> Packed:
+        count, packed = packed_fields(message, self._encode, limits)
+        return Packed(count, len(packed), (packed,))
+
+    def _learned(self, message: RelayMessage) -> _Frame:
+        marked = structs.replace(message, dedup_key=_KEY_MARK, payload=b"0", is_json=True)
         count, packed = packed_fields(marked, self._encode, _NO_LIMITS)
-        body = pack_one(self._encode_body(marked))
+        body = pack_one(self._encode(marked).body).removesuffix(_END)
         _, _, rest = packed.partition(_PACKED_PAYLOAD + body)
         between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
-        found = self._known[message.op, message.is_full_refresh] = (count, between, behind)
-        return found
+        size = len(_PACKED_PAYLOAD) + len(between) + len(_END + behind) + _LONGEST_LENGTHS
+        frame = _Frame(count, size, between, _END + behind)
+        self._frames[message.op, message.is_full_refresh] = frame
+        return frame
 
 
 def entries(reply: Sequence[Reply]) -> Iterator[Entry]:

@@ -24,6 +24,7 @@ from relay.errors import (
     ConfigurationError,
     ErrorKind,
     MessageRejected,
+    MessageUndecodable,
     NotConnected,
     Outage,
     RelayError,
@@ -32,6 +33,7 @@ from relay.errors import (
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
+from relay.wire import EncodeBodies, bodies_encoder
 
 ORDERINGS = ("strict", "pipelined")
 
@@ -40,16 +42,18 @@ _LONGEST_VALUE = 512 * 1024 * 1024
 # What is under way at a time; a transaction holds up the other clients of the server.
 _CHUNK_BYTES = 1024 * 1024
 _CHUNK_MESSAGES = 1000
+_BODIES_AT_ONCE = 250
+_KNOWN_HEADS = 1024
 
 _BEGIN = pack(b"MULTI")
 _END = pack(b"EXEC")
 
 
 class _Chunk(msgspec.Struct):
-    """What is sent in one go: which messages, and their commands."""
+    """What is sent in one go: which messages, and the parts of their commands."""
 
     indexes: list[int] = msgspec.field(default_factory=list)
-    commands: list[bytes] = msgspec.field(default_factory=list)
+    parts: list[bytes] = msgspec.field(default_factory=list)
     size: int = 0
 
 
@@ -61,12 +65,14 @@ class RedisSink:
         options: RedisSinkOptions,
         *,
         render: Render,
+        bodies: EncodeBodies,
         packer: FieldPacker,
         ordering: str,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
+        self._bodies = bodies
         self._packer = packer
         self._is_strict = ordering == "strict"
         self._name = name
@@ -75,6 +81,8 @@ class RedisSink:
         trimming = [] if options.maxlen is None else [b"MAXLEN", b"~", b"%d" % options.maxlen]
         self._before_fields = b"".join(map(pack_one, [*trimming, b"*"]))
         self._fixed_arguments = 3 + len(trimming)
+        # By subject and number of arguments, what stands in front of the fields.
+        self._heads: dict[tuple[str, int], bytes] = {}
         # By dedup key, what this connection has added while too few replicas answered.
         self._unconfirmed: set[str] = set()
 
@@ -97,6 +105,7 @@ class RedisSink:
         return cls(
             parsed,
             render=compile_routing(parsed.stream_key, parsed.routing, escape=escape),
+            bodies=bodies_encoder(parsed.format, namespace=context.dedup_namespace),
             packer=FieldPacker(parsed.format, namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
@@ -145,13 +154,14 @@ class RedisSink:
         """
         connection = self._open()
         failed: dict[int, RelayError] = {}
-        chunk, start = self._next_chunk(messages, 0, failed)
+        bodies: list[bytes | MessageUndecodable] = []
+        chunk, start = self._next_chunk(messages, bodies, 0, failed)
         while chunk.indexes:
             adding = asyncio.create_task(self._add(connection, chunk, messages, failed))
             try:
                 # The next is packed while the server is at this one.
                 await asyncio.sleep(0)
-                following, packed_to = self._next_chunk(messages, start, failed)
+                following, packed_to = self._next_chunk(messages, bodies, start, failed)
                 await adding
             finally:
                 adding.cancel()
@@ -185,37 +195,58 @@ class RedisSink:
         return self._connection
 
     def _next_chunk(
-        self, messages: Sequence[RelayMessage], start: int, failed: dict[int, RelayError]
+        self,
+        messages: Sequence[RelayMessage],
+        bodies: list[bytes | MessageUndecodable],
+        start: int,
+        failed: dict[int, RelayError],
     ) -> tuple[_Chunk, int]:
-        """The next commands to send, and where to go on; what can't be sent fails at once."""
+        """The next commands to send, and where to go on; what can't be sent fails at once.
+
+        ``bodies`` are those made so far; more are added.
+        """
         chunk = _Chunk()
-        while start < len(messages):
-            message = messages[start]
-            if message.dedup_key not in self._unconfirmed:
-                try:
-                    command = self._command(message)
-                except MessageRejected as error:
-                    failed[start] = error
-                else:
-                    if chunk.size and chunk.size + len(command) > _CHUNK_BYTES:
-                        break
-                    chunk.indexes.append(start)
-                    chunk.commands.append(command)
-                    chunk.size += len(command)
-            start += 1
-            if len(chunk.indexes) == _CHUNK_MESSAGES:
+        while start < len(messages) and len(chunk.indexes) < _CHUNK_MESSAGES:
+            if messages[start].dedup_key in self._unconfirmed:
+                start += 1
+                continue
+            if start >= len(bodies):
+                made = len(bodies)
+                bodies += self._bodies(messages[made : made + _BODIES_AT_ONCE])
+                continue
+            message, body = messages[start], bodies[start]
+            try:
+                if isinstance(body, MessageUndecodable):
+                    raise body
+                fields = self._packer.pack(message, body, self._limits)
+                head = self._head(message, fields.arguments)
+            except MessageRejected as error:
+                failed[start] = error
+                start += 1
+                continue
+            size = len(head) + fields.size
+            if chunk.size and chunk.size + size > _CHUNK_BYTES:
                 break
+            chunk.indexes.append(start)
+            chunk.parts.append(head)
+            chunk.parts += fields.parts
+            chunk.size += size
+            start += 1
         return chunk, start
 
-    def _command(self, message: RelayMessage) -> bytes:
-        key = check_key(message.subject or self._render(message))
-        count, fields = self._packer.pack(message, self._limits)
-        return b"*%d\r\n$4\r\nXADD\r\n%b%b%b" % (
-            self._fixed_arguments + count,
-            pack_one(key.encode()),
-            self._before_fields,
-            fields,
-        )
+    def _head(self, message: RelayMessage, arguments: int) -> bytes:
+        """What stands in front of the fields."""
+        head = self._heads.get((message.subject, arguments))
+        if head is None:
+            key = check_key(message.subject or self._render(message))
+            head = b"*%d\r\n$4\r\nXADD\r\n%b%b" % (
+                self._fixed_arguments + arguments,
+                pack_one(key.encode()),
+                self._before_fields,
+            )
+            if message.subject and len(self._heads) < _KNOWN_HEADS:
+                self._heads[message.subject, arguments] = head
+        return head
 
     async def _add(
         self,
@@ -226,7 +257,7 @@ class RedisSink:
     ) -> None:
         """Send a chunk and note what the server refuses, or that nothing is known of it."""
         try:
-            replies = await self._replies(connection, chunk.commands)
+            replies = await self._replies(connection, chunk)
         except Outage as error:
             failed.update(dict.fromkeys(chunk.indexes, error))
             return
@@ -235,13 +266,14 @@ class RedisSink:
                 stream = messages[index].subject or self._render(messages[index])
                 failed[index] = of_reply(reply, f"adding to stream {stream!r}", is_publish=True)
 
-    async def _replies(self, connection: Connection, commands: Sequence[bytes]) -> Sequence[Reply]:
+    async def _replies(self, connection: Connection, chunk: _Chunk) -> Sequence[Reply]:
         """The answer to each command. Raises `Outage`, and what kept a transaction from running."""
         doing = f"adding to a stream on {connection.address}"
-        if not self._is_strict or len(commands) == 1:
-            return await connection.ask_all(doing, b"".join(commands), len(commands))
-        packed = b"".join((_BEGIN, *commands, _END))
-        begun, *queued, ended = await connection.ask_all(doing, packed, len(commands) + 2)
+        commands = len(chunk.indexes)
+        if not self._is_strict or commands == 1:
+            return await connection.ask_all(doing, b"".join(chunk.parts), commands)
+        packed = b"".join((_BEGIN, *chunk.parts, _END))
+        begun, *queued, ended = await connection.ask_all(doing, packed, commands + 2)
         if not isinstance(ended, ResponseError):
             return rows(ended)
         refused = next((one for one in (begun, *queued) if isinstance(one, ResponseError)), ended)

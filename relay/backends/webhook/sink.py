@@ -23,7 +23,6 @@ from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
     ConfigurationError,
     ErrorKind,
-    MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
     NotConnected,
@@ -51,7 +50,7 @@ class _Item(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     message: RelayMessage
-    encoded: wire.Encoded
+    body: bytes
 
 
 class _Unsettled(msgspec.Struct, frozen=True):
@@ -70,13 +69,14 @@ class WebhookSink:
         target: Target,
         *,
         render: Render,
-        encode: wire.Encode,
+        encode: wire.EncodeBodies,
         is_strict: bool,
     ) -> None:
         self._options = options
         self._target = target
         self._render = render
         self._encode = encode
+        self._headers_of = wire.headers_encoder(options.format, wire.HTTP)
         self._is_strict = is_strict
         self._endpoint = Endpoint(options, target)
         self._array_headers = _array_headers(options.format)
@@ -105,7 +105,7 @@ class WebhookSink:
             parsed,
             target,
             render=compile_routing(parsed.subject_template, parsed.routing),
-            encode=_encode(parsed, context.dedup_namespace),
+            encode=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
             is_strict=ordering == "strict",
         )
 
@@ -159,26 +159,19 @@ class WebhookSink:
         is_bare_array = options.batch_mode and options.format == "payload"
         limit = options.max_body_bytes - 2 * options.batch_mode
         items: list[_Item] = []
-        for index, message in enumerate(messages):
-            try:
-                encoded = self._encode(message)
-            except MessageRejected as error:
-                errors[index] = error
-                continue
-            except UnicodeEncodeError:
-                errors[index] = MessageUndecodable("the message holds text that is not Unicode")
-                continue
-            if is_bare_array and not wire.is_json(encoded.body):
+        for index, (message, body) in enumerate(zip(messages, self._encode(messages), strict=True)):
+            if isinstance(body, MessageUndecodable):
+                errors[index] = body
+            elif is_bare_array and not message.is_json and not wire.is_json(body):
                 errors[index] = MessageUndecodable(
                     "the payload is not JSON, which an array has to contain"
                 )
-            elif len(encoded.body) > limit:
+            elif len(body) > limit:
                 errors[index] = MessageTooLarge(
-                    f"the message has {len(encoded.body)} bytes, sink.max_body_bytes allows"
-                    f" {limit} bytes"
+                    f"the message has {len(body)} bytes, sink.max_body_bytes allows {limit} bytes"
                 )
             else:
-                items.append(_Item(index, message, encoded))
+                items.append(_Item(index, message, body))
         return items
 
     async def _send_arrays(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
@@ -188,7 +181,7 @@ class WebhookSink:
         while arrays:
             array = arrays.popleft()
             key = batch_key([item.message.dedup_key for item in array])
-            body = b"[%b]" % b",".join([item.encoded.body for item in array])
+            body = b"[%b]" % b",".join([item.body for item in array])
             error = await self._endpoint.send(body, self._array_headers, key)
             if error is None:
                 self._unsettled = None
@@ -224,10 +217,10 @@ class WebhookSink:
         limit = min(self._array_bytes, self._options.max_body_bytes)
         size = 2
         for end in range(start, len(items)):
-            size += len(items[end].encoded.body) + 1
+            size += len(items[end].body) + 1
             if size > limit and end > start:
                 yield items[start:end]
-                start, size = end, len(items[end].encoded.body) + 3
+                start, size = end, len(items[end].body) + 3
         if start < len(items):
             yield items[start:]
 
@@ -242,7 +235,7 @@ class WebhookSink:
             while (number := flight.take()) is not None:
                 item = items[number]
                 error = await self._endpoint.send(
-                    item.encoded.body,
+                    item.body,
                     self._headers(item),
                     idempotency_key(item.message.dedup_key),
                 )
@@ -257,18 +250,10 @@ class WebhookSink:
         errors.update((items[failed.index].index, failed.error) for failed in flight.failures())
 
     def _headers(self, item: _Item) -> RawHeaders:
-        headers = item.encoded.headers
+        headers = self._headers_of(item.message)
         if item.message.subject:
             headers = {**headers, SUBJECT: item.message.subject}
         return [(b"Content-Type", self._content_type), *encode(headers)]
-
-
-def _encode(options: WebhookSinkOptions, namespace: str) -> wire.Encode:
-    """An array has headers of its own, and no use for those of its messages."""
-    if not options.batch_mode:
-        return wire.encoder(options.format, wire.HTTP, namespace=namespace)
-    body_of = wire.body_encoder(options.format, namespace=namespace)
-    return lambda message: wire.Encoded(body_of(message), {})
 
 
 def _format(name: str) -> wire.Format:
