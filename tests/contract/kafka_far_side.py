@@ -219,11 +219,12 @@ class FarSide:
         self, messages: Sequence[RelayMessage], format_: str = "envelope", partition: int = 0
     ) -> None:
         """Add messages of ours, in order, to this topic whatever their subject."""
-        encode = RecordEncoder(format_, "").encode
+        encoder = RecordEncoder(format_, "")
         async with self.producer(acks="all") as producer:
             sent = []
-            for message in messages:
-                value, headers = encode(message)
+            for message, value in zip(messages, encoder.values(messages), strict=True):
+                assert isinstance(value, bytes)
+                headers = encoder.headers(message)
                 sent.append(
                     await producer.send(self.topic, value, headers=headers, partition=partition)
                 )

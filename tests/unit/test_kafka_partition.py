@@ -8,7 +8,7 @@ import pytest
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.partitioner import murmur2 as murmur2_of_the_library
 
-from relay.backends.kafka.partition import murmur2, partition_of
+from relay.backends.kafka.partition import hashes, partition_of
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,25 @@ from relay.backends.kafka.partition import murmur2, partition_of
     ],
 )
 def test_the_hash_is_that_of_the_java_client(key: bytes, number: int) -> None:
-    assert murmur2(key) == number % 2**32
+    assert hashes([key]) == [number % 2**32]
 
 
 def test_keys_of_every_length_go_where_the_library_sends_them() -> None:
     chosen = random.Random(5)
     partitioner = DefaultPartitioner()
-    for length in range(400):
-        key = chosen.randbytes(length)
-        assert murmur2(key) == murmur2_of_the_library(key) % 2**32
-        assert partition_of(key, 7) == partitioner(key, list(range(7)), list(range(7)))
+    keys = [chosen.randbytes(length) for length in range(400) for _ in range(3)]
+    chosen.shuffle(keys)
+
+    found = hashes(keys)
+
+    assert found == [murmur2_of_the_library(key) % 2**32 for key in keys]
+    assert [partition_of(hash_, 7) for hash_ in found] == [
+        partitioner(key, list(range(7)), list(range(7))) for key in keys
+    ]
+
+
+@pytest.mark.parametrize("key", [b"", b"\xff" * 23, b"\xff" * 24, b"\0" * 7])
+def test_keys_that_are_hashed_together_do_not_touch_each_other(key: bytes) -> None:
+    others = [b"\xff" * len(key), b"\0" * len(key)]
+
+    assert hashes([*others, key, *others])[2] == hashes([key])[0]

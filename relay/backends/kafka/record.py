@@ -47,20 +47,19 @@ class Record(Protocol):
 
 
 class RecordEncoder:
-    """Makes value and headers of messages, in one format."""
+    """Makes values and headers of messages, in one format."""
 
     def __init__(self, format_: str, namespace: str) -> None:
-        self._body_of = wire.body_encoder(format_, namespace=namespace)
+        self.values = wire.bodies_encoder(format_, namespace=namespace)
         self._headers_of = wire.headers_encoder(format_, wire.LOWER)
         self._has_few_headers = format_ in wire.FEW_HEADERS
         # What headers are the same for all messages of an op and full-refresh mark.
         self._fixed: dict[tuple[str, bool], list[Header]] = {}
 
-    def encode(self, message: RelayMessage) -> tuple[bytes, list[Header]]:
-        """Value and headers. Raises `MessageUndecodable` for what the format can't hold."""
-        body = self._body_of(message)
+    def headers(self, message: RelayMessage) -> list[Header]:
+        """The headers. Raises `MessageUndecodable` for a text that has no UTF-8 form."""
         try:
-            return body, self._headers(message)
+            return self._headers(message)
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
 

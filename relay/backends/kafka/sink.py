@@ -12,9 +12,9 @@ from aiokafka.protocol.admin import DescribeConfigsRequest
 
 from relay.backends.kafka.cluster import Cluster, open_cluster
 from relay.backends.kafka.options import KafkaSinkOptions, check_at_least, check_connection
-from relay.backends.kafka.partition import partition_of
+from relay.backends.kafka.partition import hashes, partition_of
 from relay.backends.kafka.producer import CODECS, MAX_REQUESTS_UNDER_WAY, Producer, RecordBatch
-from relay.backends.kafka.record import RecordEncoder
+from relay.backends.kafka.record import Header, RecordEncoder
 from relay.backends.kafka.topic import check_template, check_topic, escape
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
@@ -38,10 +38,15 @@ ORDERINGS = ("strict", "pipelined")
 _CHUNK_BYTES = 512 * 1024
 # The most of one batch: a larger one is not faster, and has to be held to be sent again.
 _BATCH_BYTES = 512 * 1024
+_RECORDS_AT_ONCE = 250
 # Kafka's default for max.message.bytes, where the topic's can't be asked.
 _DEFAULT_TOPIC_LIMIT = 1_048_588
 _TOPIC_RESOURCE = 2
 _LIMIT_NAME = "max.message.bytes"
+
+
+# Value, headers, key and the key's hash.
+_Record = tuple[bytes, list[Header], bytes | None, int]
 
 
 class _Topic(msgspec.Struct):
@@ -73,7 +78,7 @@ class KafkaSink:
         self._options = options
         self._render = render
         self._key_of = key_of
-        self._encode = encoder.encode
+        self._encoder = encoder
         self._name = name
         self._codec = CODECS[options.compression]
         is_idempotent = options.acks == "all"
@@ -165,8 +170,9 @@ class KafkaSink:
             for batch in again:
                 await flight.send([batch])
             start = 0
+            records: list[_Record | MessageRejected] = []
             while start < len(messages) and flight.trouble is None:
-                batches, start = self._next_chunk(messages, topics, start, settled, failed)
+                batches, start = self._next_chunk(messages, topics, records, start, settled, failed)
                 sent += batches
                 await flight.send(batches)
             await flight.land()
@@ -238,33 +244,37 @@ class KafkaSink:
         self,
         messages: Sequence[RelayMessage],
         topics: Sequence[str | None],
+        records: list[_Record | MessageRejected],
         start: int,
         settled: set[int],
         failed: dict[int, RelayError],
     ) -> tuple[list[RecordBatch], int]:
         """The next batches to send, one of a partition, and where to go on.
 
-        What can't be sent fails at once.
+        What can't be sent fails at once. ``records`` are those made so far; more are added.
         """
         batches: dict[tuple[str, int], RecordBatch] = {}
         now_ms = int(time.time() * 1000)
-        encode, key_of, known = self._encode, self._key_of, self._topics
+        known = self._topics
         size = 0
         while start < len(messages) and size < _CHUNK_BYTES:
             name = topics[start]
             if name is None or start in settled:
                 start += 1
                 continue
-            message = messages[start]
-            try:
-                value, headers = encode(message)
-                key = _key(message.dedup_key if key_of is None else key_of(message))
-            except MessageRejected as error:
-                failed[start] = error
+            if start >= len(records):
+                made = len(records)
+                records += self._records(messages[made : made + _RECORDS_AT_ONCE])
+                continue
+            record = records[start]
+            if isinstance(record, MessageRejected):
+                failed[start] = record
                 start += 1
                 continue
+            value, headers, key, hash_ = record
             topic = known[name]
-            slot = (name, _next(topic) if key is None else partition_of(key, topic.partitions))
+            partition = _next(topic) if key is None else partition_of(hash_, topic.partitions)
+            slot = (name, partition)
             batch = batches.get(slot)
             if batch is None:
                 batch = batches[slot] = RecordBatch(
@@ -278,6 +288,24 @@ class KafkaSink:
         for batch in batches.values():
             batch.keys = [messages[index].dedup_key for index in batch.indexes]
         return [one for one in batches.values() if self._is_sendable(one, failed)], start
+
+    def _records(self, messages: Sequence[RelayMessage]) -> list[_Record | MessageRejected]:
+        """Each message as a record; for one that can't be one, why."""
+        headers_of, key_of = self._encoder.headers, self._key_of
+        made: list[tuple[bytes, list[Header], bytes | None] | MessageRejected] = []
+        for message, value in zip(messages, self._encoder.values(messages), strict=True):
+            try:
+                if isinstance(value, MessageUndecodable):
+                    raise value
+                key = _key(message.dedup_key if key_of is None else key_of(message))
+                made.append((value, headers_of(message), key))
+            except MessageRejected as error:
+                made.append(error)
+        keys = [b"" if isinstance(one, MessageRejected) else one[2] or b"" for one in made]
+        return [
+            one if isinstance(one, MessageRejected) else (*one, hash_)
+            for one, hash_ in zip(made, hashes(keys), strict=True)
+        ]
 
     def _is_sendable(self, batch: RecordBatch, failed: dict[int, RelayError]) -> bool:
         """Seal a batch; one that is too large is a single message's, which then fails."""
