@@ -6,14 +6,17 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from relay import wire
 from relay.backends.redis.connection import pack
-from relay.backends.redis.entry import Entry, FieldPacker, Limits, decoded, packed_fields
+from relay.backends.redis.entry import Entry, Limits, decoded, frame_of, packed_fields
+from relay.backends.redis.sink import RedisSink
 from relay.contracts import Rejected
 from relay.errors import MessageTooLarge, MessageUndecodable
 from relay.message import Op, RelayMessage
 from tests.contract.evidence import SERIALIZED_FIELDS, assert_same_message, complete_message
+from tests.contract.surroundings import backend_context
 
 LIMITS = Limits(1000, 500)
 AMPLE = Limits(10**6, 10**6)
@@ -83,12 +86,11 @@ def test_text_without_a_utf8_form_is_refused() -> None:
         packed_fields(message, wire.encoder("payload", wire.FIELD), LIMITS)
 
 
-@pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
+@pytest.mark.parametrize("format_", sorted(wire.FEW_HEADERS))
 @given(
     dedup_keys=st.lists(st.text(), min_size=1, max_size=4),
     op=st.sampled_from(["insert", "event"]),
     is_full_refresh=st.booleans(),
-    headers=st.dictionaries(st.text(), st.text(), max_size=1),
     body=st.text(),
 )
 def test_fields_that_are_packed_from_remembered_ones_are_no_different(
@@ -96,36 +98,48 @@ def test_fields_that_are_packed_from_remembered_ones_are_no_different(
     dedup_keys: list[str],
     op: Op,
     is_full_refresh: bool,
-    headers: dict[str, str],
     body: str,
 ) -> None:
-    packer = FieldPacker(format_, namespace="shop")
     encode = wire.encoder(format_, wire.FIELD, namespace="shop")
+    first = RelayMessage(
+        dedup_key=dedup_keys[0], op=op, is_full_refresh=is_full_refresh, payload=b"1"
+    )
+    frame = frame_of(first, format_, "shop")
+    assert frame is not None
 
     for dedup_key in dedup_keys:
-        message = RelayMessage(
-            dedup_key=dedup_key,
-            op=op,
-            is_full_refresh=is_full_refresh,
-            headers=headers,
-            payload=msgspec.json.encode(body),
-        )
-        found = packer.pack(message, encode(message).body, AMPLE)
-        packed = b"".join(found.parts)
-        assert (found.arguments, packed) == packed_fields(message, encode, AMPLE)
-        assert len(packed) <= found.size <= len(packed) + 24
+        message = structs.replace(first, dedup_key=dedup_key, payload=msgspec.json.encode(body))
+        parts = frame.around(encode(message).body, dedup_key.encode())
+        packed = b"".join(parts)
+        assert (frame.arguments, packed) == packed_fields(message, encode, AMPLE)
+        size = frame.size + len(encode(message).body) + len(dedup_key.encode())
+        assert len(packed) <= size <= len(packed) + 24
 
 
-@pytest.mark.parametrize("limits", [Limits(300, 10**6), Limits(10**6, 300)])
-def test_remembered_fields_do_not_get_around_a_limit(limits: Limits) -> None:
-    packer = FieldPacker("envelope", namespace="")
+def test_messages_of_more_than_one_kind_have_no_frame() -> None:
+    message = RelayMessage(dedup_key="k", payload=b"1", headers={"a": "b"})
 
-    for payload in (b'"%s"' % (b"x" * 400), b"{}"):
-        message = RelayMessage(dedup_key="k" * 400, payload=payload)
-        with pytest.raises(MessageTooLarge, match="300"):
-            packer.pack(message, wire.encoder("envelope", wire.FIELD)(message).body, limits)
-    with pytest.raises(MessageUndecodable):
-        packer.pack(RelayMessage(dedup_key="\ud800", payload=b"{}"), b"{}", AMPLE)
+    assert frame_of(message, "envelope", "") is None
+    assert frame_of(structs.replace(message, headers={}), "payload", "") is None
+
+
+@pytest.mark.parametrize("field", ["dedup_key", "payload"])
+def test_a_remembered_frame_does_not_get_around_a_limit(field: str) -> None:
+    sink = RedisSink.from_options(
+        {"type": "redis", "url": "redis://localhost", "stream_key": "s", "max_message_bytes": 700},
+        backend_context(),
+    )
+    small = RelayMessage(dedup_key="k", payload=b"{}", subject="s")
+    large = {"dedup_key": "k" * 400, "payload": b'"%s"' % (b"x" * 700)}[field]
+    bodies_of = wire.bodies_encoder("envelope")
+
+    for message in (small, structs.replace(small, **{field: large})):
+        (body,) = bodies_of([message])
+        if message is small:
+            assert sink._command(message, body)
+        else:
+            with pytest.raises(MessageTooLarge, match="700"):
+                sink._command(message, body)
 
 
 def test_somebody_elses_payload_is_named_by_its_place_and_has_the_other_fields_as_headers() -> None:

@@ -80,7 +80,10 @@ class JsonLines:
     def encode(self, messages: Sequence[RelayMessage]) -> list[Line]:
         """See `Format`."""
         return [
-            _written(_one_line, message, body)
+            # Inside strings JSON escapes line breaks, so these can only stand between tokens.
+            body + b"\n"
+            if message.is_json and isinstance(body, bytes) and not (b"\n" in body or b"\r" in body)
+            else _written(_one_line, message, body)
             for message, body in zip(messages, self._encode(messages), strict=True)
         ]
 
@@ -160,10 +163,7 @@ def _written(
 
 
 def _one_line(body: bytes) -> bytes:
-    # Inside strings JSON escapes line breaks, so these can only stand between tokens.
-    if b"\n" in body or b"\r" in body:
-        body = _LINE_BREAK.sub(b" ", body)
-    return body + b"\n"
+    return _LINE_BREAK.sub(b" ", body) + b"\n"
 
 
 def _indented(body: bytes) -> bytes:

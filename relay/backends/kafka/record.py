@@ -58,20 +58,22 @@ class RecordEncoder:
 
     def headers(self, message: RelayMessage) -> list[Header]:
         """The headers. Raises `MessageUndecodable` for a text that has no UTF-8 form."""
+        fixed = None if message.headers else self._fixed.get((message.op, message.is_full_refresh))
         try:
-            return self._headers(message)
+            if fixed is None:
+                return self._learned(message)
+            return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
 
-    def _headers(self, message: RelayMessage) -> list[Header]:
-        if message.headers or not self._has_few_headers:
-            return self._headers_from_scratch(message)
-        slot = (message.op, message.is_full_refresh)
-        fixed = self._fixed.get(slot)
-        if fixed is None:
-            made = self._headers_from_scratch(message)
-            fixed = self._fixed[slot] = [one for one in made if one[0] != _DEDUP_KEY]
-        return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
+    def _learned(self, message: RelayMessage) -> list[Header]:
+        """The headers, of which those that are always the same are remembered."""
+        made = self._headers_from_scratch(message)
+        if not self._has_few_headers or message.headers:
+            return made
+        fixed = [one for one in made if one[0] != _DEDUP_KEY]
+        self._fixed[message.op, message.is_full_refresh] = fixed
+        return [*fixed, *(one for one in made if one[0] == _DEDUP_KEY)]
 
     def _headers_from_scratch(self, message: RelayMessage) -> list[Header]:
         theirs = message.headers

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-import msgspec
 from aiokafka.protocol.admin import DescribeConfigsRequest
 
 from relay.backends.kafka.cluster import Cluster, open_cluster
 from relay.backends.kafka.options import KafkaSinkOptions, check_at_least, check_connection
-from relay.backends.kafka.partition import hashes, partition_of
+from relay.backends.kafka.packing import CHUNK_BYTES, Packing, Topic
 from relay.backends.kafka.producer import CODECS, MAX_REQUESTS_UNDER_WAY, Producer, RecordBatch
-from relay.backends.kafka.record import Header, RecordEncoder
+from relay.backends.kafka.record import RecordEncoder
 from relay.backends.kafka.topic import check_template, check_topic, escape
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
@@ -23,7 +21,6 @@ from relay.errors import (
     ErrorKind,
     MessageRejected,
     MessageTooLarge,
-    MessageUndecodable,
     NotConnected,
     Outage,
     RelayError,
@@ -34,32 +31,12 @@ from relay.template import Render, compile_routing, compile_template
 
 ORDERINGS = ("strict", "pipelined")
 
-# What goes into one request: brokers handle few large ones with far less effort than many small.
-_CHUNK_BYTES = 512 * 1024
 # The most of one batch: a larger one is not faster, and has to be held to be sent again.
 _BATCH_BYTES = 512 * 1024
-_RECORDS_AT_ONCE = 250
 # Kafka's default for max.message.bytes, where the topic's can't be asked.
 _DEFAULT_TOPIC_LIMIT = 1_048_588
 _TOPIC_RESOURCE = 2
 _LIMIT_NAME = "max.message.bytes"
-
-
-# Value, headers, key and the key's hash.
-_Record = tuple[bytes, list[Header], bytes | None, int]
-
-
-class _Topic(msgspec.Struct):
-    """What the sink knows of a topic.
-
-    ``limit``: the most bytes of a batch that it takes; ``batch_bytes``: the most that we give it;
-    ``next_partition``: for a record without a key.
-    """
-
-    partitions: int
-    limit: int
-    batch_bytes: int
-    next_partition: int = 0
 
 
 class KafkaSink:
@@ -88,7 +65,7 @@ class KafkaSink:
             max_under_way=MAX_REQUESTS_UNDER_WAY if is_idempotent or ordering != "strict" else 1,
         )
         self._cluster: Cluster | None = None
-        self._topics: dict[str, _Topic] = {}
+        self._topics: dict[str, Topic] = {}
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
@@ -165,14 +142,22 @@ class KafkaSink:
         again = await producer.prepare(cluster, [one.dedup_key for one in messages])
         sent: list[RecordBatch] = list(again)
         settled = {index for batch in again for index in batch.indexes}
+        packing = Packing(
+            messages,
+            topics,
+            self._topics,
+            encoder=self._encoder,
+            key_of=self._key_of,
+            codec=self._codec,
+            settled=settled,
+            failed=failed,
+        )
         flight = producer.flight(cluster)
         try:
             for batch in again:
                 await flight.send([batch])
-            start = 0
-            records: list[_Record | MessageRejected] = []
-            while start < len(messages) and flight.trouble is None:
-                batches, start = self._next_chunk(messages, topics, records, start, settled, failed)
+            while not packing.is_over and flight.trouble is None:
+                batches = [one for one in packing.next_chunk() if self._is_sendable(one, failed)]
                 sent += batches
                 await flight.send(batches)
             await flight.land()
@@ -183,7 +168,8 @@ class KafkaSink:
             producer.settle(sent)
         self._note(sent, failed)
         if flight.trouble is not None:
-            failed.update(dict.fromkeys(self._left(start, len(messages), settled), flight.trouble))
+            left = self._left(packing.packed, len(messages), settled)
+            failed.update(dict.fromkeys(left, flight.trouble))
         return PublishResult(failures=[Failure(one, failed[one]) for one in sorted(failed)])
 
     async def is_healthy(self) -> bool:
@@ -205,7 +191,7 @@ class KafkaSink:
     async def _linger(self, messages: Sequence[RelayMessage]) -> None:
         """Wait where this is little, so that the next batch becomes larger."""
         linger_ms = self._options.linger_ms
-        if linger_ms and sum(len(one.payload) for one in messages) < _CHUNK_BYTES:
+        if linger_ms and sum(len(one.payload) for one in messages) < CHUNK_BYTES:
             await asyncio.sleep(linger_ms / 1000)
 
     def _topics_of(
@@ -234,78 +220,11 @@ class KafkaSink:
         limits = await _limits(cluster, unknown)
         for topic in unknown:
             limit = limits.get(topic, _DEFAULT_TOPIC_LIMIT)
-            self._topics[topic] = _Topic(
+            self._topics[topic] = Topic(
                 cluster.partitions_of(topic),
                 limit,
                 min(limit, self._options.max_request_size, _BATCH_BYTES),
             )
-
-    def _next_chunk(
-        self,
-        messages: Sequence[RelayMessage],
-        topics: Sequence[str | None],
-        records: list[_Record | MessageRejected],
-        start: int,
-        settled: set[int],
-        failed: dict[int, RelayError],
-    ) -> tuple[list[RecordBatch], int]:
-        """The next batches to send, one of a partition, and where to go on.
-
-        What can't be sent fails at once. ``records`` are those made so far; more are added.
-        """
-        batches: dict[tuple[str, int], RecordBatch] = {}
-        now_ms = int(time.time() * 1000)
-        known = self._topics
-        size = 0
-        while start < len(messages) and size < _CHUNK_BYTES:
-            name = topics[start]
-            if name is None or start in settled:
-                start += 1
-                continue
-            if start >= len(records):
-                made = len(records)
-                records += self._records(messages[made : made + _RECORDS_AT_ONCE])
-                continue
-            record = records[start]
-            if isinstance(record, MessageRejected):
-                failed[start] = record
-                start += 1
-                continue
-            value, headers, key, hash_ = record
-            topic = known[name]
-            partition = _next(topic) if key is None else partition_of(hash_, topic.partitions)
-            slot = (name, partition)
-            batch = batches.get(slot)
-            if batch is None:
-                batch = batches[slot] = RecordBatch(
-                    *slot, codec=self._codec, limit=topic.batch_bytes
-                )
-            if batch.add(len(batch.indexes), now_ms, key, value, headers) is None:
-                break
-            batch.indexes.append(start)
-            size += len(value)
-            start += 1
-        for batch in batches.values():
-            batch.keys = [messages[index].dedup_key for index in batch.indexes]
-        return [one for one in batches.values() if self._is_sendable(one, failed)], start
-
-    def _records(self, messages: Sequence[RelayMessage]) -> list[_Record | MessageRejected]:
-        """Each message as a record; for one that can't be one, why."""
-        headers_of, key_of = self._encoder.headers, self._key_of
-        made: list[tuple[bytes, list[Header], bytes | None] | MessageRejected] = []
-        for message, value in zip(messages, self._encoder.values(messages), strict=True):
-            try:
-                if isinstance(value, MessageUndecodable):
-                    raise value
-                key = _key(message.dedup_key if key_of is None else key_of(message))
-                made.append((value, headers_of(message), key))
-            except MessageRejected as error:
-                made.append(error)
-        keys = [b"" if isinstance(one, MessageRejected) else one[2] or b"" for one in made]
-        return [
-            one if isinstance(one, MessageRejected) else (*one, hash_)
-            for one, hash_ in zip(made, hashes(keys), strict=True)
-        ]
 
     def _is_sendable(self, batch: RecordBatch, failed: dict[int, RelayError]) -> bool:
         """Seal a batch; one that is too large is a single message's, which then fails."""
@@ -355,19 +274,6 @@ def _topic_template(options: KafkaSinkOptions) -> str:
         return options.topic
     assert options.topic_template is not None, "one of the two"  # noqa: S101 - for the type checker
     return options.topic_template
-
-
-def _key(text: str) -> bytes | None:
-    try:
-        return text.encode() or None
-    except UnicodeEncodeError:
-        raise MessageUndecodable("the record key has no UTF-8 form") from None
-
-
-def _next(topic: _Topic) -> int:
-    """The partition of a record without a key: they take turns."""
-    topic.next_partition = (topic.next_partition + 1) % topic.partitions
-    return topic.next_partition
 
 
 async def _limits(cluster: Cluster, topics: Sequence[str]) -> dict[str, int]:

@@ -374,7 +374,7 @@ def _bounded(candidates: str) -> str:
 def _packed(candidates: str) -> str:
     """All candidates ($2) in one record, and whether one is unfit for it.
 
-    That is a claim check, or what is larger than $3 bytes.
+    That is a claim check, or one whose payload or headers are larger than $3 bytes.
 
     The driver takes a few long values apart several times faster than many short ones, a
     timestamp from seconds faster than from its own form. A line holds one JSON text, which has
@@ -387,14 +387,17 @@ def _packed(candidates: str) -> str:
         " array_agg(pg_catalog.date_part('epoch', o.created_at)) as created_ats,"
         " string_agg(case when o.is_unfit then '' else coalesce(o.payload::text, '') end, E'\\n')"
         "   as payloads,"
-        " case when count(nullif(o.headers, '{}')) > 0"
-        "   then string_agg(coalesce(nullif(o.headers, '{}')::text, ''), E'\\n') end as headers,"
-        " sum(greatest(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0), 1))::float8"
+        " array_agg(o.id) filter (where o.said is not null and o.is_unfit is not true)"
+        "   as ids_with_headers,"
+        " string_agg(o.said::text, E'\\n') filter (where o.is_unfit is not true) as headers,"
+        " sum(greatest(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0), 1)::float8)"
         "   as messages,"
         " bool_or(o.is_unfit) as is_unfit"
-        " from (select o.*, case"
+        " from (select o.*, nullif(o.headers, '{}') as said, case"
         "   when o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
-        "    or pg_catalog.pg_column_compression(o.payload) is not null then true"
+        "    or pg_catalog.pg_column_compression(o.payload) is not null"
+        "    or pg_catalog.pg_column_size(o.headers) > $3::bigint"
+        "    or pg_catalog.pg_column_compression(o.headers) is not null then true"
         "   else o.payload @> '{\"claim_check\": true}' end as is_unfit"
         f"  from ({candidates}) as o offset 0) as o"
     )
@@ -410,8 +413,16 @@ def _unpacked(record: asyncpg.Record) -> OutboxRows:
         refresh_ids=record["refresh_ids"] or (),
         created_ats=_moments(record["created_ats"]),
         payloads=_lines(record["payloads"]),
-        headers=() if record["headers"] is None else _lines(record["headers"]),
+        headers=_headers(record),
     )
+
+
+def _headers(record: asyncpg.Record) -> Sequence[bytes | None]:
+    """Those of each row; most have none."""
+    if record["headers"] is None:
+        return ()
+    headers = dict(zip(record["ids_with_headers"], _lines(record["headers"]), strict=True))
+    return [headers.get(id_) for id_ in record["ids"]]
 
 
 def _lines(text: str) -> Sequence[bytes | None]:

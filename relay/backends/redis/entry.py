@@ -37,6 +37,7 @@ _KEY_MARK = "dedup key"
 _END = b"\r\n"
 # What the lengths of body and dedup key add at most to those of the frame's own.
 _LONGEST_LENGTHS = 24
+_LENGTHS = [b"$%d\r\n" % size for size in range(4096)]
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -97,64 +98,48 @@ def packed_fields(message: RelayMessage, encode: wire.Encode, limits: Limits) ->
     return len(arguments), packed
 
 
-class Packed(NamedTuple):
-    """Packed fields, in ``parts`` to be joined: how many ``arguments`` and bytes, or a few more."""
+class Frame(NamedTuple):
+    """What stands around body and dedup key in packed fields, the same for many messages.
+
+    ``size``: its bytes, with all that the lengths of body and dedup key add to them.
+    """
 
     arguments: int
-    size: int
-    parts: Sequence[bytes]
-
-
-class _Frame(NamedTuple):
-    """What stands between and behind body and dedup key, the same for many messages."""
-
-    arguments: int
-    size: int
+    before: bytes
     between: bytes
     behind: bytes
+    size: int
 
-
-class FieldPacker:
-    """`packed_fields` for the messages of one sink, which remembers what they have in common."""
-
-    def __init__(self, format_: str, *, namespace: str) -> None:
-        self._encode = wire.encoder(format_, wire.FIELD, namespace=namespace)
-        self._has_few_headers = format_ in wire.FEW_HEADERS
-        # By op and full-refresh mark.
-        self._frames: dict[tuple[str, bool], _Frame] = {}
-
-    def pack(self, message: RelayMessage, body: bytes, limits: Limits) -> Packed:
-        """See `packed_fields`; ``body`` is that of the message."""
-        if not self._has_few_headers or message.headers:
-            return self._packed_singly(message, limits)
-        frame = self._frames.get((message.op, message.is_full_refresh)) or self._learned(message)
-        try:
-            key = message.dedup_key.encode()
-        except UnicodeEncodeError:
-            return self._packed_singly(message, limits)
-        size = frame.size + len(body) + len(key)
-        if size > limits.message_bytes or size > limits.value_bytes:
-            return self._packed_singly(message, limits)
-        parts = (
-            *(_PACKED_PAYLOAD, b"$%d\r\n" % len(body), body, frame.between),
-            *(b"$%d\r\n" % len(key), key, frame.behind),
+    def around(self, body: bytes, dedup_key: bytes) -> Sequence[bytes]:
+        """The packed fields, in parts to be joined."""
+        return (
+            *(self.before, length(body), body, self.between),
+            *(length(dedup_key), dedup_key, self.behind),
         )
-        return Packed(frame.arguments, size, parts)
 
-    def _packed_singly(self, message: RelayMessage, limits: Limits) -> Packed:
-        count, packed = packed_fields(message, self._encode, limits)
-        return Packed(count, len(packed), (packed,))
 
-    def _learned(self, message: RelayMessage) -> _Frame:
-        marked = structs.replace(message, dedup_key=_KEY_MARK, payload=b"0", is_json=True)
-        count, packed = packed_fields(marked, self._encode, _NO_LIMITS)
-        body = pack_one(self._encode(marked).body).removesuffix(_END)
-        _, _, rest = packed.partition(_PACKED_PAYLOAD + body)
-        between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
-        size = len(_PACKED_PAYLOAD) + len(between) + len(_END + behind) + _LONGEST_LENGTHS
-        frame = _Frame(count, size, between, _END + behind)
-        self._frames[message.op, message.is_full_refresh] = frame
-        return frame
+def frame_of(message: RelayMessage, format_: str, namespace: str) -> Frame | None:
+    """The frame of every message that shares op and full-refresh mark, and has no headers.
+
+    None where fields have to be packed one message at a time.
+    """
+    if format_ not in wire.FEW_HEADERS or message.headers:
+        return None
+    encode = wire.encoder(format_, wire.FIELD, namespace=namespace)
+    marked = structs.replace(message, dedup_key=_KEY_MARK, payload=b"0", is_json=True)
+    count, packed = packed_fields(marked, encode, _NO_LIMITS)
+    _, _, rest = packed.partition(
+        _PACKED_PAYLOAD + pack_one(encode(marked).body).removesuffix(_END)
+    )
+    between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
+    size = len(_PACKED_PAYLOAD) + len(between) + len(_END + behind) + _LONGEST_LENGTHS
+    return Frame(count, _PACKED_PAYLOAD, between, _END + behind, size)
+
+
+def length(argument: bytes) -> bytes:
+    """What stands before an argument of a command."""
+    size = len(argument)
+    return _LENGTHS[size] if size < len(_LENGTHS) else b"$%d\r\n" % size
 
 
 def entries(reply: Sequence[Reply]) -> Iterator[Entry]:

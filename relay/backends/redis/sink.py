@@ -10,7 +10,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from relay.backends.redis.connection import Connection, Reply, connect, pack, pack_one, rows
-from relay.backends.redis.entry import FieldPacker, Limits
+from relay.backends.redis.entry import Frame, Limits, frame_of, packed_fields
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key, check_template, escape
 from relay.backends.redis.options import (
@@ -33,7 +33,7 @@ from relay.errors import (
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
-from relay.wire import EncodeBodies, bodies_encoder
+from relay.wire import FIELD, bodies_encoder, encoder
 
 ORDERINGS = ("strict", "pipelined")
 
@@ -43,7 +43,7 @@ _LONGEST_VALUE = 512 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 _CHUNK_MESSAGES = 1000
 _BODIES_AT_ONCE = 250
-_KNOWN_HEADS = 1024
+_KNOWN_FRAMES = 1024
 
 _BEGIN = pack(b"MULTI")
 _END = pack(b"EXEC")
@@ -65,15 +65,15 @@ class RedisSink:
         options: RedisSinkOptions,
         *,
         render: Render,
-        bodies: EncodeBodies,
-        packer: FieldPacker,
+        namespace: str,
         ordering: str,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
-        self._bodies = bodies
-        self._packer = packer
+        self._namespace = namespace
+        self._bodies = bodies_encoder(options.format, namespace=namespace)
+        self._encode = encoder(options.format, FIELD, namespace=namespace)
         self._is_strict = ordering == "strict"
         self._name = name
         self._connection: Connection | None = None
@@ -81,8 +81,8 @@ class RedisSink:
         trimming = [] if options.maxlen is None else [b"MAXLEN", b"~", b"%d" % options.maxlen]
         self._before_fields = b"".join(map(pack_one, [*trimming, b"*"]))
         self._fixed_arguments = 3 + len(trimming)
-        # By subject and number of arguments, what stands in front of the fields.
-        self._heads: dict[tuple[str, int], bytes] = {}
+        # By subject, op and full-refresh mark; None where messages are packed one at a time.
+        self._frames: dict[tuple[str, str, bool], Frame | None] = {}
         # By dedup key, what this connection has added while too few replicas answered.
         self._unconfirmed: set[str] = set()
 
@@ -105,8 +105,7 @@ class RedisSink:
         return cls(
             parsed,
             render=compile_routing(parsed.stream_key, parsed.routing, escape=escape),
-            bodies=bodies_encoder(parsed.format, namespace=context.dedup_namespace),
-            packer=FieldPacker(parsed.format, namespace=context.dedup_namespace),
+            namespace=context.dedup_namespace,
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
         )
@@ -214,39 +213,57 @@ class RedisSink:
                 made = len(bodies)
                 bodies += self._bodies(messages[made : made + _BODIES_AT_ONCE])
                 continue
-            message, body = messages[start], bodies[start]
             try:
-                if isinstance(body, MessageUndecodable):
-                    raise body
-                fields = self._packer.pack(message, body, self._limits)
-                head = self._head(message, fields.arguments)
+                size, parts = self._command(messages[start], bodies[start])
             except MessageRejected as error:
                 failed[start] = error
                 start += 1
                 continue
-            size = len(head) + fields.size
             if chunk.size and chunk.size + size > _CHUNK_BYTES:
                 break
             chunk.indexes.append(start)
-            chunk.parts.append(head)
-            chunk.parts += fields.parts
+            chunk.parts += parts
             chunk.size += size
             start += 1
         return chunk, start
 
+    def _command(
+        self, message: RelayMessage, body: bytes | MessageUndecodable
+    ) -> tuple[int, Sequence[bytes]]:
+        """Bytes, or a few more, and parts of the command. Raises `MessageRejected`."""
+        if not isinstance(body, bytes):
+            raise body
+        kind = (message.subject, message.op, message.is_full_refresh)
+        frame = self._frames.get(kind) or self._learned(message)
+        if frame is not None and not message.headers:
+            key = message.dedup_key.encode("utf-8", "surrogatepass")
+            size = frame.size + len(body) + len(key)
+            # Which limit it is that was passed, if any, says the long way.
+            if size <= self._limits.message_bytes and size <= self._limits.value_bytes:
+                return size, frame.around(body, key)
+        count, fields = packed_fields(message, self._encode, self._limits)
+        command = self._head(message, count) + fields
+        return len(command), (command,)
+
+    def _learned(self, message: RelayMessage) -> Frame | None:
+        """The frame with the head of the command in front."""
+        frame = frame_of(message, self._options.format, self._namespace)
+        if frame is None:
+            return None
+        head = self._head(message, frame.arguments)
+        whole = frame._replace(before=head + frame.before, size=len(head) + frame.size)
+        if message.subject and len(self._frames) < _KNOWN_FRAMES:
+            self._frames[message.subject, message.op, message.is_full_refresh] = whole
+        return whole
+
     def _head(self, message: RelayMessage, arguments: int) -> bytes:
         """What stands in front of the fields."""
-        head = self._heads.get((message.subject, arguments))
-        if head is None:
-            key = check_key(message.subject or self._render(message))
-            head = b"*%d\r\n$4\r\nXADD\r\n%b%b" % (
-                self._fixed_arguments + arguments,
-                pack_one(key.encode()),
-                self._before_fields,
-            )
-            if message.subject and len(self._heads) < _KNOWN_HEADS:
-                self._heads[message.subject, arguments] = head
-        return head
+        key = check_key(message.subject or self._render(message))
+        return b"*%d\r\n$4\r\nXADD\r\n%b%b" % (
+            self._fixed_arguments + arguments,
+            pack_one(key.encode()),
+            self._before_fields,
+        )
 
     async def _add(
         self,
