@@ -233,8 +233,10 @@ class Delivery:
 
     def prepare(self, batch: Batch) -> Prepared:
         """Transform the messages of a batch; to be done while the one before is under way."""
-        messages: list[RelayMessage] = []
         refused = [(rejected.message, rejected.error) for rejected in batch.rejected]
+        with contextlib.suppress(MessageRejected):
+            return Prepared(list(map(self._transform, batch.messages)), refused)
+        messages: list[RelayMessage] = []
         for message in batch.messages:
             try:
                 messages.append(self._transform(message))

@@ -26,7 +26,8 @@ class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ``dedup_key``: the same on every repetition of this event, and of no other event.
     ``key``: the entity, which decides order: events of one key arrive in source order. A single
     primary key column as its text, several as a compact JSON array; None where there is none.
-    ``subject``: forward the resolved subject, topic or routing key; reverse the event type.
+    ``subject``: forward the resolved subject, topic or routing key, which the pipeline fills in
+    before anybody else sees the message; reverse the event type.
     ``payload``: JSON as raw bytes, UTF-8.
     ``op``: what happened to the row; ``upsert`` for a row of a full refresh, ``event`` where it is
     unknown. ``snapshot_begin`` and ``snapshot_end`` frame a full refresh where that is asked for.

@@ -11,10 +11,10 @@ of an answer, stays lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeAlias
 
 from redis._parsers.hiredis import NOT_ENOUGH_DATA, _AsyncHiredisParser
@@ -45,13 +45,16 @@ class _TlsDriver(Driver):
 
 
 class Connection:
-    """An open connection. Safe to use from several tasks, one after the other is served."""
+    """An open connection. Safe to use from several tasks, which are served in their order."""
 
     def __init__(self, driver: Driver, endpoint: Endpoint, timeout_s: float) -> None:
         self._driver = driver
         self._endpoint = endpoint
         self._timeout_s = timeout_s
-        self._turn = asyncio.Lock()
+        # Who asks keeps the first until it is its turn to read: of all that is asked meanwhile,
+        # the answers come in the same order.
+        self._asking = asyncio.Lock()
+        self._reading = asyncio.Lock()
         self._loss: RelayError | None = None
 
     @property
@@ -79,20 +82,28 @@ class Connection:
     ) -> list[Reply]:
         """Send packed commands in one go and read all answers, errors among them as they are.
 
-        Raises `Outage`: then, as after a cancellation, nothing is known of any command, and the
-        connection is lost.
+        The commands are sent while the answers to others are still being read. Raises `Outage`:
+        then, as after a cancellation, nothing is known of any command, and the connection is lost.
         """
         replies: list[Reply] = []
-        async with self._turn:
-            if self._loss is not None:
-                raise self._loss
+        async with contextlib.AsyncExitStack() as reading:
+            async with self._asking:
+                self._refuse_lost()
+                with self._giving_up(doing), mapped(doing):
+                    async with asyncio.timeout(self._timeout_s):
+                        await self._driver.send_packed_command([packed], check_health=False)
+                    await reading.enter_async_context(self._reading)
+            self._refuse_lost()
             with self._giving_up(doing), mapped(doing):
                 async with asyncio.timeout(self._timeout_s + wait_s):
-                    await self._driver.send_packed_command([packed], check_health=False)
                     while len(replies) < answers:
                         replies.append(await self._read())
                         self._take_arrived(replies, answers)
         return replies
+
+    def _refuse_lost(self) -> None:
+        if self._loss is not None:
+            raise self._loss
 
     async def is_healthy(self) -> bool:
         """True when the server answers now."""
@@ -143,7 +154,7 @@ class Connection:
                 raise reply
             replies.append(reply)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _giving_up(self, doing: str) -> Iterator[None]:
         """An exchange that did not end leaves answers behind that belong to no later command."""
         try:

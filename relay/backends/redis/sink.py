@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Self
 
 import msgspec
@@ -42,6 +44,8 @@ _LONGEST_VALUE = 512 * 1024 * 1024
 # What is under way at a time; a transaction holds up the other clients of the server.
 _CHUNK_BYTES = 1024 * 1024
 _CHUNK_MESSAGES = 1000
+# While the server is at one, the next is on its way to it.
+_CHUNKS_UNDER_WAY = 2
 _BODIES_AT_ONCE = 250
 _KNOWN_FRAMES = 1024
 
@@ -55,6 +59,10 @@ class _Chunk(msgspec.Struct):
     indexes: list[int] = msgspec.field(default_factory=list)
     parts: list[bytes] = msgspec.field(default_factory=list)
     size: int = 0
+
+    def keys(self, messages: Sequence[RelayMessage]) -> AbstractSet[str]:
+        """The entities of its messages."""
+        return {key for index in self.indexes if (key := messages[index].key) is not None}
 
 
 class RedisSink:
@@ -154,23 +162,31 @@ class RedisSink:
         connection = self._open()
         failed: dict[int, RelayError] = {}
         bodies: list[bytes | MessageUndecodable] = []
-        chunk, start = self._next_chunk(messages, bodies, 0, failed)
-        while chunk.indexes:
-            adding = asyncio.create_task(self._add(connection, chunk, messages, failed))
-            try:
-                # The next is packed while the server is at this one.
-                await asyncio.sleep(0)
-                following, packed_to = self._next_chunk(messages, bodies, start, failed)
+        under_way: deque[tuple[_Chunk, asyncio.Task[None]]] = deque()
+        sent_to = 0
+        chunk, packed_to = self._next_chunk(messages, bodies, 0, failed)
+        try:
+            while chunk.indexes or under_way:
+                if chunk.indexes and self._may_go(chunk, [one for one, _ in under_way], messages):
+                    adding = asyncio.create_task(self._add(connection, chunk, messages, failed))
+                    under_way.append((chunk, adding))
+                    sent_to = packed_to
+                    # The next is packed while the server is at this one.
+                    await asyncio.sleep(0)
+                    chunk, packed_to = self._next_chunk(messages, bodies, sent_to, failed)
+                    continue
+                first, adding = under_way[0]
                 await adding
-            finally:
+                under_way.popleft()
+                # Behind what may still be accepted later nothing of its key may go.
+                trouble = self._trouble(connection, first, failed)
+                if trouble is not None:
+                    failed.update(dict.fromkeys(range(sent_to, len(messages)), trouble))
+                    chunk = _Chunk()
+        finally:
+            for _, adding in under_way:
                 adding.cancel()
-                await asyncio.gather(adding, return_exceptions=True)
-            trouble = next((failed[one] for one in chunk.indexes if _is_passing(failed, one)), None)
-            # Behind what may still be accepted later nothing of its key may go.
-            if trouble is not None and (self._is_strict or connection.loss is not None):
-                failed.update(dict.fromkeys(range(start, len(messages)), trouble))
-                break
-            chunk, start = following, packed_to
+            await asyncio.gather(*(adding for _, adding in under_way), return_exceptions=True)
         if self._options.wait_replicas and connection.loss is None:
             await self._confirm(connection, messages, failed)
         return PublishResult(failures=[Failure(one, failed[one]) for one in sorted(failed)])
@@ -185,6 +201,25 @@ class RedisSink:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.aclose()
+
+    def _may_go(
+        self, chunk: _Chunk, under_way: Sequence[_Chunk], messages: Sequence[RelayMessage]
+    ) -> bool:
+        """True where there is room, and nothing under way could be overtaken by one of its key."""
+        if len(under_way) == _CHUNKS_UNDER_WAY:
+            return False
+        if not self._is_strict or not under_way:
+            return True
+        keys = chunk.keys(messages)
+        return all(keys.isdisjoint(one.keys(messages)) for one in under_way)
+
+    def _trouble(
+        self, connection: Connection, chunk: _Chunk, failed: Mapping[int, RelayError]
+    ) -> RelayError | None:
+        """Why nothing more is to be sent after this chunk; None where nothing speaks against it."""
+        if not self._is_strict and connection.loss is None:
+            return None
+        return next((failed[one] for one in chunk.indexes if _is_passing(failed, one)), None)
 
     def _open(self) -> Connection:
         if self._connection is None:
