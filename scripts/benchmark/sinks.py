@@ -23,10 +23,10 @@ async def to_destination(
 ) -> Row:
     """Measure so many runs, each with its own floor; the figures are their medians.
 
-    Each run delivers the same outbox of ``events`` rows, each captured from a statement of its
-    own, through a new pipeline from its beginning. The floor is the slower of two: bare asyncpg
-    that reads the same rows, and a bare client that writes the same bytes to the destination.
-    Raises `ServerMissing`.
+    A run before them warms what gets faster while it runs, and does not count. Each run delivers
+    the same outbox of ``events`` rows, each captured from a statement of its own, through a new
+    pipeline from its beginning. The floor is the slower of two: bare asyncpg that reads the same
+    rows, and a bare client that writes the same bytes to the destination. Raises `ServerMissing`.
     """
     backend = sink_backend(name)
     events = at_most(events, backend.most_events)
@@ -35,8 +35,10 @@ async def to_destination(
     async with surroundings() as around, backend.opened(around) as destination:
         await _fill(around, events)
         async with around.relay(destination.environment):
-            for run in range(1, runs + 1):
+            for run in range(runs + 1):
                 keys, result = await _run(around, destination, f"to-{name}-{run}", events)
+                if run == 0:
+                    continue
                 received += keys
                 results.append(result)
                 say(f"to-{name} {run}/{runs}: {told(result)}")
@@ -51,10 +53,13 @@ async def to_destination(
     )
 
 
-def beside_floors(per_s: float, read_per_s: float, write_per_s: float) -> dict[str, float]:
+def beside_floors(
+    per_s: float, read_per_s: float, write_per_s: float, protocol_per_s: float | None
+) -> dict[str, float]:
     """The figures of a run: how fast it was, and its floor, the slower of the two."""
     floor_per_s = min(read_per_s, write_per_s)
-    return {
+    figures = {} if protocol_per_s is None else {"protocol_per_s": protocol_per_s}
+    return figures | {
         "per_s": per_s,
         "floor_per_s": floor_per_s,
         "read_floor_per_s": read_per_s,
@@ -65,10 +70,13 @@ def beside_floors(per_s: float, read_per_s: float, write_per_s: float) -> dict[s
 
 def told(figures: dict[str, float]) -> str:
     """These figures in a line of progress."""
+    past_library = figures.get("protocol_per_s")
     return (
         f"{figures['per_s']:,.0f}/s, floor {figures['floor_per_s']:,.0f}/s"
         f" (reading {figures['read_floor_per_s']:,.0f},"
-        f" writing {figures['write_floor_per_s']:,.0f})"
+        f" writing {figures['write_floor_per_s']:,.0f}"
+        + ("" if past_library is None else f", past the library {past_library:,.0f}")
+        + ")"
     )
 
 
@@ -104,7 +112,8 @@ async def _run(
     keys = await destination.read()
     read_per_s = await _read_floor(around, events)
     write_per_s = await destination.floor()
-    return len(keys), beside_floors(stretch.per_s, read_per_s, write_per_s)
+    protocol_per_s = await destination.protocol_floor()
+    return len(keys), beside_floors(stretch.per_s, read_per_s, write_per_s, protocol_per_s)
 
 
 async def _read_floor(around: Surroundings, events: int) -> float:

@@ -98,6 +98,10 @@ class Destination(Protocol):
         """
         ...
 
+    async def protocol_floor(self) -> float | None:
+        """The same past the client library, where `floor` is the library's; told, not judged."""
+        return None
+
 
 class Origin(Protocol):
     """Where a source reads from, filled past the relay.
@@ -129,6 +133,10 @@ class Origin(Protocol):
         Nothing is done with them. Raises `RuntimeError` where something is missing.
         """
         ...
+
+    async def protocol_floor(self) -> float | None:
+        """The same past the library, where `floor` is the library's; told, not judged."""
+        return None
 
 
 class _Sink(Protocol):

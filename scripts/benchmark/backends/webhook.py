@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import ClassVar, Final
 
+import httpx
 import msgspec
 
 from relay.demo.embedded import LOOPBACK
 from scripts.benchmark.backends import Destination, Origin, Stretch, observed, payload
+from scripts.benchmark.bare_aiohttp import aiohttp_receiver, requests_at
 from scripts.benchmark.bare_http import Receiver, post_all, receiver, request
 from scripts.benchmark.server import free_port, until_accepting
 from scripts.benchmark.surroundings import Surroundings
@@ -26,6 +29,7 @@ SOURCE_CONNECTIONS: Final = 64
 MESSAGES_PER_ARRAY: Final = 100
 
 _START_TIMEOUT_S: Final = 30.0
+_SILENCE_S: Final = 30.0
 
 
 class _Event(msgspec.Struct, frozen=True):
@@ -88,10 +92,34 @@ class ToWebhook(Destination):
 
 
 class ToWebhookEach(ToWebhook):
-    """`to-webhook-each`: a request for each event."""
+    """`to-webhook-each`: a request for each event. The floor is bare httpx."""
 
     title = "a webhook, a request each"
     is_batched = False
+
+    async def floor(self) -> float:
+        await self._far_side.empty()
+        waiting = iter(enumerate(self._bodies))
+
+        async def post() -> None:
+            # A pool of several connections looks through all of them at each request.
+            async with httpx.AsyncClient(trust_env=False, timeout=_SILENCE_S) as client:
+                for number, body in waiting:
+                    headers = {"Content-Type": "application/json", "Idempotency-Key": str(number)}
+                    answer = await client.post(self._far_side.url, content=body, headers=headers)
+                    answer.raise_for_status()
+
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(SINK_CONNECTIONS):
+                tasks.create_task(post())
+        elapsed_s = time.perf_counter() - started
+        if (await self._far_side.received()).envelopes != self._events:
+            raise RuntimeError("the receiver does not have what it acknowledged")
+        return self._events / elapsed_s
+
+    async def protocol_floor(self) -> float:
+        return await super().floor()
 
 
 class FromWebhook(Origin):
@@ -153,10 +181,20 @@ class FromWebhook(Origin):
 
 
 class FromWebhookEach(FromWebhook):
-    """`from-webhook-each`: a request for each message."""
+    """`from-webhook-each`: a request for each message. The floor is bare aiohttp."""
 
     title = "a webhook, a request each"
     messages_per_request = 1
+
+    async def floor(self) -> float:
+        async with aiohttp_receiver() as port:
+            elapsed_s = await post_all(port, self._requests(port), SOURCE_CONNECTIONS)
+            if await requests_at(port) != self._messages:
+                raise RuntimeError("the receiver does not have what it acknowledged")
+        return self._messages / elapsed_s
+
+    async def protocol_floor(self) -> float:
+        return await super().floor()
 
 
 def _events(body: bytes) -> Sequence[_Event]:
