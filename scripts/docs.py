@@ -84,7 +84,8 @@ WORDS: Mapping[str, str] = {
     "config.batch_size": "Most messages in a batch.",
     "config.poll_interval_ms": "First pause after an empty poll. It doubles up to 1 s; a"
     " notification ends it at once.",
-    "config.prefetch": "Polled batches that may wait while one is published.",
+    "config.prefetch": "Polled batches that may wait while one is published. Of an outbox the rows"
+    " of one more are read ahead.",
     "config.max_attempts": "Attempts of a message that fails transiently, before it becomes a dead"
     " letter. Without it the relay never gives up.",
     "config.retry_initial_ms": "First wait after a failure. Waits double and are jittered.",
