@@ -6,11 +6,8 @@ It answers 200 as soon as it has read a request, and counts.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
-import tempfile
-from collections.abc import AsyncIterator
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import httpx
@@ -18,10 +15,9 @@ import uvloop
 from aiohttp import web
 
 from relay.demo.embedded import LOOPBACK
-from scripts.benchmark.server import free_port, running_server
+from scripts.benchmark.server import running_module
 
 _COUNT_PATH: Final = "/bench/count"
-_REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
 async def requests_at(port: int) -> int:
@@ -30,14 +26,9 @@ async def requests_at(port: int) -> int:
         return int((await client.get(f"http://{LOOPBACK}:{port}{_COUNT_PATH}")).text)
 
 
-@contextlib.asynccontextmanager
-async def aiohttp_receiver() -> AsyncIterator[int]:
+def aiohttp_receiver() -> AbstractAsyncContextManager[int]:
     """The receiver, gone at the end; its port."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-aiohttp-") as directory:
-        command = [sys.executable, "-m", "scripts.benchmark.bare_aiohttp", str(port)]
-        async with running_server(command, Path(directory), port, {"PYTHONPATH": str(_REPOSITORY)}):
-            yield port
+    return running_module("scripts.benchmark.bare_aiohttp")
 
 
 async def _serve(port: int) -> None:

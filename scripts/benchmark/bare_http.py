@@ -11,17 +11,15 @@ import asyncio
 import contextlib
 import re
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import ClassVar, Final, cast
 
 import msgspec
 import uvloop
 
 from relay.demo.embedded import LOOPBACK
-from scripts.benchmark.server import free_port, running_server
+from scripts.benchmark.server import running_module
 
 SILENCE_S: Final = 30.0
 CONTROL_PATH: Final = b"/bench/"
@@ -31,7 +29,6 @@ _LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _STATUS: Final = re.compile(rb"HTTP/1\.1 (\d{3})[^\r]*\r\n")
 # What every envelope has exactly once at its beginning.
 _ENVELOPE: Final = b'{"v":1,"dedup_key":'
-_REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
 class Received(msgspec.Struct):
@@ -226,11 +223,8 @@ async def post_all(port: int, requests: Sequence[bytes], connections: int) -> fl
 @contextlib.asynccontextmanager
 async def receiver() -> AsyncIterator[Receiver]:
     """A receiver in a process of its own, gone at the end."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-http-") as directory:
-        command = [sys.executable, "-m", "scripts.benchmark.bare_http", str(port)]
-        async with running_server(command, Path(directory), port, {"PYTHONPATH": str(_REPOSITORY)}):
-            yield Receiver(port)
+    async with running_module("scripts.benchmark.bare_http") as port:
+        yield Receiver(port)
 
 
 async def _serve(port: int) -> None:

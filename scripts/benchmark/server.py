@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,8 @@ from relay.demo.embedded import LOOPBACK
 
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 60.0
+
+_REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -51,6 +55,19 @@ async def running_server(
         yield
     finally:
         await stopped(process)
+
+
+@contextlib.asynccontextmanager
+async def running_module(module: str) -> AsyncIterator[int]:
+    """A module of the benchmarks as a server in a process of its own, gone at the end; its port.
+
+    The port is its one argument.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-") as directory:
+        command = [sys.executable, "-m", module, str(port)]
+        async with running_server(command, Path(directory), port, {"PYTHONPATH": str(_REPOSITORY)}):
+            yield port
 
 
 async def until_accepting(port: int) -> None:

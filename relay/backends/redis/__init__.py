@@ -4,17 +4,18 @@
 with ``appendfsync always`` the entry is on disk by then, with ``everysec`` a crash of the server
 can lose the last second, and a failover can lose what the replica had not received. Whoever needs
 more sets ``wait_replicas``, or ``min-replicas-to-write`` on the server; what the server offers is
-in the description of the connection. Commands are pipelined on one connection. With ``ordering``
-``strict``, the default, each pipeline is a transaction (``MULTI``): a server that refuses one of
-its entries (out of memory, read-only) has stored none, and the next is sent before that is known
-only where it has no event of the same key, so none overtakes another of its key; it costs a short
-second answer per event. With ``pipelined`` each entry stands for itself, and an
-event behind a refused one of the same key may be stored before it; for proxies without
-transactions. Redis stores what it is sent: a connection that breaks before the answer makes the
-loop send everything again, so an entry can be there twice, and a consumer deduplicates by the
-field ``pgt_dedup_key``. First occurrences of a key's events are in order. The body is the field
-``payload``, our metadata the fields ``pgt_…``, the publisher's headers ``header:…``
-(`relay.backends.redis.entry`). Without ``maxlen`` a stream grows until somebody trims it.
+in the description of the connection. Commands are pipelined on one connection, a thousand at a
+time. With ``ordering`` ``strict``, the default, a pipeline in which a key comes more than once is a
+transaction (``MULTI``): a server that refuses one of its entries (out of memory, read-only) has
+stored none; and the next pipeline is sent before that is known only where it has no event of the
+same key. So no event overtakes another of its key; it costs a short second answer for each event of
+such a pipeline. With ``pipelined`` each entry stands for itself, and an event behind a refused one
+of the same key may be stored before it; for proxies without transactions. Redis stores what it is
+sent: a connection that breaks before the answer makes the loop send everything again, so an entry
+can be there twice, and a consumer deduplicates by the field ``pgt_dedup_key``. First occurrences of
+a key's events are in order. The body is the field ``payload``, our metadata the fields ``pgt_…``,
+the publisher's headers ``header:…`` (`relay.backends.redis.entry`). Without ``maxlen`` a stream
+grows until somebody trims it.
 
 **Source.** A consumer group, acknowledged (``XACK``) when told to. Order is the stream's, also
 across a lost connection and a killed process: what is pending for this consumer comes before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Self
 
 import msgspec
@@ -54,15 +53,22 @@ _END = pack(b"EXEC")
 
 
 class _Chunk(msgspec.Struct):
-    """What is sent in one go: which messages, and the parts of their commands."""
+    """What is sent in one go: which messages, the parts of their commands, and their entities."""
 
     indexes: list[int] = msgspec.field(default_factory=list)
     parts: list[bytes] = msgspec.field(default_factory=list)
     size: int = 0
+    keys: set[str] = msgspec.field(default_factory=set)
+    repeats_key: bool = False
 
-    def keys(self, messages: Sequence[RelayMessage]) -> AbstractSet[str]:
-        """The entities of its messages."""
-        return {key for index in self.indexes if (key := messages[index].key) is not None}
+    def add(self, index: int, message: RelayMessage, parts: Sequence[bytes], size: int) -> None:
+        """One more command, behind the others."""
+        self.indexes.append(index)
+        self.parts += parts
+        self.size += size
+        if (key := message.key) is not None:
+            self.repeats_key = self.repeats_key or key in self.keys
+            self.keys.add(key)
 
 
 class RedisSink:
@@ -167,7 +173,7 @@ class RedisSink:
         chunk, packed_to = self._next_chunk(messages, bodies, 0, failed)
         try:
             while chunk.indexes or under_way:
-                if chunk.indexes and self._may_go(chunk, [one for one, _ in under_way], messages):
+                if chunk.indexes and self._may_go(chunk, [one for one, _ in under_way]):
                     adding = asyncio.create_task(self._add(connection, chunk, messages, failed))
                     under_way.append((chunk, adding))
                     sent_to = packed_to
@@ -202,16 +208,11 @@ class RedisSink:
         if connection is not None:
             await connection.aclose()
 
-    def _may_go(
-        self, chunk: _Chunk, under_way: Sequence[_Chunk], messages: Sequence[RelayMessage]
-    ) -> bool:
+    def _may_go(self, chunk: _Chunk, under_way: Sequence[_Chunk]) -> bool:
         """True where there is room, and nothing under way could be overtaken by one of its key."""
         if len(under_way) == _CHUNKS_UNDER_WAY:
             return False
-        if not self._is_strict or not under_way:
-            return True
-        keys = chunk.keys(messages)
-        return all(keys.isdisjoint(one.keys(messages)) for one in under_way)
+        return not self._is_strict or all(chunk.keys.isdisjoint(one.keys) for one in under_way)
 
     def _trouble(
         self, connection: Connection, chunk: _Chunk, failed: Mapping[int, RelayError]
@@ -256,9 +257,7 @@ class RedisSink:
                 continue
             if chunk.size and chunk.size + size > _CHUNK_BYTES:
                 break
-            chunk.indexes.append(start)
-            chunk.parts += parts
-            chunk.size += size
+            chunk.add(start, messages[start], parts, size)
             start += 1
         return chunk, start
 
@@ -322,7 +321,7 @@ class RedisSink:
         """The answer to each command. Raises `Outage`, and what kept a transaction from running."""
         doing = f"adding to a stream on {connection.address}"
         commands = len(chunk.indexes)
-        if not self._is_strict or commands == 1:
+        if not self._is_strict or not chunk.repeats_key:
             return await connection.ask_all(doing, b"".join(chunk.parts), commands)
         packed = b"".join((_BEGIN, *chunk.parts, _END))
         begun, *queued, ended = await connection.ask_all(doing, packed, commands + 2)
