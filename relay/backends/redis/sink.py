@@ -241,8 +241,9 @@ class RedisSink:
         ``bodies`` are those made so far; more are added.
         """
         chunk = _Chunk()
+        unconfirmed = self._unconfirmed
         while start < len(messages) and len(chunk.indexes) < _CHUNK_MESSAGES:
-            if messages[start].dedup_key in self._unconfirmed:
+            if unconfirmed and messages[start].dedup_key in unconfirmed:
                 start += 1
                 continue
             if start >= len(bodies):
