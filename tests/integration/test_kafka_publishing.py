@@ -110,6 +110,31 @@ async def test_the_record_key_keeps_an_entity_in_one_partition_in_order(wide: Fa
     assert_per_key_order(await wide.restored(), messages)
 
 
+async def test_a_publish_that_is_cancelled_while_it_learns_a_topic_does_not_spoil_the_next(
+    wide: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = sink_of(wide.server.brokers, None, topic_template=wide.topic)
+    await sink.connect()
+    messages = wide.numbered(3)
+    asking = asyncio.Event()
+
+    async def never_answered(*_: object) -> dict[str, int]:
+        asking.set()
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("relay.backends.kafka.sink._limits", never_answered)
+        publishing = asyncio.create_task(sink.publish(messages))
+        async with asyncio.timeout(30):
+            await asking.wait()
+        publishing.cancel()
+        await asyncio.wait([publishing])
+
+    assert not (await sink.publish(messages)).failures
+    assert sorted(dedup_keys(await wide.restored())) == dedup_keys(messages)
+    await sink.aclose()
+
+
 async def test_without_a_template_the_record_key_is_the_dedup_key_and_spreads(
     wide: FarSide,
 ) -> None:

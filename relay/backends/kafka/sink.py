@@ -213,7 +213,10 @@ class KafkaSink:
 
     async def _learn(self, cluster: Cluster, topics: set[str] | list[str]) -> None:
         """Know partitions, leaders and limits of these topics. Raises `DestinationMissing`."""
-        unknown = [topic for topic in topics if not cluster.is_known(topic)]
+        # A publish that was cancelled in here may have learned one half.
+        unknown = [
+            topic for topic in topics if topic not in self._topics or not cluster.is_known(topic)
+        ]
         if not unknown:
             return
         await cluster.learn(unknown)
