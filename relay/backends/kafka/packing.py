@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 
 import msgspec
 
-from relay.backends.kafka.partition import hashes
+from relay.backends.kafka.partition import hashes, partition_of
 from relay.backends.kafka.producer import RecordBatch
 from relay.backends.kafka.record import RecordEncoder
 from relay.errors import MessageRejected, MessageUndecodable, RelayError
@@ -104,7 +104,7 @@ class Packing:
                 at += 1
                 continue
             topic = known[name]
-            partition = (key_hashes[at] & 0x7FFFFFFF) % topic.partitions if key else topic.turn()
+            partition = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
             batch = batches.get((name, partition))
             if batch is None:
                 batch = RecordBatch(name, partition, codec=self._codec, limit=topic.batch_bytes)

@@ -34,7 +34,8 @@ PART_ROWS: Final = 250
 """Rows to decode in one go: as many as stay in the processor's cache meanwhile."""
 
 _Row = msgspec.Raw | bytes
-# The raw values of the key columns of a decoded row; empty where missing.
+# The raw values of the key columns of a decoded row, whose type is made for the columns; empty
+# where missing.
 _ValuesOf = Callable[[Any], Sequence[_Row]]
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -279,8 +280,7 @@ class OutboxDecoder:
         except MessageUndecodable as error:
             rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
             return []
-        message = self._message(event, str(index), op, bytes(row))
-        return [msgspec.structs.replace(message, key=key)]
+        return [self._message(event, str(index), op, bytes(row), key=key)]
 
     def _decode_inline(
         self,
@@ -335,10 +335,13 @@ class OutboxDecoder:
             return []
         return [self._message(event, suffix, op, b"null")]
 
-    def _message(self, event: OutboxEvent, suffix: str, op: Op, payload: bytes) -> RelayMessage:
+    def _message(
+        self, event: OutboxEvent, suffix: str, op: Op, payload: bytes, *, key: str | None = None
+    ) -> RelayMessage:
         return RelayMessage(
             dedup_key=f"{self._prefix}{event.outbox_id}:{suffix}",
             payload=payload,
+            key=key,
             op=op,
             is_full_refresh=event.is_full_refresh,
             stream_table=self._stream_table,

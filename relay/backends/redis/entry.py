@@ -106,7 +106,6 @@ class Frame(NamedTuple):
     """
 
     arguments: int
-    before: bytes
     between: bytes
     behind: bytes
     size: int
@@ -116,7 +115,7 @@ class Frame(NamedTuple):
         body_bytes, key_bytes = len(body), len(dedup_key)
         # Without a call for each: this is done for every message.
         return (
-            self.before,
+            _PACKED_PAYLOAD,
             _LENGTHS[body_bytes] if body_bytes < _KNOWN_LENGTHS else b"$%d\r\n" % body_bytes,
             body,
             self.between,
@@ -141,7 +140,7 @@ def frame_of(message: RelayMessage, format_: str, namespace: str) -> Frame | Non
     )
     between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
     size = len(_PACKED_PAYLOAD) + len(between) + len(_END + behind) + _LONGEST_LENGTHS
-    return Frame(count, _PACKED_PAYLOAD, between, _END + behind, size)
+    return Frame(count, between, _END + behind, size)
 
 
 def entries(reply: Sequence[Reply]) -> Iterator[Entry]:

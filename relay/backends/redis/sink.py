@@ -46,7 +46,7 @@ _CHUNK_MESSAGES = 1000
 # While the server is at one, the next is on its way to it.
 _CHUNKS_UNDER_WAY = 2
 _BODIES_AT_ONCE = 250
-_KNOWN_FRAMES = 1024
+_KNOWN_HEADS = 1024
 
 _BEGIN = pack(b"MULTI")
 _END = pack(b"EXEC")
@@ -95,8 +95,10 @@ class RedisSink:
         trimming = [] if options.maxlen is None else [b"MAXLEN", b"~", b"%d" % options.maxlen]
         self._before_fields = b"".join(map(pack_one, [*trimming, b"*"]))
         self._fixed_arguments = 3 + len(trimming)
-        # By subject, op and full-refresh mark; None where messages are packed one at a time.
-        self._frames: dict[tuple[str, str, bool], Frame | None] = {}
+        # By op and full-refresh mark; None where messages are packed one at a time.
+        self._frames: dict[tuple[str, bool], Frame | None] = {}
+        # By subject and number of arguments, for some subjects.
+        self._heads: dict[tuple[str, int], bytes] = {}
         # By dedup key, what this connection has added while too few replicas answered.
         self._unconfirmed: set[str] = set()
 
@@ -268,37 +270,38 @@ class RedisSink:
         """Bytes, or a few more, and parts of the command. Raises `MessageRejected`."""
         if not isinstance(body, bytes):
             raise body
-        kind = (message.subject, message.op, message.is_full_refresh)
-        frame = self._frames.get(kind) or self._learned(message)
-        if frame is not None and not message.headers:
+        frame = None if message.headers else self._frame(message)
+        if frame is not None:
             key = message.dedup_key.encode("utf-8", "surrogatepass")
             size = frame.size + len(body) + len(key)
             # Which limit it is that was passed, if any, says the long way.
             if size <= self._limits.message_bytes and size <= self._limits.value_bytes:
-                return size, frame.around(body, key)
+                head = self._head(message, frame.arguments)
+                return len(head) + size, (head, *frame.around(body, key))
         count, fields = packed_fields(message, self._encode, self._limits)
         command = self._head(message, count) + fields
         return len(command), (command,)
 
-    def _learned(self, message: RelayMessage) -> Frame | None:
-        """The frame with the head of the command in front."""
-        frame = frame_of(message, self._options.format, self._namespace)
-        if frame is None:
-            return None
-        head = self._head(message, frame.arguments)
-        whole = frame._replace(before=head + frame.before, size=len(head) + frame.size)
-        if message.subject and len(self._frames) < _KNOWN_FRAMES:
-            self._frames[message.subject, message.op, message.is_full_refresh] = whole
-        return whole
+    def _frame(self, message: RelayMessage) -> Frame | None:
+        """What this message, which has no headers, has in common with others."""
+        kind = (message.op, message.is_full_refresh)
+        if kind not in self._frames:
+            self._frames[kind] = frame_of(message, self._options.format, self._namespace)
+        return self._frames[kind]
 
     def _head(self, message: RelayMessage, arguments: int) -> bytes:
         """What stands in front of the fields."""
-        key = check_key(message.subject or self._render(message))
-        return b"*%d\r\n$4\r\nXADD\r\n%b%b" % (
-            self._fixed_arguments + arguments,
-            pack_one(key.encode()),
-            self._before_fields,
-        )
+        head = self._heads.get((message.subject, arguments))
+        if head is None:
+            key = check_key(message.subject or self._render(message))
+            head = b"*%d\r\n$4\r\nXADD\r\n%b%b" % (
+                self._fixed_arguments + arguments,
+                pack_one(key.encode()),
+                self._before_fields,
+            )
+            if message.subject and len(self._heads) < _KNOWN_HEADS:
+                self._heads[message.subject, arguments] = head
+        return head
 
     async def _add(
         self,
