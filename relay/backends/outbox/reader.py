@@ -25,7 +25,7 @@ from relay.backends.outbox.gap import (
     LockView,
     PositionDelta,
 )
-from relay.backends.outbox.row import OutboxRows
+from relay.backends.outbox.row import OutboxRows, cut_inserted
 from relay.catalog import OutboxDescription
 from relay.errors import CatalogError, OutboxUnsafe
 from relay.postgres import Database, PooledConnection
@@ -408,11 +408,14 @@ def _unpacked(record: asyncpg.Record) -> OutboxRows:
     ids = record["ids"]
     if any(map(operator.ge, ids, itertools.islice(ids, 1, None))):
         raise CatalogError("the server gave the rows of the outbox out of order")
+    payloads = record["payloads"].encode()
+    inserted = cut_inserted(payloads, len(ids))
     return OutboxRows(
         ids=ids,
         refresh_ids=record["refresh_ids"] or (),
         created_ats=_moments(record["created_ats"]),
-        payloads=_lines(record["payloads"]),
+        payloads=() if inserted else _lines(payloads),
+        inserted=inserted,
         headers=_headers(record),
     )
 
@@ -421,13 +424,13 @@ def _headers(record: asyncpg.Record) -> Sequence[bytes | None]:
     """Those of each row; most have none."""
     if record["headers"] is None:
         return ()
-    headers = dict(zip(record["ids_with_headers"], _lines(record["headers"]), strict=True))
+    headers = dict(zip(record["ids_with_headers"], _lines(record["headers"].encode()), strict=True))
     return [headers.get(id_) for id_ in record["ids"]]
 
 
-def _lines(text: str) -> Sequence[bytes | None]:
+def _lines(text: bytes) -> Sequence[bytes | None]:
     """The lines of a text, None for an empty one."""
-    lines = text.encode().split(b"\n")
+    lines = text.split(b"\n")
     return [line or None for line in lines] if b"" in lines else lines
 
 

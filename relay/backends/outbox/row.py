@@ -22,11 +22,18 @@ OutboxRow = tuple[
 
 _Value = TypeVar("_Value")
 
+# How jsonb writes what stands around the rows of the commonest payload by far. It puts shorter
+# names first, so nothing else can stand in front, and what stood behind would not end like this.
+_BEFORE_INSERTED = b'{"v": 1, "deleted": [], "inserted": ['
+_BEHIND_INSERTED = b"]}"
+_BETWEEN_INSERTED = _BEHIND_INSERTED + b"\n" + _BEFORE_INSERTED
+
 
 class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
     """Rows in ascending order of id; all columns have the same length.
 
-    A column without a single value is empty. ``payloads``: JSON texts of type jsonb.
+    A column without a single value is empty. ``payloads``: JSON texts of type jsonb; ``inserted``
+    stands for them where all could be cut (`cut_inserted`).
     """
 
     ids: Sequence[int] = ()
@@ -36,6 +43,7 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
     deleted_counts: Sequence[int | None] = ()
     are_claim_checks: Sequence[bool | None] = ()
     payloads: Sequence[bytes | None] = ()
+    inserted: Sequence[bytes] = ()
     headers: Sequence[bytes | None] = ()
 
     @classmethod
@@ -68,7 +76,7 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
             self._whole(self.inserted_counts),
             self._whole(self.deleted_counts),
             self._whole(self.are_claim_checks),
-            self._whole(self.payloads),
+            self._whole(self._all_payloads()),
             self._whole(self.headers),
             strict=True,
         )
@@ -83,8 +91,33 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
             deleted_counts=self.deleted_counts[start:end],
             are_claim_checks=self.are_claim_checks[start:end],
             payloads=self.payloads[start:end],
+            inserted=self.inserted[start:end],
             headers=self.headers[start:end],
         )
 
+    def cut(self) -> Sequence[bytes]:
+        """What `cut_inserted` makes of the payloads."""
+        if self.inserted or None in self.payloads:
+            return self.inserted
+        return cut_inserted(b"\n".join(filter(None, self.payloads)), len(self))
+
+    def _all_payloads(self) -> Sequence[bytes | None]:
+        if not self.inserted:
+            return self.payloads
+        return [_BEFORE_INSERTED + rows + _BEHIND_INSERTED for rows in self.inserted]
+
     def _whole(self, column: Sequence[_Value | None]) -> Sequence[_Value | None]:
         return column or (None,) * len(self.ids)
+
+
+def cut_inserted(payloads: bytes, count: int) -> Sequence[bytes]:
+    """What was inserted by each of so many payloads, one a line; none where one is of another kind.
+
+    Each begins and ends as a payload that tells of inserted rows and of nothing else. Whether what
+    stands between is one row is for the caller to find out.
+    """
+    if not payloads.startswith(_BEFORE_INSERTED) or not payloads.endswith(_BEHIND_INSERTED):
+        return ()
+    # No JSON text of type jsonb has a line break in it: this one is between two payloads.
+    between = payloads[len(_BEFORE_INSERTED) : -len(_BEHIND_INSERTED)].split(_BETWEEN_INSERTED)
+    return between if len(between) == count else ()
