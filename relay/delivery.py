@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import msgspec
@@ -48,7 +48,9 @@ from relay.events import (
 )
 from relay.message import RelayMessage
 
-Transform = Callable[[RelayMessage], RelayMessage]
+# All of these, in order. Raises `MessageRejected` where one of them is refused; asked for one at a
+# time it then shows which.
+Transform = Callable[[Sequence[RelayMessage]], list[RelayMessage]]
 
 _RETRY_ROWS = 100
 _DESCRIBE_TIMEOUT_S = 2.0
@@ -235,11 +237,11 @@ class Delivery:
         """Transform the messages of a batch; to be done while the one before is under way."""
         refused = [(rejected.message, rejected.error) for rejected in batch.rejected]
         with contextlib.suppress(MessageRejected):
-            return Prepared(list(map(self._transform, batch.messages)), refused)
+            return Prepared(self._transform(batch.messages), refused)
         messages: list[RelayMessage] = []
         for message in batch.messages:
             try:
-                messages.append(self._transform(message))
+                messages += self._transform([message])
             except MessageRejected as error:
                 refused.append((message, error))
         return Prepared(messages, refused)
@@ -321,14 +323,14 @@ class Delivery:
         rejected: list[tuple[int, RelayError]] = []
         for letter in letters:
             try:
-                message = (
-                    letter.message if letter.is_transformed else self._transform(letter.message)
+                ready = (
+                    [letter.message] if letter.is_transformed else self._transform([letter.message])
                 )
             except MessageRejected as error:
                 rejected.append((letter.id, error))
             else:
                 ids.append(letter.id)
-                messages.append(message)
+                messages += ready
         async with self._publishing:
             # What was suspended lets go of the sink when it stops, no better than it was.
             if self._stop.is_set() or self._rest_s() > 0:
@@ -574,12 +576,13 @@ def _sorted_out(
 
 
 def _latencies_s(acceptances: Sequence[_Acceptance]) -> list[float]:
-    return [
-        (accepted_at - message.created_at).total_seconds()
-        for accepted_at, messages, failed in acceptances
-        for index, message in enumerate(messages)
-        if message.created_at is not None and index not in failed
-    ]
+    latencies: list[timedelta] = []
+    for accepted_at, messages, failed in acceptances:
+        created = [message.created_at for message in messages]
+        if failed:
+            created = [at for index, at in enumerate(created) if index not in failed]
+        latencies += map(accepted_at.__sub__, filter(None, created))
+    return list(map(timedelta.total_seconds, latencies))
 
 
 def _spent(

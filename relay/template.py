@@ -30,6 +30,7 @@ _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _PAYLOAD_PATH = re.compile(r"payload(\.[^.{}]+)+")
 
 Escape = Callable[[str], str]
+Check = Callable[[str], str]
 Render = Callable[[RelayMessage], str]
 _Part = str | Render
 
@@ -39,29 +40,44 @@ def unescaped(value: str) -> str:
     return value
 
 
-def compile_template(text: str, *, escape: Escape = unescaped) -> Render:
+def anything(rendered: str) -> str:
+    """The check of destinations that take every text."""
+    return rendered
+
+
+def compile_template(text: str, *, escape: Escape = unescaped, check: Check = anything) -> Render:
     """Compile a template; ``escape`` is applied to the rendered values, not to the text around.
 
+    ``check`` gives what was rendered, or raises `MessageRejected` where the destination has no such
+    name; a text that comes again and again is not checked each time.
+
     Raises `TemplateInvalid` naming the unknown variable or the stray brace. The returned function
-    raises `MessageUndecodable` where a payload path leads to nothing that has a text form.
+    raises `MessageUndecodable` where a payload path leads to nothing that has a text form, and what
+    ``check`` raises.
     """
     parts = _parse(text, escape)
     if all(isinstance(part, str) for part in parts):
         constant = "".join(part for part in parts if isinstance(part, str))
-        return lambda _message: constant
+        return lambda _message: check(constant)
     if _has_few_values(text):
-        return _remembering(parts)
-    return lambda message: _join(parts, message)
+        return _remembering(parts, check)
+    return lambda message: check(_join(parts, message))
 
 
 def compile_routing(
-    default: str, routing: Mapping[str, str], *, escape: Escape = unescaped
+    default: str,
+    routing: Mapping[str, str],
+    *,
+    escape: Escape = unescaped,
+    check: Check = anything,
 ) -> Render:
     """Compile a default template with overrides by event type or op. Raises `TemplateInvalid`."""
-    render = compile_template(default, escape=escape)
+    render = compile_template(default, escape=escape, check=check)
     if not routing:
         return render
-    overrides = {name: compile_template(text, escape=escape) for name, text in routing.items()}
+    overrides = {
+        name: compile_template(text, escape=escape, check=check) for name, text in routing.items()
+    }
 
     def route(message: RelayMessage) -> str:
         event_type = message.headers.get("event_type")
@@ -139,15 +155,15 @@ def _has_few_values(text: str) -> bool:
     return names <= {"stream_table", "op"}
 
 
-def _remembering(parts: list[_Part]) -> Render:
-    """Render once for each stream table and op."""
+def _remembering(parts: list[_Part], check: Check) -> Render:
+    """Render and check once for each stream table and op."""
     rendered: dict[tuple[str, str], str] = {}
 
     def render(message: RelayMessage) -> str:
         slot = (message.stream_table, message.op)
         found = rendered.get(slot)
         if found is None:
-            found = rendered[slot] = _join(parts, message)
+            found = rendered[slot] = check(_join(parts, message))
         return found
 
     return render

@@ -73,6 +73,7 @@ async def receiving(
         pipeline="orders-in",
     )
     letters = KeptLetters()
+    reshape = compile_reverse(dedup_key_from, None)
     pipeline = Pipeline(
         name="orders-in",
         direction="reverse",
@@ -80,7 +81,7 @@ async def receiving(
         sink=InboxSink.from_options(
             {"type": "pg-inbox", "inbox_table": "inbox", "schema": "public"}, context
         ),
-        transform=compile_reverse(dedup_key_from, None),
+        transform=lambda messages: list(map(reshape, messages)),
         dead_letters=letters,
         emit=Heard(),
         policy=RetryPolicy(initial_s=0.01, max_s=0.05),

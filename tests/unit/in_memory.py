@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from relay.backends.memory import SPELLING, Faults, MemoryChannel, MemorySink, MemorySource, Record
 from relay.catalog import DeadLetter, StoredDeadLetter
 from relay.contracts import Sink, Source
-from relay.delivery import RetryPolicy, Transform
+from relay.delivery import RetryPolicy
 from relay.errors import Outage
 from relay.events import BatchAcknowledged, Event, PipelineState, StateChanged
 from relay.message import RelayMessage
@@ -118,7 +118,7 @@ class Line:
         prefetch: int = 1,
         batch_size: int = 100,
         failed_retry_s: float = 30.0,
-        transform: Transform = lambda message: message,
+        transform: Callable[[RelayMessage], RelayMessage] = lambda message: message,
         source: Callable[[MemoryChannel], Source] | None = None,
         sink: Sink | None = None,
         letters: KeptLetters | None = None,
@@ -136,7 +136,7 @@ class Line:
             direction="forward",
             source=self.source,
             sink=sink or MemorySink(self.there, faults=self.faults),
-            transform=transform,
+            transform=lambda messages: list(map(transform, messages)),
             dead_letters=self.letters,
             emit=self.heard,
             policy=policy,

@@ -85,7 +85,7 @@ class KafkaSink:
             )
         return cls(
             parsed,
-            render=compile_routing(template, parsed.routing, escape=escape),
+            render=compile_routing(template, parsed.routing, escape=escape, check=check_topic),
             key_of=None if parsed.key_template is None else compile_template(parsed.key_template),
             encoder=RecordEncoder(parsed.format, context.dedup_namespace),
             ordering=ordering,
@@ -123,7 +123,7 @@ class KafkaSink:
 
     def subject_of(self, message: RelayMessage) -> str:
         """The topic by template or routing. Raises `MessageRejected` for one that is none."""
-        return check_topic(self._render(message))
+        return self._render(message)
 
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Send all; see the package for order and for what counts as accepted.

@@ -110,7 +110,9 @@ class NatsSink:
             )
         return cls(
             parsed,
-            render=compile_routing(parsed.subject_template, parsed.routing, escape=escape),
+            render=compile_routing(
+                parsed.subject_template, parsed.routing, escape=escape, check=check_subject
+            ),
             bodies=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
@@ -160,7 +162,7 @@ class NatsSink:
 
     def subject_of(self, message: RelayMessage) -> str:
         """The subject by template or routing. Raises `MessageRejected` for one NATS refuses."""
-        return check_subject(self._render(message))
+        return self._render(message)
 
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Publish all; see the package for order and for what counts as accepted.

@@ -97,7 +97,9 @@ class RabbitSink:
         wire.body_encoder(parsed.format)
         return cls(
             parsed,
-            render=compile_routing(parsed.routing_key_template, parsed.routing, escape=escape),
+            render=compile_routing(
+                parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
+            ),
             encoder=Encoder(cast("wire.Format", parsed.format), namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
@@ -138,7 +140,7 @@ class RabbitSink:
 
     def subject_of(self, message: RelayMessage) -> str:
         """The routing key by template or routing. Raises `MessageRejected` for one that is none."""
-        return check_routing_key(self._render(message))
+        return self._render(message)
 
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Publish all; see the package for order and for what counts as accepted.
