@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from msgspec import structs
 
 from relay import wire
 from relay.backends.redis.connection import pack
-from relay.backends.redis.entry import Entry, Limits, decoded, frame_of, packed_fields
-from relay.backends.redis.sink import RedisSink
+from relay.backends.redis.entry import Entry, Limits, decoded, packed_fields
 from relay.contracts import Rejected
 from relay.errors import MessageTooLarge, MessageUndecodable
-from relay.message import Op, RelayMessage
+from relay.message import RelayMessage
 from tests.contract.evidence import SERIALIZED_FIELDS, assert_same_message, complete_message
-from tests.contract.surroundings import backend_context
 
 LIMITS = Limits(1000, 500)
-AMPLE = Limits(10**6, 10**6)
 
 
 def entry(*fields: bytes) -> Entry:
@@ -84,62 +77,6 @@ def test_text_without_a_utf8_form_is_refused() -> None:
 
     with pytest.raises(MessageUndecodable):
         packed_fields(message, wire.encoder("payload", wire.FIELD), LIMITS)
-
-
-@pytest.mark.parametrize("format_", sorted(wire.FEW_HEADERS))
-@given(
-    dedup_keys=st.lists(st.text(), min_size=1, max_size=4),
-    op=st.sampled_from(["insert", "event"]),
-    is_full_refresh=st.booleans(),
-    body=st.text(),
-)
-def test_fields_that_are_packed_from_remembered_ones_are_no_different(
-    format_: str,
-    dedup_keys: list[str],
-    op: Op,
-    is_full_refresh: bool,
-    body: str,
-) -> None:
-    encode = wire.encoder(format_, wire.FIELD, namespace="shop")
-    first = RelayMessage(
-        dedup_key=dedup_keys[0], op=op, is_full_refresh=is_full_refresh, payload=b"1"
-    )
-    frame = frame_of(first, format_, "shop")
-    assert frame is not None
-
-    for dedup_key in dedup_keys:
-        message = structs.replace(first, dedup_key=dedup_key, payload=msgspec.json.encode(body))
-        parts = frame.around(encode(message).body, dedup_key.encode())
-        packed = b"".join(parts)
-        assert (frame.arguments, packed) == packed_fields(message, encode, AMPLE)
-        size = frame.size + len(encode(message).body) + len(dedup_key.encode())
-        assert len(packed) <= size <= len(packed) + 24
-
-
-def test_messages_of_more_than_one_kind_have_no_frame() -> None:
-    message = RelayMessage(dedup_key="k", payload=b"1", headers={"a": "b"})
-
-    assert frame_of(message, "envelope", "") is None
-    assert frame_of(structs.replace(message, headers={}), "payload", "") is None
-
-
-@pytest.mark.parametrize("field", ["dedup_key", "payload"])
-def test_a_remembered_frame_does_not_get_around_a_limit(field: str) -> None:
-    sink = RedisSink.from_options(
-        {"type": "redis", "url": "redis://localhost", "stream_key": "s", "max_message_bytes": 700},
-        backend_context(),
-    )
-    small = RelayMessage(dedup_key="k", payload=b"{}", subject="s")
-    large = {"dedup_key": "k" * 400, "payload": b'"%s"' % (b"x" * 700)}[field]
-    bodies_of = wire.bodies_encoder("envelope")
-
-    for message in (small, structs.replace(small, **{field: large})):
-        (body,) = bodies_of([message])
-        if message is small:
-            assert sink._command(message, body)
-        else:
-            with pytest.raises(MessageTooLarge, match="700"):
-                sink._command(message, body)
 
 
 def test_somebody_elses_payload_is_named_by_its_place_and_has_the_other_fields_as_headers() -> None:

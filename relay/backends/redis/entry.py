@@ -37,8 +37,9 @@ _KEY_MARK = "dedup key"
 _END = b"\r\n"
 # What the lengths of body and dedup key add at most to those of the frame's own.
 _LONGEST_LENGTHS = 24
-_KNOWN_LENGTHS = 4096
-_LENGTHS = [b"$%d\r\n" % size for size in range(_KNOWN_LENGTHS)]
+
+LENGTHS = [b"$%d\r\n" % size for size in range(4096)]
+"""By its bytes, what stands in front of a packed argument."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -100,29 +101,21 @@ def packed_fields(message: RelayMessage, encode: wire.Encode, limits: Limits) ->
 
 
 class Frame(NamedTuple):
-    """What stands around body and dedup key in packed fields, the same for many messages.
+    """What stands around the body and the dedup key of a command, the same for many messages.
 
-    ``size``: its bytes, with all that the lengths of body and dedup key add to them.
+    ``arguments``: how many there are of the fields. ``size``: bytes, with all that the lengths of
+    body and dedup key add to them.
     """
 
     arguments: int
+    front: bytes
     between: bytes
     behind: bytes
     size: int
 
-    def around(self, body: bytes, dedup_key: bytes) -> Sequence[bytes]:
-        """The packed fields, in parts to be joined."""
-        body_bytes, key_bytes = len(body), len(dedup_key)
-        # Without a call for each: this is done for every message.
-        return (
-            _PACKED_PAYLOAD,
-            _LENGTHS[body_bytes] if body_bytes < _KNOWN_LENGTHS else b"$%d\r\n" % body_bytes,
-            body,
-            self.between,
-            _LENGTHS[key_bytes] if key_bytes < _KNOWN_LENGTHS else b"$%d\r\n" % key_bytes,
-            dedup_key,
-            self.behind,
-        )
+    def behind_head(self, head: bytes) -> Frame:
+        """The same frame with more in front of it."""
+        return self._replace(front=head + self.front, size=len(head) + self.size)
 
 
 def frame_of(message: RelayMessage, format_: str, namespace: str) -> Frame | None:
@@ -140,7 +133,7 @@ def frame_of(message: RelayMessage, format_: str, namespace: str) -> Frame | Non
     )
     between, _, behind = rest.partition(pack_one(_KEY_MARK.encode()))
     size = len(_PACKED_PAYLOAD) + len(between) + len(_END + behind) + _LONGEST_LENGTHS
-    return Frame(count, between, _END + behind, size)
+    return Frame(count, _PACKED_PAYLOAD, between, _END + behind, size)
 
 
 def entries(reply: Sequence[Reply]) -> Iterator[Entry]:
