@@ -117,6 +117,58 @@ async def test_an_array_is_answered_when_its_last_element_is_acknowledged() -> N
         assert (await in_time(asking)).body == b'{"accepted":5}'
 
 
+async def test_small_requests_gather_while_a_batch_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_GATHERING_S", BOUND_S)
+    async with listening() as receiver:
+        asking = [asyncio.create_task(call(receiver.address, b"{}", key("first")))]
+        (batch,) = await collect(receiver, 1)
+        polling = asyncio.create_task(receiver.poll())
+        for number in (1, 2):
+            asking.append(asyncio.create_task(call(receiver.address, b"{}", key(f"{number}"))))
+            await until_waiting(receiver, number)
+        assert not polling.done()
+
+        await receiver.acknowledge(batch)
+
+        async with asyncio.timeout(BOUND_S / 2):
+            gathered = await polling
+        assert dedup_keys(gathered.messages) == ["1", "2"]
+        await receiver.acknowledge(gathered)
+        assert [(await in_time(one)).status for one in asking] == [200] * 3
+
+
+async def test_what_is_worth_a_batch_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_GATHERING_S", BOUND_S)
+    async with listening() as receiver:
+        one = asyncio.create_task(call(receiver.address, b"{}"))
+        await collect(receiver, 1)
+        many = asyncio.create_task(call(receiver.address, b"[%b]" % b",".join([b"{}"] * 32)))
+        await until_waiting(receiver, 32)
+
+        async with asyncio.timeout(BOUND_S / 2):
+            batch = await receiver.poll()
+
+        assert len(batch.messages) == 32
+        await receiver.aclose()
+        assert [(await in_time(asking)).status for asking in (one, many)] == [503] * 2
+
+
+async def test_nothing_gathers_for_long_behind_a_batch_that_is_stuck() -> None:
+    async with listening() as receiver:
+        asking = [asyncio.create_task(call(receiver.address, b"{}"))]
+        await collect(receiver, 1)
+        asking.append(asyncio.create_task(call(receiver.address, b"{}")))
+        await until_waiting(receiver, 1)
+
+        started = time.monotonic()
+        batch = await receiver.poll()
+
+        assert len(batch.messages) == 1
+        assert time.monotonic() - started < 0.5
+        await receiver.aclose()
+        assert [(await in_time(one)).status for one in asking] == [503] * 2
+
+
 async def test_a_rejected_batch_is_answered_with_a_time_to_come_again() -> None:
     async with listening() as receiver:
         asking = asyncio.create_task(call(receiver.address, b"{}"))

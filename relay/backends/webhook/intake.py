@@ -16,6 +16,7 @@ from relay.wire import HTTP, is_json, restore
 # In this order; the last is used by GitHub alone.
 _ID_HEADERS = ("idempotency-key", "webhook-id", "svix-id", "x-github-delivery")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/")
+_OWN_FORMAT = HTTP.format.lower()
 _OWN_KEY = (HTTP.dedup_key.lower(), f"{HTTP.dedup_key.lower()}*")
 
 _array = msgspec.json.Decoder(list[msgspec.Raw])
@@ -53,7 +54,7 @@ class Intake:
             raise MessageUndecodable("the body is not one JSON document in UTF-8")
         if not text.startswith((b"{", b"[")):
             raise MessageUndecodable("the body is neither an object nor an array")
-        is_ours = HTTP.format.lower() in headers
+        is_ours = _OWN_FORMAT in headers
         # An array with a dedup key is one message of ours, whose payload happens to be an array.
         is_array = text.startswith(b"[") and not (is_ours and any(k in headers for k in _OWN_KEY))
         bodies = [bytes(element) for element in _array.decode(body)] if is_array else [body]
@@ -69,7 +70,9 @@ class Intake:
         *,
         is_array: bool,
     ) -> Sequence[RelayMessage]:
-        kept = {_as_text(k): _as_text(v) for k, v in without(raw, self._unkept).items()}
+        kept = without(raw, self._unkept)
+        if not all(map(str.isascii, (*kept, *kept.values()))):
+            kept = {_as_text(name): _as_text(value) for name, value in kept.items()}
         given = next((headers[name] for name in _ID_HEADERS if headers.get(name)), None)
         name = None if given is None else _as_text(given)
 
@@ -88,7 +91,7 @@ class Intake:
     ) -> Sequence[RelayMessage]:
         headers = decode(without(raw, self._reserved))
         subject = next((v for k, v in headers.items() if k.lower() == SUBJECT.lower()), "")
-        marked = next((v for k, v in headers.items() if k.lower() == HTTP.format.lower()), "")
+        marked = next((v for k, v in headers.items() if k.lower() == _OWN_FORMAT), "")
         # An envelope has everything in it: the headers need not be looked through for each.
         headers = (
             {HTTP.format: marked}

@@ -33,6 +33,8 @@ _BACKLOG_CONNECTIONS = 1024
 # Well below what a process may usually open, of which the database needs its share.
 _MOST_CONNECTIONS = 800
 
+_HEADERS = {"Server": "pgtrickle-relay", "Content-Type": "application/json"}
+
 _log = logging.getLogger(__name__)
 # The server's own log would tell of every client that goes away.
 _SILENT = logging.getLogger(f"{__name__}.server")
@@ -177,8 +179,7 @@ class Listener:
         response = web.Response(
             body=_body_of(answer),
             status=answer.status,
-            headers={"Server": "pgtrickle-relay", **answer.headers},
-            content_type="application/json",
+            headers={**_HEADERS, **answer.headers},
         )
         if not request.content.at_eof():
             response.force_close()
@@ -208,13 +209,14 @@ class Listener:
                 # It is no part of the answer.
                 request.writer.output_size = 0
             try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    body = await _read(request, limit)
+                # Mostly it came together with its headers, and nothing is to be waited for.
+                is_whole = request.content.is_eof()
+                body = request.content.read_nowait() if is_whole else await _read(request, limit)
             except TimeoutError:
                 return Answer(408, reason=f"the body took more than {BODY_TIMEOUT_S:g} s")
             except (web.RequestPayloadError, ConnectionError):
                 return Answer(400, reason="the body ended too early")
-            if body is None:
+            if body is None or len(body) > limit:
                 return _too_large(limit)
             return await receiver.receive(headers, raw, body)
         finally:
@@ -295,14 +297,15 @@ def _body_of(answer: Answer) -> bytes:
 
 
 async def _read(request: web.BaseRequest, limit: int) -> bytes | None:
-    """The body, None where it is larger than the limit."""
+    """The body, None where it is larger than the limit. Raises `TimeoutError`."""
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.content.iter_any():
-        size += len(chunk)
-        if size > limit:
-            return None
-        chunks.append(chunk)
+    async with asyncio.timeout(BODY_TIMEOUT_S):
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                return None
+            chunks.append(chunk)
     return b"".join(chunks)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Self
 
 import msgspec
@@ -20,6 +21,8 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 
 _IDLE_POLL_S = 0.9
+_WORTH_A_BATCH = 32
+_GATHERING_S = 0.02
 # What may be waiting or being read at a time; whoever comes then is told to come again.
 _WAITING_MESSAGES = 20_000
 _WAITING_BYTES = 64 * 1024 * 1024
@@ -54,6 +57,58 @@ class _Run(msgspec.Struct, frozen=True):
     messages: Sequence[RelayMessage]
 
 
+class _Waiting:
+    """What was received and not handed out yet, oldest first."""
+
+    def __init__(self) -> None:
+        self._runs: deque[_Run] = deque()
+        self.messages = 0
+
+    def __iter__(self) -> Iterator[_Run]:
+        return iter(self._runs)
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def add(self, run: _Run) -> None:
+        """Behind all others."""
+        self._runs.append(run)
+        self.messages += len(run.messages)
+
+    def put_back(self, runs: Sequence[_Run]) -> None:
+        """In front of all others."""
+        self._runs.extendleft(reversed(runs))
+        self.messages += sum(len(run.messages) for run in runs)
+
+    def take(self, most: int, most_bytes: int) -> list[_Run]:
+        """The oldest ones, within these bounds; one message always, where there is any."""
+        taken: list[_Run] = []
+        while self._runs and most > 0:
+            run = self._runs[0]
+            count, size = _fitting(run.messages[:most], most_bytes, is_first=not taken)
+            if count == 0:
+                break
+            if count == len(run.messages):
+                taken.append(self._runs.popleft())
+            else:
+                taken.append(_Run(run.request, run.messages[:count]))
+                self._runs[0] = _Run(run.request, run.messages[count:])
+            most -= count
+            most_bytes -= size
+            self.messages -= count
+        return taken
+
+    def forget_answered(self) -> None:
+        """Senders who were told to come again will; what is not handed out yet need not be."""
+        self._runs = deque(run for run in self._runs if not run.request.is_answered)
+        self.messages = sum(len(run.messages) for run in self._runs)
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self._runs.clear()
+        self.messages = 0
+
+
 class _Position:
     """The messages of one batch. Compared by identity."""
 
@@ -75,12 +130,14 @@ class WebhookSource:
         self._verify = verifier(options)
         self._auth_header = (options.auth_header or "Authorization").lower()
         self._listener: Listener | None = None
-        self._queue: deque[_Run] = deque()
+        self._waiting = _Waiting()
         self._out: list[_Position] = []
         self._held_bytes = 0
         self._handed_out = 0
         self._is_stuck = False
-        self._arrived = asyncio.Event()
+        # Something has arrived, or is not out any more.
+        self._news = asyncio.Event()
+        self._is_interrupted = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
@@ -103,7 +160,7 @@ class WebhookSource:
     @property
     def waiting_messages(self) -> int:
         """How many messages were received and not handed out yet."""
-        return sum(len(run.messages) for run in self._queue)
+        return self._waiting.messages
 
     @property
     def max_body_bytes(self) -> int:
@@ -116,9 +173,7 @@ class WebhookSource:
         Raises `ConfigurationError` where the address, the path or the certificate can't be used.
         """
         for position in reversed(self._out):
-            self._queue.extendleft(
-                run for run in reversed(position.runs) if not run.request.is_answered
-            )
+            self._waiting.put_back([run for run in position.runs if not run.request.is_answered])
         self._out.clear()
         self._is_stuck = False
         if self._listener is None:
@@ -134,14 +189,11 @@ class WebhookSource:
             raise NotConnected("the webhook source does not listen")
         if not self._out:
             self._is_stuck = False
-        if not self._queue:
-            try:
-                async with asyncio.timeout(_IDLE_POLL_S):
-                    await self._arrived.wait()
-            except TimeoutError:
-                pass
-        self._arrived.clear()
-        runs = self._take()
+        await self._until(lambda: bool(self._waiting), _IDLE_POLL_S)
+        if self._waiting:
+            await self._until(self._is_worth_a_batch, _GATHERING_S)
+        self._is_interrupted = False
+        runs = self._waiting.take(self._batch_size, self._batch_bytes)
         if not runs:
             return Batch(is_end_of_backlog=True)
         messages = [message for run in runs for message in run.messages]
@@ -152,12 +204,13 @@ class WebhookSource:
             messages=messages,
             position=position,
             checkpoint=f"{self._handed_out} received",
-            is_end_of_backlog=not self._queue,
+            is_end_of_backlog=not self._waiting,
         )
 
     def interrupt(self) -> None:
-        """Make a waiting `poll` return."""
-        self._arrived.set()
+        """Make a waiting `poll` return, or the next one that would wait."""
+        self._is_interrupted = True
+        self._news.set()
 
     async def acknowledge(self, batch: Batch) -> None:
         """Answer 200 to every request whose last messages these are; a batch that is void, none."""
@@ -172,7 +225,7 @@ class WebhookSource:
         """Answer 503 to the requests concerned: their senders come again."""
         for run in self._withdrawn(batch):
             run.request.give(unavailable("the relay lets go of what it can't write now"))
-        self._forget_answered()
+        self._waiting.forget_answered()
 
     async def is_healthy(self) -> bool:
         """True while connections are accepted."""
@@ -181,8 +234,8 @@ class WebhookSource:
     async def aclose(self) -> None:
         """Answer 503 to every request that waits, and stop listening unless others share it."""
         listener, self._listener = self._listener, None
-        runs = [*self._queue, *(run for position in self._out for run in position.runs)]
-        self._queue.clear()
+        runs = [*self._waiting, *(run for position in self._out for run in position.runs)]
+        self._waiting.clear()
         self._out.clear()
         for run in runs:
             run.request.give(unavailable("this receiver is stopping"))
@@ -231,32 +284,41 @@ class WebhookSource:
         if self._listener is None:
             return unavailable("this receiver is stopping")
         request = _Request(len(messages))
-        self._queue.append(_Run(request, messages))
-        self._arrived.set()
+        self._waiting.add(_Run(request, messages))
+        self._news.set()
+        # A timer for each is cheaper than a timeout around each.
+        patience = asyncio.get_running_loop().call_later(
+            self._options.answer_timeout_ms / 1000, self._give_up, request
+        )
         try:
-            async with asyncio.timeout(self._options.answer_timeout_ms / 1000):
-                return await request.answer
-        except TimeoutError:
-            self._is_stuck = True
-            self._forget_answered()
-            return unavailable("it was not written in time")
+            return await request.answer
+        finally:
+            patience.cancel()
 
-    def _take(self) -> list[_Run]:
-        taken: list[_Run] = []
-        room, room_bytes = self._batch_size, self._batch_bytes
-        while self._queue and room > 0:
-            run = self._queue[0]
-            count, size = _fitting(run.messages[:room], room_bytes, is_first=not taken)
-            if count == 0:
-                break
-            if count == len(run.messages):
-                taken.append(self._queue.popleft())
-            else:
-                taken.append(_Run(run.request, run.messages[:count]))
-                self._queue[0] = _Run(run.request, run.messages[count:])
-            room -= count
-            room_bytes -= size
-        return taken
+    def _give_up(self, request: _Request) -> None:
+        """Tell a sender who has waited for as long as is configured to come again."""
+        if not request.is_answered:
+            self._is_stuck = True
+            request.give(unavailable("it was not written in time"))
+            self._waiting.forget_answered()
+
+    async def _until(self, condition: Callable[[], bool], most_s: float) -> None:
+        """Wait for it, for so long at most, and no longer than until somebody interrupts."""
+        if condition() or self._is_interrupted:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                while not condition() and not self._is_interrupted:
+                    self._news.clear()
+                    await self._news.wait()
+
+    def _is_worth_a_batch(self) -> bool:
+        """Whether no more need be gathered while another batch is out.
+
+        Senders who wait for an answer send nothing meanwhile: small batches would part them, and
+        each costs a transaction.
+        """
+        return not self._out or self.waiting_messages >= min(_WORTH_A_BATCH, self._batch_size)
 
     def _withdrawn(self, batch: Batch) -> Sequence[_Run]:
         """The messages of a batch that is out, which it is no more; none of one that is void."""
@@ -264,11 +326,8 @@ class WebhookSource:
         if not isinstance(position, _Position) or position not in self._out:
             return ()
         self._out.remove(position)
+        self._news.set()
         return position.runs
-
-    def _forget_answered(self) -> None:
-        """Senders who were told to come again will; what is not handed out yet need not be."""
-        self._queue = deque(run for run in self._queue if not run.request.is_answered)
 
 
 def _fitting(
