@@ -1,0 +1,33 @@
+"""The present picture of this relay: what health, `/status`, the status view and the fleet show.
+
+The board listens to events and remembers, per pipeline, only what the picture needs; `snapshot`
+gives it frozen. Here, once, stands what counts as well, as stalled, as delivered and as gone.
+
+Well: the database is connected and no pipeline is suspended, failed, stalled, or in trouble for
+longer than a short grace. Trouble begins with a failure and ends with *progress*: a batch
+acknowledged, or a poll that found nothing while the pipeline runs and nothing is in flight. So a
+connection that comes and goes without moving anything does not look well in between.
+
+Stalled: for ``stalled_after_s`` there was something to do and no progress. There is something to
+do while messages are in flight, while the outbox is ahead, while the pipeline starts, and while no
+poll returns (a source answers within a second or so, even if it has nothing).
+"""
+
+from __future__ import annotations
+
+from relay.board.board import Board
+from relay.board.picture import RECENT_BATCHES
+from relay.board.roster import Roster
+from relay.board.status import Latency, PipelineStatus, RecentBatch, RelayStatus
+from relay.board.window import RATE_SECONDS
+
+__all__ = [
+    "RATE_SECONDS",
+    "RECENT_BATCHES",
+    "Board",
+    "Latency",
+    "PipelineStatus",
+    "RecentBatch",
+    "RelayStatus",
+    "Roster",
+]

@@ -1,0 +1,276 @@
+"""What the board remembers of one pipeline, and how it is judged."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import msgspec
+
+from relay.board.status import PipelineStatus, RecentBatch
+from relay.board.window import LatencyWindow, RateWindow
+from relay.events import (
+    BatchAcknowledged,
+    BatchPublished,
+    ConnectionChanged,
+    DeadLettered,
+    DeadLettersRetried,
+    Direction,
+    LagObserved,
+    PipelineDescribed,
+    PipelineEvent,
+    PipelineState,
+    Polled,
+    Retried,
+    StateChanged,
+)
+
+RECENT_BATCHES = 20
+
+_RATE_AVERAGED_OVER_S = 5
+_TROUBLE_GRACE_S = 10.0
+
+_AT_ONCE_UNWELL = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED})
+_TROUBLED = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED, PipelineState.RETRYING})
+_AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
+
+
+@dataclass(slots=True)
+class Picture:
+    """What is remembered of one pipeline. Times are of the monotonic clock, in seconds."""
+
+    name: str
+    direction: Direction
+    mask: Callable[[str], str]
+    since_s: float
+    source: str = ""
+    sink: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    state: PipelineState = PipelineState.STARTING
+    reason: str = ""
+    source_connected: bool = False
+    sink_connected: bool = False
+    published: int = 0
+    consumed: int = 0
+    duplicates: int = 0
+    dead_lettered: int = 0
+    errors: int = 0
+    last_error: str = ""
+    last_error_s: float | None = None
+    checkpoint: str = ""
+    offset: int | None = None
+    in_flight: int = 0
+    lag: LagObserved | None = None
+    found_nothing: bool = False
+    polled_s: float = -math.inf
+    progress_s: float | None = None
+    troubled_s: float | None = None
+    behind_s: float | None = None
+    in_flight_s: float | None = None
+    waiting: deque[BatchPublished] = field(default_factory=deque)
+    recent: deque[tuple[float, str, BatchPublished]] = field(
+        default_factory=lambda: deque(maxlen=RECENT_BATCHES)
+    )
+    rate: RateWindow = field(default_factory=RateWindow)
+    latencies: LatencyWindow = field(default_factory=LatencyWindow)
+
+    def observe(self, event: PipelineEvent, clock_s: float) -> None:
+        match event:
+            case Polled():
+                self._polled(event, clock_s)
+            case BatchPublished():
+                self._settled(event, clock_s)
+            case BatchAcknowledged():
+                self._acknowledged(event, clock_s)
+            case LagObserved():
+                self.lag = event
+                self.behind_s = _first(self.behind_s, clock_s) if event.lag_rows > 0 else None
+            case Retried():
+                self._failed(event.error, clock_s)
+                self.troubled_s = _first(self.troubled_s, clock_s)
+            case DeadLettered():
+                self._failed(event.error, clock_s)
+            case DeadLettersRetried():
+                self._accepted(event.delivered, clock_s)
+            case StateChanged():
+                self._changed(event, clock_s)
+            case ConnectionChanged():
+                self._connected(event)
+            case PipelineDescribed():
+                self.direction, self.source, self.sink = event.direction, event.source, event.sink
+                self.settings = event.settings
+            case _:
+                pass
+
+    def _polled(self, event: Polled, clock_s: float) -> None:
+        self.polled_s = clock_s
+        taken = event.messages + event.rejected
+        self.found_nothing = taken == 0
+        if taken and not self.in_flight:
+            self.in_flight_s = clock_s
+        self.in_flight += taken
+        if not self.in_flight and self.state is PipelineState.RUNNING:
+            self.troubled_s = None
+
+    def _settled(self, event: BatchPublished, clock_s: float) -> None:
+        self._accepted(event.messages, clock_s)
+        self.duplicates += event.duplicates
+        self.dead_lettered += event.dead_lettered
+        self.latencies.add(event.latencies_s, clock_s)
+        self.waiting.append(msgspec.structs.replace(event, latencies_s=()))
+
+    def _accepted(self, messages: int, clock_s: float) -> None:
+        if self.direction == "forward":
+            self.published += messages
+        else:
+            self.consumed += messages
+        self.rate.add(messages, clock_s)
+
+    def _acknowledged(self, event: BatchAcknowledged, clock_s: float) -> None:
+        self.in_flight = max(0, self.in_flight - event.messages)
+        self.in_flight_s = clock_s if self.in_flight else None
+        self.progress_s = clock_s
+        self.behind_s = None
+        self.troubled_s = None
+        self.checkpoint = event.checkpoint
+        self.offset = event.offset
+        if self.waiting:
+            settled = self.waiting.popleft()
+            if event.messages:
+                self.recent.append((clock_s, event.checkpoint, settled))
+
+    def _failed(self, error: str, clock_s: float) -> None:
+        self.errors += 1
+        self.last_error = self.mask(error)
+        self.last_error_s = clock_s
+
+    def _changed(self, event: StateChanged, clock_s: float) -> None:
+        if event.state is not self.state:
+            self.since_s = clock_s
+        self.state = event.state
+        self.reason = self.mask(event.reason)
+        if event.state in _TROUBLED:
+            self.troubled_s = _first(self.troubled_s, clock_s)
+        if event.state in _AT_ONCE_UNWELL:
+            self._failed(event.reason, clock_s)
+        if event.state in _AT_REST:
+            self._forget_in_flight()
+            self.troubled_s = None
+
+    def _connected(self, event: ConnectionChanged) -> None:
+        if event.side == "sink":
+            self.sink_connected = event.is_connected
+            return
+        self.source_connected = event.is_connected
+        if not event.is_connected:
+            self._forget_in_flight()
+
+    def _forget_in_flight(self) -> None:
+        """The source hands out again what it had handed out."""
+        self.in_flight = 0
+        self.in_flight_s = None
+        self.found_nothing = False
+        self.waiting.clear()
+
+    def is_stalled(self, clock_s: float, stalled_after_s: float) -> bool:
+        """For so long there was something to do, and no progress."""
+        if self.state in _AT_REST:
+            return False
+        begun = [since for since in (self.behind_s, self.in_flight_s) if since is not None]
+        if self.state is PipelineState.STARTING:
+            begun.append(self.since_s)
+        elif self.state is PipelineState.RUNNING and not self.in_flight:
+            begun.append(max(self.polled_s, self.since_s))
+        return bool(begun) and clock_s - min(begun) >= stalled_after_s
+
+    def _trouble(self, clock_s: float, *, is_stalled: bool) -> str:
+        if self.state in _AT_ONCE_UNWELL:
+            return f"{self.state.value}: {self.reason}"
+        if self.troubled_s is not None and clock_s - self.troubled_s >= _TROUBLE_GRACE_S:
+            so_long = f"{clock_s - self.troubled_s:.0f} s"
+            return f"no progress for {so_long}: {self.last_error or self.reason}"
+        if not is_stalled:
+            return ""
+        if self.in_flight:
+            return f"stalled: {self.in_flight} messages in flight, none settled"
+        if self.behind_s is not None and self.lag is not None:
+            return f"stalled: {self.lag.lag_rows} rows behind and nothing moves"
+        if self.state is PipelineState.STARTING:
+            return "stalled: still starting"
+        return "stalled: the source does not answer"
+
+    def _undelivered(self) -> str:
+        """Why it can't be said that everything is delivered, or nothing."""
+        if self.in_flight:
+            return f"{self.in_flight} messages in flight"
+        if self.state is PipelineState.COMPLETED:
+            return ""
+        if self.direction == "forward":
+            if self.lag is None:
+                return "not measured yet"
+            return f"{self.lag.lag_rows} rows behind" if self.lag.lag_rows else ""
+        if self.state is not PipelineState.RUNNING:
+            return self.state.value
+        return "" if self.found_nothing else "the last poll found messages"
+
+    def status(self, clock_s: float, now: datetime, stalled_after_s: float) -> PipelineStatus:
+        def at(then_s: float) -> datetime:
+            return now - timedelta(seconds=clock_s - then_s)
+
+        is_stalled = self.is_stalled(clock_s, stalled_after_s)
+        trouble = self._trouble(clock_s, is_stalled=is_stalled)
+        undelivered = self._undelivered()
+        history = self.rate.history(clock_s)
+        return PipelineStatus(
+            name=self.name,
+            direction=self.direction,
+            source=self.source,
+            sink=self.sink,
+            settings=self.settings,
+            state=self.state,
+            reason=self.reason,
+            since=at(self.since_s),
+            is_healthy=not trouble,
+            trouble=trouble,
+            is_stalled=is_stalled,
+            is_drained=not undelivered,
+            undelivered=undelivered,
+            source_connected=self.source_connected,
+            sink_connected=self.sink_connected,
+            published=self.published,
+            consumed=self.consumed,
+            duplicates=self.duplicates,
+            dead_lettered=self.dead_lettered,
+            errors=self.errors,
+            last_error=self.last_error,
+            last_error_at=None if self.last_error_s is None else at(self.last_error_s),
+            checkpoint=self.checkpoint,
+            offset=self.offset,
+            in_flight=self.in_flight,
+            lag_rows=None if self.lag is None else self.lag.lag_rows,
+            oldest_unsent_age_s=None if self.lag is None else self.lag.oldest_unsent_age_s,
+            dead_letters=None if self.lag is None else self.lag.dead_letters,
+            rate_per_s=sum(history[-_RATE_AVERAGED_OVER_S:]) / _RATE_AVERAGED_OVER_S,
+            rate_history=history,
+            latency=self.latencies.percentiles(clock_s),
+            recent_batches=[
+                RecentBatch(
+                    acknowledged_at=at(acknowledged_s),
+                    checkpoint=checkpoint,
+                    messages=batch.messages,
+                    duplicates=batch.duplicates,
+                    dead_lettered=batch.dead_lettered,
+                    attempts=batch.attempts,
+                    duration_s=batch.duration_s,
+                )
+                for acknowledged_s, checkpoint, batch in self.recent
+            ],
+            last_progress_at=None if self.progress_s is None else at(self.progress_s),
+        )
+
+
+def _first(earlier_s: float | None, now_s: float) -> float:
+    return now_s if earlier_s is None else earlier_s

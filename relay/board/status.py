@@ -1,0 +1,118 @@
+"""What a snapshot of the board shows; all of it frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import msgspec
+
+from relay.events import Direction, PipelineState
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Creation to acceptance over the last minute, in seconds, within a few percent."""
+
+    p50_s: float
+    p95_s: float
+    p99_s: float
+
+
+class RecentBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One acknowledged batch; ``duration_s`` is how long it took to settle it."""
+
+    acknowledged_at: datetime
+    checkpoint: str
+    messages: int
+    duplicates: int
+    dead_lettered: int
+    attempts: int
+    duration_s: float
+
+
+class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline at the time of the snapshot. Counts are since this process took it over.
+
+    ``settings`` have their secrets masked. ``since`` is when ``state`` was entered, whatever the
+    reason has been since. ``trouble`` says why ``is_healthy`` is false, ``undelivered`` why
+    ``is_drained`` is; both are empty otherwise. ``published`` counts messages that a forward
+    pipeline's sink accepted, ``consumed`` those of a reverse one. ``in_flight`` messages are polled
+    and not acknowledged. ``lag_rows``, ``oldest_unsent_age_s`` and ``dead_letters`` are as last
+    observed, None before. ``rate_history`` has one count a second, the latest complete second
+    last.
+    """
+
+    name: str
+    direction: Direction
+    source: str
+    sink: str
+    settings: Mapping[str, object]
+    state: PipelineState
+    reason: str
+    since: datetime
+    is_healthy: bool
+    trouble: str
+    is_stalled: bool
+    is_drained: bool
+    undelivered: str
+    source_connected: bool
+    sink_connected: bool
+    published: int
+    consumed: int
+    duplicates: int
+    dead_lettered: int
+    errors: int
+    last_error: str
+    last_error_at: datetime | None
+    checkpoint: str
+    offset: int | None
+    in_flight: int
+    lag_rows: int | None
+    oldest_unsent_age_s: float | None
+    dead_letters: int | None
+    rate_per_s: float
+    rate_history: Sequence[int]
+    latency: Latency | None
+    recent_batches: Sequence[RecentBatch]
+    last_progress_at: datetime | None
+
+
+class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The relay at the time of the snapshot; pipelines are ordered by name.
+
+    ``is_coordinated``: it has been decided at least once which pipelines run here. ``members``
+    counts the relays of the group, this one included.
+    """
+
+    worker_id: str
+    group_id: str
+    version: str
+    started_at: datetime
+    taken_at: datetime
+    database_connected: bool
+    database_reason: str
+    is_coordinated: bool
+    members: int
+    pipelines: Sequence[PipelineStatus]
+
+    @property
+    def trouble(self) -> str:
+        """Why the relay is not well, in one line; empty where it is."""
+        if not self.database_connected:
+            return self.database_reason or "the database is not connected"
+        unwell = [pipeline.name for pipeline in self.pipelines if not pipeline.is_healthy]
+        return f"not healthy: {', '.join(unwell)}" if unwell else ""
+
+    @property
+    def is_healthy(self) -> bool:
+        """True when the database is connected and every pipeline is well."""
+        return not self.trouble
+
+    @property
+    def is_ready(self) -> bool:
+        """True when the database is connected and it has been decided what runs here."""
+        return self.database_connected and self.is_coordinated
+
+    def to_json(self) -> bytes:
+        """This status as one JSON object; times in RFC 3339."""
+        return msgspec.json.encode(self, enc_hook=str)

@@ -1,0 +1,304 @@
+"""Events as log lines."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from relay.events import (
+    BatchAcknowledged,
+    BatchPublished,
+    ClaimCheckFetched,
+    ConnectionChanged,
+    DatabaseChanged,
+    DeadLettered,
+    DeadLettersRetried,
+    Event,
+    OwnershipChanged,
+    PipelineDescribed,
+    PipelineEvent,
+    PipelineState,
+    Polled,
+    Retried,
+    StateChanged,
+)
+from relay.log.entry import FieldValue
+
+_log = logging.getLogger("relay")
+_DIGITS = re.compile(r"\d+")
+_MOST_REPEATS = 1000
+_TROUBLED = frozenset({PipelineState.RETRYING, PipelineState.FAILED, PipelineState.SUSPENDED})
+_WORDS = {
+    PipelineState.STARTING: "starting",
+    PipelineState.RUNNING: "running",
+    PipelineState.STOPPING: "stopping",
+    PipelineState.STOPPED: "stopped",
+    PipelineState.COMPLETED: "completed: the input has ended",
+    PipelineState.FAILED: "failed",
+    PipelineState.SUSPENDED: "suspended",
+}
+
+
+class _Repeat(msgspec.Struct):
+    """One line that was logged, and how often its like came since."""
+
+    first_s: float
+    level: int
+    message: str
+    fields: dict[str, FieldValue]
+    count: int = 0
+
+
+class _Trouble(msgspec.Struct):
+    """A pipeline that has failed and made no progress since."""
+
+    since_s: float
+    failures: int = 0
+
+
+class EventLog:
+    """An observer that writes events as log lines; batches at debug only.
+
+    Lines that are equal but for their numbers are logged once in ``repeat_s`` seconds; when the
+    time is over, one line says how often they came. ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(self, repeat_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._repeat_s = repeat_s
+        self._clock = clock
+        self._repeats: dict[tuple[str, str], _Repeat] = {}
+        self._troubles: dict[str, _Trouble] = {}
+        self._states: dict[str, PipelineState] = {}
+        self._connections: dict[tuple[str, str], bool] = {}
+        self._described: dict[str, PipelineDescribed] = {}
+        self._owned: frozenset[str] | None = None
+        self._members = 0
+
+    def __call__(self, event: Event) -> None:
+        """Log what this event has to say, if anything."""
+        self._sum_up(self._clock() - self._repeat_s)
+        if isinstance(event, PipelineEvent):
+            self._pipeline(event)
+        elif isinstance(event, OwnershipChanged):
+            self._ownership(event)
+        elif event.is_connected:
+            self._database(event)
+        else:
+            self._once(
+                "", logging.ERROR, "the database is lost, no pipeline runs", {"error": event.reason}
+            )
+
+    def close(self) -> None:
+        """Sum up what has repeated and was not told yet."""
+        self._sum_up(float("inf"))
+
+    def _pipeline(self, event: PipelineEvent) -> None:
+        match event:
+            case StateChanged():
+                self._state(event)
+            case ConnectionChanged():
+                self._connection(event)
+            case Retried():
+                self._retried(event)
+            case DeadLettered():
+                self._once(
+                    event.pipeline,
+                    logging.ERROR,
+                    "dead-lettered",
+                    {
+                        **self._fields(event),
+                        "messages": event.messages,
+                        "kind": event.kind.value,
+                        "error": event.error,
+                    },
+                )
+            case DeadLettersRetried() if event.delivered or event.failed:
+                self._say(
+                    event,
+                    logging.INFO,
+                    "dead letters were tried again",
+                    delivered=event.delivered,
+                    failed=event.failed,
+                )
+            case PipelineDescribed():
+                if self._described.get(event.pipeline) != event:
+                    self._begin_anew(event.pipeline)
+                self._described[event.pipeline] = event
+            case Polled() | BatchPublished() | BatchAcknowledged() | ClaimCheckFetched():
+                self._work(event)
+            case _:
+                pass
+
+    def _state(self, event: StateChanged) -> None:
+        former = self._states.get(event.pipeline)
+        self._states[event.pipeline] = event.state
+        is_in_trouble = event.pipeline in self._troubles
+        if event.state is PipelineState.RETRYING or event.state is former is PipelineState.STOPPED:
+            return
+        if event.state in _TROUBLED:
+            self._trouble(event)
+            self._once(
+                event.pipeline,
+                logging.ERROR,
+                _WORDS[event.state],
+                {**self._fields(event), "state": event.state.value, "error": event.reason},
+            )
+            return
+        # A connection that comes and goes without moving anything is no news.
+        level = logging.DEBUG if is_in_trouble else logging.INFO
+        if event.state in (PipelineState.STOPPED, PipelineState.COMPLETED):
+            level = logging.INFO
+            self._begin_anew(event.pipeline)
+        self._say(event, level, _WORDS[event.state], state=event.state.value)
+
+    def _connection(self, event: ConnectionChanged) -> None:
+        side = (event.pipeline, event.side)
+        if self._connections.get(side, False) == event.is_connected:
+            return
+        self._connections[side] = event.is_connected
+        level = logging.DEBUG if event.pipeline in self._troubles else logging.INFO
+        word = "connected" if event.is_connected else "disconnected"
+        facts = "; ".join(f"{name}: {fact}" for name, fact in event.details.items())
+        told = f" ({facts})" if facts else ""
+        self._say(event, level, f"{event.side} {word}{told}", side=event.side)
+
+    def _retried(self, event: Retried) -> None:
+        self._trouble(event)
+        self._once(
+            event.pipeline,
+            logging.WARNING,
+            f"{event.side} failed, trying again",
+            {
+                **self._fields(event),
+                "side": event.side,
+                "attempt": event.attempt,
+                "delay_s": event.delay_s,
+                "kind": event.kind.value,
+                "error": event.error,
+            },
+        )
+
+    def _work(self, event: Polled | BatchPublished | BatchAcknowledged | ClaimCheckFetched) -> None:
+        match event:
+            case Polled():
+                if not event.messages and not event.rejected:
+                    if self._states.get(event.pipeline) is PipelineState.RUNNING:
+                        self._recovered(event)
+                    return
+                self._debug(event, "polled", messages=event.messages, duration_s=event.duration_s)
+            case BatchPublished():
+                self._debug(
+                    event,
+                    "published",
+                    messages=event.messages,
+                    duplicates=event.duplicates,
+                    dead_lettered=event.dead_lettered,
+                    attempt=event.attempts,
+                    duration_s=event.duration_s,
+                )
+            case BatchAcknowledged():
+                self._recovered(event)
+                self._debug(
+                    event, "acknowledged", messages=event.messages, checkpoint=event.checkpoint
+                )
+            case ClaimCheckFetched():
+                self._debug(event, "claim check fetched", messages=event.rows)
+
+    def _trouble(self, event: PipelineEvent) -> None:
+        trouble = self._troubles.setdefault(event.pipeline, _Trouble(self._clock()))
+        trouble.failures += 1
+
+    def _recovered(self, event: PipelineEvent) -> None:
+        trouble = self._troubles.pop(event.pipeline, None)
+        if trouble is not None:
+            failures = "1 failure" if trouble.failures == 1 else f"{trouble.failures} failures"
+            lasted = f"{self._clock() - trouble.since_s:.0f} s"
+            self._once(
+                event.pipeline,
+                logging.INFO,
+                f"delivering again after {failures} in {lasted}",
+                self._fields(event),
+            )
+
+    def _ownership(self, event: OwnershipChanged) -> None:
+        owned = frozenset(event.pipelines)
+        former = frozenset[str]() if self._owned is None else self._owned
+        words = [f"{len(owned)} pipelines run here"]
+        words += [f"took {', '.join(sorted(owned - former))}"] if owned - former else []
+        words += [f"gave up {', '.join(sorted(former - owned))}"] if former - owned else []
+        if owned != self._owned or event.members != self._members:
+            _log.info("; ".join(words), extra={"members": event.members})
+        self._owned, self._members = owned, event.members
+        for gone in former - owned:
+            self._forget(gone)
+
+    def _database(self, event: DatabaseChanged) -> None:
+        self._sum_up_of("")
+        _log.info("the database is connected%s", f": {event.reason}" if event.reason else "")
+
+    def _begin_anew(self, pipeline: str) -> None:
+        """What comes now belongs to another run: it is told even if it resembles the last."""
+        self._sum_up_of(pipeline)
+        self._troubles.pop(pipeline, None)
+
+    def _forget(self, pipeline: str) -> None:
+        self._begin_anew(pipeline)
+        self._states.pop(pipeline, None)
+        self._described.pop(pipeline, None)
+        for side in ("source", "sink"):
+            self._connections.pop((pipeline, side), None)
+
+    def _once(self, pipeline: str, level: int, message: str, fields: dict[str, FieldValue]) -> None:
+        """Log it, unless its like was logged within ``repeat_s``."""
+        likeness = (pipeline, _DIGITS.sub("#", f"{message} {fields.get('error', '')}"))
+        repeat = self._repeats.get(likeness)
+        if repeat is not None:
+            repeat.count += 1
+            repeat.fields = fields
+            return
+        if len(self._repeats) >= _MOST_REPEATS:
+            self._tell(self._repeats.pop(next(iter(self._repeats))))
+        self._repeats[likeness] = _Repeat(self._clock(), level, message, fields)
+        _log.log(level, "%s", message, extra=fields)
+
+    def _sum_up(self, until_s: float) -> None:
+        """Close the repeats that began up to then; they stand in the order of their beginning."""
+        while self._repeats:
+            likeness, repeat = next(iter(self._repeats.items()))
+            if repeat.first_s > until_s:
+                return
+            del self._repeats[likeness]
+            self._tell(repeat)
+
+    def _sum_up_of(self, pipeline: str) -> None:
+        for likeness in [likeness for likeness in self._repeats if likeness[0] == pipeline]:
+            self._tell(self._repeats.pop(likeness))
+
+    def _tell(self, repeat: _Repeat) -> None:
+        if repeat.count:
+            _log.log(
+                repeat.level,
+                "%s: repeated %d times in %.0f s",
+                repeat.message,
+                repeat.count,
+                self._clock() - repeat.first_s,
+                extra={**repeat.fields, "repeated": repeat.count},
+            )
+
+    def _say(self, event: PipelineEvent, level: int, message: str, **fields: FieldValue) -> None:
+        _log.log(level, "%s", message, extra={**self._fields(event), **fields})
+
+    def _debug(self, event: PipelineEvent, message: str, **fields: FieldValue) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            self._say(event, logging.DEBUG, message, **fields)
+
+    def _fields(self, event: PipelineEvent) -> dict[str, FieldValue]:
+        fields: dict[str, FieldValue] = {"pipeline": event.pipeline, "direction": event.direction}
+        described = self._described.get(event.pipeline)
+        if described is not None:
+            fields |= {"source": described.source, "sink": described.sink}
+        return fields
