@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import logging
 import os
 import secrets as randomness
@@ -34,6 +32,7 @@ from relay.locks import Locks
 from relay.metrics import Metrics
 from relay.migrate import MigrationStep, migrate
 from relay.postgres import Database, connect
+from relay.process import keep_freed_memory, rare_collections
 from relay.secrets import OPERATOR, SecretPolicy, Secrets
 from relay.settings import PostgresSettings, Settings, UiSettings
 
@@ -41,10 +40,6 @@ _log = logging.getLogger(__name__)
 
 # Beyond the time for what is in flight: to close connections.
 _LAST_WORD_S = 3.0
-_OBJECTS_BEFORE_COLLECTION = 50_000
-# Names and numbers of glibc's malloc.h; musl and macOS have no such function.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 32 * 1024 * 1024
 
 
 class Relay:
@@ -163,42 +158,10 @@ async def run_relay(settings: Settings, *, until_drained: bool = False) -> int:
         restore_terminal = await opened.enter_async_context(_shown(relay, logs, settings.ui))
         patience_s = settings.relay.shutdown_timeout_s + _LAST_WORD_S
         opened.enter_context(_signals(relay.coordinator, restore_terminal, patience_s))
-        opened.enter_context(_rare_collections())
-        _keep_freed_memory()
+        opened.enter_context(rare_collections())
+        keep_freed_memory()
         is_complete = await relay.run(until_drained=until_drained)
     return 0 if is_complete else 1
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let Python look for reference cycles less often than by itself.
-
-    What exists by now stays to the end, and what a batch makes has no cycles and is gone with it.
-    But a batch makes thousands of objects, of which each seven hundred would start a search: one
-    part in twenty of a busy relay's processor time.
-    """
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
-
-
-def _keep_freed_memory() -> None:
-    """Keep what one batch has freed for the next, up to `_KEPT_BYTES`, where the C library can.
-
-    Each batch needs some buffers of about a megabyte. Given back to the system in between, their
-    pages would be made and cleared anew each time: up to a tenth of a busy relay's time on a
-    virtual machine (https://man7.org/linux/man-pages/man3/mallopt.3.html).
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES // 4)
 
 
 async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:

@@ -423,6 +423,36 @@ async def test_a_connection_that_was_lost_is_replaced(opened: Database) -> None:
     assert await opened.fetch("asking", "select 1")
 
 
+async def _seen_of(opened: Database, pid: int) -> tuple[str, str]:
+    """State and last statement of a session, as another one sees them."""
+    with psycopg.connect(opened.settings.url) as other:
+        row = other.execute(
+            "select state, query from pg_stat_activity where pid = %s", (pid,)
+        ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+async def test_a_connection_goes_back_to_the_pool_without_a_word_to_the_server(
+    opened: Database,
+) -> None:
+    async with opened.connection("asking") as connection:
+        pid = connection.get_server_pid()
+        await connection.execute("select 'the last'")
+
+    assert await _seen_of(opened, pid) == ("idle", "select 'the last'")
+
+
+async def test_a_transaction_that_was_left_open_does_not_go_back_to_the_pool(
+    opened: Database,
+) -> None:
+    async with opened.connection("asking") as connection:
+        pid = connection.get_server_pid()
+        await connection.execute("begin")
+
+    assert (await _seen_of(opened, pid))[0] == "idle"
+
+
 async def test_a_closed_pool_is_an_outage_and_closing_twice_does_no_harm(
     opened: Database,
 ) -> None:
