@@ -23,7 +23,8 @@ headers.
 
 **Source.** An HTTP server that answers 200 only when what it was sent is settled, which for an
 inbox means after the commit. A JSON object is one message, an array one for each element, a whole
-array being answered as one. Order is that in which requests were received completely. What is bad
+array being answered as one. What comes while a batch is being written gathers for the next one, a
+fiftieth of a second at most. Order is that in which requests were received completely. What is bad
 (authentication, signature, JSON, size) is refused with a 4xx and a reason in JSON, and
 never becomes a dead letter. 503 with ``Retry-After`` says that it can't be written now: no answer
 within ``answer_timeout_ms``, too much waiting already, or an end of the pipeline. A request whose
