@@ -49,19 +49,23 @@ async def capture(*, seconds: float, runs: int, say: Callable[[str], None]) -> R
             [_CAPTURED, _DELIVERED, _BACKLOG],
         )
         await around.fresh_stream()
+        sent = received = 0
         await around.set_pipeline("delivered", _DELIVERED)
         await around.set_pipeline("backlog", _BACKLOG)
         async with around.relay():
             for run in range(1, runs + 1):
-                result = await _turn(around, seconds)
+                # The server has room for some turns only.
+                await around.fresh_stream()
+                before = await _written(around)
+                result = await _turn(around, seconds, before)
                 results.append(result)
+                sent += await _written(around) - before
+                received += (await around.nats.state_of(STREAM)).messages
                 say(
                     f"capture {run}/{runs}: {result['plain_per_s']:,.0f} commits/s without,"
                     f" {result['alone']:.0%} with, {result['beside_busy_relay']:.0%} beside a busy"
                     f" relay, {result['while_delivered']:.0%} while delivered"
                 )
-            sent = await _written(around)
-            received = (await around.nats.state_of(STREAM)).messages
     figures = {name: median(result[name] for result in results) for name in results[0]}
     return Row(
         name="capture",
@@ -85,15 +89,18 @@ async def capture(*, seconds: float, runs: int, say: Callable[[str], None]) -> R
     )
 
 
-async def _turn(around: Surroundings, seconds: float) -> dict[str, float]:
-    """Every load once, between two plain ones: what drifts meanwhile counts half on each side."""
+async def _turn(around: Surroundings, seconds: float, written: int) -> dict[str, float]:
+    """Every load once, between two plain ones: what drifts meanwhile counts half on each side.
+
+    ``written``: how many events there were before this turn.
+    """
     before = await _commits_per_s(around, _PLAIN, seconds)
     captured = await _commits_per_s(around, _CAPTURED, seconds)
     delivered = await _commits_per_s(around, _DELIVERED, seconds)
-    await _until_delivered(around)
+    await _until_delivered(around, written)
     after = await _commits_per_s(around, _PLAIN, seconds)
-    busy_plain = await _commits_beside_busy_relay(around, _PLAIN, seconds)
-    busy_captured = await _commits_beside_busy_relay(around, _CAPTURED, seconds)
+    busy_plain = await _commits_beside_busy_relay(around, _PLAIN, seconds, written)
+    busy_captured = await _commits_beside_busy_relay(around, _CAPTURED, seconds, written)
     plain = (before + after) / 2
     return {
         "plain_per_s": plain,
@@ -107,14 +114,16 @@ async def _turn(around: Surroundings, seconds: float) -> dict[str, float]:
     }
 
 
-async def _commits_beside_busy_relay(around: Surroundings, table: str, seconds: float) -> float:
+async def _commits_beside_busy_relay(
+    around: Surroundings, table: str, seconds: float, written: int
+) -> float:
     statements = max(1, round(seconds * _BACKLOG_PER_S / _BACKLOG_ROWS))
     await around.postgres.execute(
         f"do $$ begin for n in 1..{statements} loop insert into {_BACKLOG} ({COLUMNS})"
         f" select {VALUES} from generate_series(1, {_BACKLOG_ROWS}); end loop; end $$"
     )
     rate = await _commits_per_s(around, table, seconds)
-    await _until_delivered(around)
+    await _until_delivered(around, written)
     return rate
 
 
@@ -139,8 +148,8 @@ async def _commits_per_s(around: Surroundings, table: str, seconds: float) -> fl
     return float(rate[1])
 
 
-async def _until_delivered(around: Surroundings) -> None:
-    rows = await _written(around)
+async def _until_delivered(around: Surroundings, before: int) -> None:
+    rows = await _written(around) - before
     await around.nats.until_stored(STREAM, rows, timeout_s=60 + rows / 1000)
 
 
