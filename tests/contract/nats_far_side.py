@@ -69,6 +69,10 @@ class FarSide:
         full = {"name": self.stream, "subjects": ["orders.>"], "storage": "file", **config}
         await self._ask(f"STREAM.UPDATE.{self.stream}", full)
 
+    async def purge(self) -> None:
+        """Remove all messages."""
+        await self._ask(f"STREAM.PURGE.{self.stream}", None)
+
     async def drop(self) -> None:
         """Remove the stream, where it is."""
         with suppress(DestinationMissing):

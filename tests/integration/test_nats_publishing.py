@@ -160,6 +160,30 @@ async def test_a_full_stream_is_an_outage_that_keeps_the_order_until_it_has_room
     await sink.aclose()
 
 
+async def test_a_full_server_is_an_outage_that_says_what_to_do_and_passes(
+    nats_server_with: Callable[..., NatsServer],
+) -> None:
+    server = nats_server_with('jetstream: { store_dir: "jetstream", max_file_store: 1MB }')
+    full = FarSide(server, "full")
+    await full.create()
+    sink = sink_of(server.url)
+    await sink.connect()
+    messages = [large(f"m{number}", 20_000) for number in range(100)]
+
+    result = await sink.publish(messages)
+
+    assert result.failures
+    assert all(one.error.kind is ErrorKind.OUTAGE for one in result.failures)
+    assert "raise max_file_store" in str(result.failures[0].error)
+    arrived = dedup_keys(await full.restored())
+    await full.purge()
+    left = [messages[one.index] for one in result.failures]
+    await deliver(sink, left[:20])
+    assert arrived == [one.dedup_key for one in messages[: len(messages) - len(left)]]
+    assert dedup_keys(await full.restored()) == dedup_keys(left[:20])
+    await sink.aclose()
+
+
 @pytest.mark.shows("pipeline:ordering")
 async def test_pipelined_ordering_lets_messages_of_one_key_be_under_way_together(
     far_side: FarSide,

@@ -196,9 +196,14 @@ def consumer_gone(stream: str, consumer: str) -> PositionLost:
     )
 
 
+_NO_ROOM = "its JetStream storage is full: raise max_file_store of the server, or remove messages"
+
 _REMEDIES: Mapping[int, str] = {
+    10002: "raise the account's JetStream limits, or remove messages",
+    10023: _NO_ROOM,
+    10028: "raise max_memory_store of the server, or keep the stream in files",
     10039: "enable JetStream for this account",
-    10047: "the server's JetStream storage is full",
+    10047: _NO_ROOM,
     10059: "create the stream, or set create_stream",
     10060: "another stream listens on this subject: correct stream, or the stream's subjects",
     10065: "choose other subjects, or name the stream that has them",
