@@ -80,8 +80,10 @@ def batch_key(dedup_keys: Iterable[str]) -> str:
 
 
 def _digest(texts: Iterable[str]) -> str:
-    # With its length in front, no text can pass for two.
-    whole = "".join([f"{len(text)}:{text}" for text in texts])
+    # In order, and with all lengths in front, no text can pass for two.
+    texts = list(texts)
+    lengths = ",".join(map(str, map(len, texts)))
+    whole = f"{lengths}:{''.join(texts)}"
     return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
 
 

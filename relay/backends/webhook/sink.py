@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
@@ -45,12 +47,12 @@ _BATCH_CONTENT_TYPES: Mapping[wire.Format, str] = {
 }
 
 
-class _Item(msgspec.Struct, frozen=True, gc=False):
-    """A message of a publish, by its index there, as it will be sent."""
+class _Outgoing(msgspec.Struct, frozen=True):
+    """What of a publish will be sent, in order: messages, their index there, and their bodies."""
 
-    index: int
-    message: RelayMessage
-    body: bytes
+    indexes: Sequence[int]
+    messages: Sequence[RelayMessage]
+    bodies: Sequence[bytes]
 
 
 class _Unsettled(msgspec.Struct, frozen=True):
@@ -135,11 +137,11 @@ class WebhookSink:
         if not self._endpoint.is_open:
             raise NotConnected("the webhook sink is not connected")
         errors: dict[int, RelayError] = {}
-        items = self._encoded(messages, errors)
+        outgoing = self._encoded(messages, errors)
         if self._options.batch_mode:
-            await self._send_arrays(items, errors)
+            await self._send_arrays(outgoing, errors)
         else:
-            await self._send_each(items, errors)
+            await self._send_each(outgoing, errors)
         if not errors:
             return ALL_ACCEPTED
         return PublishResult(failures=[Failure(index, errors[index]) for index in sorted(errors)])
@@ -154,12 +156,22 @@ class WebhookSink:
 
     def _encoded(
         self, messages: Sequence[RelayMessage], errors: dict[int, RelayError]
-    ) -> list[_Item]:
-        options = self._options
-        is_bare_array = options.batch_mode and options.format == "payload"
-        limit = options.max_body_bytes - 2 * options.batch_mode
-        items: list[_Item] = []
-        for index, (message, body) in enumerate(zip(messages, self._encode(messages), strict=True)):
+    ) -> _Outgoing:
+        """What can be sent of these; why the rest can't goes into ``errors``."""
+        made = self._encode(messages)
+        bodies = [body for body in made if isinstance(body, bytes)]
+        is_bare_array = self._options.batch_mode and self._options.format == "payload"
+        limit = self._options.max_body_bytes - 2 * self._options.batch_mode
+        # As a rule nothing is wrong with any of them.
+        if (
+            len(bodies) == len(made)
+            and not is_bare_array
+            and max(map(len, bodies), default=0) <= limit
+        ):
+            return _Outgoing(range(len(bodies)), messages, bodies)
+        bodies.clear()
+        indexes: list[int] = []
+        for index, (message, body) in enumerate(zip(messages, made, strict=True)):
             if isinstance(body, MessageUndecodable):
                 errors[index] = body
             elif is_bare_array and not message.is_json and not wire.is_json(body):
@@ -171,17 +183,19 @@ class WebhookSink:
                     f"the message has {len(body)} bytes, sink.max_body_bytes allows {limit} bytes"
                 )
             else:
-                items.append(_Item(index, message, body))
-        return items
+                indexes.append(index)
+                bodies.append(body)
+        return _Outgoing(indexes, [messages[index] for index in indexes], bodies)
 
-    async def _send_arrays(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
+    async def _send_arrays(self, outgoing: _Outgoing, errors: dict[int, RelayError]) -> None:
         """Send one array after the other, halving what is refused until each culprit is found."""
-        arrays = deque(self._cut(items))
+        keys = [message.dedup_key for message in outgoing.messages]
+        arrays = deque(self._cut(outgoing.bodies, keys))
         fruitless = 0
         while arrays:
-            array = arrays.popleft()
-            key = batch_key([item.message.dedup_key for item in array])
-            body = b"[%b]" % b",".join([item.body for item in array])
+            start, end = arrays.popleft()
+            key = batch_key(keys[start:end])
+            body = b"[%b]" % b",".join(outgoing.bodies[start:end])
             error = await self._endpoint.send(body, self._array_headers, key)
             if error is None:
                 self._unsettled = None
@@ -189,55 +203,59 @@ class WebhookSink:
                 continue
             fruitless += 1
             if error.kind is not ErrorKind.MESSAGE:
-                self._unsettled = _Unsettled(len(array), key)
-                arrays.appendleft(array)
+                self._unsettled = _Unsettled(end - start, key)
+                arrays.appendleft((start, end))
                 break
             if isinstance(error, MessageTooLarge):
                 self._array_bytes = max(1, len(body) // 2)
-            if len(array) == 1:
-                errors[array[0].index] = error
+            if end - start == 1:
+                errors[outgoing.indexes[start]] = error
             else:
-                half = len(array) // 2
-                arrays.extendleft((array[half:], array[:half]))
+                half = (start + end) // 2
+                arrays.extendleft(((half, end), (start, half)))
             if fruitless >= _FRUITLESS_REQUESTS:
                 error = Outage(f"{fruitless} requests in a row were refused, the last: {error}")
                 break
-        for array in arrays:
-            errors.update((item.index, error) for item in array if error is not None)
+        for start, end in arrays:
+            errors.update((index, error) for index in outgoing.indexes[start:end] if error)
 
-    def _cut(self, items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-        """Arrays of a bounded size; what may have been accepted already is cut as it was then."""
+    def _cut(self, bodies: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """From where to where arrays of a bounded size go, one behind the other.
+
+        What may have been accepted already is cut as it was then.
+        """
         start = 0
         unsettled = self._unsettled
-        if unsettled is not None and len(items) >= unsettled.count:
-            first = items[: unsettled.count]
-            if batch_key([item.message.dedup_key for item in first]) == unsettled.key:
-                yield first
-                start = unsettled.count
+        if unsettled is not None and batch_key(keys[: unsettled.count]) == unsettled.key:
+            yield 0, unsettled.count
+            start = unsettled.count
         limit = min(self._array_bytes, self._options.max_body_bytes)
-        size = 2
-        for end in range(start, len(items)):
-            size += len(items[end].body) + 1
-            if size > limit and end > start:
-                yield items[start:end]
-                start, size = end, len(items[end].body) + 3
-        if start < len(items):
-            yield items[start:]
+        sums = list(itertools.accumulate(map(len, bodies), initial=0))
 
-    async def _send_each(self, items: Sequence[_Item], errors: dict[int, RelayError]) -> None:
+        def size_bytes(end: int) -> int:
+            # A bracket in front, and a comma or a bracket behind each.
+            return 1 + sums[end] - sums[start] + end - start
+
+        while start < len(bodies):
+            ends = range(start + 1, len(bodies) + 1)
+            end = start + max(1, bisect_right(ends, limit, key=size_bytes))
+            yield start, end
+            start = end
+
+    async def _send_each(self, outgoing: _Outgoing, errors: dict[int, RelayError]) -> None:
         flight = Flight(
-            [item.message for item in items],
+            outgoing.messages,
             is_strict=self._is_strict,
             window=self._options.max_in_flight,
         )
 
         async def send() -> None:
             while (number := flight.take()) is not None:
-                item = items[number]
+                message = outgoing.messages[number]
                 error = await self._endpoint.send(
-                    item.body,
-                    self._headers(item),
-                    idempotency_key(item.message.dedup_key),
+                    outgoing.bodies[number],
+                    self._headers(message),
+                    idempotency_key(message.dedup_key),
                 )
                 if error is None:
                     flight.accept((number,))
@@ -245,14 +263,16 @@ class WebhookSink:
                     flight.fail(number, error)
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(self._options.max_in_flight, len(items))):
+            for _ in range(min(self._options.max_in_flight, len(outgoing.bodies))):
                 tasks.create_task(send())
-        errors.update((items[failed.index].index, failed.error) for failed in flight.failures())
+        errors.update(
+            (outgoing.indexes[failed.index], failed.error) for failed in flight.failures()
+        )
 
-    def _headers(self, item: _Item) -> RawHeaders:
-        headers = self._headers_of(item.message)
-        if item.message.subject:
-            headers = {**headers, SUBJECT: item.message.subject}
+    def _headers(self, message: RelayMessage) -> RawHeaders:
+        headers = self._headers_of(message)
+        if message.subject:
+            headers = {**headers, SUBJECT: message.subject}
         return [(b"Content-Type", self._content_type), *encode(headers)]
 
 
