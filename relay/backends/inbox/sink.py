@@ -10,7 +10,7 @@ from typing import Self
 import msgspec
 
 from relay.backends.inbox.options import InboxSinkOptions, inbox_sink_options
-from relay.backends.inbox.row import Read, Rows, as_column, compile_fields, read_rows
+from relay.backends.inbox.row import Read, Rows, Value, as_column, compile_fields, read_rows
 from relay.backends.inbox.table import InboxTable, table_named, table_of_inbox
 from relay.catalog import Catalog
 from relay.context import BackendContext
@@ -248,8 +248,18 @@ class _Insert:
 
     async def _run(self, connection: PooledConnection, rows: Rows) -> int:
         """How many rows were new."""
-        status = await connection.execute(self.statement, *rows.columns)
+        status = await connection.execute(self.statement, *map(_sent, rows.columns))
         return int(status.rpartition(" ")[2])
+
+
+def _sent(column: Sequence[Value]) -> Sequence[Value]:
+    """An array of nulls alone as an empty one, which costs nothing: unnest fills it up with nulls.
+
+    https://www.postgresql.org/docs/current/functions-array.html; the longest array, that of the
+    event ids, says how many rows there are.
+    """
+    is_empty = column[0] is None and column.count(None) == len(column)
+    return () if is_empty else column
 
 
 @dataclass

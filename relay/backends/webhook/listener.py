@@ -177,7 +177,7 @@ class Listener:
             _log.debug("a request could not be answered", exc_info=error)
             answer = Answer(500, reason="internal error")
         response = web.Response(
-            body=_body_of(answer),
+            body=_body_of(answer.accepted, answer.reason),
             status=answer.status,
             headers={**_HEADERS, **answer.headers},
         )
@@ -290,10 +290,11 @@ def _too_large(limit: int) -> Answer:
     return Answer(413, reason=f"the body has more than {limit} bytes")
 
 
-def _body_of(answer: Answer) -> bytes:
-    if answer.accepted is None:
-        return msgspec.json.encode({"error": answer.reason})
-    return msgspec.json.encode({"accepted": answer.accepted})
+@functools.lru_cache(maxsize=256)
+def _body_of(accepted: int | None, reason: str) -> bytes:
+    if accepted is None:
+        return msgspec.json.encode({"error": reason})
+    return msgspec.json.encode({"accepted": accepted})
 
 
 async def _read(request: web.BaseRequest, limit: int) -> bytes | None:

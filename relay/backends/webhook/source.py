@@ -284,8 +284,11 @@ class WebhookSource:
         if self._listener is None:
             return unavailable("this receiver is stopping")
         request = _Request(len(messages))
+        is_first = not self._waiting
         self._waiting.add(_Run(request, messages))
-        self._news.set()
+        # Whoever waits would look again at each message, and find that one more is not enough.
+        if is_first or self._is_worth_a_batch():
+            self._news.set()
         # A timer for each is cheaper than a timeout around each.
         patience = asyncio.get_running_loop().call_later(
             self._options.answer_timeout_ms / 1000, self._give_up, request
