@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import operator
 import time
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +40,8 @@ from relay.errors import EndOfInput, ErrorKind, RelayError
 from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Polled
 
 _log = logging.getLogger(__name__)
+
+_is_full_refresh = operator.attrgetter("is_full_refresh")
 
 
 class Ending(StrEnum):
@@ -255,7 +258,7 @@ class _Session:
                     direction=self._voice.direction,
                     messages=len(batch.messages),
                     rejected=len(batch.rejected),
-                    full_refresh=any(message.is_full_refresh for message in batch.messages),
+                    full_refresh=any(map(_is_full_refresh, batch.messages)),
                     duration_s=time.perf_counter() - started,
                 )
             )

@@ -227,7 +227,7 @@ class EventLog:
     def _ownership(self, event: OwnershipChanged) -> None:
         owned = frozenset(event.pipelines)
         former = frozenset[str]() if self._owned is None else self._owned
-        words = [f"{len(owned)} pipelines run here"]
+        words = ["1 pipeline runs here" if len(owned) == 1 else f"{len(owned)} pipelines run here"]
         words += [f"took {', '.join(sorted(owned - former))}"] if owned - former else []
         words += [f"gave up {', '.join(sorted(former - owned))}"] if former - owned else []
         if owned != self._owned or event.members != self._members:

@@ -674,10 +674,12 @@ def test_ownership_is_told_with_what_was_taken_and_given_up(told: Told) -> None:
     told.log(OwnershipChanged(pipelines=["a", "b"], members=1))
     told.log(OwnershipChanged(pipelines=["a", "b"], members=1))
     told.log(OwnershipChanged(pipelines=["b", "c"], members=2))
+    told.log(OwnershipChanged(pipelines=["c"], members=2))
 
     assert told.lines == [
         "2 pipelines run here; took a, b",
         "2 pipelines run here; took c; gave up a",
+        "1 pipeline runs here; gave up b",
     ]
     assert told.entries()[1].fields == {"members": 2}
 
