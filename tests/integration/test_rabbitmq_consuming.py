@@ -250,6 +250,36 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSi
     await source.aclose()
 
 
+async def test_what_still_arrives_while_it_closes_is_not_handed_out_after_a_reconnect(
+    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
+    url = proxy.url(far_side.server.url)
+    source = source_of(url, far_side.queue, batch_size=5, timeout_ms=1000)
+    await source.connect()
+    await far_side.feed(numbered(5))
+    await collect(source, 5)
+    proxy.stall()
+    await far_side.feed(numbered(25, start=5))
+    close = connection_module.Connection.aclose
+
+    async def let_through_and_close(connection: connection_module.Connection) -> None:
+        await proxy.restore()
+        await close(connection)
+
+    # The broker is heard again when it has been given up, but is not gone yet.
+    monkeypatch.setattr(connection_module.Connection, "aclose", let_through_and_close)
+    await reconnect(source.connect)
+
+    (again,) = await collect(source, 5)
+    await source.acknowledge(again)
+    await source.aclose()
+    await source.connect()
+    rest = await collect(source, 25)
+    assert dedup_keys(messages_of([again, *rest])) == dedup_keys(numbered(30))
+    await source.aclose()
+
+
 async def test_after_a_lost_connection_everything_comes_again_and_in_order(
     far_side: FarSide, tcp_proxy: Proxies
 ) -> None:

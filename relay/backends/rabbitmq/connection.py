@@ -171,6 +171,8 @@ class Connection(asyncio.Protocol):
 
     async def aclose(self) -> None:
         """Close; never raises, and takes no longer than the bound."""
+        # What still comes has a number that means another message on the next connection.
+        self.on_delivered = _ignore
         doing = f"closing the connection to {self.address}"
         if self._loss is None and self._is_open:
             with suppress(RelayError, TimeoutError):
