@@ -15,7 +15,7 @@ from msgspec import structs
 
 from relay import wire
 from relay.contracts import PublishResult
-from relay.errors import MessageRejected, MessageTooLarge
+from relay.errors import ErrorKind, MessageRejected, MessageTooLarge
 from relay.message import RelayMessage
 from tests.contract.evidence import (
     assert_per_key_order,
@@ -361,6 +361,30 @@ async def test_a_message_that_can_not_be_sent_costs_only_itself(
     assert failure.error.found_before_sending
     assert words in str(failure.error)
     assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+
+
+@pytest.fixture
+async def compacted(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    """A topic that takes no record without a key."""
+    far_side = FarSide(kafka_server)
+    await far_side.create(configuration={"cleanup.policy": "compact"})
+    yield far_side
+    await far_side.drop()
+
+
+async def test_a_record_that_the_broker_refuses_does_not_condemn_what_comes_behind_it(
+    compacted: FarSide,
+) -> None:
+    large = b'"%s"' % (b"x" * 400_000)
+    messages = [
+        bare(f"m{n}", key="" if n == 1 else "k", payload=large, subject=compacted.topic)
+        for n in range(12)
+    ]
+
+    result = await publish(compacted, *messages, key_template="{key}")
+
+    refused = [one.index for one in result.failures if one.error.kind is ErrorKind.MESSAGE]
+    assert refused == [1]
 
 
 # How often, when things break

@@ -22,7 +22,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from relay.backends.kafka.cluster import Cluster
 from relay.backends.kafka.errors import DUPLICATE_SEQUENCE_NUMBER, of_code
 from relay.backends.kafka.record import Header
-from relay.errors import ErrorKind, RelayError, TimedOut
+from relay.errors import ErrorKind, Outage, RelayError, TimedOut
 
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 
@@ -34,6 +34,10 @@ _Add = Callable[[int, int, bytes | None, bytes, list[Header]], object | None]
 _MAGIC = 2
 _NO_ID = -1
 _MAX_SEQUENCE = 2**31
+
+
+class HeldBack(Outage):
+    """Not sent: the broker refused for good what was sent before it, which is not its fault."""
 
 
 class RecordBatch:
@@ -242,6 +246,8 @@ class Flight:
         where = f"sending records to {batch.topic!r}, partition {batch.partition}"
         batch.error = of_code(code, where)
         self._cluster.forget(batch.topic)
+        if batch.error.kind is ErrorKind.MESSAGE:
+            return HeldBack(f"{batch.error.problem}; what comes behind is sent again")
         return batch.error
 
 

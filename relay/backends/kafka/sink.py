@@ -11,7 +11,13 @@ from aiokafka.protocol.admin import DescribeConfigsRequest
 from relay.backends.kafka.cluster import Cluster, open_cluster
 from relay.backends.kafka.options import KafkaSinkOptions, check_at_least, check_connection
 from relay.backends.kafka.packing import CHUNK_BYTES, Packing, Topic
-from relay.backends.kafka.producer import CODECS, MAX_REQUESTS_UNDER_WAY, Producer, RecordBatch
+from relay.backends.kafka.producer import (
+    CODECS,
+    MAX_REQUESTS_UNDER_WAY,
+    HeldBack,
+    Producer,
+    RecordBatch,
+)
 from relay.backends.kafka.record import RecordEncoder
 from relay.backends.kafka.topic import check_template, check_topic, escape
 from relay.context import BackendContext
@@ -170,7 +176,11 @@ class KafkaSink:
         if flight.trouble is not None:
             left = self._left(packing.packed, len(messages), settled)
             failed.update(dict.fromkeys(left, flight.trouble))
-        return PublishResult(failures=[Failure(one, failed[one]) for one in sorted(failed)])
+        failures = [
+            Failure(one, error, was_sent=not isinstance(error, HeldBack))
+            for one, error in sorted(failed.items())
+        ]
+        return PublishResult(failures=failures)
 
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds."""
