@@ -338,6 +338,29 @@ async def test_a_limit_that_came_later_is_met_with_smaller_batches(far_side: Far
     await sink.aclose()
 
 
+async def test_a_limit_that_can_not_be_asked_is_met_with_smaller_batches(
+    kafka_server: KafkaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far_side = FarSide(kafka_server)
+    await far_side.create(configuration={"max.message.bytes": "2000"})
+
+    async def unknown(*_: object) -> dict[str, int]:
+        return {}
+
+    # As for a user who may write, but not describe configurations.
+    monkeypatch.setattr("relay.backends.kafka.sink._limits", unknown)
+    sink = sink_of(far_side.server.brokers, far_side.topic)
+    await sink.connect()
+    messages = far_side.numbered(200)
+
+    async with asyncio.timeout(BOUND_S):
+        await deliver(sink, messages)
+
+    assert dedup_keys(first_occurrences(await far_side.restored())) == dedup_keys(messages)
+    await sink.aclose()
+    await far_side.drop()
+
+
 @pytest.mark.parametrize(
     "message,words",
     [
@@ -385,6 +408,33 @@ async def test_a_record_that_the_broker_refuses_does_not_condemn_what_comes_behi
 
     refused = [one.index for one in result.failures if one.error.kind is ErrorKind.MESSAGE]
     assert refused == [1]
+
+
+async def test_a_record_that_the_broker_refuses_is_found_among_its_neighbours(
+    compacted: FarSide,
+) -> None:
+    sink = sink_of(compacted.server.brokers, compacted.topic, key_template="{key}")
+    await sink.connect()
+    pending = [
+        bare(f"m{n}", key="" if n == 20 else "k", subject=compacted.topic) for n in range(50)
+    ]
+    refused: list[str] = []
+
+    for _ in range(12):
+        failures = (await sink.publish(pending)).failures
+        refused += [
+            pending[one.index].dedup_key
+            for one in failures
+            if one.error.kind is ErrorKind.MESSAGE
+        ]
+        pending = [
+            pending[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE
+        ]
+
+    assert (refused, pending) == (["m20"], [])
+    expected = [f"m{n}" for n in range(50) if n != 20]
+    assert dedup_keys(first_occurrences(await compacted.restored())) == expected
+    await sink.aclose()
 
 
 # How often, when things break

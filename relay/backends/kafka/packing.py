@@ -25,12 +25,14 @@ class Topic(msgspec.Struct):
     """What the sink knows of a topic.
 
     ``limit``: the most bytes of a batch that it takes; ``batch_bytes``: the most that we give it;
+    ``is_searched``: each record is a batch, to find the one that the broker refuses;
     ``next_partition``: for a record without a key.
     """
 
     partitions: int
     limit: int
     batch_bytes: int
+    is_searched: bool = False
     next_partition: int = 0
 
     def turn(self) -> int:
@@ -107,7 +109,9 @@ class Packing:
             partition = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
             batch = batches.get((name, partition))
             if batch is None:
-                batch = RecordBatch(name, partition, codec=self._codec, limit=topic.batch_bytes)
+                # The first record is always taken.
+                limit = 1 if topic.is_searched else topic.batch_bytes
+                batch = RecordBatch(name, partition, codec=self._codec, limit=limit)
                 batches[name, partition] = batch
             indexes = batch.indexes
             if batch.add(len(indexes), now_ms, key or None, value, headers) is None:

@@ -233,10 +233,14 @@ class KafkaSink:
         limits = await _limits(cluster, unknown)
         for topic in unknown:
             limit = limits.get(topic, _DEFAULT_TOPIC_LIMIT)
+            partitions = cluster.partitions_of(topic)
+            known = self._topics.get(topic)
+            if known is not None and known.limit == limit:
+                # What the broker has taught of its batches stays true.
+                known.partitions = partitions
+                continue
             self._topics[topic] = Topic(
-                cluster.partitions_of(topic),
-                limit,
-                min(limit, self._options.max_request_size, _BATCH_BYTES),
+                partitions, limit, min(limit, self._options.max_request_size, _BATCH_BYTES)
             )
 
     def _is_sendable(self, batch: RecordBatch, failed: dict[int, RelayError]) -> bool:
@@ -258,15 +262,22 @@ class KafkaSink:
 
     def _note(self, batches: Sequence[RecordBatch], failed: dict[int, RelayError]) -> None:
         """What became of the messages of these batches."""
+        troubled = {batch.topic for batch in batches if batch.error is not None}
         for batch in batches:
+            topic = self._topics[batch.topic]
+            if batch.topic not in troubled:
+                topic.is_searched = False
             error = batch.error
             if error is None:
                 continue
             if error.kind is ErrorKind.MESSAGE and len(batch.indexes) > 1:
                 # The broker refuses the batch, for a message that it does not name.
-                topic = self._topics[batch.topic]
-                topic.batch_bytes = max(1, min(topic.batch_bytes, batch.limit) // 2)
-                error = Outage(f"{error.problem}; smaller batches are tried")
+                if isinstance(error, MessageTooLarge):
+                    topic.batch_bytes = max(1, min(topic.batch_bytes, batch.limit) // 2)
+                    error = Outage(f"{error.problem}; smaller batches are tried")
+                else:
+                    topic.is_searched = True
+                    error = Outage(f"{error.problem}; its records are tried one by one")
             failed.update(dict.fromkeys(batch.indexes, error))
 
     def _left(self, start: int, end: int, settled: set[int]) -> list[int]:
