@@ -423,9 +423,7 @@ async def test_a_record_that_the_broker_refuses_is_found_among_its_neighbours(
     for _ in range(12):
         failures = (await sink.publish(pending)).failures
         refused += [
-            pending[one.index].dedup_key
-            for one in failures
-            if one.error.kind is ErrorKind.MESSAGE
+            pending[one.index].dedup_key for one in failures if one.error.kind is ErrorKind.MESSAGE
         ]
         pending = [
             pending[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE
@@ -540,3 +538,52 @@ async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(far_side: Far
 
     assert dedup_keys(first_occurrences(await far_side.restored())) == dedup_keys(messages)
     await sink.aclose()
+
+
+async def test_no_record_overtakes_a_first_one_that_was_refused(compacted: FarSide) -> None:
+    sink = sink_of(compacted.server.brokers, compacted.topic, key_template="{key}")
+    await sink.connect()
+    large = b'"%s"' % (b"x" * 100_000)
+    pending = [
+        bare(f"m{n}", key="" if n == 1 else "k", payload=large, subject=compacted.topic)
+        for n in range(30)
+    ]
+
+    async with asyncio.timeout(BOUND_S):
+        while pending:
+            failures = (await sink.publish(pending)).failures
+            pending = [
+                pending[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE
+            ]
+
+    expected = [f"m{n}" for n in range(30) if n != 1]
+    assert dedup_keys(first_occurrences(await compacted.restored())) == expected
+    await sink.aclose()
+
+
+async def test_no_record_overtakes_a_first_one_that_was_lost_with_its_connection(
+    far_side: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    messages: list[RelayMessage] = []
+    for turns in range(20):
+        # Each has a producer id of its own, of which the partition knows nothing.
+        sink = sink_of(kafka_proxy.address, far_side.topic)
+        await sink.connect()
+        some = [
+            structs.replace(one, payload=b'"%s"' % (b"x" * 300_000))
+            for one in far_side.numbered(12, start=len(messages))
+        ]
+        publishing = asyncio.create_task(sink.publish(some))
+        while not sink._producer._unsettled:  # noqa: ASYNC110 - it can only be looked at
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await kafka_proxy.reset_connections()
+        left = [some[failure.index] for failure in (await publishing).failures]
+        await sink.connect()
+        await deliver(sink, left)
+        messages += some
+        await sink.aclose()
+
+    arrived = first_occurrences(await far_side.restored())
+    assert dedup_keys(arrived) == dedup_keys(messages)

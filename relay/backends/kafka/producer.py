@@ -3,9 +3,10 @@
 The producer is idempotent (https://kafka.apache.org/documentation/#semantics): it has an id, each
 batch of a partition a number, and a broker neither stores a batch twice nor one whose predecessor
 is missing. So several requests may be under way without an event overtaking another of its
-partition. What was not answered keeps its number: sent again as the very same batch, also over
-another connection, it is stored once. Where the same batch can't be sent again a new id is asked
-for, and what had been stored of it comes a second time.
+partition; only of a producer that is new to a partition a broker takes any number, so that nothing
+is sent behind the first batch before that one is stored. What was not answered keeps its number:
+sent again as the very same batch, also over another connection, it is stored once. Where the same
+batch can't be sent again a new id is asked for, and what had been stored of it comes a second time.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class Producer:
         self._sequences: dict[tuple[str, int], int] = {}
         # In the order in which they were sent, what was not accepted and may be sent again.
         self._unsettled: list[RecordBatch] = []
+        # The partitions that have stored something of this id.
+        self._known: set[tuple[str, int]] = set()
 
     async def prepare(self, cluster: Cluster, keys: Sequence[str]) -> list[RecordBatch]:
         """Be ready to send the messages of these dedup keys.
@@ -119,6 +122,7 @@ class Producer:
                 raise of_code(answer.error_code, doing)
             self._id, self._epoch = answer.producer_id, answer.producer_epoch
             self._sequences.clear()
+            self._known = set()
         self._unsettled = list(again)
         return again
 
@@ -151,20 +155,31 @@ class Producer:
 
     def flight(self, cluster: Cluster) -> Flight:
         """Requests of one publish."""
-        return Flight(cluster, self._acks, self._timeout_ms, self._max_under_way)
+        known = self._known if self._is_idempotent else None
+        return Flight(cluster, self._acks, self._timeout_ms, self._max_under_way, known)
 
 
 class Flight:
     """The requests of one publish that are under way, in the order in which they were sent.
 
+    ``known``: the partitions that can tell a gap in our numbers; None where there are none.
     Whoever makes one calls `land` or `abandon` at the end.
     """
 
-    def __init__(self, cluster: Cluster, acks: int, timeout_ms: int, max_under_way: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        acks: int,
+        timeout_ms: int,
+        max_under_way: int,
+        known: set[tuple[str, int]] | None,
+    ) -> None:
         self._cluster = cluster
         self._acks = acks
         self._timeout_ms = timeout_ms
         self._max_under_way = max_under_way
+        self._known = known
+        self._begun: set[tuple[str, int]] = set()
         self._requests: deque[asyncio.Task[RelayError | None]] = deque()
         self.trouble: RelayError | None = None
 
@@ -174,7 +189,9 @@ class Flight:
         Sends nothing once there is `trouble`: what a later request holds must not be stored
         before what an earlier one held.
         """
-        while len(self._requests) >= self._max_under_way:
+        while len(self._requests) >= self._max_under_way or (
+            self._requests and self._may_overtake(batches)
+        ):
             await self._await_first()
         by_leader: dict[int, list[RecordBatch]] = {}
         try:
@@ -190,6 +207,7 @@ class Flight:
             for batch in batches:
                 batch.error = error
             return
+        self._begun.update(batch.slot for batch in batches)
         for leader, theirs in by_leader.items():
             self._requests.append(asyncio.create_task(self._produce(leader, theirs)))
         # Lets the requests out before the next ones are made.
@@ -206,6 +224,13 @@ class Flight:
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
         self._requests.clear()
+
+    def _may_overtake(self, batches: Sequence[RecordBatch]) -> bool:
+        """Whether one would be stored although the first of its partition is lost."""
+        known = self._known
+        return known is not None and any(
+            batch.slot in self._begun and batch.slot not in known for batch in batches
+        )
 
     async def _await_first(self) -> None:
         first = self._requests[0]
@@ -242,6 +267,8 @@ class Flight:
     def _noted(self, batch: RecordBatch, code: int) -> RelayError | None:
         if code in (0, DUPLICATE_SEQUENCE_NUMBER):
             batch.error = None
+            if self._known is not None:
+                self._known.add(batch.slot)
             return None
         where = f"sending records to {batch.topic!r}, partition {batch.partition}"
         batch.error = of_code(code, where)
