@@ -185,6 +185,24 @@ async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSi
     await source.aclose()
 
 
+async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side: FarSide) -> None:
+    await feed(far_side, numbered(60))
+    source = await connected(far_side, batch_size=20)
+    batches = [await source.poll() for _ in range(3)]
+    given_back = sum(len(batch.messages) for batch in batches)
+    assert sum(bool(batch.messages) for batch in batches) > 1
+
+    for batch in reversed(batches):
+        await source.reject(batch)
+    await source.aclose()
+
+    successor = await connected(far_side, batch_size=20)
+    again = await collect(successor, 60, timeout_s=AT_ONCE_S)
+    assert given_back > 20
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(60))
+    await successor.aclose()
+
+
 @pytest.mark.shows("source:nats.ack_wait_seconds")
 async def test_a_redelivery_of_what_is_still_out_is_not_handed_out_twice(
     far_side: FarSide,

@@ -223,19 +223,18 @@ class NatsSource:
         await connection.drain(_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
-        """Give back this batch and all that comes after it, so that the order stays.
+        """Give back this batch and whatever else we hold, so that the order stays.
 
-        A later batch that is out is thereby given back too; to acknowledge or reject it does
-        nothing more.
+        The server delivers again in the order in which it is given back, and the loop gives back
+        the last of its batches first. Another batch that is out is thereby given back too; to
+        acknowledge or reject it does nothing more.
         """
         connection = self._open()
-        sequences = self._sequences(batch)
-        if not sequences:
+        if not self._sequences(batch):
             return
         await self._stop_pulling(connection)
-        first = min(sequences)
         self._buffer.clear()
-        given_back = sorted(sequence for sequence in self._held if sequence >= first)
+        given_back = sorted(self._held)
         await self._settle(connection, [self._held[one] for one in given_back], _NAK)
         for sequence in given_back:
             del self._held[sequence]
