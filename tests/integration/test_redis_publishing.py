@@ -308,6 +308,25 @@ async def test_an_event_counts_as_accepted_when_enough_replicas_have_it_and_is_a
     await sink.aclose()
 
 
+async def test_what_no_replica_was_asked_for_is_not_accepted_when_the_connection_breaks(
+    redis_server_with: ServerWith, tcp_proxy: Proxies
+) -> None:
+    far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
+    proxy = await tcp_proxy(*far_side.server.address)
+    sink = sink_of(proxy.url(far_side.server.url), STREAM, wait_replicas=1, timeout_ms=300)
+    await sink.connect()
+    messages = [large(f"m:{number}", 700_000) for number in range(4)]
+    # Each goes by itself: the answer to the first comes whole, the one to the second does not.
+    proxy.cut_after(30, "to_client")
+
+    result = await sink.publish(messages)
+
+    assert len(await far_side.entries()) > 0
+    assert [failure.index for failure in result.failures] == [0, 1, 2, 3]
+    assert all(failure.error.kind is ErrorKind.OUTAGE for failure in result.failures)
+    await sink.aclose()
+
+
 async def test_a_restart_of_the_server_in_mid_batch_loses_nothing_and_keeps_the_order(
     far_side: FarSide,
 ) -> None:

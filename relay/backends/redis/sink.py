@@ -156,7 +156,7 @@ class RedisSink:
             for _, adding in under_way:
                 adding.cancel()
             await asyncio.gather(*(adding for _, adding in under_way), return_exceptions=True)
-        if self._options.wait_replicas and connection.loss is None:
+        if self._options.wait_replicas:
             await self._confirm(connection, messages, failed)
         return PublishResult(failures=[Failure(one, failed[one]) for one in sorted(failed)])
 
@@ -229,7 +229,10 @@ class RedisSink:
         messages: Sequence[RelayMessage],
         failed: dict[int, RelayError],
     ) -> None:
-        """Wait for the replicas; what they have not received yet is not accepted yet."""
+        """Wait for the replicas; what they have not received yet is not accepted yet.
+
+        That is so, too, where the connection is gone and nobody can be asked any more.
+        """
         added = [index for index in range(len(messages)) if index not in failed]
         if not added:
             return
