@@ -26,7 +26,6 @@ from relay.errors import (
     NotConnected,
     Outage,
     RelayError,
-    TimedOut,
 )
 from relay.message import RelayMessage
 from relay.options import parse_options
@@ -246,7 +245,8 @@ class RedisSink:
             if isinstance(reached, int) and reached >= wanted:
                 self._unconfirmed.clear()
                 return
-            error = TimedOut(
+            # The connection stands, and only on this one can be waited for what it has added.
+            error = Outage(
                 f"fewer than {wanted} replicas received the events within {wait_ms} ms",
                 remedy="check the replicas, or lower wait_replicas",
             )
