@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from msgspec import structs
 
 from relay.backends.nats import NatsSource, jetstream
 from relay.contracts import Batch
@@ -366,3 +367,29 @@ async def test_a_hundred_thousand_messages_are_consumed_and_confirmed_in_seconds
 async def _poll_until_it_fails(source: NatsSource) -> None:
     while True:
         await source.poll()
+
+
+async def test_what_was_held_far_apart_in_a_busy_stream_comes_before_what_is_new(
+    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.backends.nats.source._WIDEST_RECLAIM", 100)
+    await feed(far_side, numbered(1))
+    others = [structs.replace(one, subject="orders.update") for one in numbered(200, prefix="o")]
+    await feed(far_side, others)
+    await feed(far_side, numbered(1, start=1))
+    keys: dict[str, object] = {"subject": "orders.insert", "ack_wait_seconds": 1}
+    killed = await connected(far_side, batch_size=100, **keys)
+    assert dedup_keys(messages_of(await collect(killed, 2))) == ["m:0", "m:1"]
+    assert killed._connection is not None
+    killed._connection.abort(NotConnected("killed"))
+    await feed(far_side, numbered(1, start=2))
+
+    successor = await connected(far_side, batch_size=100, **keys)
+    first = await successor.poll()
+
+    again = await collect(successor, 3)
+    assert first.is_empty
+    assert not first.is_end_of_backlog
+    assert dedup_keys(messages_of(again)) == ["m:0", "m:1", "m:2"]
+    await killed.aclose()
+    await successor.aclose()

@@ -15,11 +15,12 @@ its headers (``Nats-Rollup`` and the like) is not passed on as one.
 
 **Source.** A durable pull consumer with explicit acknowledgement, each confirmed by the server.
 Order is the stream's, also across a lost connection and a killed process: on connecting, whatever
-is unacknowledged is asked back before anything new. A message that the server delivers again
-because ``ack_wait_seconds`` ran out while we still hold it is not handed out twice; what we hold
-then is acknowledged under its newest delivery. The dedup key is ours where the message is ours,
-else its ``Nats-Msg-Id``, else ``nats:{stream}:{stream's creation, µs}:{sequence}``. One process
-at a time may use a durable: a second one would take away what the first has in its hands.
+is unacknowledged is asked back before anything new; where that lies 200,000 messages of the stream
+apart, nothing new is asked for until ``ack_wait_seconds`` have run out. A message that the server
+delivers again because ``ack_wait_seconds`` ran out while we still hold it is not handed out twice;
+what we hold then is acknowledged under its newest delivery. The dedup key is ours where the message
+is ours, else its ``Nats-Msg-Id``, else ``nats:{stream}:{stream's creation, µs}:{sequence}``. One
+process at a time may use a durable: a second one would take away what the first has in its hands.
 
 Neither reconnects by itself, changes a stream or consumer that exists, or reads core NATS
 subjects that no stream stores.

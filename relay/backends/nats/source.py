@@ -44,8 +44,10 @@ POLL_WAIT_S = 1.0
 _ANSWER_TIMEOUT_S = 5.0
 # JetStream allows so many unacknowledged messages by default.
 _DEFAULT_ACK_PENDING = 1000
-# More than this is never under way with us; a wider range belongs to a consumer used otherwise.
+# So many messages of the stream, ours and others' in between, are asked back one by one.
 _WIDEST_RECLAIM = 200_000
+# How much later than said the server may notice that the time of a message has run out.
+_EXPIRY_MARGIN_S = 1.0
 _CHUNK_MESSAGES = 500
 
 _ACK = b"+ACK"
@@ -113,6 +115,8 @@ class NatsSource:
         self._confirmation_prefix = ""
         self._slots: tuple[_Slot, ...] | None = None
         self._is_next_single = False
+        # By the monotonic clock, before when nothing is asked for.
+        self._pull_from_s = 0.0
         self._buffer: deque[_Arrived] = deque()
         # By stream sequence, everything that is buffered or out, with its newest reply subject.
         self._held: dict[int, bytes] = {}
@@ -345,8 +349,15 @@ class NatsSource:
         server ignores those that are not pending.
         """
         self._held.clear()
+        self._pull_from_s = 0.0
         first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
-        if consumer.num_ack_pending == 0 or last - first >= _WIDEST_RECLAIM:
+        if consumer.num_ack_pending == 0:
+            return
+        if last - first >= _WIDEST_RECLAIM:
+            # Where others fill the stream, what is ours lies far apart. Once its time has run out
+            # the server delivers it by itself, in order, if nothing new was asked for until then.
+            wait_s = self._options.ack_wait_seconds + _EXPIRY_MARGIN_S
+            self._pull_from_s = time.monotonic() + wait_s
             return
         delivery = consumer.delivered.consumer_seq
         replies = [
@@ -357,6 +368,8 @@ class NatsSource:
 
     def _pull_ahead(self, connection: Connection) -> None:
         """Keep about a batch asked for beyond what is waiting, in at most two requests."""
+        if time.monotonic() < self._pull_from_s:
+            return
         if self._slots is None:
             inbox = connection.new_inbox()
             self._slots = tuple(self._slot(connection, f"{inbox}.{name}") for name in "ab")
@@ -450,7 +463,8 @@ class NatsSource:
 
     def _batch(self, taken: Sequence[_Arrived], *, was_cut_short: bool) -> Batch:
         if not taken:
-            return Batch(is_end_of_backlog=not was_cut_short)
+            is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
+            return Batch(is_end_of_backlog=is_answered and not was_cut_short)
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
         for arrived in taken:
