@@ -288,6 +288,25 @@ async def test_a_read_only_replica_is_an_outage(
     await sink.aclose()
 
 
+async def test_a_primary_that_became_a_replica_is_left_for_whoever_has_its_address_now(
+    redis_server_with: ServerWith, tcp_proxy: Proxies
+) -> None:
+    old, new = (FarSide(redis_server_with(""), STREAM) for _ in range(2))
+    proxy = await tcp_proxy(*old.server.address)
+    line = Line(sink=sink_of(proxy.url(old.server.url), STREAM))
+    line.write(*numbered(5))
+
+    async with line.running():
+        await line.heard.until(lambda: line.acknowledged == 5)
+        # A fail-over: the name leads to another server, and open connections stay where they are.
+        proxy.host, proxy.port = new.server.address
+        await old.ask("REPLICAOF", *new.server.address)
+        line.write(*numbered(5, start=5))
+        await line.heard.until(lambda: line.acknowledged == 10)
+
+    assert dedup_keys(await new.restored()) == dedup_keys(numbered(5, start=5))
+
+
 @pytest.mark.shows("sink:redis.wait_replicas")
 async def test_an_event_counts_as_accepted_when_enough_replicas_have_it_and_is_added_once(
     redis_server_with: ServerWith,
