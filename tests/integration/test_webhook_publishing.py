@@ -242,6 +242,46 @@ async def test_the_search_for_culprits_ends_where_everything_is_refused(
     assert len(http_server.received) <= 60
 
 
+async def test_what_only_waited_is_told_apart_from_what_was_sent_and_failed(
+    http_server: HttpServer,
+) -> None:
+    never = asyncio.Event()
+
+    def judge(request: Received) -> Reply:
+        if b'"m:0"' in request.body:
+            return Reply(after=never)
+        return Reply(503) if b'"m:3"' in request.body else OK
+
+    http_server.judge = judge
+
+    # The third message waits for the first, which has its key, while the fourth is refused.
+    result = await published(
+        http_server.url,
+        numbered(4, keys=2),
+        batch_mode=False,
+        max_in_flight=2,
+        timeout_ms=300,
+    )
+
+    assert [(failure.index, failure.was_sent) for failure in result.failures] == [
+        (0, True),
+        (2, False),
+        (3, True),
+    ]
+    never.set()
+
+
+async def test_what_is_left_of_a_search_for_culprits_was_not_sent(
+    http_server: HttpServer,
+) -> None:
+    http_server.judge = lambda _: Reply(400)
+
+    result = await published(http_server.url, numbered(500))
+
+    for failure in result.failures:
+        assert failure.was_sent == (failure.error.kind is ErrorKind.MESSAGE)
+
+
 async def test_an_array_that_is_too_large_is_halved_and_the_next_ones_are_smaller(
     http_server: HttpServer,
 ) -> None:

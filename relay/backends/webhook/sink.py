@@ -29,7 +29,6 @@ from relay.errors import (
     MessageUndecodable,
     NotConnected,
     Outage,
-    RelayError,
 )
 from relay.flight import Flight
 from relay.message import RelayMessage
@@ -136,15 +135,15 @@ class WebhookSink:
         """
         if not self._endpoint.is_open:
             raise NotConnected("the webhook sink is not connected")
-        errors: dict[int, RelayError] = {}
-        outgoing = self._encoded(messages, errors)
+        failures: list[Failure] = []
+        outgoing = self._encoded(messages, failures)
         if self._options.batch_mode:
-            await self._send_arrays(outgoing, errors)
+            await self._send_arrays(outgoing, failures)
         else:
-            await self._send_each(outgoing, errors)
-        if not errors:
+            await self._send_each(outgoing, failures)
+        if not failures:
             return ALL_ACCEPTED
-        return PublishResult(failures=[Failure(index, errors[index]) for index in sorted(errors)])
+        return PublishResult(failures=sorted(failures, key=lambda failure: failure.index))
 
     async def is_healthy(self) -> bool:
         """True when the receiver accepts connections now."""
@@ -154,10 +153,8 @@ class WebhookSink:
         """Close the connections."""
         await self._endpoint.aclose()
 
-    def _encoded(
-        self, messages: Sequence[RelayMessage], errors: dict[int, RelayError]
-    ) -> _Outgoing:
-        """What can be sent of these; why the rest can't goes into ``errors``."""
+    def _encoded(self, messages: Sequence[RelayMessage], failures: list[Failure]) -> _Outgoing:
+        """What can be sent of these; why the rest can't goes into ``failures``."""
         made = self._encode(messages)
         bodies = [body for body in made if isinstance(body, bytes)]
         is_bare_array = self._options.batch_mode and self._options.format == "payload"
@@ -173,21 +170,23 @@ class WebhookSink:
         indexes: list[int] = []
         for index, (message, body) in enumerate(zip(messages, made, strict=True)):
             if isinstance(body, MessageUndecodable):
-                errors[index] = body
+                failures.append(Failure(index, body))
             elif is_bare_array and not message.is_json and not wire.is_json(body):
-                errors[index] = MessageUndecodable(
+                not_json = MessageUndecodable(
                     "the payload is not JSON, which an array has to contain"
                 )
+                failures.append(Failure(index, not_json))
             elif len(body) > limit:
-                errors[index] = MessageTooLarge(
+                too_large = MessageTooLarge(
                     f"the message has {len(body)} bytes, sink.max_body_bytes allows {limit} bytes"
                 )
+                failures.append(Failure(index, too_large))
             else:
                 indexes.append(index)
                 bodies.append(body)
         return _Outgoing(indexes, [messages[index] for index in indexes], bodies)
 
-    async def _send_arrays(self, outgoing: _Outgoing, errors: dict[int, RelayError]) -> None:
+    async def _send_arrays(self, outgoing: _Outgoing, failures: list[Failure]) -> None:
         """Send one array after the other, halving what is refused until each culprit is found."""
         keys = [message.dedup_key for message in outgoing.messages]
         arrays = deque(self._cut(outgoing.bodies, keys))
@@ -204,12 +203,12 @@ class WebhookSink:
             fruitless += 1
             if error.kind is not ErrorKind.MESSAGE:
                 self._unsettled = _Unsettled(end - start, key)
-                arrays.appendleft((start, end))
+                failures += [Failure(index, error) for index in outgoing.indexes[start:end]]
                 break
             if isinstance(error, MessageTooLarge):
                 self._array_bytes = max(1, len(body) // 2)
             if end - start == 1:
-                errors[outgoing.indexes[start]] = error
+                failures.append(Failure(outgoing.indexes[start], error))
             else:
                 half = (start + end) // 2
                 arrays.extendleft(((half, end), (start, half)))
@@ -217,7 +216,11 @@ class WebhookSink:
                 error = Outage(f"{fruitless} requests in a row were refused, the last: {error}")
                 break
         for start, end in arrays:
-            errors.update((index, error) for index in outgoing.indexes[start:end] if error)
+            failures += [
+                Failure(index, error, was_sent=False)
+                for index in outgoing.indexes[start:end]
+                if error
+            ]
 
     def _cut(self, bodies: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[int, int]]:
         """From where to where arrays of a bounded size go, one behind the other.
@@ -242,7 +245,7 @@ class WebhookSink:
             yield start, end
             start = end
 
-    async def _send_each(self, outgoing: _Outgoing, errors: dict[int, RelayError]) -> None:
+    async def _send_each(self, outgoing: _Outgoing, failures: list[Failure]) -> None:
         flight = Flight(
             outgoing.messages,
             is_strict=self._is_strict,
@@ -265,9 +268,10 @@ class WebhookSink:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(self._options.max_in_flight, len(outgoing.bodies))):
                 tasks.create_task(send())
-        errors.update(
-            (outgoing.indexes[failed.index], failed.error) for failed in flight.failures()
-        )
+        failures += [
+            Failure(outgoing.indexes[failed.index], failed.error, was_sent=failed.was_sent)
+            for failed in flight.failures()
+        ]
 
     def _headers(self, message: RelayMessage) -> RawHeaders:
         headers = self._headers_of(message)
