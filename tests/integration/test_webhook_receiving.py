@@ -583,6 +583,38 @@ async def test_when_too_much_is_waiting_senders_are_told_to_come_again(
         assert [(await in_time(one)).status for one in (first, big)] == [200, 200]
 
 
+async def test_what_came_in_chunks_takes_no_more_room_than_it_has_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(source, "_WAITING_BYTES", 10_000)
+    async with listening(max_body_bytes=8_000) as receiver:
+        asking: list[asyncio.Task[Answered]] = []
+        for number in range(1, 6):
+            asking.append(asyncio.create_task(call_in_chunks(receiver.address, b'{"a":1}')))
+            await until_waiting(receiver, number)
+
+        for batch in await collect(receiver, 5):
+            await receiver.acknowledge(batch)
+
+        assert [(await in_time(one)).status for one in asking] == [200] * 5
+        # And all of it is given back.
+        big = asyncio.create_task(call(receiver.address, b'["%s"]' % (b"x" * 7_000)))
+        (batch,) = await collect(receiver, 1)
+        await receiver.acknowledge(batch)
+        assert (await in_time(big)).status == 200
+
+
+async def call_in_chunks(addr: str, body: bytes) -> Answered:
+    host, port = addr.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    writer.write(head.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+    try:
+        return await read_answer(reader)
+    finally:
+        writer.transport.abort()
+
+
 async def test_a_batch_holds_no_more_bytes_than_the_relay_wants_at_a_time() -> None:
     async with listening() as receiver:
         body = b"[%s]" % b",".join([b'"%s"' % (b"x" * 400_000)] * 5)

@@ -218,6 +218,9 @@ class Listener:
                 return Answer(400, reason="the body ended too early")
             if body is None or len(body) > limit:
                 return _too_large(limit)
+            # A body in chunks does not say its size: there was room kept for the largest.
+            receiver.release(size - len(body))
+            size = len(body)
             return await receiver.receive(headers, raw, body)
         finally:
             receiver.release(size)
