@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _REREAD_S = 10.0
 _READ_TIMEOUT_S = 5.0
+# How long a pipeline that was cut off may take to close both of its sides.
+_CLOSING_S = 10.0
 # How long what is free is left to others: to nobody in particular, or to one with room for it.
 _TICKS_BEFORE_OVERFLOW, _TICKS_LEFT_TO_OTHERS = 4, 20
 _TICKS_BEFORE_OFFER, _TICKS_BEFORE_OFFER_MAX = 4, 512
@@ -249,6 +251,8 @@ class Coordinator:
             if not work.is_over:
                 if work.task is not None and time.monotonic() > (work.cut_at or 0.0):
                     work.task.cancel()
+                    # Cancelled again meanwhile, it could not let go of what it holds far away.
+                    work.cut_at = time.monotonic() + _CLOSING_S
                 continue
             del self._works[name]
             self._overflow.discard(name)

@@ -17,7 +17,7 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import TypeGuard
 
@@ -173,11 +173,17 @@ class Pipeline:
                 await self._stop.wait()
 
     async def _close(self) -> None:
-        for close in (self._source.aclose, self._delivery.aclose):
-            try:
-                await close()
-            except Exception:  # noqa: BLE001 - nothing reaches the siblings
-                _log.exception("a pipeline could not be closed in order", extra=self._extra())
+        try:
+            await self._closed(self._source.aclose)
+        finally:
+            # Whatever interrupts the one side, the other holds a connection or a file, too.
+            await self._closed(self._delivery.aclose)
+
+    async def _closed(self, close: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await close()
+        except Exception:  # noqa: BLE001 - nothing reaches the siblings
+            _log.exception("a pipeline could not be closed in order", extra=self._extra())
 
     def _extra(self) -> dict[str, str]:
         return {"pipeline": self._voice.pipeline, "direction": self._voice.direction}

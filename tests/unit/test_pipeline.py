@@ -332,6 +332,36 @@ async def test_a_cancelled_pipeline_ends_and_closes_its_source() -> None:
     assert line.acknowledged == 0
 
 
+class NeverClosed(Watched):
+    """A far side that does not answer the last word."""
+
+    def __init__(self, channel: MemoryChannel) -> None:
+        super().__init__(channel)
+        self.closing = asyncio.Event()
+
+    async def aclose(self) -> None:
+        self.closing.set()
+        await asyncio.Event().wait()
+
+
+async def test_a_pipeline_that_is_cancelled_while_its_source_closes_closes_its_sink() -> None:
+    sink = MemorySink(MemoryChannel())
+    line = Line(source=NeverClosed, sink=sink)
+    run = asyncio.create_task(line.pipeline.run())
+    await line.heard.until(lambda: PipelineState.RUNNING in line.heard.states)
+    assert await sink.is_healthy()
+    source = line.source
+    assert isinstance(source, NeverClosed)
+
+    line.pipeline.stop()
+    await asyncio.wait_for(source.closing.wait(), BOUND_S)
+    run.cancel()
+    await asyncio.wait([run], timeout=BOUND_S)
+
+    assert run.cancelled()
+    assert not await sink.is_healthy()
+
+
 class FailsWhenCancelled(Watched):
     """A driver whose connection breaks by the very cancellation of a read."""
 
