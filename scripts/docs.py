@@ -206,7 +206,8 @@ WORDS: Mapping[str, str] = {
     "webhook-source.signature_tolerance_s": "How old or early a signed request may be, in seconds;"
     " `stripe` and `svix`.",
     "webhook-source.answer_timeout_ms": "A request that is not settled by then is answered 503.",
-    "webhook-source.max_body_bytes": "Larger bodies are refused.",
+    "webhook-source.max_body_bytes": "Larger bodies are refused, as are arrays of more than 100,000"
+    " elements.",
     "webhook-source.tls": "Insist on TLS.",
     "webhook-source.tls_ca": "PEM file of the authority whose certificates senders must show.",
     "webhook-source.tls_cert": "PEM file of the server's certificate; makes it a TLS server.",

@@ -291,6 +291,16 @@ async def test_a_body_above_the_limit_is_refused_whether_or_not_it_says_its_size
     assert len(taken) == 1
 
 
+async def test_an_array_of_too_many_elements_is_refused_however_small_they_are() -> None:
+    async with taking() as (receiver, taken):
+        refused = await call(receiver.address, b"[%b]" % b",".join([b"1"] * 100_001))
+        fitting = await call(receiver.address, b"[1,2,3]")
+
+    assert (refused.status, fitting.status) == (413, 200)
+    assert "100001 elements" in refused.error
+    assert len(taken) == 3
+
+
 @pytest.mark.shows("source:webhook.auth_header", "source:webhook.auth_value")
 @pytest.mark.parametrize(
     "keys, name", [({"auth_value": "tökEN"}, b"Authorization"), ({}, b"X-Token")]

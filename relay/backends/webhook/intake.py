@@ -9,7 +9,7 @@ import msgspec
 
 from relay.backends.webhook.header import RESERVED, SUBJECT, TRANSPORT, decode, without
 from relay.backends.webhook.options import WebhookSourceOptions
-from relay.errors import MessageUndecodable
+from relay.errors import MessageTooLarge, MessageUndecodable
 from relay.message import RelayMessage
 from relay.wire import HTTP, is_json, restore
 
@@ -18,6 +18,9 @@ _ID_HEADERS = ("idempotency-key", "webhook-id", "svix-id", "x-github-delivery")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/")
 _OWN_FORMAT = HTTP.format.lower()
 _OWN_KEY = (HTTP.dedup_key.lower(), f"{HTTP.dedup_key.lower()}*")
+
+# Each takes memory and time of its own, however small it is, and all are read in one go.
+_MOST_ELEMENTS = 100_000
 
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -45,7 +48,8 @@ class Intake:
     ) -> Sequence[RelayMessage]:
         """The messages of a request in order. ``headers`` by lower-case name, ``raw`` as spelled.
 
-        Raises `MessageUndecodable` where one of them can't be read: the sender is told.
+        Raises `MessageUndecodable` where one of them can't be read, `MessageTooLarge` where there
+        are too many: the sender is told.
         """
         text = body.strip()
         if not text:
@@ -57,7 +61,7 @@ class Intake:
         is_ours = _OWN_FORMAT in headers
         # An array with a dedup key is one message of ours, whose payload happens to be an array.
         is_array = text.startswith(b"[") and not (is_ours and any(k in headers for k in _OWN_KEY))
-        bodies = [bytes(element) for element in _array.decode(body)] if is_array else [body]
+        bodies = _elements(body) if is_array else [body]
         if is_ours:
             return self._restored(raw, bodies, is_array=is_array)
         return self._plain(headers, raw, bodies, is_array=is_array)
@@ -112,6 +116,15 @@ class Intake:
                     else msgspec.structs.replace(message, subject=subject)
                 )
         return messages
+
+
+def _elements(array: bytes) -> Sequence[bytes]:
+    elements = _array.decode(array)
+    if len(elements) > _MOST_ELEMENTS:
+        raise MessageTooLarge(
+            f"the array has {len(elements)} elements, {_MOST_ELEMENTS} are read at a time"
+        )
+    return [bytes(element) for element in elements]
 
 
 def _as_text(value: str) -> str:

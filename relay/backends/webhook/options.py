@@ -66,8 +66,8 @@ class WebhookSourceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     by default ``Authorization``, must have. ``signature``: how requests are signed, with
     ``hmac_secret``; ``signature_header``: where ``hmac-sha256`` finds it;
     ``signature_tolerance_s``: how old or early a signed request may be, in seconds, for ``stripe``
-    and ``svix``. ``max_body_bytes``: larger bodies are refused. ``answer_timeout_ms``: after how
-    long a request that is not settled is answered 503.
+    and ``svix``. ``max_body_bytes``: larger bodies are refused, as are arrays of more than 100,000
+    elements. ``answer_timeout_ms``: after how long a request that is not settled is answered 503.
 
     ``tls_cert`` and ``tls_key`` are paths of PEM files and make it a TLS server, which ``tls``
     insists on; with ``tls_ca`` senders must show a certificate of that authority.

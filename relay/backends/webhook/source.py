@@ -16,7 +16,7 @@ from relay.backends.webhook.options import WebhookSourceOptions, check_source, l
 from relay.backends.webhook.signature import is_same, verifier
 from relay.context import BackendContext
 from relay.contracts import Batch
-from relay.errors import MessageUndecodable, NotConnected
+from relay.errors import MessageTooLarge, MessageUndecodable, NotConnected
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -276,6 +276,8 @@ class WebhookSource:
             return Answer(401, reason=refusal)
         try:
             messages = self._intake.messages(headers, raw, body)
+        except MessageTooLarge as error:
+            return Answer(413, reason=error.problem)
         except MessageUndecodable as error:
             return Answer(400, reason=error.problem)
         if not messages:
