@@ -10,8 +10,9 @@ import aio_pika
 import pytest
 import uvloop
 
-from relay.backends.rabbitmq import RabbitSource
+from relay.backends.rabbitmq import RabbitSource, frame, properties
 from relay.backends.rabbitmq import connection as connection_module
+from relay.backends.rabbitmq.options import RabbitSinkOptions
 from relay.contracts import Batch
 from relay.errors import DestinationMissing, NotConnected, Outage, TimedOut
 from relay.message import RelayMessage
@@ -101,6 +102,30 @@ async def test_a_broken_envelope_is_refused_as_one_message(far_side: FarSide) ->
 
     assert dedup_keys(messages_of(batches)) == ["m:0"]
     assert [one.message.dedup_key for batch in batches for one in batch.rejected] == ["broken"]
+    await source.aclose()
+
+
+async def test_headers_that_are_nested_too_deep_cost_only_their_message(far_side: FarSide) -> None:
+    nested = b""
+    for _ in range(2000):
+        nested = b"\x01aF" + len(nested).to_bytes(4, "big") + nested
+    has_headers = b"\x20\x00"
+    options = RabbitSinkOptions(type="rabbitmq", url=far_side.server.url)
+    connection = await connection_module.connect(options, name="a stranger", path="sink")
+    connection.write(
+        frame.publish("", far_side.queue, is_mandatory=True)
+        + frame.header(has_headers + properties.table(nested), 2)
+        + frame.bodies(b"{}", connection.frame_max)
+    )
+    await connection.aclose()
+    await far_side.feed(numbered(1))
+    source = await connected(far_side)
+
+    batches = await collect(source, 2)
+
+    assert dedup_keys(messages_of(batches)) == ["m:0"]
+    ((refused,),) = [batch.rejected for batch in batches if batch.rejected]
+    assert "broken properties" in str(refused.error)
     await source.aclose()
 
 

@@ -77,7 +77,7 @@ def decoded(raw: bytes) -> Properties:
     """
     try:
         return _decoded(raw)
-    except (IndexError, struct.error, OverflowError, OSError, TypeError) as error:
+    except (IndexError, struct.error, OverflowError, OSError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
