@@ -72,7 +72,9 @@ def pages(
             producers.add(pending.pop(0)[0])
         records = _NO_RECORDS
         if batch.is_control_batch:
-            if ControlRecord.parse(next(batch).key) == ABORT_MARKER:
+            # Compaction leaves a batch empty where it is the last that its producer wrote.
+            marker = next(batch, None)
+            if marker is not None and ControlRecord.parse(marker.key) == ABORT_MARKER:
                 producers.discard(batch.producer_id)
         elif not (batch.is_transactional and batch.producer_id in producers):
             # A batch begins before what was asked for where somebody read a part of it.
