@@ -453,6 +453,24 @@ async def test_new_partitions_are_found(far_side: FarSide, monkeypatch: pytest.M
     await source.aclose()
 
 
+async def test_partitions_that_were_added_before_a_successor_took_over_are_found(
+    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = await connected(far_side)
+    async with far_side.admin() as admin:
+        await admin.create_partitions({far_side.topic: NewPartitions(3)})
+
+    monkeypatch.setattr("relay.backends.kafka.cluster._METADATA_AGE_S", 0.1)
+
+    # As after a kill: the one before has not let go.
+    successor = await connected(far_side)
+    await far_side.put(b'"there"', partition=2)
+
+    assert messages_of(await collect(successor, 1, timeout_s=20))[0].payload == b'"there"'
+    await successor.aclose()
+    await killed.aclose()
+
+
 async def _three(source: KafkaSource) -> tuple[Batch, Batch, Batch]:
     found: list[Batch] = []
     while len(found) < 3:

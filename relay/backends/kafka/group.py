@@ -91,8 +91,9 @@ class Member:
         """Become a member, or stay one in the next round; the partitions that are ours.
 
         Waits until all others have joined too. Raises `Rebalancing` where yet another round has
-        begun meanwhile, `Outage`, `ConfigurationError`.
+        begun meanwhile, or has to, `Outage`, `ConfigurationError`.
         """
+        may_take_over = self._instance is not None and not self._id
         answer = await self._join(cluster)
         self.generation, self._id = answer.generation_id, answer.member_id
         assignment = _NO_ASSIGNMENT
@@ -110,10 +111,13 @@ class Member:
             raise Rebalancing
         if synced.error_code:
             raise self._trouble(synced.error_code, f"joining the group {self._group!r}")
-        if not synced.member_assignment:
-            return ()
-        given = ConsumerProtocol.ASSIGNMENT.decode(synced.member_assignment)
-        return [(topic, number) for topic, numbers in given.assignment for number in numbers]
+        partitions = _given(synced.member_assignment)
+        is_leader = answer.leader_id == answer.member_id
+        if may_take_over and not is_leader and not self._has_all(cluster, partitions):
+            # Who takes the place of the one that shares is not told so, and partitions that came
+            # meanwhile would stay nobody's. When that one joins again, all are shared anew.
+            raise Rebalancing
+        return partitions
 
     async def show_sign_of_life(self, cluster: Cluster) -> None:
         """Tell that we are there. Raises `Rebalancing`, `OwnershipLost`, `Outage`."""
@@ -166,6 +170,9 @@ class Member:
         except (RelayError, TimeoutError):
             # They come to it when the session is over.
             pass
+
+    def _has_all(self, cluster: Cluster, partitions: Sequence[Partition]) -> bool:
+        return len(partitions) >= sum(map(cluster.partitions_of, self._topics))
 
     async def _join(self, cluster: Cluster) -> Any:  # the answer's type goes with the request's
         doing = f"joining the group {self._group!r}"
@@ -232,6 +239,13 @@ class _Partitions:
     def partitions_for_topic(self, topic: str) -> set[int]:
         """The numbers of a topic's partitions."""
         return set(range(self._cluster.partitions_of(topic)))
+
+
+def _given(assignment: bytes) -> Sequence[Partition]:
+    if not assignment:
+        return ()
+    given = ConsumerProtocol.ASSIGNMENT.decode(assignment)
+    return [(topic, number) for topic, numbers in given.assignment for number in numbers]
 
 
 def _by_topic(of_partitions: Mapping[Partition, Any]) -> list[tuple[str, list[Any]]]:
