@@ -587,3 +587,23 @@ async def test_no_record_overtakes_a_first_one_that_was_lost_with_its_connection
 
     arrived = first_occurrences(await far_side.restored())
     assert dedup_keys(arrived) == dedup_keys(messages)
+
+
+async def test_a_topic_that_was_made_anew_with_fewer_partitions_gets_what_was_not_answered(
+    wide: FarSide, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, wide.topic)
+    await sink.connect()
+    messages = wide.numbered(50)
+    await deliver(sink, messages[:10])
+    kafka_proxy.cut_after(1, "to_client")
+    assert len((await sink.publish(messages[10:])).failures) == 40
+
+    await wide.drop()
+    await wide.create(partitions=1)
+    await kafka_proxy.restore()
+    await sink.connect()
+    await deliver(sink, messages[10:])
+
+    assert dedup_keys(await wide.restored()) == dedup_keys(messages[10:])
+    await sink.aclose()

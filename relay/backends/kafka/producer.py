@@ -112,7 +112,9 @@ class Producer:
         if not self._is_idempotent:
             return []
         again, self._unsettled = self._unsettled, []
-        if again and not _found_again(again, keys):
+        # A topic that was made anew may have fewer partitions.
+        are_there = all(one.partition < cluster.partitions_of(one.topic) for one in again)
+        if again and not (are_there and _found_again(again, keys)):
             self._id = _NO_ID
         if self._id == _NO_ID:
             again = []
