@@ -28,10 +28,12 @@ from relay.contracts import PublishResult
 from relay.errors import (
     ConfigurationError,
     DestinationMissing,
+    ErrorKind,
     MessageRejected,
     MessageTooLarge,
     NotConnected,
     Outage,
+    RelayError,
     TimedOut,
 )
 from relay.flight import Flight
@@ -279,7 +281,7 @@ class RabbitSink:
                     flight.fail(
                         index, _too_large(size, "the broker's max_message_size", loss.limit_bytes)
                     )
-        flight.fail_all(loss)
+        flight.fail_all(_gone(loss))
 
     def _routing_key(self, message: RelayMessage) -> str:
         return check_routing_key(message.subject or self._render(message))
@@ -372,6 +374,13 @@ class RabbitSink:
             f"there is no queue {key!r}, to which the default exchange would hand the event",
             remedy="declare the queue, or name an exchange",
         )
+
+
+def _gone(loss: RelayError) -> RelayError:
+    """Whatever ended the connection, as an error that makes the loop connect anew."""
+    if loss.kind is not ErrorKind.OUTAGE or isinstance(loss, NotConnected | TimedOut):
+        return loss
+    return NotConnected(loss.problem, remedy=loss.remedy)
 
 
 def _check(options: RabbitSinkOptions) -> None:
