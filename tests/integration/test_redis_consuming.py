@@ -14,6 +14,7 @@ from relay.contracts import Batch
 from relay.errors import DestinationMissing, NotConnected, Outage, PositionLost
 from relay.message import RelayMessage
 from tests.contract.evidence import (
+    PAUSE_S,
     SERIALIZED_FIELDS,
     assert_same_message,
     complete_message,
@@ -482,3 +483,23 @@ async def _consume_bare(far_side: FarSide, count: int) -> float:
             await client.xack(STREAM, "bare", *ids)
             received += len(ids)
         return time.perf_counter() - started
+
+
+async def test_a_server_that_becomes_a_replica_is_an_outage_and_no_lost_position(
+    redis_server_with: Callable[..., RedisServer],
+) -> None:
+    far_side, other = (FarSide(redis_server_with(""), STREAM) for _ in range(2))
+    source = await connected(far_side)
+    await source.poll()
+
+    polling = asyncio.create_task(poll_in_vain(source))
+    async with asyncio.timeout(10):
+        while True:
+            if "'blocked_clients': 1" in str(await far_side.ask("INFO", "clients")):
+                break
+            await asyncio.sleep(PAUSE_S)
+    await far_side.ask("REPLICAOF", *other.server.address)
+
+    with pytest.raises(NotConnected):
+        await polling
+    await source.aclose()

@@ -58,6 +58,7 @@ def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:
         (client.ResponseError("WRONGTYPE Operation against a key"), DestinationMissing),
         (client.ResponseError("NOGROUP No such key"), PositionLost),
         (client.ResponseError("UNBLOCKED the stream key no longer exists"), PositionLost),
+        (client.ResponseError("UNBLOCKED force unblock from blocking operation"), NotConnected),
         (client.ResponseError("MISCONF Redis is configured to save RDB snapshots"), Outage),
         (client.ResponseError("NOREPLICAS Not enough good replicas to write."), Outage),
         (client.ResponseError("BUSY Redis is busy running a script."), Outage),

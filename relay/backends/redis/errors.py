@@ -74,7 +74,8 @@ REPLY_ERRORS: Mapping[str, type[RelayError]] = {
     "OOM": Outage,
     "READONLY": NotConnected,
     "TRYAGAIN": Outage,
-    "UNBLOCKED": PositionLost,
+    # The server is a replica now; said in the same word of a stream that was deleted.
+    "UNBLOCKED": NotConnected,
     "WRONGPASS": AuthenticationRefused,
     "WRONGTYPE": DestinationMissing,
 }
@@ -87,7 +88,6 @@ _REMEDIES: Mapping[type[RelayError] | str, str] = {
     "NOPERM": "give the user this permission with ACL SETUSER",
     "WRONGTYPE": "choose another stream_key, or remove the key",
     "NOGROUP": "the group is made anew on the next start and begins where start_id says",
-    "UNBLOCKED": "the group is made anew on the next start and begins where start_id says",
     "OOM": "raise maxmemory, or trim streams",
     "MISCONF": "the server can't write to its disk",
     "NOREPLICAS": "too few replicas are connected to the server",
@@ -99,6 +99,7 @@ _WORD_OF: Mapping[str, str] = {
     "NoPermissionError": "NOPERM",
     "OutOfMemoryError": "OOM",
 }
+_STREAM_GONE = "UNBLOCKED the stream key no longer exists"
 _ABORTED = "Transaction discarded because of: "
 
 
@@ -113,6 +114,8 @@ def of_reply(error: Exception, doing: str, *, is_publish: bool = False) -> Relay
         # The word stands behind, and the library has taken its own off in front.
         text = text.removeprefix(_ABORTED)
         word = text.partition(" ")[0]
+    if text.startswith(_STREAM_GONE):
+        word = "NOGROUP"
     kind = REPLY_ERRORS.get(word) or _by_class(error)
     if kind is None:
         kind, remedy = _without_word(text, is_publish=is_publish)
