@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Self
 
@@ -400,9 +401,34 @@ class RedisSource:
         return [one for one in position.ids if one in self._held]
 
     async def _claim(self, commands: Connection, ids: Sequence[bytes], *age: bytes) -> None:
-        """Set the age of what we hold, to none or to what is said."""
+        """Set the age of what we hold, to none or to what is said.
+
+        What was removed from the stream meanwhile keeps its age: to claim it would, since Redis 7,
+        take it off the list of what is pending, and nobody would ever hear of it.
+        """
+        removed = await self._removed(commands, ids)
         start = (b"XCLAIM", self._key, self._group, self._consumer, b"0")
-        await self._tell(commands, start, ids, (*age, b"JUSTID"))
+        there = [one for one in ids if one not in removed]
+        await self._tell(commands, start, there, (*age, b"JUSTID"))
+
+    async def _removed(self, commands: Connection, ids: Sequence[bytes]) -> AbstractSet[bytes]:
+        """What in the range of these is pending for us, but in the stream no more."""
+        removed: set[bytes] = set()
+        if not ids:
+            return removed
+        places = [_order(one) for one in ids]
+        last = max(places)
+        after = b"%d" % max(0, min(places)[0] - 1)
+        while True:
+            reply = await commands.ask(
+                f"looking at what is pending in {self._stream!r}",
+                *self._read_command(self._count, after),
+            )
+            found = list(entries(_of_stream(reply)))
+            removed.update(entry.id for entry in found if entry.fields is None)
+            if not found or _order(found[-1].id) >= last:
+                return removed
+            after = found[-1].id
 
     async def _tell(
         self,
