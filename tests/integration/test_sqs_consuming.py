@@ -273,6 +273,29 @@ async def test_large_messages_come_in_batches_of_bounded_size(standard: FarSide)
     await source.aclose()
 
 
+async def test_a_call_to_keep_a_batch_that_fails_gives_nothing_back(
+    standard: FarSide, tcp_proxy: Proxies
+) -> None:
+    await standard.feed(numbered(5))
+    proxy = await tcp_proxy(*standard.server.address)
+    source = source_of(standard.through(proxy), visibility_timeout=6, **standard.keys)
+    await source.connect()
+    batches = await collect(source, 5)
+
+    await proxy.cut()
+    for batch in batches:
+        await source.keep_alive(batch)
+    await proxy.restore()
+    for batch in batches:
+        await source.keep_alive(batch)
+
+    await standard.until_attribute("ApproximateNumberOfMessagesNotVisible", "5")
+    for batch in batches:
+        await source.acknowledge(batch)
+    await standard.until_attribute("ApproximateNumberOfMessagesNotVisible", "0")
+    await source.aclose()
+
+
 async def test_a_server_that_stops_answering_is_an_outage_and_an_interrupt_is_prompt(
     standard: FarSide, tcp_proxy: Proxies
 ) -> None:

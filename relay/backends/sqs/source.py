@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from relay.backends.sqs.options import SqsSourceOptions, check_source
 from relay.backends.sqs.queue import MOST_MESSAGES, Queue, Refused, open_queue
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
-from relay.errors import ErrorKind, LeaseLost, NotConnected, RelayError
+from relay.errors import ErrorKind, LeaseLost, NotConnected, Outage, RelayError
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -143,12 +144,19 @@ class SqsSource:
         )
 
     async def keep_alive(self, batch: Batch) -> None:
-        """Hide this batch, and what is waiting to be polled, for another ``visibility_timeout``."""
+        """Hide this batch, and what is waiting to be polled, for another ``visibility_timeout``.
+
+        A call that fails is made again the next time, and before the time has run out: to start
+        anew for it would show all that we hold, and the queue counts each receipt.
+        """
         queue = self._open()
         self._take_received()
         handles = [*self._handles(batch), *(one["ReceiptHandle"] for one in self._buffer)]
         # What can't be kept comes again: that shows when it is to be deleted.
-        await self._settle(handles, lambda some: queue.hide(some, self._options.visibility_timeout))
+        with contextlib.suppress(Outage):
+            await self._settle(
+                handles, lambda some: queue.hide(some, self._options.visibility_timeout)
+            )
 
     async def reject(self, batch: Batch) -> None:
         """Show this batch, and what is waiting to be polled, to all again at once.
