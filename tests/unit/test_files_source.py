@@ -370,6 +370,29 @@ async def test_a_file_that_was_cut_back_and_written_anew_gives_new_messages(
     await source.aclose()
 
 
+async def test_a_writer_that_takes_back_an_unfinished_line_repeats_nothing(
+    reader: Reader,
+) -> None:
+    reader.append('{"a":1}')
+    source = reader.source(follow=True)
+    await source.connect()
+    (batch,) = await collect(source, 1)
+    await source.acknowledge(batch)
+    sound_bytes = reader.path.stat().st_size
+    with reader.path.open("a", encoding="utf-8") as file:
+        file.write('{"a":2')
+    assert (await source.poll()).is_empty
+
+    # As our own sink does when it opens the file again after a crash.
+    os.truncate(reader.path, sound_bytes)
+    assert (await source.poll()).is_empty
+    reader.append('{"a":3}')
+    (following,) = await collect(source, 1)
+
+    assert payloads([following]) == [{"a": 3}]
+    await source.aclose()
+
+
 async def test_a_replaced_file_is_read_from_its_beginning(reader: Reader) -> None:
     reader.append('{"a":1}')
     await reader.drain()

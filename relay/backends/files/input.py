@@ -175,6 +175,10 @@ class FileInput:
         """What follows the end of the open file: MORE means a successor."""
         here = os.fstat(self._require())
         if here.st_size < self._lines.end:
+            if self._mark is not None and self._is_marked(self._require(), self._mark):
+                # Its writer took back an unfinished line, as our sink does after a crash.
+                self._lines = LineBuffer(self._mark.offset, self._max_line_bytes)
+                return Outlook.WAIT
             # Cut back in place (copytruncate): what is in it now is new.
             generation = self._generation() + 1
             path = self._path_of(here)
