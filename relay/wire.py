@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -72,6 +72,10 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     headers: dict[str, str]
 
 
+# Without a zone it is no moment, and can't be compared with one.
+_Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
 class Envelope(msgspec.Struct, frozen=True, gc=False):
     """The JSON object of the ``envelope`` format, in the order of its keys."""
 
@@ -85,7 +89,7 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     stream_table: str
     outbox_id: int | None
     refresh_id: str | None
-    created_at: datetime | None
+    created_at: _Moment | None
     headers: Mapping[str, str]
 
 
@@ -96,7 +100,7 @@ class _CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defa
     specversion: str
     datacontenttype: str = ""
     subject: str | None = None
-    time: datetime | None = None
+    time: _Moment | None = None
     pgtrickleop: str | None = None
     pgtricklestream: str | None = None
     pgtrickleoutboxid: str | None = None
@@ -431,8 +435,16 @@ def _restore_payload(
             stream_table=read(spelling.stream_table) or "",
             outbox_id=None if outbox_id is None else int(outbox_id),
             refresh_id=read(spelling.refresh_id),
-            created_at=None if created_at is None else datetime.fromisoformat(created_at),
+            created_at=None if created_at is None else _moment(created_at),
             headers=others or NO_HEADERS,
         )
     except ValueError as error:
         raise MessageUndecodable(f"a metadata header is malformed: {error}") from None
+
+
+def _moment(text: str) -> datetime:
+    """Raises `ValueError`, also for a time without a zone."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"the time {text[:40]!r} has no zone")
+    return moment

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
+import msgspec
 import pytest
 
 from relay.backends.memory import MemoryChannel, MemorySink
@@ -148,6 +150,19 @@ async def test_what_the_source_could_not_decode_becomes_a_dead_letter() -> None:
     assert line.received == ["0"]
     (letter,) = line.letters.letters.values()
     assert letter.message.payload == b"\xff"
+
+
+async def test_a_message_whose_time_has_no_zone_costs_only_itself() -> None:
+    line = Line()
+    timeless = datetime(2026, 1, 2)  # noqa: DTZ001 - as somebody else may write it
+    line.write(message("0"), msgspec.structs.replace(message("1"), created_at=timeless))
+
+    await line.run_to_the_end()
+
+    assert line.received == ["0"]
+    (letter,) = line.letters.letters.values()
+    assert b'"dedup_key":"1"' in letter.message.payload
+    assert "timezone" in letter.error
 
 
 async def test_a_message_that_the_transform_refuses_becomes_a_dead_letter() -> None:

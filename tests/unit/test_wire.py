@@ -198,6 +198,15 @@ def test_wrong_metadata_is_undecodable(headers: dict[str, str], said: str) -> No
         wire.restore(b"{}", named, wire.TITLE)
 
 
+@pytest.mark.parametrize("format_", sorted(wire.CONTENT_TYPES))
+def test_a_time_without_a_zone_is_undecodable(format_: wire.Format) -> None:
+    timeless = msgspec.structs.replace(FULL, created_at=datetime(2026, 1, 2))  # noqa: DTZ001 - that
+    encoded = wire.encoder(format_, wire.TITLE)(timeless)
+
+    with pytest.raises(MessageUndecodable, match="zone"):
+        wire.restore(encoded.body, encoded.headers, wire.TITLE)
+
+
 def test_an_unknown_op_is_an_event() -> None:
     restored = wire.restore(
         b"{}",
