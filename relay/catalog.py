@@ -425,9 +425,9 @@ def _metadata(letter: DeadLetter) -> bytes:
     message = letter.message
     return msgspec.json.encode(
         _Metadata(
-            stream_table=message.stream_table,
+            stream_table=storable(message.stream_table),
             outbox_id=message.outbox_id,
-            refresh_id=message.refresh_id,
+            refresh_id=None if message.refresh_id is None else storable(message.refresh_id),
             created_at=message.created_at,
             is_full_refresh=message.is_full_refresh,
             is_transformed=letter.is_transformed,
