@@ -459,6 +459,36 @@ async def test_two_pipelines_can_not_have_one_path_nor_different_certificates(
         assert await receiver.is_healthy()
 
 
+async def test_a_receiver_that_is_cut_off_while_it_closes_frees_its_path() -> None:
+    addr = f"{LOOPBACK}:{free_port()}"
+    other, first, second = source_of(), source_of(addr), source_of(addr)
+    await other.connect()
+    await first.connect()
+    host, port = other.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    # Closing takes its time while somebody is still sending.
+    writer.write(request_bytes(b"{}", [(b"Expect", b"100-continue")])[:-1])
+    assert (await reader.readline()).startswith(b"HTTP/1.1 100")
+    closing = asyncio.create_task(other.aclose())
+    await asyncio.sleep(0)
+
+    cut_off = asyncio.create_task(first.aclose())
+    await asyncio.sleep(0)
+    cut_off.cancel()
+    await asyncio.wait([cut_off])
+    await second.connect()
+
+    asking = asyncio.create_task(call(addr, b"{}"))
+    (batch,) = await collect(second, 1)
+    await second.acknowledge(batch)
+    assert (await in_time(asking)).status == 200
+    await second.aclose()
+    await closing
+    writer.transport.abort()
+    with pytest.raises(ConnectionError):
+        await call(addr, b"{}")
+
+
 async def test_an_address_that_is_taken_is_one_line_for_the_operator() -> None:
     async with await asyncio.start_server(lambda *_: None, LOOPBACK, 0) as other:
         addr = f"{LOOPBACK}:{other.sockets[0].getsockname()[1]}"

@@ -275,8 +275,9 @@ async def attach(options: WebhookSourceOptions, receiver: Receiver) -> Listener:
 async def detach(listener: Listener, path: str) -> None:
     """Serve the path no more; where it was the last one, stop listening."""
     listeners = _LISTENERS.setdefault(asyncio.get_running_loop(), _Listeners())
+    # Now: whoever is cut off while it waits for its turn does not come again.
+    listener.remove(path)
     async with listeners.changing:
-        listener.remove(path)
         if not listener.is_deserted:
             return
         if listeners.by_addr.get(listener.addr) is listener:
