@@ -161,7 +161,7 @@ async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
 async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSide) -> None:
     await feed(far_side, numbered(5))
     source = await connected(far_side)
-    (old,) = await collect(source, 5)
+    (old, *_) = await collect(source, 5)
     await source.connect()
 
     with pytest.raises(Outage):
