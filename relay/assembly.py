@@ -44,9 +44,9 @@ class CatalogDeadLetters:
         """These were delivered."""
         await self._catalog.settle_dead_letters(ids)
 
-    async def fail(self, ids: Sequence[int], errors: Sequence[str]) -> None:
+    async def fail(self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]) -> None:
         """These were rejected again."""
-        await self._catalog.fail_dead_letters(ids, errors)
+        await self._catalog.fail_dead_letters(letters, errors)
 
     async def put_back(self, ids: Sequence[int]) -> None:
         """Ask for a retry of these."""

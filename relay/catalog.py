@@ -88,11 +88,15 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """One message taken out of the dead-letter queue for another try."""
+    """One message taken out of the dead-letter queue for another try.
+
+    ``attempts``: how often it had failed by then.
+    """
 
     id: int
     message: RelayMessage
     is_transformed: bool
+    attempts: int
 
 
 class Lag(msgspec.Struct, frozen=True, kw_only=True):
@@ -348,13 +352,16 @@ class Catalog:
             "settling dead letters", "select pgtrickle.relay_dlq_settle($1)", list(ids)
         )
 
-    async def fail_dead_letters(self, ids: Sequence[int], errors: Sequence[str]) -> None:
-        """These failed again."""
+    async def fail_dead_letters(
+        self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
+    ) -> None:
+        """These failed again, as they were taken; what another relay has told since stays."""
         await self._database.execute(
             "recording failed retries",
-            "select pgtrickle.relay_dlq_fail($1, $2)",
-            list(ids),
+            "select pgtrickle.relay_dlq_fail($1, $2, $3)",
+            [letter.id for letter in letters],
             [storable(error) for error in errors],
+            [letter.attempts for letter in letters],
         )
 
     async def put_back(self, ids: Sequence[int]) -> None:
@@ -440,6 +447,7 @@ def _stored(row: asyncpg.Record) -> StoredDeadLetter:
     return StoredDeadLetter(
         id=row["id"],
         is_transformed=metadata.is_transformed,
+        attempts=row["attempts"],
         message=RelayMessage(
             dedup_key=row["dedup_key"],
             key=row["message_key"],

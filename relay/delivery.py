@@ -70,7 +70,7 @@ class DeadLetters(Protocol):
     async def settle(self, ids: Sequence[int]) -> None:
         """These were delivered."""
 
-    async def fail(self, ids: Sequence[int], errors: Sequence[str]) -> None:
+    async def fail(self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]) -> None:
         """These were rejected again."""
 
     async def put_back(self, ids: Sequence[int]) -> None:
@@ -318,18 +318,18 @@ class Delivery:
 
     async def _publish_letters(self, letters: Sequence[StoredDeadLetter]) -> bool:
         """True when all were settled one way or the other; an outage leaves them requested."""
-        ids: list[int] = []
+        tried: list[StoredDeadLetter] = []
         messages: list[RelayMessage] = []
-        rejected: list[tuple[int, RelayError]] = []
+        rejected: list[tuple[StoredDeadLetter, RelayError]] = []
         for letter in letters:
             try:
                 ready = (
                     [letter.message] if letter.is_transformed else self._transform([letter.message])
                 )
             except MessageRejected as error:
-                rejected.append((letter.id, error))
+                rejected.append((letter, error))
             else:
-                ids.append(letter.id)
+                tried.append(letter)
                 messages += ready
         async with self._publishing:
             # What was suspended lets go of the sink when it stops, no better than it was.
@@ -337,16 +337,18 @@ class Delivery:
                 return False
             failures = await self._publish_once(Settlement(pending=messages), messages)
         failed = {failure.index for failure in failures}
-        delivered = [id_ for index, id_ in enumerate(ids) if index not in failed]
+        delivered = [letter.id for index, letter in enumerate(tried) if index not in failed]
         refused = [failure for failure in failures if failure.error.kind is ErrorKind.MESSAGE]
-        rejected += [(ids[failure.index], failure.error) for failure in refused]
+        rejected += [(tried[failure.index], failure.error) for failure in refused]
         if delivered:
             await self._dead_letters.settle(delivered)
         if rejected:
             await self._dead_letters.fail(
-                [id_ for id_, _ in rejected], [str(error) for _, error in rejected]
+                [letter for letter, _ in rejected], [str(error) for _, error in rejected]
             )
-            self._condemned.extend(id_ for id_, error in rejected if _is_sinks_verdict(error))
+            self._condemned.extend(
+                letter.id for letter, error in rejected if _is_sinks_verdict(error)
+            )
         self._voice.emit(
             DeadLettersRetried(
                 pipeline=self._voice.pipeline,

@@ -301,7 +301,11 @@ comment on function pgtrickle.relay_dlq_settle(bigint[]) is
 
 revoke all on function pgtrickle.relay_dlq_settle(bigint[]) from public;
 
-create or replace function pgtrickle.relay_dlq_fail(p_ids bigint[], p_errors text[])
+create or replace function pgtrickle.relay_dlq_fail(
+    p_ids bigint[],
+    p_errors text[],
+    p_attempts integer[]
+)
 returns void
 language sql
 volatile
@@ -314,15 +318,18 @@ as $$
         error = coalesce(f.error, d.error),
         last_failed_at = now(),
         retry_requested_at = null
-    from unnest(p_ids, p_errors) as f (id, error)
-    -- A webhook receiver runs in several relays, which may all have taken the same letter.
-    where d.id = f.id and d.retry_requested_at is not null
+    from unnest(p_ids, p_errors, p_attempts) as f (id, error, attempts)
+    -- A webhook receiver runs in several relays, which may all have taken the same letter. Whoever
+    -- is late must not take back what was asked for after the first of them.
+    where d.id = f.id
+        and d.retry_requested_at is not null
+        and d.attempts = f.attempts
 $$;
 
-comment on function pgtrickle.relay_dlq_fail(bigint[], text[]) is
-    'These dead letters failed again; of several relays that tried one, the first counts. Definer: dead letters are written by functions only.';
+comment on function pgtrickle.relay_dlq_fail(bigint[], text[], integer[]) is
+    'These dead letters failed again, which had failed so often when they were taken; of several relays that tried one, the first counts. Definer: dead letters are written by functions only.';
 
-revoke all on function pgtrickle.relay_dlq_fail(bigint[], text[]) from public;
+revoke all on function pgtrickle.relay_dlq_fail(bigint[], text[], integer[]) from public;
 
 create or replace function pgtrickle.relay_dlq_put_back(p_ids bigint[])
 returns void

@@ -16,6 +16,7 @@ STORE = (
     " %s::text[], %s::text[], %s::jsonb[], %s::bytea[], %s::jsonb[], %s::text[], %s::text[],"
     " %s::int[])"
 )
+FAIL = "select pgtrickle.relay_dlq_fail(%s::bigint[], %s::text[], %s::integer[])"
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_retry_that_fails_is_not_tried_again_by_itself(db: Session) -> None:
     (only,) = store(db, "a")
     db.run("select pgtrickle.relay_dlq_retry(%s)", only)
 
-    db.run("select pgtrickle.relay_dlq_fail(%s::bigint[], %s::text[])", [only], ["no luck"])
+    db.run(FAIL, [only], ["no luck"], [1])
 
     assert db.rows(
         "select attempts, error, retry_requested_at from pgtrickle.relay_dlq_list()"
@@ -104,9 +105,23 @@ def test_a_retry_that_two_relays_made_and_that_failed_for_both_counts_once(db: S
     db.run("select pgtrickle.relay_dlq_retry(%s)", only)
 
     for error in ("no luck", "no luck here either"):
-        db.run("select pgtrickle.relay_dlq_fail(%s::bigint[], %s::text[])", [only], [error])
+        db.run(FAIL, [only], [error], [1])
 
     assert db.rows("select attempts, error from pgtrickle.relay_dlq_list()") == [(2, "no luck")]
+
+
+def test_a_relay_that_fails_late_does_not_take_back_what_was_asked_for_since(db: Session) -> None:
+    (only,) = store(db, "a")
+    db.run("select pgtrickle.relay_dlq_retry(%s)", only)
+    # Two relays have taken it by now.
+    db.run(FAIL, [only], ["no luck"], [1])
+    db.run("select pgtrickle.relay_dlq_retry(%s)", only)
+
+    db.run(FAIL, [only], ["no luck here either"], [1])
+
+    assert db.rows(
+        "select attempts, error, retry_requested_at is not null from pgtrickle.relay_dlq_list()"
+    ) == [(2, "no luck", True)]
 
 
 def test_a_retry_tells_the_relays(db: Session) -> None:

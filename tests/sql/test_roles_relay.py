@@ -64,7 +64,7 @@ def test_a_member_does_everything_through_functions(member: Session) -> None:
         "select pgtrickle.relay_dlq_retry(id) from pgtrickle.relay_dlq_list('p')",
         "select pgtrickle.relay_dlq_retry_all('p')",
         "select * from pgtrickle.relay_dlq_take('default', 'p', 1)",
-        "select pgtrickle.relay_dlq_fail('{1}', '{e}')",
+        "select pgtrickle.relay_dlq_fail('{1}', '{e}', '{1}')",
         "select pgtrickle.relay_dlq_put_back('{1}')",
         "select pgtrickle.relay_dlq_settle('{1}')",
         "select pgtrickle.relay_dlq_purge('p')",

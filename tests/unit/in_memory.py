@@ -86,6 +86,7 @@ class KeptLetters:
                 id=id_,
                 message=self.letters[id_].message,
                 is_transformed=self.letters[id_].is_transformed,
+                attempts=self.letters[id_].attempts,
             )
             for id_ in ids
         ]
@@ -95,10 +96,10 @@ class KeptLetters:
             del self.letters[id_]
             self.requested.remove(id_)
 
-    async def fail(self, ids: Sequence[int], errors: Sequence[str]) -> None:
-        for id_, error in zip(ids, errors, strict=True):
-            self.failed[id_] = error
-            self.requested.remove(id_)
+    async def fail(self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]) -> None:
+        for letter, error in zip(letters, errors, strict=True):
+            self.failed[letter.id] = error
+            self.requested.remove(letter.id)
 
     async def put_back(self, ids: Sequence[int]) -> None:
         self.requested.extend(ids)
