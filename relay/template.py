@@ -56,9 +56,6 @@ def compile_template(text: str, *, escape: Escape = unescaped, check: Check = an
     ``check`` raises.
     """
     parts = _parse(text, escape)
-    if all(isinstance(part, str) for part in parts):
-        constant = "".join(part for part in parts if isinstance(part, str))
-        return lambda _message: check(constant)
     if _has_few_values(text):
         return _remembering(parts, check)
     return lambda message: check(_join(parts, message))
