@@ -174,12 +174,12 @@ class Pipeline:
 
     async def _close(self) -> None:
         try:
-            await self._closed(self._source.aclose)
+            await self._close_side(self._source.aclose)
         finally:
             # Whatever interrupts the one side, the other holds a connection or a file, too.
-            await self._closed(self._delivery.aclose)
+            await self._close_side(self._delivery.aclose)
 
-    async def _closed(self, close: Callable[[], Awaitable[None]]) -> None:
+    async def _close_side(self, close: Callable[[], Awaitable[None]]) -> None:
         try:
             await close()
         except Exception:  # noqa: BLE001 - nothing reaches the siblings

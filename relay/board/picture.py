@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from relay.board.roster import AT_REST
 from relay.board.status import PipelineStatus, RecentBatch
 from relay.board.window import LatencyWindow, RateWindow
 from relay.events import (
@@ -35,7 +36,6 @@ _TROUBLE_GRACE_S = 10.0
 
 _AT_ONCE_UNWELL = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED})
 _TROUBLED = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED, PipelineState.RETRYING})
-_AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
 
 
 @dataclass(slots=True)
@@ -156,7 +156,7 @@ class Picture:
             self.troubled_s = _first(self.troubled_s, clock_s)
         if event.state in _AT_ONCE_UNWELL:
             self._failed(event.reason, clock_s)
-        if event.state in _AT_REST:
+        if event.state in AT_REST:
             self._forget_in_flight()
             self.troubled_s = None
 
@@ -177,7 +177,7 @@ class Picture:
 
     def is_stalled(self, clock_s: float, stalled_after_s: float) -> bool:
         """For so long there was something to do, and no progress."""
-        if self.state in _AT_REST:
+        if self.state in AT_REST:
             return False
         begun = [since for since in (self.behind_s, self.in_flight_s) if since is not None]
         if self.state is PipelineState.STARTING:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from relay.events import Event, OwnershipChanged, PipelineDescribed, PipelineState, StateChanged
 
+AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
+
 _BEGINNINGS = frozenset({PipelineState.STARTING, PipelineState.FAILED})
-_AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
 
 
 class Roster:
@@ -30,7 +31,7 @@ class Roster:
             case OwnershipChanged():
                 self._owned = frozenset(event.pipelines)
                 gone = self._present - self._owned
-            case StateChanged() if event.state in _AT_REST and self._owned is not None:
+            case StateChanged() if event.state in AT_REST and self._owned is not None:
                 gone = (self._present - self._owned) & {event.pipeline}
             case PipelineDescribed():
                 self._present.add(event.pipeline)

@@ -155,8 +155,7 @@ class Packing:
                 key = message.dedup_key.encode("utf-8", "surrogatepass")
                 body_bytes, key_bytes = len(body), len(key)
                 command: tuple[bytes, ...]
-                if frame is not None and frame.size + body_bytes + key_bytes <= limit:
-                    added = frame.size + body_bytes + key_bytes
+                if frame is not None and (added := frame.size + body_bytes + key_bytes) <= limit:
                     command = (
                         frame.front,
                         lengths[body_bytes] if body_bytes < all_lengths else _length(body_bytes),
