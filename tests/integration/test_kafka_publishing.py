@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from aiokafka.record.memory_records import MemoryRecords
 from msgspec import structs
 
 from relay import wire
+from relay.backends.kafka import KafkaSink
 from relay.contracts import PublishResult
 from relay.errors import ErrorKind, MessageRejected, MessageTooLarge
 from relay.message import RelayMessage
@@ -421,18 +422,24 @@ async def test_a_record_that_the_broker_refuses_is_found_among_its_neighbours(
     refused: list[str] = []
 
     for _ in range(12):
-        failures = (await sink.publish(pending)).failures
-        refused += [
-            pending[one.index].dedup_key for one in failures if one.error.kind is ErrorKind.MESSAGE
-        ]
-        pending = [
-            pending[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE
-        ]
+        found, pending = await _attempted(sink, pending)
+        refused += found
 
     assert (refused, pending) == (["m20"], [])
     expected = [f"m{n}" for n in range(50) if n != 20]
     assert dedup_keys(first_occurrences(await compacted.restored())) == expected
     await sink.aclose()
+
+
+async def _attempted(
+    sink: KafkaSink, messages: Sequence[RelayMessage]
+) -> tuple[list[str], list[RelayMessage]]:
+    """The keys of what is refused for good, and what the loop would publish again."""
+    failures = (await sink.publish(messages)).failures
+    return (
+        [messages[one.index].dedup_key for one in failures if one.error.kind is ErrorKind.MESSAGE],
+        [messages[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE],
+    )
 
 
 # How often, when things break
@@ -551,10 +558,7 @@ async def test_no_record_overtakes_a_first_one_that_was_refused(compacted: FarSi
 
     async with asyncio.timeout(BOUND_S):
         while pending:
-            failures = (await sink.publish(pending)).failures
-            pending = [
-                pending[one.index] for one in failures if one.error.kind is not ErrorKind.MESSAGE
-            ]
+            _, pending = await _attempted(sink, pending)
 
     expected = [f"m{n}" for n in range(30) if n != 1]
     assert dedup_keys(first_occurrences(await compacted.restored())) == expected

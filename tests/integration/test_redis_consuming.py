@@ -508,37 +508,39 @@ async def test_a_server_that_becomes_a_replica_is_an_outage_and_no_lost_position
 async def test_what_was_trimmed_while_it_was_out_is_refused_after_it_was_given_back(
     far_side: FarSide,
 ) -> None:
-    await far_side.feed(numbered(5))
-    first = await connected(far_side)
-    batches = await collect(first, 5)
-    await far_side.ask("XTRIM", STREAM, "MAXLEN", 2)
+    first, batches = await _holding_what_was_trimmed(far_side)
     for batch in batches:
         await first.reject(batch)
     await first.aclose()
 
-    source = await connected(far_side)
-    again = await collect(source, 5, timeout_s=AT_ONCE_S)
-
-    assert dedup_keys(messages_of(again)) == ["m:3", "m:4"]
-    assert sum(len(batch.rejected) for batch in again) == 3
-    await source.aclose()
+    await _assert_trimmed_is_refused(far_side)
 
 
 async def test_what_was_trimmed_while_it_was_kept_alive_is_refused_after_a_crash(
     far_side: FarSide,
 ) -> None:
-    await far_side.feed(numbered(5))
-    first = await connected(far_side)
-    batches = await collect(first, 5)
-    await far_side.ask("XTRIM", STREAM, "MAXLEN", 2)
+    first, batches = await _holding_what_was_trimmed(far_side)
     for batch in batches:
         await first.keep_alive(batch)
     await killed(first)
 
+    await _assert_trimmed_is_refused(far_side)
+    await first.aclose()
+
+
+async def _holding_what_was_trimmed(far_side: FarSide) -> tuple[RedisSource, list[Batch]]:
+    """A source with five messages out, of which the first three are in the stream no more."""
+    await far_side.feed(numbered(5))
+    source = await connected(far_side)
+    batches = await collect(source, 5)
+    await far_side.ask("XTRIM", STREAM, "MAXLEN", 2)
+    return source, batches
+
+
+async def _assert_trimmed_is_refused(far_side: FarSide) -> None:
     source = await connected(far_side)
     again = await collect(source, 5, timeout_s=AT_ONCE_S)
 
     assert dedup_keys(messages_of(again)) == ["m:3", "m:4"]
     assert sum(len(batch.rejected) for batch in again) == 3
-    await first.aclose()
     await source.aclose()
