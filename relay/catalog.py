@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import asyncpg
 import msgspec
@@ -20,7 +20,6 @@ from relay.postgres import Database
 CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
 
-DeltaStyle = Literal["row_op", "op"]
 T = TypeVar("T")
 
 
@@ -38,12 +37,9 @@ class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
 
     outbox_table: str
     outbox_relation: str
-    outbox_oid: int
     stream_table: str
-    delta_relation: str | None
-    delta_style: DeltaStyle | None
+    delta_relation: str
     key_columns: Sequence[str] | None
-    has_headers: bool
     retention_hours: int
     sequence_cache: int
     last_id: int
@@ -155,14 +151,21 @@ class Catalog:
             for row in rows
         ]
 
-    async def outbox(self, name: str) -> OutboxDescription:
-        """The outbox of a stream table. Raises `ConfigurationError` where it is not enabled."""
+    async def outbox(self, outbox_table: str) -> OutboxDescription:
+        """An outbox by its own name. Raises `ConfigurationError` where it is gone."""
         return await self._one(
             OutboxDescription,
             "looking up the outbox",
-            "select * from pgtrickle.relay_outbox($1)",
-            name,
+            "select $1::text as outbox_table, o.* from relay_outbox_of($1) as o",
+            outbox_table,
         )
+
+    async def outbox_named(self, name: str) -> str:
+        """The outbox of a stream table. Raises `ConfigurationError` where it is not enabled."""
+        row = await self._database.fetch_row(
+            "looking up the outbox", "select relay_outbox_named($1) as outbox_table", name
+        )
+        return "" if row is None else str(row["outbox_table"])
 
     async def inbox(self, name: str, schema: str | None = None) -> InboxDescription:
         """An inbox. Raises `ConfigurationError` where it does not exist."""
@@ -272,15 +275,15 @@ class Catalog:
     async def wake(self, outbox_table: str, sleeper: str) -> None:
         """Spare publishers the notification: this relay is polling by itself."""
         await self._database.execute(
-            "waking up", "select pgtrickle.relay_wake($1, $2)", outbox_table, sleeper
+            "waking up", "select pgtrickle.relay_sleep($1, $2)", outbox_table, sleeper
         )
 
-    async def rows_consumed(self, stream_table: str, outbox_id: int) -> None:
+    async def rows_consumed(self, outbox_table: str, outbox_id: int) -> None:
         """Tell the outbox that a claim check was fetched completely."""
         await self._database.execute(
             "reporting a consumed claim check",
             "select pgtrickle.outbox_rows_consumed($1, $2)",
-            stream_table,
+            outbox_table,
             outbox_id,
         )
 

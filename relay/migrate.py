@@ -1,9 +1,13 @@
 """The migrator: brings a database's relay catalog to this program's version.
 
 Safe to run by any number of processes at once and at any time: one works, the others wait for it
-and then find nothing to do. Each SQL file is one transaction and is recorded with its checksum in
-it, so that a crash leaves a file applied as a whole or not at all. Migrations run once and never
-change; the functions are defined again whenever one of their files is not the one recorded.
+and then find nothing to do. Each SQL file is one transaction, so that a crash leaves a file applied
+as a whole or not at all. Migrations run once and never change; the functions are defined again
+whenever they are not what was recorded, or somebody changed them in the database.
+
+The migrating role may be a superuser, while the catalog belongs to a role that is none. Whatever
+that owner could have changed runs inside one definer function of the owner's (see
+``sql/prologue.sql``), from which nobody gets back to the rights of the session.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -22,8 +26,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 import asyncpg
+import msgspec
 
 from relay.errors import CatalogError, MigrationRefused, NotConnected
+from relay.settings import DEFAULT_SCHEMA
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -31,6 +37,8 @@ OLDEST_SERVER_VERSION = 15
 LOCK_KEY = 0x7067_745F_6D69_6772  # "pgt_migr": no other advisory lock of ours begins so
 LOCK_WAIT_S = 120
 STATEMENT_LOCK_WAIT_S = 10
+
+_FUNCTIONS = "functions"
 
 
 class StepKind(StrEnum):
@@ -66,9 +74,16 @@ class MigrationReport:
     has_own_role: bool
     notices: tuple[str, ...]
 
+    @property
+    def is_up_to_date(self) -> bool:
+        """True when nothing was to do."""
+        return not any(step.is_applied for step in self.steps)
+
 
 @dataclass(frozen=True, slots=True)
 class _SqlFile:
+    """One file with its placeholders in it; its checksum is the same in every schema."""
+
     name: str
     kind: StepKind
     version: str
@@ -79,15 +94,27 @@ class _SqlFile:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
+class _State(msgspec.Struct, frozen=True):
+    """What is recorded in the database, and what its functions look like now."""
+
+    owner: str
+    files: Mapping[str, tuple[str, str]]
+    functions: str
+
+
 async def migrate(
-    connection: Connection, *, on_step: Callable[[MigrationStep], None]
+    connection: Connection,
+    *,
+    on_step: Callable[[MigrationStep], None],
+    schema: str = DEFAULT_SCHEMA,
 ) -> MigrationReport:
     """Bring the database of ``connection`` to this program's catalog; ``on_step`` sees each file.
 
-    Raises `MigrationRefused` when the server is too old or a standby, when the catalog is newer
-    than this program or was changed by hand, when another migration does not end within
-    `LOCK_WAIT_S`, or when the role lacks a right; `CatalogError` when a file fails for another
-    reason; `NotConnected` when the connection is lost. A file that failed left nothing behind.
+    Raises `MigrationRefused` when the server is too old or a standby, when the schema belongs to an
+    extension or to others, when the catalog is newer than this program or was changed by hand, when
+    another migration does not end within `LOCK_WAIT_S`, or when the role lacks a right;
+    `CatalogError` when a file fails for another reason; `NotConnected` when the connection is lost.
+    A file that failed left nothing behind.
     """
     notices: list[str] = []
 
@@ -99,31 +126,108 @@ async def migrate(
         with _refusals("before anything was changed"):
             await connection.execute(_PRECONDITIONS)
         async with _migration_lock(connection):
-            return await _migrate_alone(connection, on_step, notices)
+            return await _Migrator(connection, schema).run(on_step, notices)
     finally:
         connection.remove_log_listener(note)
 
 
-async def catalog_version(connection: Connection) -> str | None:
+class _Migrator:
+    """One migration of one schema, with the lock held."""
+
+    def __init__(self, connection: Connection, schema: str) -> None:
+        self._connection = connection
+        self._schema = schema
+
+    async def run(
+        self, on_step: Callable[[MigrationStep], None], notices: list[str]
+    ) -> MigrationReport:
+        state = await self._apply(_RECORDS + _check_of_records(), "reading what was applied")
+        before = _highest([version for _, version in state.files.values()])
+        functions = [file for file in _files() if file.kind is StepKind.FUNCTIONS]
+        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == _fingerprint(state)
+        steps: list[MigrationStep] = []
+        for file in _files():
+            is_pending = (
+                not are_current
+                if file.kind is StepKind.FUNCTIONS
+                else file.name not in state.files
+            )
+            if is_pending:
+                if file.kind is StepKind.MIGRATION:
+                    are_current = False
+                await self._apply(file.text + _record_statement(file), f"applying {file.name}")
+            steps.append(MigrationStep(file.name, file.kind, is_pending))
+            on_step(steps[-1])
+        if not are_current:
+            state = await self._apply("", "reading the functions")
+            await self._apply(
+                _record(_FUNCTIONS, _fingerprint(state), functions[-1].version), "recording them"
+            )
+        return MigrationReport(
+            version_before=before,
+            version_after=_newest_version(),
+            steps=tuple(steps),
+            owner=state.owner,
+            has_own_role=state.owner == "pgtrickle_owner",
+            notices=tuple(dict.fromkeys(notices)),
+        )
+
+    async def _apply(self, statements: str, doing: str) -> _State:
+        """Run statements as the owner, in one transaction; gives the state behind it."""
+        with _refusals(doing):
+            async with self._connection.transaction(isolation="read_committed"):
+                for statement in (
+                    f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s'",
+                    self._filled(_packaged("prologue.sql")),
+                ):
+                    await self._connection.execute(statement)
+                answer = await self._connection.fetchval(
+                    self._filled("select @schema@.relay_apply($1, $2)::text"),
+                    self._filled(statements),
+                    self._filled(_STATE),
+                )
+                await self._connection.execute(
+                    self._filled("drop function @schema@.relay_apply(text, text)")
+                )
+        return msgspec.json.decode(answer, type=_State)
+
+    def _filled(self, text: str) -> str:
+        return filled(text, self._schema)
+
+
+def filled(text: str, schema: str) -> str:
+    """SQL text with the schema in it: ``@schema@`` as identifier, ``@schema_name@`` as literal."""
+    identifier = '"' + schema.replace('"', '""') + '"'
+    if re.fullmatch(rf"{DEFAULT_SCHEMA}[a-z0-9_]*", schema):
+        identifier = schema
+    literal = "'" + schema.replace("'", "''") + "'"
+    return text.replace("@schema_name@", literal).replace("@schema@", identifier)
+
+
+async def catalog_version(connection: Connection, schema: str = DEFAULT_SCHEMA) -> str | None:
     """The version of the catalog in this database; None when it has none.
 
     Raises `CatalogError` when the role may not see it.
     """
     with _refusals("reading the version of the catalog"):
         if not await connection.fetchval(
-            "select to_regclass('pgtrickle.relay_migrations') is not null"
+            "select to_regclass($1) is not null", filled("@schema@.relay_migrations", schema)
         ):
             return None
-        return _highest(list((await _recorded(connection)).values()))
+        rows = await connection.fetch(
+            filled("select version from @schema@.relay_migrations", schema)
+        )
+        return _highest([row["version"] for row in rows])
 
 
-def migration_script() -> str:
+def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
     """What `migrate` would do to any database, as a script for ``psql -f``.
 
     It makes the same checks, takes the same lock, and records the same versions and checksums.
     """
-    prologue = _packaged("prologue.sql")
-    opening = f"begin;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n\n{prologue}"
+    opening = f"begin;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n"
+    opening += _packaged("prologue.sql")
+    closing = "drop function @schema@.relay_apply(text, text);\ncommit;"
     parts = [
         "-- The relay catalog, for psql -f. Can be run again at any time.",
         "\\set ON_ERROR_STOP on",
@@ -131,63 +235,69 @@ def migration_script() -> str:
         f"set lock_timeout = '{LOCK_WAIT_S}s';",
         f"select pg_catalog.pg_advisory_lock({LOCK_KEY});",
         "reset lock_timeout;",
-        f"{opening}\ncommit;",
-        _check_of_records(),
+        _applied(opening, _RECORDS + _check_of_records(), closing),
     ]
     for file in _files():
-        body = f"-- {file.name}\n{opening}\n{file.text}\n{_record_statement(file)}\ncommit;"
+        body = _applied(opening, file.text + _record_statement(file), closing)
         if file.kind is StepKind.MIGRATION:
             parts += [
-                (
-                    f"select not exists (select from pgtrickle.relay_migrations where filename = "
-                    f"{_literal(file.name)}) as is_pending \\gset"
-                ),
-                f"\\if :is_pending\n{body}\n\\endif",
+                f"{opening}\nselect @schema@.relay_apply('', $ask$select to_jsonb(not exists ("
+                "select from @schema@.relay_migrations as m where m.filename ="
+                f" {_literal(file.name)}))$ask$) as is_pending \\gset\n{closing}",
+                f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
             ]
         else:
-            parts.append(body)
+            parts.append(f"-- {file.name}\n{body}")
     parts.append(f"select pg_catalog.pg_advisory_unlock({LOCK_KEY});")
-    return "\n\n".join(parts) + "\n"
+    return filled("\n\n".join(parts) + "\n", schema)
 
 
-async def _migrate_alone(
-    connection: Connection, on_step: Callable[[MigrationStep], None], notices: list[str]
-) -> MigrationReport:
-    before = await catalog_version(connection)
-    with _refusals("reading what was applied"):
-        checksums = await _recorded_checksums(connection) if before is not None else {}
-        if before is not None:
-            await connection.execute(_check_of_records())
-    steps: list[MigrationStep] = []
-    for file in _files():
-        # Functions also carry grants on what has come into being since, so they run every time.
-        is_pending = file.kind is StepKind.FUNCTIONS or file.name not in checksums
-        if is_pending:
-            await _apply(connection, file)
-        steps.append(MigrationStep(file.name, file.kind, is_pending))
-        on_step(steps[-1])
-    with _refusals("reading the owner of the catalog"):
-        owner = await connection.fetchval(
-            "select tableowner::text from pg_catalog.pg_tables"
-            " where schemaname = 'pgtrickle' and tablename = 'relay_migrations'"
-        )
-    return MigrationReport(
-        version_before=before,
-        version_after=_newest_version(),
-        steps=tuple(steps),
-        owner=str(owner),
-        has_own_role=owner == "pgtrickle_owner",
-        notices=tuple(dict.fromkeys(notices)),
+def _applied(opening: str, statements: str, closing: str) -> str:
+    return f"{opening}\nselect @schema@.relay_apply($relay_file${statements}$relay_file$);\n{closing}"
+
+
+_RECORDS = """
+create table if not exists @schema@.relay_migrations (
+    filename text primary key,
+    checksum text not null,
+    version text not null,
+    applied_at timestamptz not null default now()
+);
+comment on table @schema@.relay_migrations is
+    'SQL files that were applied, and what the functions then looked like.';
+"""
+
+_STATE = """
+select jsonb_build_object(
+    'owner', current_user,
+    'files', coalesce(
+        (select jsonb_object_agg(m.filename, jsonb_build_array(m.checksum, m.version))
+        from @schema@.relay_migrations as m), '{}'),
+    'functions', (
+        select coalesce(md5(string_agg(x.said, ' ' order by x.said)), '')
+        from (
+            select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
+            from pg_proc as p
+            join pg_namespace as n on n.oid = p.pronamespace
+            where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
+                -- Those of single inboxes come and go.
+                and p.proname not like 'pgtrickle\\_%'
+            union all
+            select concat_ws(' ', n.nspacl,
+                (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r
+                where r.rolname in ('pgtrickle_relay', 'pgtrickle_publisher')))
+            from pg_namespace as n
+            where n.nspname = @schema_name@
+        ) as x
     )
+)
+"""
 
 
-async def _apply(connection: Connection, file: _SqlFile) -> None:
-    with _refusals(f"applying {file.name}"):
-        async with connection.transaction(isolation="read_committed"):
-            await connection.execute(f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s'")
-            await connection.execute(_packaged("prologue.sql"))
-            await connection.execute(file.text)
-            await connection.execute(_record_statement(file))
+def _fingerprint(state: _State) -> str:
+    """What was applied and what stands there: the same as recorded, and nothing is to do."""
+    texts = [state.functions, *(f.checksum for f in _files() if f.kind is StepKind.FUNCTIONS)]
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
 @contextlib.asynccontextmanager
@@ -243,16 +353,6 @@ _REFUSED_STATES = frozenset(
 )
 
 
-async def _recorded(connection: Connection) -> dict[str, str]:
-    rows = await connection.fetch("select filename, version from pgtrickle.relay_migrations")
-    return {row["filename"]: row["version"] for row in rows}
-
-
-async def _recorded_checksums(connection: Connection) -> dict[str, str]:
-    rows = await connection.fetch("select filename, checksum from pgtrickle.relay_migrations")
-    return {row["filename"]: row["checksum"] for row in rows}
-
-
 _PRECONDITIONS = f"""
 do $preconditions$
 begin
@@ -293,7 +393,7 @@ declare
 begin
     select m.version
     into found_version
-    from pgtrickle.relay_migrations as m
+    from @schema@.relay_migrations as m
     where pg_catalog.string_to_array(m.version, '.')::integer[] > array[{newest}]
     order by pg_catalog.string_to_array(m.version, '.')::integer[] desc
     limit 1;
@@ -308,7 +408,7 @@ begin
 
     select m.filename
     into changed_file
-    from pgtrickle.relay_migrations as m
+    from @schema@.relay_migrations as m
     join (
         values
             {known}
@@ -327,9 +427,15 @@ $records$;
 
 
 def _record_statement(file: _SqlFile) -> str:
+    if file.kind is StepKind.FUNCTIONS:
+        return ""
+    return _record(file.name, file.checksum, file.version)
+
+
+def _record(name: str, checksum: str, version: str) -> str:
     return (
-        "insert into pgtrickle.relay_migrations as m (filename, checksum, version)\n"
-        f"values ({_literal(file.name)}, {_literal(file.checksum)}, {_literal(file.version)})\n"
+        "\ninsert into @schema@.relay_migrations as m (filename, checksum, version)\n"
+        f"values ({_literal(name)}, {_literal(checksum)}, {_literal(version)})\n"
         "on conflict (filename) do update\n"
         "set checksum = excluded.checksum, version = excluded.version, applied_at = now();"
     )

@@ -350,12 +350,16 @@ def _server_settings(settings: PostgresSettings, purpose: str) -> dict[str, str]
     # The keepalives are the server's: they let it notice that a relay is gone and free its locks.
     return {
         "application_name": f"{settings.application_name} {purpose}"[:63],
-        "search_path": "pg_catalog",
+        "search_path": f"pg_catalog, {_quoted(settings.schema)}",
         "default_transaction_isolation": "read committed",
         "idle_in_transaction_session_timeout": "60000",
         "timezone": "UTC",
         **_KEEPALIVE,
     }
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 async def _prepare(connection: Connection | PooledConnection) -> None:

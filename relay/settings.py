@@ -18,12 +18,15 @@ from relay.secrets import DEFAULT_FILE_ROOTS
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
 
 
+DEFAULT_SCHEMA = "pgtrickle"
+
+
 class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The relay's own database.
 
     ``url``: a libpq connection string or URL; empty means libpq's own environment variables.
     ``sslmode``, ``sslrootcert``, ``sslcert``, ``sslkey``: as libpq spells them; they win over the
-    same parameters inside ``url``. ``pool_size`` bounds the connections of the working pool; two
+    same parameters inside ``url``. ``schema``: where the relay's catalog is. ``pool_size`` bounds the connections of the working pool; two
     more are used for ownership and for listening. ``heartbeat_timeout_s`` is how long the
     ownership connection may stay silent before this relay gives up its pipelines.
     """
@@ -33,6 +36,7 @@ class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     sslrootcert: str | None = None
     sslcert: str | None = None
     sslkey: str | None = None
+    schema: str = DEFAULT_SCHEMA
     application_name: str = "pgtrickle-relay"
     connect_timeout_s: float = 10.0
     command_timeout_s: float = 60.0
@@ -139,6 +143,12 @@ def checked(settings: Settings) -> Settings:
         ("relay.sweep_interval_s", settings.relay.sweep_interval_s),
         ("relay.report_interval_s", settings.relay.report_interval_s),
     )
+    schema = settings.postgres.schema
+    if not 0 < len(schema.encode()) < 64 or schema.startswith("pg_") or {"\0", "$"} & set(schema):
+        raise ConfigurationError(
+            "postgres.schema can't be the name of a schema of the relay's",
+            remedy="write 1 to 63 bytes that don't begin with pg_ and have no $ in them",
+        )
     for path, value in positive:
         if value <= 0:
             raise ConfigurationError(f"{path} must be above 0, but is {value}")

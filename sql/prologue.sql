@@ -1,5 +1,9 @@
--- Opens each transaction of the migrator: roles, schema, record of migrations,
--- and from its end on the transaction works as the owner of what it creates.
+-- Opens each transaction of the migrator, as the migrating role: roles, schema, and a function that
+-- runs the file's statements as the schema's owner.
+--
+-- The migrating role may be a superuser and the owner is not, so nothing that the owner could have
+-- changed runs outside of that function: inside a definer function nobody can take the rights of
+-- the session back. Out here only PostgreSQL's own catalogs are read.
 
 set local search_path = pg_catalog, pg_temp;
 
@@ -7,14 +11,27 @@ do $prologue$
 declare
     wanted name;
     owner_role name;
-    migrating_role text := pg_catalog.current_setting('role');
+    suspect text;
+    migrating_role text := current_setting('role');
+    is_first boolean;
 begin
-    perform pg_catalog.set_config('pgtrickle.migrating_role', migrating_role, true);
+    select format('extension %s %s', e.extname, e.extversion)
+    into suspect
+    from pg_extension as e
+    left join pg_namespace as n on n.nspname = @schema_name@
+    left join pg_depend as d
+        on d.classid = 'pg_namespace'::regclass and d.objid = n.oid
+        and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    where d.objid is not null or (e.extnamespace = n.oid and e.extname = 'pg_trickle');
+    if found then
+        raise exception using
+            errcode = 'object_not_in_prerequisite_state',
+            message = format('schema %I belongs to %s: nothing was changed', @schema_name@, suspect),
+            hint = 'give the relay a schema of its own: postgres.schema=pgtrickle_relay';
+    end if;
 
-
-    foreach wanted in array array['pgtrickle_owner', 'pgtrickle_relay', 'pgtrickle_publisher']::name[]
-    loop
-        if not exists (select from pg_catalog.pg_roles as r where r.rolname = wanted) then
+    foreach wanted in array array['pgtrickle_owner', 'pgtrickle_relay', 'pgtrickle_publisher']::name[] loop
+        if not exists (select from pg_roles as r where r.rolname = wanted) then
             begin
                 execute format('create role %I nologin', wanted);
             exception
@@ -27,21 +44,29 @@ begin
         end if;
     end loop;
 
-    select pg_catalog.pg_get_userbyid(c.relowner)
-    into owner_role
-    from pg_catalog.pg_class as c
-    where c.oid = pg_catalog.to_regclass('pgtrickle.relay_migrations');
-
-    if owner_role is null then
-        owner_role := current_user;
-        if exists (select from pg_catalog.pg_roles as r where r.rolname = 'pgtrickle_owner') then
+    is_first := not exists (
+        select from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
+        where n.nspname = @schema_name@ and c.relname = 'relay_migrations'
+    );
+    select pg_get_userbyid(n.nspowner) into owner_role from pg_namespace as n where n.nspname = @schema_name@;
+    if is_first and owner_role is distinct from 'pgtrickle_owner' then
+        if owner_role not in (current_user, session_user) then
+            raise exception using
+                errcode = 'object_not_in_prerequisite_state',
+                message = format('schema %I is there already and belongs to %I', @schema_name@, owner_role),
+                hint = format('give the relay another schema with postgres.schema, or: alter schema %I owner to pgtrickle_owner', @schema_name@);
+        end if;
+        if exists (select from pg_roles as r where r.rolname = 'pgtrickle_owner') then
             begin
-                if not pg_catalog.pg_has_role('pgtrickle_owner', 'usage') then
+                if not pg_has_role('pgtrickle_owner', 'usage') then
                     execute format('grant pgtrickle_owner to %I', current_user);
                 end if;
                 -- A dry run: since PostgreSQL 16 membership alone does not allow it.
-                perform pg_catalog.set_config('role', 'pgtrickle_owner', true);
-                perform pg_catalog.set_config('role', migrating_role, true);
+                perform set_config('role', 'pgtrickle_owner', true);
+                perform set_config('role', migrating_role, true);
+                if owner_role is not null then
+                    execute format('alter schema %I owner to pgtrickle_owner', @schema_name@);
+                end if;
                 owner_role := 'pgtrickle_owner';
             exception
                 when insufficient_privilege then
@@ -49,38 +74,86 @@ begin
             end;
         end if;
     end if;
+    owner_role := coalesce(owner_role, current_user);
 
-    if pg_catalog.to_regnamespace('pgtrickle') is null then
-        execute format('create schema pgtrickle authorization %I', owner_role);
-        comment on schema pgtrickle is 'Outboxes, inboxes and the catalog of pgtrickle-relay.';
-    elsif not pg_catalog.has_schema_privilege(owner_role, 'pgtrickle', 'create') then
-        execute format('grant usage, create on schema pgtrickle to %I', owner_role);
+    select string_agg(format('%I', m.rolname), ', ' order by m.rolname)
+    into suspect
+    from pg_auth_members as a
+    join pg_roles as o on o.oid = a.roleid and o.rolname = 'pgtrickle_owner'
+    join pg_roles as m on m.oid = a.member
+    where is_first and a.admin_option and not m.rolsuper and m.rolname not in (current_user, session_user);
+    if suspect is not null then
+        raise exception using
+            errcode = 'object_not_in_prerequisite_state',
+            message = format('%s may give role pgtrickle_owner to anybody, and with it everything in the schema', suspect),
+            hint = format('revoke pgtrickle_owner from %s, or let that role migrate', suspect);
+    end if;
+    if exists (
+        select from pg_roles as r
+        where r.rolname = 'pgtrickle_owner'
+            and (r.rolsuper or r.rolcanlogin or r.rolcreaterole or r.rolcreatedb or r.rolreplication or r.rolbypassrls)
+    ) then
+        raise exception using
+            errcode = 'object_not_in_prerequisite_state',
+            message = 'role pgtrickle_owner has rights of its own: it is the owner of the schema and nothing else',
+            hint = 'alter role pgtrickle_owner nosuperuser nologin nocreaterole nocreatedb noreplication nobypassrls';
+    end if;
+
+    if not exists (select from pg_namespace as n where n.nspname = @schema_name@) then
+        execute format('create schema %I authorization %I', @schema_name@, owner_role);
+    end if;
+    select string_agg(format('%s (of %I)', x.object, pg_get_userbyid(x.owner)), ', ' order by x.object)
+    into suspect
+    from pg_namespace as n
+    cross join lateral (
+        select c.oid::regclass::text as object, c.relowner as owner from pg_class as c where c.relnamespace = n.oid
+        union all
+        select p.oid::regprocedure::text, p.proowner from pg_proc as p where p.pronamespace = n.oid
+        union all
+        select t.oid::regtype::text, t.typowner from pg_type as t where t.typnamespace = n.oid
+        union all
+        select o.oid::regoperator::text, o.oprowner from pg_operator as o where o.oprnamespace = n.oid
+        union all
+        select 'the right to create', a.grantee
+        from aclexplode(n.nspacl) as a
+        where a.privilege_type = 'CREATE'
+    ) as x
+    where n.nspname = @schema_name@ and x.owner <> n.nspowner;
+    if suspect is not null then
+        raise exception using
+            errcode = 'object_not_in_prerequisite_state',
+            message = format('schema %I holds what does not belong to its owner %I: %s', @schema_name@, owner_role, suspect),
+            hint = format('drop it, or: revoke create on schema %I from ...', @schema_name@);
     end if;
 
     begin
-        perform pg_catalog.set_config('role', owner_role, true);
+        perform set_config('role', owner_role, true);
     exception
         when insufficient_privilege then
             raise exception using
                 errcode = 'insufficient_privilege',
-                message = format('%s may not act as %s, which owns the relay catalog', current_user, owner_role),
+                message = format('%I may not act as %I, which owns the relay catalog', current_user, owner_role),
                 hint = format('grant %I to %I', owner_role, current_user);
     end;
-
-    if pg_catalog.to_regclass('pgtrickle.relay_migrations') is null then
-        create table pgtrickle.relay_migrations (
-            filename text primary key,
-            checksum text not null,
-            version text not null,
-            applied_at timestamptz not null default now()
-        );
-
-        comment on table pgtrickle.relay_migrations is
-            'SQL files that were applied. Its owner is who the migrator acts as.';
-        comment on column pgtrickle.relay_migrations.checksum is
-            'SHA-256 of the file. A migration never changes; functions are applied again when theirs does.';
-        comment on column pgtrickle.relay_migrations.version is
-            'Version of the catalog that the file leads to.';
-    end if;
+    create function @schema@.relay_apply(statements text, question text default 'select null::jsonb')
+    returns jsonb
+    language plpgsql
+    volatile
+    security definer
+    set search_path = pg_catalog, pg_temp
+    set client_min_messages = warning
+    as $apply$
+    declare
+        answer jsonb;
+    begin
+        execute statements;
+        execute question into answer;
+        return answer;
+    end
+    $apply$;
+    comment on function @schema@.relay_apply(text, text) is
+        'For the transaction of the migrator alone. Definer: so that what it runs has the owner''s rights and can''t get more.';
+    revoke all on function @schema@.relay_apply(text, text) from public;
+    perform set_config('role', migrating_role, true);
 end
 $prologue$;

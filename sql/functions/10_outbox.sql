@@ -1,52 +1,10 @@
--- Finding, reading, waking, publishing to and sweeping outboxes.
-
-create or replace function pgtrickle.relay_role_in_force()
-returns name
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select case current_setting('role')
-        when 'none' then session_user
-        else current_setting('role')::name
-    end
-$$;
-
-comment on function pgtrickle.relay_role_in_force() is
-    'The role whose rights count: that of set role, else the login; also inside a definer function.';
-
-revoke all on function pgtrickle.relay_role_in_force() from public;
-
-create or replace function pgtrickle.relay_require_table_owner(relation oid)
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    owner_role oid := (select c.relowner from pg_class as c where c.oid = relation);
-begin
-    if not pg_has_role(pgtrickle.relay_role_in_force(), owner_role, 'usage') then
-        raise exception using
-            errcode = 'RL004',
-            message = format(
-                'role %I does not own table %s', pgtrickle.relay_role_in_force(), relation::regclass
-            ),
-            detail = format('It belongs to %I.', pg_get_userbyid(owner_role)),
-            hint = format('set role %I, or let a member of it do this', pg_get_userbyid(owner_role));
-    end if;
-end
-$$;
-
-comment on function pgtrickle.relay_require_table_owner(oid) is
-    'Raises RL004 unless the role in force owns the table, itself or by membership.';
-
-revoke all on function pgtrickle.relay_require_table_owner(oid) from public;
+-- Outboxes: finding them, reading them, waking their readers, publishing to them.
+--
+-- A caller's name is looked up once, as PostgreSQL looks up any name: by functions without a
+-- search_path of their own. Everything behind them takes the name of the outbox table.
 
 -- No search_path of its own: the name means what it means to the caller.
-create or replace function pgtrickle.relay_find_relation(relation_name text)
+create or replace function @schema@.relay_relation(relation_name text)
 returns oid
 language plpgsql
 stable
@@ -62,12 +20,86 @@ exception
 end
 $$;
 
-comment on function pgtrickle.relay_find_relation(text) is
-    'The relation that this text names under the caller''s search_path; null if none, whatever the text.';
+comment on function @schema@.relay_relation(text) is
+    'The relation that this text names to the caller; null if none, whatever the text.';
 
-revoke all on function pgtrickle.relay_find_relation(text) from public;
+create or replace function @schema@.relay_bound_triggers(outbox_table text)
+returns table (
+    target oid,
+    trigger_id oid,
+    trigger_name name,
+    trigger_type integer,
+    function_id oid,
+    argument text,
+    is_enabled boolean,
+    is_clone boolean,
+    is_owned boolean
+)
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        t.tgrelid, t.oid, t.tgname, t.tgtype::integer, t.tgfoid,
+        convert_from(substring(t.tgargs from 1 for greatest(position('\000'::bytea in t.tgargs) - 1, 0)), 'SQL_ASCII'),
+        t.tgenabled in ('O', 'A'),
+        t.tgparentid <> 0,
+        has_column_privilege(p.proowner, d.refobjid, 'payload', 'insert with grant option')
+    from pg_depend as d
+    join pg_trigger as t on t.oid = d.objid
+    join pg_proc as p on p.oid = t.tgfoid
+    where d.classid = 'pg_trigger'::regclass
+        and d.refclassid = 'pg_class'::regclass
+        and d.refobjid = to_regclass(format('%I.%I', @schema_name@, outbox_table))
+        and t.tgrelid <> d.refobjid
+$$;
 
-create or replace function pgtrickle.relay_find_outbox(outbox text, relation oid)
+comment on function @schema@.relay_bound_triggers(text) is
+    'The triggers tied to an outbox. PostgreSQL itself keeps the link, through the condition of each trigger: it follows renames and a dump. Anybody may name an outbox in a trigger: it is owned where its function belongs to who may grant inserting into the outbox.';
+
+create or replace function @schema@.relay_captured_table(outbox_table text)
+returns oid
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    -- Only the stream table itself has a truncate trigger, never one of its partitions.
+    select t.target
+    from @schema@.relay_bound_triggers(outbox_table) as t
+    where t.is_owned and t.trigger_type & 32 <> 0
+    limit 1
+$$;
+
+comment on function @schema@.relay_captured_table(text) is
+    'The table that an outbox captures now, whatever it is called; null where there is none.';
+
+create or replace function @schema@.relay_capturing_outbox(relation oid)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select o.relname
+    from pg_trigger as t
+    join pg_depend as d on d.classid = 'pg_trigger'::regclass and d.objid = t.oid
+    join pg_class as o on o.oid = d.refobjid
+    join pg_proc as p on p.oid = t.tgfoid
+    where t.tgrelid = relation
+        and t.tgtype & 32 <> 0
+        and d.refclassid = 'pg_class'::regclass
+        and o.oid <> relation
+        and o.relnamespace = (select n.oid from pg_namespace as n where n.nspname = @schema_name@)
+        and has_column_privilege(p.proowner, o.oid, 'payload', 'insert with grant option')
+    limit 1
+$$;
+
+comment on function @schema@.relay_capturing_outbox(oid) is
+    'The outbox table that a table is captured into: the other way of relay_captured_table.';
+
+create or replace function @schema@.relay_find_outbox(outbox text, relation oid)
 returns text
 language plpgsql
 stable
@@ -75,29 +107,58 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    table_schema text;
+    table_name text;
+    words text[];
+    captured_into text := @schema@.relay_capturing_outbox(relation);
     found_names text[];
 begin
-    select array_agg(c.outbox_table_name order by c.outbox_table_name)
-    into found_names
-    from pgtrickle.pgt_outbox_config as c
-    where c.stream_table_oid::oid = relation
-        or to_regclass(format('pgtrickle.%I', c.outbox_table_name)) = relation;
+    if relation is not null then
+        select n.nspname, c.relname
+        into table_schema, table_name
+        from pg_class as c
+        join pg_namespace as n on n.oid = c.relnamespace
+        where c.oid = relation;
+        select array_agg(c.outbox_table_name order by c.outbox_table_name)
+        into found_names
+        from @schema@.pgt_outbox_config as c
+        where (table_schema = @schema_name@ and c.outbox_table_name = table_name)
+            or c.outbox_table_name = captured_into;
+        if found_names is null then
+            select array_agg(c.outbox_table_name)
+            into found_names
+            from @schema@.pgt_outbox_config as c
+            where c.stream_schema = table_schema
+                and c.stream_table = table_name
+                and @schema@.relay_captured_table(c.outbox_table_name) is null;
+        end if;
+    end if;
+    if found_names is null then
+        begin
+            words := parse_ident(outbox);
+        exception
+            when invalid_parameter_value then
+                words := array[outbox];
+        end;
+        select array_agg(c.outbox_table_name)
+        into found_names
+        from @schema@.pgt_outbox_config as c
+        where c.outbox_table_name = any (array[outbox, words[cardinality(words)]])
+            and (cardinality(words) = 1 or words[1] = @schema_name@);
+    end if;
     if found_names is null then
         select array_agg(c.outbox_table_name)
         into found_names
-        from pgtrickle.pgt_outbox_config as c
-        where c.outbox_table_name = outbox;
+        from @schema@.pgt_outbox_config as c
+        where c.stream_schema is null and c.stream_table = outbox;
     end if;
-    if found_names is null then
+    if found_names is null and relation is null then
+        -- Its table is gone, or closed to the caller.
         select array_agg(c.outbox_table_name order by c.outbox_table_name)
         into found_names
-        from pgtrickle.pgt_outbox_config as c
-        left join pgtrickle.relay_outbox_settings as s using (outbox_table_name)
-        where outbox in (
-            c.stream_table_name,
-            s.stream_schema || '.' || c.stream_table_name,
-            quote_ident(s.stream_schema) || '.' || quote_ident(c.stream_table_name)
-        );
+        from @schema@.pgt_outbox_config as c
+        where c.stream_table = words[cardinality(words)]
+            and c.stream_schema = coalesce(words[cardinality(words) - 1], c.stream_schema);
     end if;
     if cardinality(found_names) > 1 then
         raise exception using
@@ -110,75 +171,40 @@ begin
 end
 $$;
 
-comment on function pgtrickle.relay_find_outbox(text, oid) is
+comment on function @schema@.relay_find_outbox(text, oid) is
     'The outbox table of a stream table or outbox named so; null if there is none. Definer: who asks may not read the catalog.';
 
-revoke all on function pgtrickle.relay_find_outbox(text, oid) from public;
-
-create or replace function pgtrickle.relay_require_outbox(outbox text, relation oid)
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.relay_outbox_named(outbox text)
 returns text
 language plpgsql
 stable
 security invoker
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-    outbox_table text := pgtrickle.relay_find_outbox(outbox, relation);
+    outbox_table text := @schema@.relay_find_outbox(outbox, @schema@.relay_relation(outbox));
 begin
     if outbox_table is null then
         raise exception using
             errcode = 'RL003',
-            message = format('there is no outbox for %s', coalesce(quote_literal(outbox), 'null')),
-            hint = format('select pgtrickle.enable_outbox(%s)', quote_nullable(outbox));
+            message = pg_catalog.format('there is no outbox for %s', pg_catalog.quote_nullable(outbox)),
+            hint = pg_catalog.format('select %I.enable_outbox(%s)', @schema_name@, pg_catalog.quote_nullable(outbox));
     end if;
     return outbox_table;
 end
 $$;
 
-comment on function pgtrickle.relay_require_outbox(text, oid) is
-    'The outbox table of a stream table or outbox named so; RL003 if there is none.';
+comment on function @schema@.relay_outbox_named(text) is
+    'The outbox table of a stream table or outbox that this text names to the caller; RL003 if there is none.';
 
-revoke all on function pgtrickle.relay_require_outbox(text, oid) from public;
-
-create or replace function pgtrickle.relay_outbox_sequence(outbox_relation oid)
-returns oid
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select s.oid
-    from pg_attribute as a
-    left join pg_attrdef as f on f.adrelid = a.attrelid and f.adnum = a.attnum
-    join pg_depend as d
-        on (d.refclassid = 'pg_class'::regclass and d.refobjid = a.attrelid and d.refobjsubid = a.attnum)
-        or (d.classid = 'pg_attrdef'::regclass and d.objid = f.oid)
-    join pg_class as s
-        on s.relkind = 'S'
-        and (
-            (d.classid = 'pg_class'::regclass and s.oid = d.objid)
-            or (d.refclassid = 'pg_class'::regclass and s.oid = d.refobjid)
-        )
-    where a.attrelid = outbox_relation
-        and a.attname = 'id'
-    limit 1
-$$;
-
-comment on function pgtrickle.relay_outbox_sequence(oid) is
-    'The sequence that the id of an outbox is drawn from: identity, serial or a plain default.';
-
-revoke all on function pgtrickle.relay_outbox_sequence(oid) from public;
-
-create or replace function pgtrickle.relay_outbox_of(outbox text, relation oid)
+create or replace function @schema@.relay_outbox_of(outbox_table text)
 returns table (
-    outbox_table text,
     outbox_relation text,
     outbox_oid oid,
     stream_table text,
     delta_relation text,
-    delta_style text,
     key_columns text[],
-    has_headers boolean,
+    pgt_id uuid,
     retention_hours integer,
     sequence_cache bigint,
     last_id bigint,
@@ -191,253 +217,131 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
-declare
-    delta_oid oid;
-    sequence_oid oid;
 begin
-    outbox_table := pgtrickle.relay_require_outbox(outbox, relation);
-    outbox_relation := format('pgtrickle.%I', outbox_table);
+    outbox_relation := format('%I.%I', @schema_name@, relay_outbox_of.outbox_table);
     outbox_oid := to_regclass(outbox_relation);
-    if outbox_oid is null then
+    select
+        c.stream_table, format('%I.%I', @schema_name@, c.delta_table_name), c.key_columns,
+        c.pgt_id, c.retention_hours, c.swept_through
+    into stream_table, delta_relation, key_columns, pgt_id, retention_hours, swept_through
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = relay_outbox_of.outbox_table;
+    if not found or outbox_oid is null then
         raise exception using
             errcode = 'RL003',
-            message = format('the outbox table %s is gone', outbox_relation),
-            detail = 'pgt_outbox_config still names it: it was dropped by hand.',
-            hint = format('select pgtrickle.disable_outbox(%L)', outbox);
+            message = format('there is no outbox %s', quote_nullable(relay_outbox_of.outbox_table)),
+            detail = case when found then 'Its table was dropped by hand.' end,
+            hint = format('select %I.enable_outbox(%s)', @schema_name@,
+                coalesce(quote_literal(stream_table), '<stream table>'));
     end if;
-
-    select
-        c.stream_table_name,
-        c.retention_hours,
-        s.key_columns,
-        coalesce(s.swept_through, 0),
-        to_regclass(format(
-            'pgtrickle.%I',
-            coalesce(s.delta_table_name, 'outbox_delta_rows_' || c.stream_table_name)
-        ))
-    into stream_table, retention_hours, key_columns, swept_through, delta_oid
-    from pgtrickle.pgt_outbox_config as c
-    left join pgtrickle.relay_outbox_settings as s using (outbox_table_name)
-    where c.outbox_table_name = outbox_table;
-
-    select
-        max(case a.attname when 'row_op' then 'row_op' when 'op' then 'op' end)
-            filter (where a.attrelid = delta_oid),
-        coalesce(bool_or(a.attname = 'headers') filter (where a.attrelid = outbox_oid), false)
-    into delta_style, has_headers
-    from pg_attribute as a
-    where a.attrelid in (outbox_oid, delta_oid)
-        and a.attnum > 0
-        and not a.attisdropped;
-    delta_relation := (
-        select format('pgtrickle.%I', d.relname) from pg_class as d where d.oid = delta_oid
-    );
-
-    sequence_oid := pgtrickle.relay_outbox_sequence(outbox_oid);
     select q.seqcache, coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
     into sequence_cache, last_id
     from pg_sequence as q
-    where q.seqrelid = sequence_oid;
-
-    execute format('select coalesce(max(id), 0) from %s', outbox_relation) into max_id;
+    where q.seqrelid = pg_get_serial_sequence(outbox_relation, 'id')::regclass;
+    execute format('select coalesce(max(o.id), 0) from %s as o', outbox_relation) into max_id;
     return next;
 end
 $$;
 
-comment on function pgtrickle.relay_outbox_of(text, oid) is
-    'What a reader of an outbox must know, see relay_outbox. Definer: readers may not see the catalog.';
+comment on function @schema@.relay_outbox_of(text) is
+    'What a reader of an outbox must know; relations are quoted for use in SQL text. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none. Definer: readers may not see the catalog.';
 
-revoke all on function pgtrickle.relay_outbox_of(text, oid) from public;
-
-create or replace function pgtrickle.relay_outbox(outbox text)
-returns table (
-    outbox_table text,
-    outbox_relation text,
-    outbox_oid oid,
-    stream_table text,
-    delta_relation text,
-    delta_style text,
-    key_columns text[],
-    has_headers boolean,
-    retention_hours integer,
-    sequence_cache bigint,
-    last_id bigint,
-    max_id bigint,
-    swept_through bigint
-)
-language sql
-stable
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_rows_consumed(stream_table text, outbox_id bigint)
+returns void
+language plpgsql
+volatile
 security invoker
 as $$
-    select * from pgtrickle.relay_outbox_of(outbox, pgtrickle.relay_find_relation(outbox))
+begin
+    perform @schema@.relay_note_drained(@schema@.relay_outbox_named(stream_table));
+end
 $$;
 
-comment on function pgtrickle.relay_outbox(text) is
-    'One row on an outbox, named by its stream table or itself; relations are quoted for use in SQL text. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none.';
+comment on function @schema@.outbox_rows_consumed(text, bigint) is
+    'A reader is through with the rows of a claim check. They stay, since other pipelines may still need them, until retention sweeps them with their outbox row.';
 
-revoke all on function pgtrickle.relay_outbox(text) from public;
-
-create or replace function pgtrickle.outbox_rows_consumed_of(outbox_table text)
+create or replace function @schema@.relay_note_drained(outbox_table text)
 returns void
 language sql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    update pgtrickle.pgt_outbox_config as c
+    update @schema@.pgt_outbox_config as c
     set last_drained_at = now()
     where c.outbox_table_name = outbox_table
 $$;
 
-comment on function pgtrickle.outbox_rows_consumed_of(text) is
+comment on function @schema@.relay_note_drained(text) is
     'Notes when an outbox was last read to the end of a claim check. Definer: readers may not write the catalog.';
 
-revoke all on function pgtrickle.outbox_rows_consumed_of(text) from public;
-
-do $only_if_ours$
-begin
-    if not pgtrickle.relay_may_define('outbox_rows_consumed') then
-        return;
-    end if;
-
-    create or replace function pgtrickle.outbox_rows_consumed(stream_table text, outbox_id bigint)
-    returns void
-    language plpgsql
-    volatile
-    security invoker
-    as $function$
-    begin
-        perform pgtrickle.outbox_rows_consumed_of(
-            pgtrickle.relay_require_outbox(stream_table, pgtrickle.relay_find_relation(stream_table))
-        );
-    end
-    $function$;
-
-    comment on function pgtrickle.outbox_rows_consumed(text, bigint) is
-        'A reader is through with the rows of a claim check. They stay, since other pipelines may still need them, until retention sweeps them with their outbox row.';
-
-    revoke all on function pgtrickle.outbox_rows_consumed(text, bigint) from public;
-end
-$only_if_ours$;
-
-create or replace function pgtrickle.relay_outbox_report(outbox_table text)
+create or replace function @schema@.relay_outbox_details(outbox_table text)
 returns jsonb
-language plpgsql
+language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+    select jsonb_build_object(
+        'enabled', true,
+        'stream_table', c.stream_table,
+        'outbox_table', c.outbox_table_name,
+        'captured_table', @schema@.relay_captured_table(c.outbox_table_name)::regclass,
+        'capture', c.capture,
+        'key_columns', c.key_columns,
+        'notify', c.notify,
+        'retention_hours', c.retention_hours,
+        'claim_check_rows', c.claim_check_rows,
+        'claim_check_bytes', c.claim_check_bytes,
+        'swept_through', c.swept_through,
+        'enabled_at', c.enabled_at,
+        'last_drained_at', c.last_drained_at,
+        'last_drained_count', c.last_drained_count
+    )
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_outbox_details(text) is
+    'The settings of an outbox, for outbox_status. Definer: its callers may not see the catalog; it shows no event.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_status(stream_table text)
+returns jsonb
+language plpgsql
+stable
+security invoker
+as $$
 declare
-    report jsonb;
+    outbox_table text := @schema@.relay_outbox_named(stream_table);
     counts jsonb;
 begin
-    if not coalesce(
-        pg_has_role(pgtrickle.relay_role_in_force(), to_regrole('pgtrickle_relay'), 'usage'), false
-    ) then
-        perform pgtrickle.relay_require_table_owner(c.stream_table_oid)
-        from pgtrickle.pgt_outbox_config as c
-        where c.outbox_table_name = outbox_table;
-    end if;
-
-    select to_jsonb(o) - 'outbox_oid'
-        || jsonb_build_object(
-            'enabled_at', c.enabled_at,
-            'last_drained_at', c.last_drained_at,
-            'last_drained_count', c.last_drained_count,
-            'capture', coalesce(s.capture, false),
-            'notify', coalesce(s.notify, false),
-            'claim_check_rows', s.claim_check_rows,
-            'claim_check_bytes', s.claim_check_bytes
-        )
-    into report
-    from pgtrickle.relay_outbox_of(outbox_table, null) as o
-    join pgtrickle.pgt_outbox_config as c on c.outbox_table_name = o.outbox_table
-    left join pgtrickle.relay_outbox_settings as s on s.outbox_table_name = o.outbox_table;
-
-    execute format(
+    -- The caller's own right to read the outbox is the check.
+    execute pg_catalog.format(
         $query$
-            select jsonb_build_object(
-                'row_count', count(*),
-                'claim_check_count', count(*) filter (where o.is_claim_check),
-                'oldest_created_at', min(o.created_at),
-                'newest_created_at', max(o.created_at)
+            select pg_catalog.jsonb_build_object(
+                'row_count', pg_catalog.count(*),
+                'claim_check_count', pg_catalog.count(*) filter (where o.is_claim_check),
+                'oldest_row', pg_catalog.min(o.created_at),
+                'newest_row', pg_catalog.max(o.created_at)
             )
-            from %s as o
+            from %I.%I as o
         $query$,
-        report ->> 'outbox_relation'
+        @schema_name@, outbox_table
     ) into counts;
-    return report || counts;
+    return @schema@.relay_outbox_details(outbox_table) operator(pg_catalog.||) counts;
 end
 $$;
 
-comment on function pgtrickle.relay_outbox_report(text) is
-    'What outbox_status shows to relays and the owner of the table. Definer: neither may see the catalog.';
+comment on function @schema@.outbox_status(text) is
+    'State of an outbox as JSON, for relays and the owner of the table; counts its rows, so it reads the whole outbox.';
 
-revoke all on function pgtrickle.relay_outbox_report(text) from public;
+-- ---------------------------------------------------------------------------
+-- Waking
+-- ---------------------------------------------------------------------------
 
-do $only_if_ours$
-begin
-    if not pgtrickle.relay_may_define('outbox_status') then
-        return;
-    end if;
-
-    create or replace function pgtrickle.outbox_status(stream_table text)
-    returns jsonb
-    language plpgsql
-    stable
-    security invoker
-    as $function$
-    begin
-        return pgtrickle.relay_outbox_report(
-            pgtrickle.relay_require_outbox(stream_table, pgtrickle.relay_find_relation(stream_table))
-        );
-    end
-    $function$;
-
-    comment on function pgtrickle.outbox_status(text) is
-        'State of an outbox as JSON; counts its rows, so it reads the whole outbox.';
-
-    revoke all on function pgtrickle.outbox_status(text) from public;
-end
-$only_if_ours$;
-
-create or replace function pgtrickle.relay_tell_sleep(outbox_table text)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    sleep_sequence regclass := (
-        select to_regclass(format('pgtrickle.%I', s.sleep_sequence_name))
-        from pgtrickle.relay_outbox_settings as s
-        where s.outbox_table_name = relay_tell_sleep.outbox_table
-    );
-begin
-    -- An outbox of the extension has no publishers that could notify.
-    if sleep_sequence is not null then
-        perform setval(
-            sleep_sequence,
-            coalesce(
-                (
-                    select greatest(1, ceil(date_part('epoch', max(s.sleeps_until))))::bigint
-                    from pgtrickle.relay_sleepers as s
-                    where s.outbox_table = relay_tell_sleep.outbox_table
-                ),
-                1
-            )
-        );
-    end if;
-end
-$$;
-
-comment on function pgtrickle.relay_tell_sleep(text) is
-    'Part of relay_sleep and relay_wake: puts where publishers look until when the last relay sleeps.';
-
-revoke all on function pgtrickle.relay_tell_sleep(text) from public;
-
-create or replace function pgtrickle.relay_sleep(outbox_table text, sleeper text, seconds integer)
+create or replace function @schema@.relay_sleep(outbox_table text, sleeper text, seconds integer default null)
 returns void
 language plpgsql
 volatile
@@ -445,69 +349,114 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- One after the other, so that each sees all sleepers: what it tells is not undone by another.
-    perform pg_advisory_xact_lock(hashtextextended('pgtrickle:sleep ' || outbox_table, 0));
-    insert into pgtrickle.relay_sleepers as s (outbox_table, sleeper, sleeps_until)
-    values (outbox_table, sleeper, clock_timestamp() + make_interval(secs => seconds))
-    on conflict on constraint relay_sleepers_pkey do update
-    set sleeps_until = excluded.sleeps_until;
-    perform pgtrickle.relay_tell_sleep(outbox_table);
-end
-$$;
-
-comment on function pgtrickle.relay_sleep(text, text, integer) is
-    'Says that a relay sleeps on an outbox for so long: publishers notify meanwhile. Definer: the flags are no business of others.';
-
-revoke all on function pgtrickle.relay_sleep(text, text, integer) from public;
-
-create or replace function pgtrickle.relay_wake(outbox_table text, sleeper text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    perform pg_advisory_xact_lock(hashtextextended('pgtrickle:sleep ' || outbox_table, 0));
-    delete from pgtrickle.relay_sleepers as s
-    where s.outbox_table = relay_wake.outbox_table
+    -- One after the other, so that each sees all sleepers: what it sets is not undone by another.
+    perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':sleep ' || outbox_table, 0));
+    delete from @schema@.relay_sleepers as s
+    where s.outbox_table = relay_sleep.outbox_table
         and (
-            s.sleeper = relay_wake.sleeper
+            s.sleeper = relay_sleep.sleeper
             -- Left by a relay that was killed.
             or s.sleeps_until < clock_timestamp() - interval '1 hour'
         );
-    perform pgtrickle.relay_tell_sleep(outbox_table);
+    if seconds is not null then
+        insert into @schema@.relay_sleepers (outbox_table, sleeper, sleeps_until)
+        values (outbox_table, sleeper, clock_timestamp() + make_interval(secs => seconds));
+    end if;
+    perform setval(
+        to_regclass(format('%I.%I', @schema_name@, c.sleep_sequence_name)),
+        coalesce(
+            (
+                select greatest(1, ceil(date_part('epoch', max(s.sleeps_until))))::bigint
+                from @schema@.relay_sleepers as s
+                where s.outbox_table = relay_sleep.outbox_table
+            ),
+            1
+        )
+    )
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table;
 end
 $$;
 
-comment on function pgtrickle.relay_wake(text, text) is
-    'Takes back relay_sleep. Definer: the flags are no business of others.';
+comment on function @schema@.relay_sleep(text, text, integer) is
+    'Says that a relay sleeps on an outbox for so long, so that publishers notify meanwhile; null: it is awake. Definer: the flags are no business of others.';
 
-revoke all on function pgtrickle.relay_wake(text, text) from public;
-
-create or replace function pgtrickle.relay_notify_outbox()
+-- Without search_path and as whoever commits: each costs a part of every commit, and there is
+-- nothing here that a session could change. The sequence is readable by all.
+create or replace function @schema@.relay_notify_outbox()
 returns trigger
 language plpgsql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
 begin
     -- Only while somebody sleeps: a notify in every commit serialises commits and
     -- forbids prepare transaction. Without a query, which would be most of what this costs.
-    if pg_sequence_last_value(tg_argv[0]::regclass) > date_part('epoch', clock_timestamp()) then
-        perform pg_notify('pgtrickle_outbox_new', tg_table_name);
+    if pg_catalog.pg_sequence_last_value(tg_argv[0]::pg_catalog.regclass)
+        operator(pg_catalog.>) pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+    then
+        perform pg_catalog.pg_notify(tg_argv[1], tg_table_name);
     end if;
     return null;
 end
 $$;
 
-comment on function pgtrickle.relay_notify_outbox() is
-    'At commit, wakes relays that sleep on this outbox; its argument is the sequence that says so. Definer: it fires as whoever commits.';
+comment on function @schema@.relay_notify_outbox() is
+    'At commit, wakes relays that sleep on this outbox; its arguments are the sequence that says so and the channel.';
 
-revoke all on function pgtrickle.relay_notify_outbox() from public;
+create or replace function @schema@.relay_channel(base text)
+returns text
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select base || case @schema_name@ when 'pgtrickle' then '' else '_' || left(md5(@schema_name@), 8) end
+$$;
 
-create or replace function pgtrickle.relay_publish(
+comment on function @schema@.relay_channel(text) is
+    'Name of a notification channel: in another schema than the default one with a digest of its name.';
+
+-- ---------------------------------------------------------------------------
+-- Publishing
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_publish_target(outbox_table text)
+returns table (delta_table text, claim_check_rows integer, claim_check_bytes bigint)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.delta_table_name, c.claim_check_rows, c.claim_check_bytes
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_publish_target(text) is
+    'Where outbox_publish writes and from which size a claim check. Definer: publishers may not see the catalog; it shows three settings.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_publish(
+    stream_table text,
+    inserted jsonb,
+    deleted jsonb default '[]',
+    headers jsonb default '{}'
+)
+returns bigint
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+    return @schema@.relay_publish(@schema@.relay_outbox_named(stream_table), inserted, deleted, headers);
+end
+$$;
+
+comment on function @schema@.outbox_publish(text, jsonb, jsonb, jsonb) is
+    'Publishes rows in the current transaction and returns the outbox id; null when both arrays are empty. Headers travel to the broker. The right to insert into the outbox table is the check.';
+
+create or replace function @schema@.relay_publish(
     outbox_table text,
     inserted jsonb,
     deleted jsonb,
@@ -516,121 +465,69 @@ create or replace function pgtrickle.relay_publish(
 returns bigint
 language plpgsql
 volatile
-security definer
+security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    settings pgtrickle.relay_outbox_settings;
+    target record;
     inserted_rows bigint;
     deleted_rows bigint;
-    refresh uuid := gen_random_uuid();
     is_claim_check boolean;
     published_id bigint;
 begin
-    if coalesce(jsonb_typeof(inserted), '') <> 'array' or coalesce(jsonb_typeof(deleted), '') <> 'array' then
+    if jsonb_typeof(inserted) is distinct from 'array' or jsonb_typeof(deleted) is distinct from 'array' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'inserted and deleted must be JSON arrays of rows',
-            hint = $hint$select pgtrickle.outbox_publish('orders', '[{"id": 1}]')$hint$;
+            hint = format($hint$select %I.outbox_publish('orders', '[{"id": 1}]')$hint$, @schema_name@);
     end if;
-    if coalesce(jsonb_typeof(headers), '') <> 'object' then
+    if jsonb_typeof(headers) is distinct from 'object' then
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'headers must be a JSON object',
-            hint = $hint$headers => '{"traceparent": "…"}'$hint$;
+            hint = $hint$headers => '{"traceparent": "..."}'$hint$;
     end if;
-    select s.* into settings
-    from pgtrickle.relay_outbox_settings as s
-    where s.outbox_table_name = relay_publish.outbox_table;
-    if not found then
-        raise exception using
-            errcode = 'RL005',
-            message = format('outbox %I is the extension''s: only its refreshes write it', outbox_table),
-            hint = 'publish from a database where the outbox is ours';
-    end if;
-
     inserted_rows := jsonb_array_length(inserted);
     deleted_rows := jsonb_array_length(deleted);
     if inserted_rows + deleted_rows = 0 then
         return null;
     end if;
-    is_claim_check := inserted_rows + deleted_rows > settings.claim_check_rows
-        or pg_column_size(inserted) + pg_column_size(deleted) > settings.claim_check_bytes;
-
+    select t.* into target from @schema@.relay_publish_target(outbox_table) as t;
+    is_claim_check := inserted_rows + deleted_rows > target.claim_check_rows
+        or pg_column_size(inserted) + pg_column_size(deleted) > target.claim_check_bytes;
     execute format(
         $insert$
-            insert into pgtrickle.%I (
-                pgt_id, refresh_id, inserted_count, deleted_count, is_claim_check, payload, headers
-            )
-            values ($1, $2, $3, $4, $5, $6, $7)
+            insert into %I.%I (inserted_count, deleted_count, is_claim_check, payload, headers)
+            values ($1, $2, $3, $4, $5)
             returning id
         $insert$,
-        outbox_table
+        @schema_name@, outbox_table
     )
     into published_id
     using
-        settings.pgt_id, refresh, inserted_rows, deleted_rows, is_claim_check,
+        inserted_rows, deleted_rows, is_claim_check,
         case
-            when is_claim_check then jsonb_build_object(
-                'v', 1, 'claim_check', true, 'inserted_count', inserted_rows,
-                'deleted_count', deleted_rows, 'refresh_id', refresh
-            )
+            when is_claim_check then jsonb_build_object('v', 1, 'claim_check', true,
+                'inserted_count', inserted_rows, 'deleted_count', deleted_rows)
             else jsonb_build_object('v', 1, 'inserted', inserted, 'deleted', deleted)
         end,
         headers;
-
     if is_claim_check then
         execute format(
             $insert$
-                insert into pgtrickle.%I (outbox_id, row_num, row_op, row_data)
+                insert into %I.%I (outbox_id, row_num, row_op, row_data)
                 select $1, i.ordinality - 1, 'INSERT', i.value
                 from jsonb_array_elements($2) with ordinality as i
                 union all
                 select $1, $4 + d.ordinality - 1, 'DELETE', d.value
                 from jsonb_array_elements($3) with ordinality as d
             $insert$,
-            settings.delta_table_name
+            @schema_name@, target.delta_table
         ) using published_id, inserted, deleted, inserted_rows;
     end if;
     return published_id;
 end
 $$;
 
-comment on function pgtrickle.relay_publish(text, jsonb, jsonb, jsonb) is
-    'Writes one row to an outbox, see outbox_publish. Definer: publishers have no rights on the outbox tables.';
-
-revoke all on function pgtrickle.relay_publish(text, jsonb, jsonb, jsonb) from public;
-
-do $only_if_ours$
-begin
-    if not pgtrickle.relay_may_define('outbox_publish') then
-        return;
-    end if;
-
-    create or replace function pgtrickle.outbox_publish(
-        stream_table text,
-        inserted jsonb,
-        deleted jsonb default '[]',
-        headers jsonb default '{}'
-    )
-    returns bigint
-    language plpgsql
-    volatile
-    security invoker
-    as $function$
-    begin
-        return pgtrickle.relay_publish(
-            pgtrickle.relay_require_outbox(stream_table, pgtrickle.relay_find_relation(stream_table)),
-            inserted,
-            deleted,
-            headers
-        );
-    end
-    $function$;
-
-    comment on function pgtrickle.outbox_publish(text, jsonb, jsonb, jsonb) is
-        'Publishes rows in the current transaction and returns the outbox id; null when both arrays are empty. Headers travel to the broker.';
-
-    revoke all on function pgtrickle.outbox_publish(text, jsonb, jsonb, jsonb) from public;
-end
-$only_if_ours$;
+comment on function @schema@.relay_publish(text, jsonb, jsonb, jsonb) is
+    'Writes one row to an outbox with the caller''s own rights, see outbox_publish.';

@@ -1,1087 +1,504 @@
--- Enabling and disabling outboxes, and the triggers that capture changes.
+-- How the rows of a captured table become events: the generated capture function and its parts.
 --
--- What puts triggers on a table runs as the caller, who must own it; what writes
--- the catalog is a definer function that checks ownership again, since anybody
--- can call it.
+-- The function stands beside its table and belongs to the table's owner, as whom it runs. It is
+-- made by enable_outbox as ordinary DDL of the caller; nothing of this file runs with more rights
+-- than those of its caller.
 
-create or replace function pgtrickle.relay_cut_name(wanted text, max_bytes integer)
-returns text
-language plpgsql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    fitting text := left(wanted, max_bytes);
-begin
-    while octet_length(fitting) > max_bytes
-    loop
-        fitting := left(fitting, -1);
-    end loop;
-    return fitting;
-end
-$$;
-
-comment on function pgtrickle.relay_cut_name(text, integer) is
-    'The longest beginning of a name that fits into so many bytes, never half a character.';
-
-revoke all on function pgtrickle.relay_cut_name(text, integer) from public;
-
-create or replace function pgtrickle.relay_free_name(wanted text, seed text)
-returns text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    free_name text := pgtrickle.relay_cut_name(wanted, 63);
-    attempt integer := 0;
-begin
-    while exists (
-        select from pg_class where relnamespace = 'pgtrickle'::regnamespace and relname = free_name
-        union all
-        select from pg_type where typnamespace = 'pgtrickle'::regnamespace and typname = free_name
-        union all
-        select from pg_proc where pronamespace = 'pgtrickle'::regnamespace and proname = free_name
-        union all
-        select from pgtrickle.pgt_outbox_config as c where c.outbox_table_name = free_name
-    )
-    loop
-        free_name := pgtrickle.relay_cut_name(wanted, 55) || '_'
-            || left(md5(seed || case attempt when 0 then '' else attempt::text end), 7);
-        attempt := attempt + 1;
-    end loop;
-    return free_name;
-end
-$$;
-
-comment on function pgtrickle.relay_free_name(text, text) is
-    'A name in schema pgtrickle that nothing has: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
-
-revoke all on function pgtrickle.relay_free_name(text, text) from public;
-
-create or replace function pgtrickle.relay_capture_single(operation text, settings pgtrickle.relay_outbox_settings)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select format(
-        $piece$
-        insert into pgtrickle.%1$I (inserted_count, deleted_count, payload)
-        select %2$s, %3$s, c.payload
-        from (
-            select %4$s as payload
-            from %5$s as changed
-            where %2$s + %3$s <= %6$s
-                and pg_column_size(changed.*) <= %7$s
-                and %8$s
-            -- A fence: the payload is built once.
-            offset 0
-        ) as c
-        where pg_column_size(c.payload) <= %9$s;
-        $piece$,
-        settings.outbox_table_name,
-        case operation when 'DELETE' then 0 else 1 end,
-        case operation when 'INSERT' then 0 else 1 end,
-        case operation
-            when 'INSERT' then
-                $piece$jsonb_insert('{"v":1,"inserted":[],"deleted":[]}', '{inserted,0}', to_jsonb(changed.*))$piece$
-            when 'DELETE' then
-                $piece$jsonb_insert('{"v":1,"inserted":[],"deleted":[]}', '{deleted,0}', to_jsonb(changed.*))$piece$
-            else
-                $piece$jsonb_build_object(
-                    'v', 1,
-                    'inserted', jsonb_build_array(to_jsonb(changed.*)),
-                    'deleted', (select jsonb_build_array(to_jsonb(changed.*)) from old_rows as changed)
-                )$piece$
-        end,
-        case operation when 'DELETE' then 'old_rows' else 'new_rows' end,
-        settings.claim_check_rows,
-        -- What takes this little, be it compressed, is far from where jsonb ends.
-        least(32768, settings.claim_check_bytes),
-        case operation
-            when 'INSERT' then 'not exists (select from new_rows offset 1)'
-            when 'DELETE' then 'not exists (select from old_rows offset 1)'
-            else format(
-                'not exists (select from new_rows offset 1) and not exists (select from old_rows offset 1)'
-                ' and exists (select from old_rows as changed where pg_column_size(changed.*) <= %s)',
-                least(32768, settings.claim_check_bytes)
-            )
-        end,
-        settings.claim_check_bytes
-    )
-$$;
-
-comment on function pgtrickle.relay_capture_single(text, pgtrickle.relay_outbox_settings) is
-    'Part of a capture function: writes one small row, without counting and adding up. Others are left to the rest of it.';
-
-revoke all on function pgtrickle.relay_capture_single(text, pgtrickle.relay_outbox_settings) from public;
-
-create or replace function pgtrickle.relay_capture_inline(operation text, settings pgtrickle.relay_outbox_settings)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select format(
-        $piece$
-        insert into pgtrickle.%1$I (inserted_count, deleted_count, payload)
-        select c.inserted_rows, c.deleted_rows, c.payload
-        from (
-            select
-                %2$s as inserted_rows,
-                %3$s as deleted_rows,
-                jsonb_build_object('v', 1, 'inserted', %4$s, 'deleted', %5$s) as payload
-            from %6$s
-            where %2$s + %3$s between 1 and %7$s
-                and %8$s <= %9$s
-            -- A fence: the payload is built once.
-            offset 0
-        ) as c
-        where pg_column_size(c.payload) <= %10$s;
-        $piece$,
-        settings.outbox_table_name,
-        case operation when 'DELETE' then '0' else 'i.changed_rows' end,
-        case operation when 'INSERT' then '0' else 'd.changed_rows' end,
-        case operation
-            when 'DELETE' then $piece$'[]'::jsonb$piece$
-            else '(select jsonb_agg(to_jsonb(changed.*)) from new_rows as changed)'
-        end,
-        case operation
-            when 'INSERT' then $piece$'[]'::jsonb$piece$
-            else '(select jsonb_agg(to_jsonb(changed.*)) from old_rows as changed)'
-        end,
-        concat_ws(
-            ' cross join ',
-            case when operation <> 'DELETE' then
-                '(select count(*) as changed_rows, sum(pg_column_size(changed.*)) as changed_bytes'
-                ' from new_rows as changed) as i'
-            end,
-            case when operation <> 'INSERT' then
-                '(select count(*) as changed_rows, sum(pg_column_size(changed.*)) as changed_bytes'
-                ' from old_rows as changed) as d'
-            end
-        ),
-        settings.claim_check_rows,
-        concat_ws(
-            ' + ',
-            case when operation <> 'DELETE' then 'i.changed_bytes' end,
-            case when operation <> 'INSERT' then 'd.changed_bytes' end
-        ),
-        -- What takes this little, be it compressed, is far from where jsonb ends.
-        least(65536, settings.claim_check_bytes),
-        settings.claim_check_bytes
-    )
-$$;
-
-comment on function pgtrickle.relay_capture_inline(text, pgtrickle.relay_outbox_settings) is
-    'Part of a capture function: writes few and small rows in one statement; others are left to the rest of it.';
-
-revoke all on function pgtrickle.relay_capture_inline(text, pgtrickle.relay_outbox_settings) from public;
-
-create or replace function pgtrickle.relay_capture_measure(direction text)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select replace(replace($piece$
-            with captured as materialized (
-                select to_jsonb(changed.*) as row_data
-                from $transition$ as changed
-                limit claim_check_rows + 1
-            )
-            select
-                count(*),
-                coalesce(sum(pg_column_size(c.row_data)), 0),
-                case
-                    when count(*) <= claim_check_rows
-                        and coalesce(sum(pg_column_size(c.row_data)), 0) <= claim_check_bytes
-                    then (select jsonb_agg(r.row_data) from captured as r)
-                end
-            into $direction$_rows, $direction$_bytes, $direction$_json
-            from captured as c;
-        $piece$,
-        '$transition$', case direction when 'inserted' then 'new_rows' else 'old_rows' end),
-        '$direction$', direction)
-$$;
-
-comment on function pgtrickle.relay_capture_measure(text) is
-    'Part of a capture function: turns rows to JSON once, and together only if they are few and small.';
-
-revoke all on function pgtrickle.relay_capture_measure(text) from public;
-
-create or replace function pgtrickle.relay_capture_spill(direction text, delta_table text)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select replace(replace(replace(replace(replace($piece$
-            begin
-                insert into pgtrickle.$delta$ (outbox_id, row_num, row_op, row_data)
-                select captured_id, $first$ + row_number() over () - 1, '$operation$', to_jsonb(changed.*)
-                from $transition$ as changed;
-            exception when program_limit_exceeded or out_of_memory or internal_error then
-                -- Some row is larger than jsonb can be: the others are kept whole.
-                next_row := $first$;
-                for changed_row in select * from $transition$
-                loop
-                    begin
-                        row_json := to_jsonb(changed_row);
-                    exception when program_limit_exceeded or out_of_memory or internal_error then
-                        row_json := jsonb_build_object('pgtrickle_omitted', sqlerrm);
-                    end;
-                    insert into pgtrickle.$delta$ (outbox_id, row_num, row_op, row_data)
-                    values (captured_id, next_row, '$operation$', row_json);
-                    next_row := next_row + 1;
-                end loop;
-            end;
-        $piece$,
-        '$transition$', case direction when 'inserted' then 'new_rows' else 'old_rows' end),
-        '$operation$', case direction when 'inserted' then 'INSERT' else 'DELETE' end),
-        '$first$', case direction when 'inserted' then '0' else 'inserted_rows' end),
-        '$direction$', direction),
-        '$delta$', quote_ident(delta_table))
-$$;
-
-comment on function pgtrickle.relay_capture_spill(text, text) is
-    'Part of a capture function: writes rows to the delta table, one by one only where jsonb ends.';
-
-revoke all on function pgtrickle.relay_capture_spill(text, text) from public;
-
-create or replace function pgtrickle.relay_capture_body(settings pgtrickle.relay_outbox_settings)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select format(
-        $body$
--- Nearly every statement ends in the first insert of its branch, so what the others need
--- is declared behind it: each transaction prepares anew what it evaluates.
-begin
-    if tg_op = 'INSERT' then%11$s
-        if found then
-            return null;
-        end if;
-        %8$s
-    elsif tg_op = 'UPDATE' then%12$s
-        if found then
-            return null;
-        end if;
-        %9$s
-    elsif tg_op = 'DELETE' then%13$s
-        if found then
-            return null;
-        end if;
-        %10$s
-    else
-        perform pgtrickle.relay_capture_truncate(%3$L, tg_relid);
-        return null;
-    end if;
-    if found then
-        return null;
-    end if;
-
-declare
-    claim_check_rows constant bigint := %1$s;
-    claim_check_bytes constant bigint := %2$s;
-    inserted_rows bigint := 0;
-    deleted_rows bigint := 0;
-    inserted_bytes bigint := 0;
-    deleted_bytes bigint := 0;
-    inserted_json jsonb;
-    deleted_json jsonb;
-    is_claim_check boolean := false;
-    refresh constant uuid := gen_random_uuid();
-    captured_id bigint;
-    changed_row record;
-    row_json jsonb;
-    next_row bigint;
-begin
-    begin
-        if tg_op <> 'DELETE' then%4$send if;
-        if tg_op <> 'INSERT' then%5$send if;
-        is_claim_check := inserted_rows + deleted_rows > claim_check_rows
-            or inserted_bytes + deleted_bytes > claim_check_bytes;
-    exception when program_limit_exceeded or out_of_memory or internal_error then
-        -- Larger than jsonb can be, which must not abort the statement.
-        is_claim_check := true;
-    end;
-    if is_claim_check then
-        if tg_op <> 'DELETE' then
-            select count(*) into inserted_rows from new_rows;
-        end if;
-        if tg_op <> 'INSERT' then
-            select count(*) into deleted_rows from old_rows;
-        end if;
-    end if;
-    if inserted_rows + deleted_rows = 0 then
-        return null;
-    end if;
-
-    insert into pgtrickle.%3$I (
-        refresh_id, inserted_count, deleted_count, is_claim_check, payload
-    )
-    values (
-        refresh, inserted_rows, deleted_rows, is_claim_check,
-        case
-            when is_claim_check then jsonb_build_object(
-                'v', 1, 'claim_check', true, 'inserted_count', inserted_rows,
-                'deleted_count', deleted_rows, 'refresh_id', refresh
-            )
-            else jsonb_build_object(
-                'v', 1,
-                'inserted', coalesce(inserted_json, '[]'),
-                'deleted', coalesce(deleted_json, '[]')
-            )
-        end
-    )
-    returning id into captured_id;
-
-    if is_claim_check then
-        if tg_op <> 'DELETE' then%6$send if;
-        if tg_op <> 'INSERT' then%7$send if;
-    end if;
-    return null;
-end;
-end
-        $body$,
-        settings.claim_check_rows,
-        settings.claim_check_bytes,
-        settings.outbox_table_name,
-        pgtrickle.relay_capture_measure('inserted'),
-        pgtrickle.relay_capture_measure('deleted'),
-        pgtrickle.relay_capture_spill('inserted', settings.delta_table_name),
-        pgtrickle.relay_capture_spill('deleted', settings.delta_table_name),
-        pgtrickle.relay_capture_inline('INSERT', settings),
-        pgtrickle.relay_capture_inline('UPDATE', settings),
-        pgtrickle.relay_capture_inline('DELETE', settings),
-        pgtrickle.relay_capture_single('INSERT', settings),
-        pgtrickle.relay_capture_single('UPDATE', settings),
-        pgtrickle.relay_capture_single('DELETE', settings)
-    )
-$$;
-
-comment on function pgtrickle.relay_capture_body(pgtrickle.relay_outbox_settings) is
-    'Source of the trigger function of one outbox: generated, so that its plans are cached.';
-
-revoke all on function pgtrickle.relay_capture_body(pgtrickle.relay_outbox_settings) from public;
-
-create or replace function pgtrickle.relay_capture_truncate(outbox_table text, relation oid)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    -- truncate only on a parent leaves the rows of its children: a truncate
-    -- downstream would lose them.
-    if exists (
-        select
-        from pgtrickle.relay_capture_targets(relation) as t
-        where t.target <> relation
-            and pg_relation_size(t.target) > 0
-    ) then
-        raise warning 'truncate only % is not captured: its children keep their rows', relation::regclass;
-        return;
-    end if;
-    execute format(
-        $insert$
-            insert into pgtrickle.%I (payload)
-            values ('{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}')
-        $insert$,
-        outbox_table
-    );
-end
-$$;
-
-comment on function pgtrickle.relay_capture_truncate(text, oid) is
-    'Captures truncate: a full refresh without rows. Part of every capture function.';
-
-revoke all on function pgtrickle.relay_capture_truncate(text, oid) from public;
-
-create or replace function pgtrickle.relay_capture_targets(relation oid)
-returns table (target oid)
+create or replace function @schema@.relay_family(relation oid)
+returns table (member oid, kind "char", is_child boolean)
 language sql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
     with recursive family as (
-        select relation as target
+        select relation as id, false as is_child
         union
-        select i.inhrelid
+        select i.inhrelid, true
         from family as f
-        join pg_inherits as i on i.inhparent = f.target
+        join pg_inherits as i on i.inhparent = f.id
     )
-    select f.target
+    select f.id, c.relkind, f.is_child
     from family as f
-    join pg_class as c on c.oid = f.target
-    -- Foreign tables have no transition tables.
-    where c.relkind in ('r', 'p')
+    join pg_class as c on c.oid = f.id
 $$;
 
-comment on function pgtrickle.relay_capture_targets(oid) is
+comment on function @schema@.relay_family(oid) is
     'A table, its partitions and children: a statement fires the triggers of the table that it names only.';
 
-revoke all on function pgtrickle.relay_capture_targets(oid) from public;
-
-create or replace function pgtrickle.relay_missing_triggers(relation oid, capture_function regproc)
-returns table (target oid, operation text)
+create or replace function @schema@.relay_has_rows_below(relation oid)
+returns boolean
 language sql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select t.target, o.operation
-    from pgtrickle.relay_capture_targets(relation) as t
-    cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as o (operation, bit)
-    where not exists (
-            select
-            from pg_trigger as g
-            where g.tgrelid = t.target
-                and g.tgfoid = capture_function
-                and g.tgtype & o.bit <> 0
-        )
-        -- Truncating one partition, like detaching it, is no change of rows.
-        and (o.operation <> 'truncate' or t.target = relation)
+    select exists (
+        select
+        from @schema@.relay_family(relation) as f
+        where f.member <> relation
+            and pg_relation_size(f.member) > 0
+    )
 $$;
 
-comment on function pgtrickle.relay_missing_triggers(oid, regproc) is
-    'Triggers that a captured table, its partitions and children lack.';
+comment on function @schema@.relay_has_rows_below(oid) is
+    'Whether children of a table kept rows: truncate only on a parent leaves them, and a truncate downstream would lose them.';
 
-revoke all on function pgtrickle.relay_missing_triggers(oid, regproc) from public;
-
-create or replace function pgtrickle.relay_outbox_capture(outbox_table text)
-returns table (relation oid, capture_function regproc)
+create or replace function @schema@.relay_is_plain(column_type oid, relation oid)
+returns boolean
 language sql
 stable
-security definer
+security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select c.stream_table_oid::oid, to_regproc(format('pgtrickle.%I', s.capture_function_name))
-    from pgtrickle.pgt_outbox_config as c
-    join pgtrickle.relay_outbox_settings as s using (outbox_table_name)
-    where c.outbox_table_name = relay_outbox_capture.outbox_table
-        and s.capture
+    with recursive part as (
+        select column_type as id
+        union
+        select i.id
+        from part as p
+        join pg_type as t on t.oid = p.id
+        cross join lateral (
+            select t.typelem as id where t.typelem <> 0
+            union all
+            select t.typbasetype where t.typbasetype <> 0
+            union all
+            select a.atttypid
+            from pg_attribute as a
+            where a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped
+        ) as i
+    )
+    select coalesce(bool_and(
+        p.id < 16384
+        -- These are taken apart, whatever casts there are.
+        or t.typtype in ('d', 'c')
+        or t.typcategory = 'A'
+        or (
+            -- Only the owner of a type can make a cast of it.
+            t.typowner in (c.relowner, 10)
+            and pg_get_userbyid(c.relowner) = current_user
+            and not exists (
+                select
+                from pg_cast as j
+                left join pg_proc as f on f.oid = j.castfunc
+                where j.castsource = p.id
+                    and j.casttarget = 'json'::regtype
+                    and f.proowner is distinct from t.typowner
+            )
+        )
+    ), false)
+    from part as p
+    join pg_type as t on t.oid = p.id
+    cross join pg_class as c
+    where c.oid = relation
 $$;
 
-comment on function pgtrickle.relay_outbox_capture(text) is
-    'What a captured outbox captures and with which function; no row for others. Definer: table owners may not see the catalog.';
+comment on function @schema@.relay_is_plain(oid, oid) is
+    'Whether to_jsonb may be called on a column of this type as the owner of the table: it calls casts to json of other types, which must be the owner''s own or the system''s.';
 
-revoke all on function pgtrickle.relay_outbox_capture(text) from public;
-
-create or replace function pgtrickle.relay_attach_capture(outbox_table text)
-returns integer
+create or replace function @schema@.relay_row_expression(relation oid, is_guarded boolean)
+returns text
 language plpgsql
-volatile
+stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    missing record;
-    created_triggers integer := 0;
+    is_owner boolean := (
+        select pg_get_userbyid(c.relowner) = current_user from pg_class as c where c.oid = relation
+    );
+    field record;
+    object text := $literal$'{}'::jsonb$literal$;
 begin
-    for missing in
-        select m.target, m.operation, o.capture_function
-        from pgtrickle.relay_outbox_capture(outbox_table) as o
-        cross join lateral pgtrickle.relay_missing_triggers(o.relation, o.capture_function) as m
-        order by m.target <> o.relation, m.target
+    for field in
+        select
+            a.attname,
+            @schema@.relay_is_plain(a.atttypid, relation) as is_plain,
+            -- A foreign base type of somebody else's table is not even printed.
+            not is_owner and t.typtype = 'b' and t.typcategory <> 'A' and t.oid >= 16384 as is_omitted
+        from pg_attribute as a
+        join pg_type as t on t.oid = a.atttypid
+        where a.attrelid = relation
+            and a.attnum > 0
+            and not a.attisdropped
+            -- PostgreSQL hides virtual columns from triggers: absent is better than wrong.
+            and a.attgenerated <> 'v'
+            and (a.attname not like '\_\_pgt\_%' or a.attname = '__pgt_row_id')
+        order by a.attnum
     loop
-        execute format(
-            'create trigger %I after %s on %s %s for each statement execute function %s()',
-            pgtrickle.relay_cut_name(
-                format('pgtrickle_%s_%s_%s', missing.operation, left(md5(outbox_table), 7), outbox_table), 63
-            ),
-            missing.operation,
-            missing.target::regclass,
-            case missing.operation
-                when 'insert' then 'referencing new table as new_rows'
-                when 'update' then 'referencing old table as old_rows new table as new_rows'
-                when 'delete' then 'referencing old table as old_rows'
-                else ''
-            end,
-            missing.capture_function
-        );
-        created_triggers := created_triggers + 1;
+        if field.is_omitted then
+            object := format('@schema@.relay_omit(%s, %L, %L)', object, field.attname, 'owner');
+        elsif is_guarded then
+            object := format('@schema@.relay_put(%s, %L, r.%I, %L)',
+                object, field.attname, field.attname, field.is_plain);
+        else
+            object := format('%s || jsonb_build_object(%L, %s)', object, field.attname, case
+                when field.is_plain then format('r.%I', field.attname)
+                else format('case num_nulls(r.%1$I) when 0 then format(''%%s'', r.%1$I) end', field.attname)
+            end);
+        end if;
     end loop;
-    return created_triggers;
-exception
-    when lock_not_available then
-        raise exception using
-            errcode = 'lock_not_available',
-            message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
-            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
+    return object;
 end
 $$;
 
-comment on function pgtrickle.relay_attach_capture(text) is
-    'Creates the triggers that a captured outbox lacks, as the owner of the tables, and returns how many.';
+comment on function @schema@.relay_row_expression(oid, boolean) is
+    'SQL text that makes the event of a row r of a table; guarded: what a value can''t be told as is left out and named.';
 
-revoke all on function pgtrickle.relay_attach_capture(text) from public;
+create or replace function @schema@.relay_put(object jsonb, field text, value anyelement, is_plain boolean)
+returns jsonb
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return object || jsonb_build_object(
+        field,
+        case
+            when num_nulls(value) = 1 then null
+            when is_plain then to_jsonb(value)
+            else to_jsonb(format('%s', value))
+        end
+    );
+exception
+    when others then
+        return @schema@.relay_omit(object, field, sqlstate);
+end
+$$;
 
-create or replace function pgtrickle.relay_primary_key(relation oid)
+comment on function @schema@.relay_put(jsonb, text, anyelement, boolean) is
+    'Part of relay_row_expression: the object with one more field, or with its name and the SQLSTATE among what is omitted.';
+
+create or replace function @schema@.relay_omit(object jsonb, field text, reason text)
+returns jsonb
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select object || jsonb_build_object(
+        'pgtrickle_omitted',
+        case jsonb_typeof(object -> 'pgtrickle_omitted')
+            when 'object' then object -> 'pgtrickle_omitted'
+            else '{}'
+        end || jsonb_build_object(field, reason)
+    )
+$$;
+
+comment on function @schema@.relay_omit(jsonb, text, text) is
+    'Part of relay_row_expression: notes that a field is left out, and why.';
+
+create or replace function @schema@.relay_primary_key(relation oid)
 returns text[]
 language sql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select array_agg(a.attname::text order by k.position)
-    from pg_index as i
-    cross join lateral unnest(i.indkey) with ordinality as k (attnum, position)
-    join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = k.attnum
-    where i.indrelid = relation
-        and i.indisprimary
-$$;
-
-comment on function pgtrickle.relay_primary_key(oid) is
-    'Columns of the primary key in its order; null without one.';
-
-revoke all on function pgtrickle.relay_primary_key(oid) from public;
-
-create or replace function pgtrickle.relay_create_outbox_tables(
-    settings pgtrickle.relay_outbox_settings,
-    stream_table text
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    first_id bigint := coalesce(
+    select coalesce(
         (
-            select h.last_id
-            from pgtrickle.relay_outbox_high_water as h
-            where h.outbox_table_name = settings.outbox_table_name
+            select array_agg(a.attname::text order by k.position)
+            from pg_index as i
+            cross join lateral unnest(i.indkey) with ordinality as k (attnum, position)
+            join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = k.attnum
+            where i.indrelid = relation
+                and i.indisprimary
+                -- Columns behind them are only included in the index.
+                and k.position <= i.indnkeyatts
         ),
-        0
-    ) + 1;
-begin
-    execute format(
-        $create$
-            create table pgtrickle.%1$I (
-                id bigint generated always as identity (start with %2$s cache 1) primary key,
-                pgt_id uuid not null default %3$L,
-                -- Unique is enough: random bytes for each row cost as much as capturing it.
-                refresh_id uuid not null default
-                    encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), 'hex')::uuid,
-                created_at timestamptz not null default clock_timestamp(),
-                inserted_count bigint not null default 0,
-                deleted_count bigint not null default 0,
-                is_claim_check boolean not null default false,
-                payload jsonb,
-                headers jsonb not null default '{}'
-            );
-            comment on table pgtrickle.%1$I is %4$L;
-
-            create table pgtrickle.%5$I (
-                outbox_id bigint not null references pgtrickle.%1$I (id) on delete cascade,
-                row_num bigint not null,
-                row_op text not null check (row_op in ('INSERT', 'DELETE')),
-                row_data jsonb not null,
-                primary key (outbox_id, row_num)
-            );
-            comment on table pgtrickle.%5$I is %6$L;
-
-            create view pgtrickle.%7$I as
-            select o.* from pgtrickle.%1$I as o order by o.id desc limit 1;
-            comment on view pgtrickle.%7$I is %8$L;
-
-            create unlogged sequence pgtrickle.%9$I;
-            comment on sequence pgtrickle.%9$I is %10$L;
-        $create$,
-        settings.outbox_table_name,
-        first_id,
-        settings.pgt_id,
-        format('Outbox of %s: one row for each captured statement or publication.', stream_table),
-        settings.delta_table_name,
-        format('Rows of large deltas in the outbox of %s: inserted ones from row_num 0 on, then deleted ones.', stream_table),
-        settings.latest_view_name,
-        format('Latest row in the outbox of %s.', stream_table),
-        settings.sleep_sequence_name,
-        format('Until when, in seconds since 1970, some relay sleeps on the outbox of %s.', stream_table)
-    );
-    if settings.notify then
-        execute format(
-            $create$
-                create constraint trigger relay_notify after insert on pgtrickle.%I
-                deferrable initially deferred
-                for each row execute function pgtrickle.relay_notify_outbox(%L)
-            $create$,
-            settings.outbox_table_name,
-            format('pgtrickle.%I', settings.sleep_sequence_name)
-        );
-    end if;
-    if to_regrole('pgtrickle_relay') is not null then
-        execute format(
-            'grant select on pgtrickle.%I, pgtrickle.%I, pgtrickle.%I to pgtrickle_relay',
-            settings.outbox_table_name, settings.delta_table_name, settings.latest_view_name
-        );
-    end if;
-end
+        (
+            select array['__pgt_row_id']
+            from pg_attribute as a
+            where a.attrelid = relation and a.attname = '__pgt_row_id' and not a.attisdropped
+        )
+    )
 $$;
 
-comment on function pgtrickle.relay_create_outbox_tables(pgtrickle.relay_outbox_settings, text) is
-    'The tables and the view of one outbox; ids continue where a disabled outbox of this name ended.';
+comment on function @schema@.relay_primary_key(oid) is
+    'Columns of the primary key in its order; of a stream table of pg_trickle its row id; null without either.';
 
-revoke all on function pgtrickle.relay_create_outbox_tables(pgtrickle.relay_outbox_settings, text) from public;
-
-create or replace function pgtrickle.relay_create_capture_function(
-    settings pgtrickle.relay_outbox_settings,
-    relation oid
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    body text := pgtrickle.relay_capture_body(settings);
-    virtual_columns text[] := (
-        select array_agg(a.attname::text)
-        from pg_attribute as a
-        where a.attrelid = relation
-            and a.attgenerated = 'v'
-            and not a.attisdropped
-    );
-begin
-    if virtual_columns is not null then
-        -- Transition tables show them as null: absent is better than wrong.
-        body := replace(body, 'to_jsonb(changed.*)', format('to_jsonb(changed.*) - %L::text[]', virtual_columns));
-        raise notice 'virtual generated columns are not captured: %', array_to_string(virtual_columns, ', ');
-    end if;
-    -- Definer: applications that write the table need no right on the outbox. Its
-    -- owner is no superuser, so neither is a cast to JSON of a user's type in it.
-    execute format(
-        $create$
-            create function pgtrickle.%1$I()
-            returns trigger
-            language plpgsql
-            volatile
-            security definer
-            set search_path = pg_catalog, pg_temp
-            as %2$L;
-            comment on function pgtrickle.%1$I() is %3$L;
-            revoke all on function pgtrickle.%1$I() from public;
-        $create$,
-        settings.capture_function_name,
-        body,
-        format('Captures changes into %I. Definer: who changes the table has no right on the outbox.', settings.outbox_table_name)
-    );
-end
-$$;
-
-comment on function pgtrickle.relay_create_capture_function(pgtrickle.relay_outbox_settings, oid) is
-    'Creates the trigger function of one outbox.';
-
-revoke all on function pgtrickle.relay_create_capture_function(pgtrickle.relay_outbox_settings, oid) from public;
-
-create or replace function pgtrickle.relay_create_outbox(
-    stream_table text,
-    relation oid,
-    retention_hours integer,
-    capture boolean,
-    notify boolean,
+create or replace function @schema@.relay_capture_quick(
+    operation text,
+    outbox_table text,
     key_columns text[],
     claim_check_rows integer,
     claim_check_bytes bigint
 )
 returns text
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    settings pgtrickle.relay_outbox_settings;
-    stream_name text := stream_table;
-    seed text := stream_table;
-begin
-    perform pgtrickle.relay_check_stream(stream_table, relation, capture, key_columns);
-    if relation is not null then
-        select c.relname, n.nspname, n.nspname || '.' || c.relname
-        into stream_name, settings.stream_schema, seed
-        from pg_class as c
-        join pg_namespace as n on n.oid = c.relnamespace
-        where c.oid = relation;
-    end if;
-    -- Names are chosen one after the other, so that no two outboxes choose the same.
-    perform pg_advisory_xact_lock(hashtextextended('pgtrickle:outbox names', 0));
-    if exists (
-        select
-        from pgtrickle.pgt_outbox_config as c
-        where c.stream_table_oid::oid = relation
-            or (relation is null and c.stream_table_oid is null and c.stream_table_name = stream_name)
-    ) then
-        raise exception using
-            errcode = 'RL002',
-            message = format('the outbox of %s is enabled already', stream_table),
-            hint = format('select pgtrickle.outbox_status(%L)', stream_table);
-    end if;
-
-    settings.outbox_table_name := pgtrickle.relay_free_name('outbox_' || stream_name, seed);
-    settings.delta_table_name := pgtrickle.relay_free_name('outbox_delta_rows_' || stream_name, seed);
-    settings.latest_view_name := pgtrickle.relay_free_name('pgt_outbox_latest_' || stream_name, seed);
-    settings.sleep_sequence_name := pgtrickle.relay_free_name('outbox_sleep_' || stream_name, seed);
-    settings.pgt_id := gen_random_uuid();
-    settings.key_columns := coalesce(key_columns, pgtrickle.relay_primary_key(relation));
-    settings.capture := capture;
-    settings.notify := notify;
-    settings.claim_check_rows := claim_check_rows;
-    settings.claim_check_bytes := claim_check_bytes;
-    settings.swept_through := 0;
-    settings.enabled_by := pgtrickle.relay_role_in_force();
-    if capture then
-        settings.capture_function_name := pgtrickle.relay_free_name('outbox_capture_' || stream_name, seed);
-    end if;
-
-    insert into pgtrickle.pgt_outbox_config (
-        outbox_table_name, stream_table_oid, stream_table_name, retention_hours
-    )
-    values (settings.outbox_table_name, relation, stream_name, retention_hours);
-    insert into pgtrickle.relay_outbox_settings
-    values (settings.*);
-    perform pgtrickle.relay_create_outbox_tables(settings, stream_name);
-    if capture then
-        perform pgtrickle.relay_create_capture_function(settings, relation);
-    end if;
-    return settings.outbox_table_name;
-end
-$$;
-
-comment on function pgtrickle.relay_create_outbox(text, oid, integer, boolean, boolean, text[], integer, bigint) is
-    'The catalog''s half of enable_outbox. Definer: table owners have no rights in the schema; it checks that the role in force owns the table.';
-
-revoke all on function pgtrickle.relay_create_outbox(text, oid, integer, boolean, boolean, text[], integer, bigint) from public;
-
-create or replace function pgtrickle.relay_open_capture(outbox_table text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    captured record;
-begin
-    select o.relation, o.capture_function into captured
-    from pgtrickle.relay_outbox_capture(outbox_table) as o;
-    if found then
-        perform pgtrickle.relay_require_table_owner(captured.relation);
-        execute format(
-            'grant execute on function %s() to %I', captured.capture_function, pgtrickle.relay_role_in_force()
-        );
-    end if;
-end
-$$;
-
-comment on function pgtrickle.relay_open_capture(text) is
-    'Lets the role in force, which must own the captured table, attach its capture function. Definer: only the function''s owner can grant that.';
-
-revoke all on function pgtrickle.relay_open_capture(text) from public;
-
-create or replace function pgtrickle.relay_seal_capture(outbox_table text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    captured record;
-begin
-    select o.relation, o.capture_function into captured
-    from pgtrickle.relay_outbox_capture(outbox_table) as o;
-    -- Its owner made it and may enable tables of its own.
-    if found and pgtrickle.relay_role_in_force() <> current_user then
-        perform pgtrickle.relay_require_table_owner(captured.relation);
-        execute format(
-            'revoke execute on function %s() from %I', captured.capture_function, pgtrickle.relay_role_in_force()
-        );
-    end if;
-end
-$$;
-
-comment on function pgtrickle.relay_seal_capture(text) is
-    'Takes back relay_open_capture: attached to another table, the function would forge events. Definer: only its owner can revoke that.';
-
-revoke all on function pgtrickle.relay_seal_capture(text) from public;
-
-create or replace function pgtrickle.relay_drop_outbox(outbox_table text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set client_min_messages = warning
-as $$
-declare
-    settings pgtrickle.relay_outbox_settings;
-    relation oid;
-    last_id bigint;
-begin
-    select s.* into settings
-    from pgtrickle.relay_outbox_settings as s
-    where s.outbox_table_name = outbox_table;
-    if not found then
-        raise exception using
-            errcode = 'RL005',
-            message = format('outbox %I is the extension''s', outbox_table),
-            hint = 'disable it with the functions of the extension';
-    end if;
-    select t.oid into relation
-    from pgtrickle.pgt_outbox_config as c
-    join pg_class as t on t.oid = c.stream_table_oid::oid
-    where c.outbox_table_name = outbox_table;
-    if relation is not null then
-        perform pgtrickle.relay_require_table_owner(relation);
-    elsif not pg_has_role(pgtrickle.relay_role_in_force(), current_user, 'usage')
-        and pgtrickle.relay_role_in_force() <> settings.enabled_by
-    then
-        raise exception using
-            errcode = 'RL004',
-            message = format('outbox %I was enabled by %I', outbox_table, settings.enabled_by),
-            hint = format('set role %I, or let a member of %I do this', settings.enabled_by, current_user);
-    end if;
-
-    -- Triggers first: a writer holds its table before it waits for the outbox.
-    if settings.capture_function_name is not null then
-        execute format('drop function if exists pgtrickle.%I() cascade', settings.capture_function_name);
-    end if;
-    if to_regclass(format('pgtrickle.%I', outbox_table)) is not null then
-        execute format('lock table pgtrickle.%I in access exclusive mode', outbox_table);
-        select o.last_id into last_id
-        from pgtrickle.relay_outbox_of(outbox_table, null) as o;
-        insert into pgtrickle.relay_outbox_high_water as h (outbox_table_name, last_id)
-        values (outbox_table, last_id)
-        on conflict (outbox_table_name) do update
-        set last_id = greatest(h.last_id, excluded.last_id), disabled_at = now();
-    end if;
-    execute format('drop view if exists pgtrickle.%I', settings.latest_view_name);
-    execute format('drop sequence if exists pgtrickle.%I', settings.sleep_sequence_name);
-    execute format('drop table if exists pgtrickle.%I, pgtrickle.%I', settings.delta_table_name, outbox_table);
-    delete from pgtrickle.pgt_outbox_config as c where c.outbox_table_name = outbox_table;
-    delete from pgtrickle.relay_outbox_settings as s where s.outbox_table_name = outbox_table;
-end
-$$;
-
-comment on function pgtrickle.relay_drop_outbox(text) is
-    'The catalog''s half of disable_outbox. Definer: table owners have no rights in the schema; it checks that the role in force owns the table, or enabled the outbox of a table that is gone.';
-
-revoke all on function pgtrickle.relay_drop_outbox(text) from public;
-
-create or replace function pgtrickle.relay_check_stream(
-    stream_table text,
-    relation oid,
-    capture boolean,
-    key_columns text[]
-)
-returns void
-language plpgsql
-stable
+language sql
+immutable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    foreign_table oid;
-    unknown_column text;
-begin
-    if relation is null then
-        if capture or coalesce(stream_table, '') = '' then
-            raise exception using
-                errcode = 'RL001',
-                message = format('there is no table %s', coalesce(stream_table, 'null')),
-                detail = 'The name is read like any table name: unquoted capitals are folded, and search_path counts.',
-                hint = 'name it with its schema, or with capture => false for a stream without a table';
-        end if;
-        if not pg_has_role(pgtrickle.relay_role_in_force(), to_regrole('pgtrickle_publisher'), 'usage') then
-            raise exception using
-                errcode = 'RL004',
-                message = format('role %I may not enable a stream without a table', pgtrickle.relay_role_in_force()),
-                hint = format('grant pgtrickle_publisher to %I', pgtrickle.relay_role_in_force());
-        end if;
-        return;
-    end if;
-
-    perform pgtrickle.relay_require_table_owner(relation);
-    if not exists (
-        select
-        from pg_class as c
-        where c.oid = relation
-            and c.relkind in ('r', 'p')
-            and c.relpersistence <> 't'
-            and c.relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-    ) then
-        raise exception using
-            errcode = 'RL005',
-            message = format('%s cannot have an outbox', relation::regclass),
-            detail = 'It is a view, a foreign, temporary or system table.',
-            hint = 'enable the outbox of an ordinary or partitioned table';
-    end if;
-    for foreign_table in
-        select t.target from pgtrickle.relay_capture_targets(relation) as t where capture
-    loop
-        perform pgtrickle.relay_require_table_owner(foreign_table);
-    end loop;
-
-    select k.name into unknown_column
-    from unnest(key_columns) as k (name)
-    where not exists (
-        select
-        from pg_attribute as a
-        where a.attrelid = relation
-            and a.attname = k.name
-            and a.attnum > 0
-            and not a.attisdropped
+    select format(
+        $piece$
+            insert into %1$I.%2$I (inserted_count, deleted_count, payload)
+            select %3$s, %4$s, jsonb_build_object('v', 1, 'inserted', %5$s, 'deleted', %6$s)
+            from %7$s
+            where %3$s + %4$s between 1 and %8$s
+                and %9$s <= %10$s
+                and %11$s;$piece$,
+        @schema_name@,
+        outbox_table,
+        case operation when 'DELETE' then '0' else 'i.row_count' end,
+        case operation when 'INSERT' then '0' else 'd.row_count' end,
+        case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'i.row_list' end,
+        case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'd.row_list' end,
+        string_agg(
+            format(
+                $side$(
+                select count(*) as row_count, jsonb_agg(to_jsonb(r.*)) as row_list
+                from (select * from %I limit %s) as r
+                where not exists (
+                    select
+                    from pg_attribute as a
+                    where a.attrelid = tg_relid
+                        and a.attnum > 0
+                        and (
+                            a.atttypid >= 16384 and not %I.relay_is_plain(a.atttypid, tg_relid)
+                            or a.attgenerated = 'v'
+                        )
+                        and not a.attisdropped
+                )
+            ) as %s$side$,
+                s.rows, claim_check_rows + 1, @schema_name@, s.alias
+            ),
+            ' cross join ' order by s.alias desc
+        ),
+        claim_check_rows,
+        string_agg(format('pg_column_size(%s.row_list)', s.alias), ' + ' order by s.alias desc),
+        claim_check_bytes,
+        -- A column of the key that was renamed is looked up by the rest of the function.
+        coalesce(string_agg(format('%s.row_list -> 0 ?& %L', s.alias, key_columns), ' and ' order by s.alias), 'true')
     )
-    limit 1;
-    if found then
-        raise exception using
-            errcode = 'undefined_column',
-            message = format('%s has no column %I to be its key', relation::regclass, unknown_column),
-            hint = 'key_columns names columns of the table as they are stored, without quotes';
-    end if;
-end
+    from (values ('i', 'new_rows', 'DELETE'), ('d', 'old_rows', 'INSERT')) as s (alias, rows, without)
+    where s.without <> operation
 $$;
 
-comment on function pgtrickle.relay_check_stream(text, oid, boolean, text[]) is
-    'What can keep a table from having an outbox: RL001, RL004, RL005, or a key column that is not there.';
+comment on function @schema@.relay_capture_quick(text, text, text[], integer, bigint) is
+    'Part of a capture function: few rows whose values are plain are written in one statement, in half the time that the rest of the function takes for them.';
 
-revoke all on function pgtrickle.relay_check_stream(text, oid, boolean, text[]) from public;
-
-do $only_if_ours$
-begin
-    if not pgtrickle.relay_may_define('enable_outbox') then
-        return;
-    end if;
-
-    create or replace function pgtrickle.enable_outbox(
-        stream_table text,
-        retention_hours integer default 24,
-        capture boolean default true,
-        notify boolean default true,
-        key_columns text[] default null,
-        claim_check_rows integer default 1000,
-        claim_check_bytes bigint default 1048576
-    )
-    returns text
-    language plpgsql
-    volatile
-    security invoker
-    as $function$
-    declare
-        relation oid := pgtrickle.relay_find_relation(stream_table);
-        outbox_table text := pgtrickle.relay_find_outbox(null, relation);
-        waits text := pg_catalog.current_setting('lock_timeout');
-        is_new boolean := false;
-        created_triggers integer := 0;
-    begin
-        if waits = '0' then
-            -- A trigger that waits for its lock makes every later writer wait behind it.
-            perform pg_catalog.set_config('lock_timeout', '5s', true);
-        end if;
-
-        if outbox_table is null then
-            outbox_table := pgtrickle.relay_create_outbox(
-                stream_table, relation, retention_hours, capture, notify,
-                key_columns, claim_check_rows, claim_check_bytes
-            );
-            is_new := true;
-        end if;
-        if relation is not null and capture then
-            perform pgtrickle.relay_open_capture(outbox_table);
-            created_triggers := pgtrickle.relay_attach_capture(outbox_table);
-            perform pgtrickle.relay_seal_capture(outbox_table);
-        end if;
-        if not is_new and created_triggers = 0 then
-            raise exception using
-                errcode = 'RL002',
-                message = pg_catalog.format('the outbox of %s is enabled already', stream_table),
-                hint = pg_catalog.format('select pgtrickle.outbox_status(%L)', stream_table);
-        end if;
-
-        perform pg_catalog.set_config('lock_timeout', waits, true);
-        return outbox_table;
-    end
-    $function$;
-
-    comment on function pgtrickle.enable_outbox(text, integer, boolean, boolean, text[], integer, bigint) is
-        'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. Called again, it captures partitions and children that were added since; RL002 when there are none.';
-
-    revoke all on function pgtrickle.enable_outbox(text, integer, boolean, boolean, text[], integer, bigint) from public;
-end
-$only_if_ours$;
-
-do $only_if_ours$
-begin
-    if not pgtrickle.relay_may_define('disable_outbox') then
-        return;
-    end if;
-
-    create or replace function pgtrickle.disable_outbox(stream_table text, if_exists boolean default false)
-    returns void
-    language plpgsql
-    volatile
-    security invoker
-    as $function$
-    declare
-        relation oid := pgtrickle.relay_find_relation(stream_table);
-        outbox_table text := pgtrickle.relay_find_outbox(stream_table, relation);
-        waits text := pg_catalog.current_setting('lock_timeout');
-    begin
-        if outbox_table is null and if_exists then
-            return;
-        end if;
-        outbox_table := pgtrickle.relay_require_outbox(stream_table, relation);
-        if waits = '0' then
-            perform pg_catalog.set_config('lock_timeout', '5s', true);
-        end if;
-        perform pgtrickle.relay_drop_outbox(outbox_table);
-        perform pg_catalog.set_config('lock_timeout', waits, true);
-    end
-    $function$;
-
-    comment on function pgtrickle.disable_outbox(text, boolean) is
-        'Stops capturing and drops the outbox with what was not delivered yet. Its highest id is kept: a later outbox of this name continues above it.';
-
-    revoke all on function pgtrickle.disable_outbox(text, boolean) from public;
-end
-$only_if_ours$;
-
-create or replace function pgtrickle.relay_uncaptured_partitions()
-returns table (outbox_table text, stream_table text, uncaptured text, remedy text)
+create or replace function @schema@.relay_capture_first(first_by text[])
+returns text
 language sql
-stable
-security definer
+immutable
+security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select
-        c.outbox_table_name,
-        c.stream_table_name,
-        m.target::regclass::text,
-        format('select pgtrickle.enable_outbox(%L)', c.stream_table_oid::regclass)
-    from pgtrickle.pgt_outbox_config as c
-    cross join lateral pgtrickle.relay_outbox_capture(c.outbox_table_name) as o
-    cross join lateral pgtrickle.relay_missing_triggers(o.relation, o.capture_function) as m
-    group by c.outbox_table_name, c.stream_table_name, c.stream_table_oid, m.target
-    order by 1, 3
+    select case when cardinality(first_by) > 0 then format(
+        $piece$
+    if tg_argv[0] = 'first' then
+        declare
+            is_first boolean;
+            is_first_sql text;
+        begin
+            begin
+                if tg_op = 'DELETE' then
+                    select record_image_eq(row(%1$s), row(%3$s)) into is_first from old_rows as r limit 1;
+                else
+                    select record_image_eq(row(%2$s), row(%3$s)) into is_first from new_rows as r limit 1;
+                end if;
+            exception
+                when others then
+                    -- A column of the key was renamed.
+                    select format(
+                        'select record_image_eq(row(%%1$s), row(%%2$s)) from %%3$I as r limit 1',
+                        string_agg(format('($1).%%I', k), ', '), string_agg(format('r.%%I', k), ', '),
+                        case tg_op when 'DELETE' then 'old_rows' else 'new_rows' end)
+                    into is_first_sql
+                    from unnest(%4$I.relay_primary_key(tg_relid)) as k;
+                    if tg_op = 'DELETE' then
+                        execute is_first_sql into is_first using old;
+                    else
+                        execute is_first_sql into is_first using new;
+                    end if;
+            end;
+            if not is_first then
+                return null;
+            end if;
+        end;
+    end if;$piece$,
+        string_agg(format('old.%I', k), ', '),
+        string_agg(format('new.%I', k), ', '),
+        string_agg(format('r.%I', k), ', '),
+        @schema_name@
+    ) else '' end
+    from unnest(first_by) as k
 $$;
 
-comment on function pgtrickle.relay_uncaptured_partitions() is
-    'Tables whose changes an outbox should capture and does not: partitions and children added after it was enabled, or a trigger dropped by hand. Definer: the relay may not see the catalog.';
+comment on function @schema@.relay_capture_first(text[]) is
+    'Part of a capture function in front of row triggers of others: the first row of a statement, known by its primary key, tells all of them, so that what other triggers do comes behind.';
 
-revoke all on function pgtrickle.relay_uncaptured_partitions() from public;
+create or replace function @schema@.relay_capture_source(
+    outbox_table text,
+    delta_table text,
+    key_columns text[],
+    capture text,
+    first_by text[],
+    claim_check_rows integer,
+    claim_check_bytes bigint
+)
+returns text
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        $source$
+-- pgtrickle-relay capture, layout 1
+#variable_conflict use_variable
+begin%1$s
+    begin
+        if %2$s = 'INSERT' then%3$s
+        elsif tg_op = 'UPDATE' then%4$s
+        elsif tg_op = 'DELETE' then%5$s
+        else
+            insert into %6$I.%7$I (payload)
+            select '{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}'
+            where not %6$I.relay_has_rows_below(tg_relid);
+        end if;
+        if found then
+            return null;
+        end if;
+    exception
+        when others then
+            -- Some value can't be told, or the row can't be written: what follows finds out.
+            null;
+    end;
+
+declare
+    max_rows constant bigint := %8$s;
+    row_json text := %6$I.relay_row_expression(tg_relid, false);
+    is_guarded boolean := false;
+    is_claim_check boolean;
+    new_count bigint := 0;
+    old_count bigint := 0;
+    new_list jsonb := '[]';
+    old_list jsonb := '[]';
+    new_bytes bigint := 0;
+    old_bytes bigint := 0;
+    few constant text := 'select count(*), coalesce(jsonb_agg(c.j), ''[]''), coalesce(sum(pg_column_size(c.j)), 0)'
+        ' from (select %%s as j from %%s as r limit %%s) as c';
+    new_rows_sql constant text := %9$s;
+    old_rows_sql constant text := %10$s;
+    key_now text[];
+    captured_id bigint;
+begin
+    if tg_op = 'TRUNCATE' then
+        if %6$I.relay_has_rows_below(tg_relid) then
+            raise warning 'truncate only %% is not captured: its children keep their rows', tg_relid::regclass;
+        else
+            insert into %6$I.%7$I (payload)
+            values ('{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}');
+        end if;
+        return null;
+    end if;
+    loop
+        begin
+            is_claim_check := false;
+            if tg_op <> 'DELETE' then
+                execute format(few, row_json, new_rows_sql, max_rows + 1)
+                into new_count, new_list, new_bytes%11$s;
+            end if;
+            if tg_op <> 'INSERT' then
+                execute format(few, row_json, old_rows_sql, max_rows + 1)
+                into old_count, old_list, old_bytes%12$s;
+            end if;
+            if new_count + old_count > max_rows or new_bytes + old_bytes > %13$s then
+                is_claim_check := true;
+                if tg_op <> 'DELETE' then
+                    execute format('select count(%%s) from %%s as r', row_json, new_rows_sql)
+                    into new_count%11$s;
+                end if;
+                if tg_op <> 'INSERT' then
+                    execute format('select count(%%s) from %%s as r', row_json, old_rows_sql)
+                    into old_count%12$s;
+                end if;
+            end if;
+            exit;
+        exception
+            when others then
+                if is_guarded then
+                    -- Each row can be told, but all of them are too large for one value.
+                    is_claim_check := true;
+                    if tg_op <> 'DELETE' then
+                        execute format('select count(*) from %%s as r', new_rows_sql) into new_count%11$s;
+                    end if;
+                    if tg_op <> 'INSERT' then
+                        execute format('select count(*) from %%s as r', old_rows_sql) into old_count%12$s;
+                    end if;
+                    exit;
+                end if;
+                is_guarded := true;
+                row_json := %6$I.relay_row_expression(tg_relid, true);
+        end;
+    end loop;
+    if new_count + old_count = 0 then
+        return null;
+    end if;
+    if not has_column_privilege(%14$L::regclass, 'payload', 'insert') then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = format('%%I may not write the outbox of %%s', current_user, tg_relid::regclass),
+            detail = 'The table or its capture function has another owner now.',
+            hint = format('select %%I.repair_outbox(%%L)', %15$L, tg_relid::regclass);
+    end if;
+    if not coalesce(new_list -> 0, old_list -> 0, '{}') ?& %16$L::text[] then
+        key_now := %6$I.relay_primary_key(tg_relid);
+    end if;
+
+    insert into %6$I.%7$I (inserted_count, deleted_count, is_claim_check, payload, key_columns)
+    values (
+        new_count, old_count, is_claim_check,
+        case
+            when is_claim_check then jsonb_build_object('v', 1, 'claim_check', true,
+                'inserted_count', new_count, 'deleted_count', old_count)
+            else jsonb_build_object('v', 1, 'inserted', new_list, 'deleted', old_list)
+        end,
+        key_now
+    )
+    returning id into captured_id;
+    if is_claim_check and tg_op <> 'DELETE' then
+        execute format(
+            'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
+            ' select %%s, row_number() over () - 1, ''INSERT'', %%s from %%s as r',
+            %15$L, %17$L, captured_id, row_json, new_rows_sql
+        )%11$s;
+    end if;
+    if is_claim_check and tg_op <> 'INSERT' then
+        execute format(
+            'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
+            ' select %%s, %%s + row_number() over () - 1, ''DELETE'', %%s from %%s as r',
+            %15$L, %17$L, captured_id, new_count, row_json, old_rows_sql
+        )%12$s;
+    end if;
+    return null;
+end;
+end
+$source$,
+        case when capture = 'row' then @schema@.relay_capture_first(first_by) else '' end,
+        -- A row that is told by itself has no transition tables.
+        case when capture = 'row' then $if$tg_argv[0] = 'each' then null; elsif tg_op$if$ else 'tg_op' end,
+        @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+        @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+        @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+        @schema_name@,
+        outbox_table,
+        claim_check_rows,
+        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'new_rows' end$sql$
+            else quote_literal('new_rows') end,
+        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'old_rows' end$sql$
+            else quote_literal('old_rows') end,
+        case when capture = 'row' then ' using new' else '' end,
+        case when capture = 'row' then ' using old' else '' end,
+        claim_check_bytes,
+        format('%I.%I', @schema_name@, outbox_table),
+        @schema_name@,
+        coalesce(key_columns, '{}'),
+        delta_table
+    )
+$$;
+
+comment on function @schema@.relay_capture_source(text, text, text[], text, text[], integer, bigint) is
+    'Source of the capture function of one outbox, made by format alone. What it evaluates of a row is conversion to JSON; the rest are its own names, which can''t meet a column''s.';

@@ -1,111 +1,50 @@
--- Who may execute which function of ours. Everything was revoked from public
--- where it was defined; what is not listed here only its owner can call.
+-- Who may execute which function. Nobody but the owner may do anything that is not listed here.
 
--- Table owners enable their own tables: each of these checks ownership itself.
-select pgtrickle.relay_grant_execute(
-    'public',
-    'enable_outbox',
-    'disable_outbox',
-    'outbox_status',
-    'relay_outbox_report',
-    'relay_create_outbox',
-    'relay_open_capture',
-    'relay_seal_capture',
-    'relay_drop_outbox',
-    'relay_attach_capture',
-    'relay_capture_targets',
-    'relay_missing_triggers',
-    'relay_cut_name',
-    'relay_find_relation',
-    'relay_find_outbox',
-    'relay_require_outbox',
-    'relay_require_table_owner',
-    'relay_role_in_force',
-    'relay_outbox_capture'
-);
-
-select pgtrickle.relay_grant_execute(
-    'pgtrickle_relay',
-    'relay_outbox',
-    'relay_outbox_of',
-    'relay_sleep',
-    'relay_wake',
-    'relay_sweep_outbox',
-    'relay_swept_outboxes',
-    'relay_uncaptured_partitions',
-    'outbox_rows_consumed',
-    'outbox_rows_consumed_of'
-);
-
-select pgtrickle.relay_grant_execute(
-    'pgtrickle_publisher',
-    'outbox_publish',
-    'relay_publish'
-);
-
-do $schema_usage$
-begin
-    if pg_catalog.pg_has_role(
-        (select n.nspowner from pg_catalog.pg_namespace as n where n.nspname = 'pgtrickle'), 'usage'
-    ) then
-        grant usage on schema pgtrickle to public;
-    end if;
-end
-$schema_usage$;
-
--- Outboxes of the extension belong to who installed it: reading them takes a
--- grant of theirs, which the migrating role gives when it can.
-do $extension_outboxes$
+do $privileges$
 declare
-    owner_role name := current_user;
-    relation regclass;
-    reader text;
+    public_functions constant text[] := array[
+        -- Names, made from what everybody may see.
+        'relay_relation', 'relay_find_outbox', 'relay_outbox_named', 'relay_capturing_outbox', 'relay_captured_table',
+        'relay_bound_triggers', 'relay_family', 'relay_cut_name', 'relay_free_name', 'relay_outbox_plan', 'relay_primary_key',
+        'relay_channel',
+        -- What the owner of a table calls: each makes ordinary DDL as its caller.
+        'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_enable', 'relay_repair', 'relay_disable',
+        'relay_make_function', 'relay_claim_function', 'relay_attach', 'relay_check_stream', 'relay_mode_of',
+        'relay_capture_mode', 'relay_wanted_triggers', 'relay_function_problem', 'relay_capture_settings',
+        'relay_capture_source', 'relay_capture_quick', 'relay_capture_first', 'relay_source_of', 'relay_capture_function_of',
+        -- The catalog's halves of these: each acts for who has claimed a capture function.
+        'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
+        -- What capture functions call, as the owner of their table.
+        'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_omit', 'relay_has_rows_below',
+        -- What reads or writes an outbox with its caller's own rights on it.
+        'outbox_status', 'relay_outbox_details', 'outbox_publish', 'relay_publish', 'relay_publish_target'
+    ];
+    publisher_functions constant text[] := array['relay_create_stream', 'relay_drop_stream'];
+    relay_functions constant text[] := array[
+        'relay_outbox_of', 'outbox_rows_consumed', 'relay_note_drained', 'relay_sleep', 'relay_capture_problems'
+    ];
+    found record;
 begin
-    perform pg_catalog.set_config(
-        'role', pg_catalog.current_setting('pgtrickle.migrating_role'), true
-    );
-    for relation, reader in
-        select c.oid, r.rolname
-        from pg_catalog.pg_class as c
-        cross join pg_catalog.pg_roles as r
-        where c.relnamespace = 'pgtrickle'::regnamespace
-            and c.relowner <> owner_role::regrole
-            and c.relkind in ('r', 'p', 'v', 'S')
-            and (
-                c.relname like 'outbox\_%'
-                or (
-                    c.relname in ('pgt_outbox_config', 'pgt_inbox_config')
-                    and r.rolname = owner_role
-                )
-            )
-            and r.rolname in (owner_role, 'pgtrickle_relay')
-            and not case c.relkind
-                when 'S' then pg_catalog.has_sequence_privilege(r.oid, c.oid, 'select')
-                else pg_catalog.has_table_privilege(r.oid, c.oid, 'select')
-            end
-        order by 1, 2
+    grant usage on schema @schema@ to public;
+    for found in
+        select p.oid::regprocedure as signature, p.proname::text as name
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where n.nspname = @schema_name@
+            and p.proname <> 'relay_apply'
+            -- Those of single inboxes have grants of their own.
+            and p.proname not like 'pgtrickle\_%'
     loop
-        begin
-            execute format(
-                'grant select on %s %s to %I',
-                case when (select relkind from pg_catalog.pg_class where oid = relation) = 'S'
-                    then 'sequence' else 'table' end,
-                relation,
-                reader
-            );
-        exception
-            when insufficient_privilege then
-                raise notice '% cannot read %: its owner has to grant select on it', reader, relation;
-        end;
+        execute format('revoke all on function %s from public', found.signature);
+        if found.name = any (public_functions) then
+            execute format('grant execute on function %s to public', found.signature);
+        end if;
+        if found.name = any (publisher_functions) and to_regrole('pgtrickle_publisher') is not null then
+            execute format('grant execute on function %s to pgtrickle_publisher', found.signature);
+        end if;
+        if found.name = any (relay_functions) and to_regrole('pgtrickle_relay') is not null then
+            execute format('grant execute on function %s to pgtrickle_relay', found.signature);
+        end if;
     end loop;
-    if not pg_catalog.has_schema_privilege(owner_role, 'pgtrickle', 'create') then
-        execute format('grant usage, create on schema pgtrickle to %I', owner_role);
-    end if;
-    if exists (select from pg_catalog.pg_roles where rolname = 'pgtrickle_relay')
-        and not pg_catalog.has_schema_privilege('pgtrickle_relay', 'pgtrickle', 'usage')
-    then
-        grant usage on schema pgtrickle to pgtrickle_relay, pgtrickle_publisher;
-    end if;
-    perform pg_catalog.set_config('role', owner_role, true);
 end
-$extension_outboxes$;
+$privileges$;

@@ -7,19 +7,19 @@
 -- Pipelines
 -- ---------------------------------------------------------------------------
 
-create table pgtrickle.relay_pipeline_names (
+create table @schema@.relay_pipeline_names (
     name text primary key
         check (length(name) between 1 and 200),
     direction text not null
         check (direction in ('forward', 'reverse'))
 );
 
-comment on table pgtrickle.relay_pipeline_names is
+comment on table @schema@.relay_pipeline_names is
     'Names of all pipelines. One primary key over both directions keeps names unique under concurrency, which two tables can''t.';
-comment on column pgtrickle.relay_pipeline_names.direction is
+comment on column @schema@.relay_pipeline_names.direction is
     'forward: outbox to broker (relay_outbox_config); reverse: broker to inbox (relay_inbox_config).';
 
-create table pgtrickle.relay_outbox_config (
+create table @schema@.relay_outbox_config (
     name text primary key
         check (length(name) between 1 and 200),
     enabled boolean not null default true,
@@ -30,16 +30,16 @@ create table pgtrickle.relay_outbox_config (
     updated_at timestamptz not null default now()
 );
 
-comment on table pgtrickle.relay_outbox_config is
+comment on table @schema@.relay_outbox_config is
     'Forward pipelines: an outbox to a broker. Written by set_relay_outbox.';
-comment on column pgtrickle.relay_outbox_config.config is
+comment on column @schema@.relay_outbox_config.config is
     'source_type, source, sink_type, sink, config_version and the pipeline''s own keys.';
-comment on column pgtrickle.relay_outbox_config.start_after_id is
+comment on column @schema@.relay_outbox_config.start_after_id is
     'Where a new position starts: 0, or for start=latest the highest visible id when the pipeline was set.';
-comment on column pgtrickle.relay_outbox_config.start_gaps is
+comment on column @schema@.relay_outbox_config.start_gaps is
     'Ids missing below start_after_id at that moment: transactions open then are still delivered.';
 
-create table pgtrickle.relay_inbox_config (
+create table @schema@.relay_inbox_config (
     name text primary key
         check (length(name) between 1 and 200),
     enabled boolean not null default true,
@@ -48,16 +48,16 @@ create table pgtrickle.relay_inbox_config (
     updated_at timestamptz not null default now()
 );
 
-comment on table pgtrickle.relay_inbox_config is
+comment on table @schema@.relay_inbox_config is
     'Reverse pipelines: a broker to an inbox. Written by set_relay_inbox.';
-comment on column pgtrickle.relay_inbox_config.config is
+comment on column @schema@.relay_inbox_config.config is
     'source_type, source, sink_type, sink, config_version and the pipeline''s own keys.';
 
 -- ---------------------------------------------------------------------------
 -- Positions
 -- ---------------------------------------------------------------------------
 
-create table pgtrickle.relay_consumer_offsets (
+create table @schema@.relay_consumer_offsets (
     relay_group_id text not null,
     pipeline_id text not null,
     outbox_table text,
@@ -68,18 +68,18 @@ create table pgtrickle.relay_consumer_offsets (
     primary key (relay_group_id, pipeline_id)
 ) with (fillfactor = 50);
 
-comment on table pgtrickle.relay_consumer_offsets is
+comment on table @schema@.relay_consumer_offsets is
     'Position and owner of each pipeline in each relay group. Updated once a batch: the free half of a page keeps those updates in it.';
-comment on column pgtrickle.relay_consumer_offsets.outbox_table is
+comment on column @schema@.relay_consumer_offsets.outbox_table is
     'Outbox that the position belongs to; null for reverse pipelines.';
-comment on column pgtrickle.relay_consumer_offsets.last_change_id is
+comment on column @schema@.relay_consumer_offsets.last_change_id is
     'Every id up to here is delivered, except those in relay_pending_gaps.';
-comment on column pgtrickle.relay_consumer_offsets.epoch is
+comment on column @schema@.relay_consumer_offsets.epoch is
     'Raised by each claim; a worker with an older epoch can''t write any more.';
-comment on column pgtrickle.relay_consumer_offsets.worker_id is
+comment on column @schema@.relay_consumer_offsets.worker_id is
     'Owner now; null when it was released.';
 
-create table pgtrickle.relay_pending_gaps (
+create table @schema@.relay_pending_gaps (
     relay_group_id text not null,
     pipeline_id text not null,
     first_id bigint not null,
@@ -88,10 +88,10 @@ create table pgtrickle.relay_pending_gaps (
     check (first_id <= last_id)
 );
 
-comment on table pgtrickle.relay_pending_gaps is
+comment on table @schema@.relay_pending_gaps is
     'Ids below the position that were not visible when it passed them: their transactions may still commit. Ranges, both ends included.';
 
-create table pgtrickle.relay_cursors (
+create table @schema@.relay_cursors (
     relay_group_id text not null,
     pipeline_id text not null,
     cursor_key text not null,
@@ -100,14 +100,14 @@ create table pgtrickle.relay_cursors (
     primary key (relay_group_id, pipeline_id, cursor_key)
 );
 
-comment on table pgtrickle.relay_cursors is
+comment on table @schema@.relay_cursors is
     'Positions that a source without a broker''s memory keeps, such as byte offsets of a file.';
 
 -- ---------------------------------------------------------------------------
 -- Dead letters
 -- ---------------------------------------------------------------------------
 
-create table pgtrickle.relay_dlq (
+create table @schema@.relay_dlq (
     id bigint generated always as identity primary key,
     relay_group_id text not null,
     pipeline text not null,
@@ -128,35 +128,35 @@ create table pgtrickle.relay_dlq (
     retry_requested_at timestamptz
 );
 
-comment on table pgtrickle.relay_dlq is
+comment on table @schema@.relay_dlq is
     'Messages that could not be delivered, with what is needed to send them again.';
-comment on column pgtrickle.relay_dlq.payload is
+comment on column @schema@.relay_dlq.payload is
     'Raw bytes: what condemned a message may be that its payload is no valid text.';
-comment on column pgtrickle.relay_dlq.metadata is
+comment on column @schema@.relay_dlq.metadata is
     'stream_table, outbox_id, refresh_id, created_at and is_full_refresh of the message.';
-comment on column pgtrickle.relay_dlq.retry_requested_at is
+comment on column @schema@.relay_dlq.retry_requested_at is
     'Set by relay_dlq_retry: the pipeline sends the message again.';
 
 -- A digest, since a deduplication key may be longer than an index entry.
-create unique index relay_dlq_message on pgtrickle.relay_dlq
+create unique index relay_dlq_message on @schema@.relay_dlq
     (relay_group_id, pipeline, md5(dedup_key));
-comment on index pgtrickle.relay_dlq_message is
+comment on index @schema@.relay_dlq_message is
     'Serves relay_dead_letter: a message that fails again updates its entry.';
 
-create index relay_dlq_retries on pgtrickle.relay_dlq (relay_group_id, pipeline, id)
+create index relay_dlq_retries on @schema@.relay_dlq (relay_group_id, pipeline, id)
     where retry_requested_at is not null;
-comment on index pgtrickle.relay_dlq_retries is
+comment on index @schema@.relay_dlq_retries is
     'Serves relay_dlq_take.';
 
-create index relay_dlq_by_pipeline on pgtrickle.relay_dlq (pipeline, id);
-comment on index pgtrickle.relay_dlq_by_pipeline is
+create index relay_dlq_by_pipeline on @schema@.relay_dlq (pipeline, id);
+comment on index @schema@.relay_dlq_by_pipeline is
     'Serves relay_dlq_list, relay_dlq_purge and relay_dlq_stats.';
 
 -- ---------------------------------------------------------------------------
 -- Fleet
 -- ---------------------------------------------------------------------------
 
-create table pgtrickle.relay_workers (
+create table @schema@.relay_workers (
     relay_group_id text not null,
     worker_id text not null,
     host text,
@@ -168,5 +168,5 @@ create table pgtrickle.relay_workers (
     primary key (relay_group_id, worker_id)
 ) with (fillfactor = 50);
 
-comment on table pgtrickle.relay_workers is
+comment on table @schema@.relay_workers is
     'Heartbeat of each relay process and what it says about its pipelines.';

@@ -44,11 +44,10 @@ class _Contents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeltaTable:
-    """The statements on one delta table, whichever of the two spellings its columns have."""
+    """The statements on one delta table."""
 
-    def __init__(self, relation: str, style: Literal["row_op", "op"]) -> None:
-        op, data = ("row_op", "row_data") if style == "row_op" else ("op", "payload")
-        inserted, deleted = f"d.{op} in ('INSERT', 'I')", f"d.{op} in ('DELETE', 'D')"
+    def __init__(self, relation: str) -> None:
+        inserted, deleted = "d.row_op = 'INSERT'", "d.row_op = 'DELETE'"
         self.contents = (
             f"select count(*) filter (where {inserted}) as inserted,"
             f" count(*) filter (where {deleted}) as deleted,"
@@ -57,8 +56,8 @@ class DeltaTable:
             f" min(d.row_num) filter (where {deleted}) as first_deleted"
             f" from {relation} as d where d.outbox_id = $1"
         )
-        self.deleted_page = _page(relation, data, deleted, inserted)
-        self.inserted_page = _page(relation, data, inserted, deleted)
+        self.deleted_page = _page(relation, deleted, inserted)
+        self.inserted_page = _page(relation, inserted, deleted)
 
 
 class ClaimCheckReader:
@@ -83,11 +82,7 @@ class ClaimCheckReader:
         self._claim_check = claim_check
         self._page_rows = page_rows
         self._page_bytes = page_bytes
-        self._delta = (
-            None
-            if outbox.delta_relation is None or outbox.delta_style is None
-            else DeltaTable(outbox.delta_relation, outbox.delta_style)
-        )
+        self._delta = DeltaTable(outbox.delta_relation)
         self._contents: _Contents | None = None
         self._recounts = 0
         self._part: Part = "deleted"
@@ -105,8 +100,6 @@ class ClaimCheckReader:
         Rows that are missing for good condemn the claim check as a whole: its last page then holds
         nothing but that. Raises `Outage`, `ConfigurationError`.
         """
-        if self._delta is None:
-            return self._refused("the outbox has no table of delta rows")
         if self._contents is None:
             contents = await self._count(self._delta)
             reason = self._what_is_wrong(contents)
@@ -189,8 +182,8 @@ class ClaimCheckReader:
             has_twin = (
                 row is not None
                 and twin is not None
-                and (key := decoder.key_of(row)) is not None
-                and key == decoder.key_of(twin)
+                and (key := decoder.key_of(event, row)) is not None
+                and key == decoder.key_of(event, twin)
             )
             if has_twin and is_deleted:
                 continue
@@ -235,7 +228,7 @@ class ClaimCheckReader:
         return Page(rejected=[self._decoder.refused(self._claim_check, error)], is_last=True)
 
 
-def _page(relation: str, data: str, condition: str, opposite: str) -> str:
+def _page(relation: str, condition: str, opposite: str) -> str:
     """Rows behind $2 of outbox row $1, $3 at most and about $4 bytes; each with its twin at $5.
 
     The row that crosses the bound still belongs to it, so there is always one. The size of what is
@@ -244,12 +237,12 @@ def _page(relation: str, data: str, condition: str, opposite: str) -> str:
     return (
         # A subselect in the list is always looked up by both columns of the key; a join may not be.
         "select p.row_num, p.data, case when $5::bigint is not null then"
-        f" (select d.{data} from {relation} as d"
+        f" (select d.row_data from {relation} as d"
         f"  where d.outbox_id = $1 and d.row_num = p.row_num + $5::bigint and {opposite})"
         " end as twin"
-        f" from (select d.row_num, d.{data} as data,"
-        f"  coalesce(sum(pg_catalog.pg_column_size(d.{data})"
-        f"   * case when pg_catalog.pg_column_compression(d.{data}) is null"
+        " from (select d.row_num, d.row_data as data,"
+        "  coalesce(sum(pg_catalog.pg_column_size(d.row_data)"
+        "   * case when pg_catalog.pg_column_compression(d.row_data) is null"
         "      then 1.0::float8 else 8 end) over before, 0) as bytes_before"
         f" from {relation} as d where d.outbox_id = $1 and d.row_num > $2 and {condition}"
         " window before as"

@@ -31,6 +31,8 @@ from relay.message import NO_HEADERS, Op, RelayMessage
 
 PAYLOAD_VERSION: Final = 1
 
+ROW_ID: Final = "__pgt_row_id"
+
 PART_ROWS: Final = 250
 """Rows to decode in one go: as many as stay in the processor's cache meanwhile."""
 
@@ -61,6 +63,7 @@ class OutboxEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     created_at: datetime | None
     headers: Mapping[str, str]
     is_full_refresh: bool
+    key_columns: tuple[str, ...] | None = None
 
 
 class ClaimCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,8 +90,9 @@ class Decoded(msgspec.Struct, kw_only=True):
 class OutboxDecoder:
     """Decodes the rows of one outbox. Without state: the same row always gives the same messages.
 
-    ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; a row that
-    lacks one of them has no key. ``collapse_updates`` turns a delete and an insert of one key in
+    ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; an outbox row may
+    name others, after a column was renamed (``follows_renames``); a row that lacks one of them has no
+    key. ``collapse_updates`` turns a delete and an insert of one key in
     one outbox row into an ``update`` that has the index of the insert.
     """
 
@@ -101,10 +105,14 @@ class OutboxDecoder:
         namespace: str = "",
         collapse_updates: bool = False,
         snapshot_markers: bool = False,
+        follows_renames: bool = True,
     ) -> None:
         self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
         self._stream_table = stream_table
         self._keys = _KeyReader(tuple(key_columns))
+        self._follows_renames = follows_renames
+        self._renamed_keys: dict[tuple[str, ...], _KeyReader] = {}
+        self._hides_row_id = ROW_ID in key_columns
         self._collapses = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
         self._payload = msgspec.json.Decoder(_Payload)
@@ -136,7 +144,7 @@ class OutboxDecoder:
         rejected: list[Rejected],
     ) -> list[RelayMessage]:
         """The messages of rows that share an op and follow each other."""
-        keys = self._keys.of_all(rows)
+        keys = self._keys_of(event).of_all(rows)
         if keys is None:
             return [
                 message
@@ -155,7 +163,7 @@ class OutboxDecoder:
         return [
             RelayMessage(
                 dedup_key=f"{prefix}{index}",
-                payload=bytes(row),
+                payload=self._told(row),
                 key=key,
                 op=op,
                 is_full_refresh=is_full_refresh,
@@ -169,10 +177,10 @@ class OutboxDecoder:
             for index, (row, key) in enumerate(zip(rows, keys, strict=True), first_index)
         ]
 
-    def key_of(self, row: bytes) -> str | None:
+    def key_of(self, event: OutboxEvent, row: bytes) -> str | None:
         """The key of a row, or None where it has none or cannot be looked into."""
         try:
-            return self._keys.of(row)
+            return self._keys_of(event).of(row)
         except MessageUndecodable:
             return None
 
@@ -203,7 +211,9 @@ class OutboxDecoder:
         the row was cut out of its payload, which is a whole JSON document, being of type jsonb.
         """
         inserted = rows.cut()
-        if not inserted or any(rows.are_claim_checks):
+        if not inserted or any(rows.are_claim_checks) or any(rows.key_columns):
+            return None
+        if self._hides_row_id:
             return None
         # Several rows in one payload, or another array behind, and there are not as many keys.
         keys = self._keys.of_all(inserted)
@@ -237,13 +247,14 @@ class OutboxDecoder:
 
     def _decode_row(self, row: OutboxRow, decoded: Decoded) -> bool:
         """One row, whatever it is; False where a claim check ends the batch."""
-        outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers = row
+        outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers, key_columns = row
         event = OutboxEvent(
             outbox_id=outbox_id,
             refresh_id=refresh_id,
             created_at=created_at,
             headers=NO_HEADERS if headers is None else _headers(headers),
             is_full_refresh=False,
+            key_columns=None if key_columns is None else tuple(key_columns),
         )
         try:
             payload = self._read(body, is_claim_check=bool(is_claim_check))
@@ -267,11 +278,28 @@ class OutboxDecoder:
     ) -> list[RelayMessage]:
         """The message of one row; where it can't be looked into, its rejection and none."""
         try:
-            key = self._keys.of(row)
+            key = self._keys_of(event).of(row)
         except MessageUndecodable as error:
             rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
             return []
-        return [self._message(event, str(index), op, bytes(row), key=key)]
+        return [self._message(event, str(index), op, self._told(row), key=key)]
+
+    def _keys_of(self, event: OutboxEvent) -> _KeyReader:
+        """What reads the keys of an outbox row: it may say that they were renamed."""
+        columns = event.key_columns
+        if columns is None or not self._follows_renames:
+            return self._keys
+        if columns not in self._renamed_keys:
+            self._renamed_keys[columns] = _KeyReader(columns)
+        return self._renamed_keys[columns]
+
+    def _told(self, row: _Row) -> bytes:
+        """The row as it goes out: the row id of a stream table of pg_trickle is its key alone."""
+        if not self._hides_row_id:
+            return bytes(row)
+        members = object_members(bytes(row))
+        members.pop(ROW_ID, None)
+        return msgspec.json.encode({name: msgspec.Raw(value) for name, value in members.items()})
 
     def _decode_inline(
         self,
@@ -355,7 +383,7 @@ class OutboxDecoder:
 
 
 def _claim_check(event: OutboxEvent, row: OutboxRow, payload: _Payload) -> ClaimCheck:
-    _, _, _, inserted_count, deleted_count, _, body, _ = row
+    _, _, _, inserted_count, deleted_count, _, body, _, _ = row
     if payload.inserted_count is not None:
         inserted_count = payload.inserted_count
     if payload.deleted_count is not None:

@@ -54,7 +54,7 @@ with lock as materialized (
             (
                 l.locktype = 'relation'
                 and l.mode = 'RowExclusiveLock'
-                and l.relation = $1
+                and l.relation = pg_catalog.to_regclass($1)
                 and l.database = (
                     select d.oid from pg_catalog.pg_database as d
                     where d.datname = pg_catalog.current_database()
@@ -132,13 +132,13 @@ class CommitOrderReader:
         batch_bytes: int,
     ) -> None:
         self._database = database
-        self._outbox_oid = outbox.outbox_oid
+        self._outbox_relation = outbox.outbox_relation
         self._batch_size = batch_size
         self._batch_bytes = batch_bytes
         columns = (
             "select o.id, o.refresh_id, o.created_at, o.inserted_count, o.deleted_count,"
-            f" o.is_claim_check, o.payload, {'o.headers' if outbox.has_headers else 'null::jsonb'}"
-            f" as headers from {outbox.outbox_relation} as o"
+            " o.is_claim_check, o.payload, o.headers, o.key_columns"
+            f" from {outbox.outbox_relation} as o"
         )
         above = f"{columns} where o.id > $1 order by o.id limit $2"
         # Most gaps are one id wide; a list of those is the cheapest to look up by far.
@@ -306,7 +306,7 @@ class CommitOrderReader:
         self._recovered = _recovered(locks)
 
     async def _look(self, connection: PooledConnection) -> LockView:
-        row = await connection.fetchrow(_LOCK_VIEW, self._outbox_oid)
+        row = await connection.fetchrow(_LOCK_VIEW, self._outbox_relation)
         if row is None:
             raise CatalogError("the server said nothing of its locks")
         if row["is_standby"]:
@@ -351,8 +351,8 @@ def _bounded(candidates: str) -> str:
     """
     return (
         "select o.id, o.refresh_id::text as refresh_id, o.created_at, o.inserted_count,"
-        " o.deleted_count, o.is_claim_check, o.payload, nullif(o.headers, '{}') as headers"
-        " from (select o.*,"
+        " o.deleted_count, o.is_claim_check, o.payload, nullif(o.headers, '{}') as headers,"
+        " o.key_columns from (select o.*,"
         "   sum(o.messages) over running - o.messages as messages_before,"
         "   sum(o.bytes) over running - o.bytes as bytes_before"
         "  from (select o.*,"
@@ -374,7 +374,8 @@ def _bounded(candidates: str) -> str:
 def _packed(candidates: str) -> str:
     """All candidates ($2) in one record, and whether one is unfit for it.
 
-    That is a claim check, or one whose payload or headers are larger than $3 bytes.
+    That is a claim check, one with key columns of its own, or one whose payload or headers are
+    larger than $3 bytes.
 
     The driver takes a few long values apart several times faster than many short ones, a
     timestamp from seconds faster than from its own form. A line holds one JSON text, which has
@@ -394,7 +395,8 @@ def _packed(candidates: str) -> str:
         "   as messages,"
         " bool_or(o.is_unfit) as is_unfit"
         " from (select o.*, nullif(o.headers, '{}') as said, case"
-        "   when o.is_claim_check or pg_catalog.pg_column_size(o.payload) > $3::bigint"
+        "   when o.is_claim_check or o.key_columns is not null"
+        "    or pg_catalog.pg_column_size(o.payload) > $3::bigint"
         "    or pg_catalog.pg_column_compression(o.payload) is not null"
         "    or pg_catalog.pg_column_size(o.headers) > $3::bigint"
         "    or pg_catalog.pg_column_compression(o.headers) is not null then true"

@@ -8,7 +8,8 @@ from typing import Self, TypeVar
 
 import msgspec
 
-# id, refresh_id, created_at, inserted_count, deleted_count, is_claim_check, payload, headers
+# id, refresh_id, created_at, inserted_count, deleted_count, is_claim_check, payload, headers,
+# key_columns
 OutboxRow = tuple[
     int,
     str | None,
@@ -18,6 +19,7 @@ OutboxRow = tuple[
     bool | None,
     bytes | None,
     bytes | None,
+    Sequence[str] | None,
 ]
 
 _Value = TypeVar("_Value")
@@ -33,7 +35,8 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
     """Rows in ascending order of id; all columns have the same length.
 
     A column without a single value is empty. ``payloads``: JSON texts of type jsonb; ``inserted``
-    stands for them where all could be cut (`cut_inserted`).
+    stands for them where all could be cut (`cut_inserted`). ``key_columns``: for rows whose key was
+    renamed since the outbox was enabled.
     """
 
     ids: Sequence[int] = ()
@@ -45,13 +48,14 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
     payloads: Sequence[bytes | None] = ()
     inserted: Sequence[bytes] = ()
     headers: Sequence[bytes | None] = ()
+    key_columns: Sequence[Sequence[str] | None] = ()
 
     @classmethod
     def of(cls, rows: Sequence[OutboxRow]) -> Self:
         """The same rows from rows."""
         if not rows:
             return cls()
-        ids, refresh_ids, created_ats, inserted, deleted, claims, payloads, headers = zip(
+        ids, refresh_ids, created_ats, inserted, deleted, claims, payloads, headers, keys = zip(
             *rows, strict=True
         )
         return cls(
@@ -63,6 +67,7 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
             are_claim_checks=claims,
             payloads=payloads,
             headers=headers,
+            key_columns=keys,
         )
 
     def __len__(self) -> int:
@@ -78,6 +83,7 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
             self._whole(self.are_claim_checks),
             self._whole(self._all_payloads()),
             self._whole(self.headers),
+            self._whole(self.key_columns),
             strict=True,
         )
 
@@ -93,6 +99,7 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
             payloads=self.payloads[start:end],
             inserted=self.inserted[start:end],
             headers=self.headers[start:end],
+            key_columns=self.key_columns[start:end],
         )
 
     def cut(self) -> Sequence[bytes]:

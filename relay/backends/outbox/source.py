@@ -47,10 +47,13 @@ OnReset = Literal["earliest", "latest", "fail"]
 class OutboxSourceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The ``source`` object of a forward pipeline.
 
-    ``outbox``: the stream table or the outbox table. ``consumer_group``: null for one reader.
+    ``outbox``: the stream table, as it was named when the pipeline was set. ``outbox_table``: the
+    outbox that this meant then, which is read whatever is called so now. ``consumer_group``: null
+    for one reader.
     """
 
     outbox: str
+    outbox_table: str | None = None
     type: str = "outbox"
     consumer_group: str | None = None
 
@@ -160,7 +163,9 @@ class OutboxSource:
         Raises `OutboxUnsafe`, `PositionLost`, `ConfigurationError`, `Outage`.
         """
         await self._end_session()
-        outbox = await self._catalog.outbox(self._options.outbox)
+        outbox = await self._catalog.outbox(
+            self._options.outbox_table or await self._catalog.outbox_named(self._options.outbox)
+        )
         await self._refuse_unsafe(outbox)
         self._session = await self._begin_session(outbox)
         self._outbox_table = outbox.outbox_table
@@ -222,7 +227,7 @@ class OutboxSource:
             opened=delta.opened,
         )
         if token.consumed_claim_check is not None:
-            await self._catalog.rows_consumed(self._options.outbox, token.consumed_claim_check)
+            await self._catalog.rows_consumed(self._outbox_table, token.consumed_claim_check)
 
     async def keep_alive(self, batch: Batch) -> None:
         """Nothing to do: rows of an outbox are not on loan."""
@@ -382,7 +387,7 @@ class OutboxSource:
         firsts, lasts = list(claim.gap_first_ids), list(claim.gap_last_ids)
         if position > outbox.last_id:
             # What the description said may be older than the position: another relay moved on.
-            outbox = await self._catalog.outbox(self._options.outbox)
+            outbox = await self._catalog.outbox(outbox.outbox_table)
         if position > outbox.last_id:
             position, gaps = await self._reset(outbox, claim)
             firsts, lasts = [first for first, _ in gaps], [last for _, last in gaps]
@@ -412,6 +417,7 @@ class OutboxSource:
                 outbox_table=outbox.outbox_table,
                 stream_table=outbox.stream_table,
                 key_columns=self._reading.key_columns or tuple(outbox.key_columns or ()),
+                follows_renames=self._reading.key_columns is None,
                 namespace=self._context.dedup_namespace,
                 collapse_updates=self._reading.collapse_updates,
                 snapshot_markers=self._reading.snapshot_markers,

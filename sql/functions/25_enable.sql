@@ -1,0 +1,1219 @@
+-- Enabling, repairing and disabling outboxes.
+--
+-- What is made beside somebody's table is made by the caller, as ordinary DDL. Who acts for an
+-- outbox shows it by what only an owner can do: a comment on the capture function that names the
+-- operation and the transaction. An outbox belongs to the role that may grant inserting into it.
+
+create or replace function @schema@.relay_cut_name(wanted text, max_bytes integer)
+returns text
+language plpgsql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    fitting text := left(wanted, max_bytes);
+begin
+    while octet_length(fitting) > max_bytes loop
+        fitting := left(fitting, -1);
+    end loop;
+    return fitting;
+end
+$$;
+
+comment on function @schema@.relay_cut_name(text, integer) is
+    'The longest beginning of a name that fits into so many bytes, never half a character.';
+
+create or replace function @schema@.relay_free_name(schema_name text, wanted text, seed text)
+returns text
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    schema_id oid := (select n.oid from pg_namespace as n where n.nspname = schema_name);
+    free_name text := @schema@.relay_cut_name(wanted, 63);
+    attempt integer := 0;
+begin
+    while exists (select from pg_class where relnamespace = schema_id and relname = free_name)
+        or exists (select from pg_type where typnamespace = schema_id and typname = free_name)
+        or exists (select from pg_proc where pronamespace = schema_id and proname = free_name)
+    loop
+        free_name := @schema@.relay_cut_name(wanted, 55) || '_'
+            || left(md5(seed || case attempt when 0 then '' else attempt::text end), 7);
+        attempt := attempt + 1;
+    end loop;
+    return free_name;
+end
+$$;
+
+comment on function @schema@.relay_free_name(text, text, text) is
+    'A name that nothing has in a schema: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
+
+create or replace function @schema@.relay_capture_mode(relation oid)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when exists (
+        select
+        from @schema@.relay_family(relation) as f
+        join pg_trigger as t on t.tgrelid = f.member
+        left join pg_constraint as k on k.oid = t.tgconstraint and k.contype = 'f'
+        where t.tgtype & 1 <> 0
+            and t.tgtype & 66 = 0
+            and t.tgname not like '!pgtrickle\_%'
+            and (
+                not t.tgisinternal
+                -- A foreign key of the table to itself that changes its rows in turn.
+                or (k.conrelid = k.confrelid and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd')))
+            )
+    ) then 'row' else 'statement' end
+$$;
+
+comment on function @schema@.relay_capture_mode(oid) is
+    'How the changes of a table keep their order: row where triggers after each row could change it before the statement is told.';
+
+create or replace function @schema@.relay_wanted_triggers(relation oid, mode text, outbox_table text)
+returns table (target oid, trigger_name text, trigger_type integer, argument text, definition text)
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        f.member,
+        n.name,
+        e.bit + case w.level when 'row' then 1 else 0 end,
+        w.argument,
+        format(
+            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function %%s(%L)',
+            n.name, e.event, f.member::regclass,
+            case
+                when e.event = 'truncate' or w.argument = 'each' then ''
+                when e.event = 'insert' then 'referencing new table as new_rows'
+                when e.event = 'delete' then 'referencing old table as old_rows'
+                else 'referencing old table as old_rows new table as new_rows'
+            end,
+            w.level, format('%I.%I', @schema_name@, outbox_table), w.argument
+        )
+    from @schema@.relay_family(relation) as f
+    cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as e (event, bit)
+    cross join lateral (
+        select
+            case when mode = 'row' and e.event <> 'truncate' then 'row' else 'statement' end as level,
+            case
+                when mode = 'statement' or e.event = 'truncate' then 'statement'
+                -- PostgreSQL has no transition tables for the row triggers of the others.
+                when f.kind = 'r' and not f.is_child
+                    and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
+                    and exists (select from pg_index as i where i.indrelid = relation and i.indisprimary)
+                then 'first'
+                else 'each'
+            end as argument
+    ) as w
+    cross join lateral (
+        select format('!pgtrickle_%s_%s', left(md5(outbox_table), 7), e.event) as name
+    ) as n
+    where f.kind in ('r', 'p')
+        and mode <> 'none'
+        -- Truncating one partition, like detaching it, is no change of rows.
+        and (e.event <> 'truncate' or not f.is_child)
+        -- The row trigger of a partitioned table is cloned to its partitions by PostgreSQL.
+        and (w.level = 'statement' or not f.is_child
+            or not exists (select from pg_class as c where c.oid = f.member and c.relispartition))
+$$;
+
+comment on function @schema@.relay_wanted_triggers(oid, text, text) is
+    'The triggers that capture a table into an outbox. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
+
+create or replace function @schema@.relay_capture_settings(as_stored boolean)
+returns text
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select string_agg(
+        case
+            when as_stored then lower(p.name) || '=' || p.value
+            when p.name = 'search_path' then format('set %s to %s', p.name, p.value)
+            else format('set %s to %L', p.name, p.value)
+        end, ' ' order by p.place)
+    from (
+        values
+            (1, 'search_path', 'pg_catalog, pg_temp'), (2, 'timezone', 'UTC'), (3, 'datestyle', 'ISO'),
+            (4, 'intervalstyle', 'postgres'), (5, 'bytea_output', 'hex'), (6, 'extra_float_digits', '1'),
+            (7, 'lc_monetary', 'C'), (8, 'quote_all_identifiers', 'off'), (9, 'plpgsql.extra_errors', 'none')
+    ) as p (place, name, value)
+$$;
+
+comment on function @schema@.relay_capture_settings(boolean) is
+    'What a capture function pins, so that the session that writes has no part in what is told.';
+
+create or replace function @schema@.relay_source_of(outbox_table text, relation oid, mode text)
+returns text
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select @schema@.relay_capture_source(
+        c.outbox_table_name, c.delta_table_name, c.key_columns, mode,
+        @schema@.relay_primary_key(relation), c.claim_check_rows, c.claim_check_bytes)
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_source_of(text, oid, text) is
+    'Source of the capture function of an outbox as it is. Definer: who repairs it may not see the catalog; it shows settings only.';
+
+create or replace function @schema@.relay_make_function(
+    relation oid,
+    function_name text,
+    source text,
+    or_replace boolean default false
+)
+returns oid
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    place record;
+    function_id oid;
+    grantee text;
+begin
+    select n.nspname, quote_ident(pg_get_userbyid(c.relowner)) as owner, c.relowner,
+        has_schema_privilege(c.relowner, n.oid, 'create') as may_create
+    into place
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = relation;
+    if not place.may_create then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = format('%s may not create the capture function in schema %I', place.owner, place.nspname),
+            detail = 'It stands beside the table and belongs to the owner of the table.',
+            hint = format('grant create on schema %I to %s', place.nspname, place.owner);
+    end if;
+    execute format(
+        'create %s function %I.%I() returns trigger language plpgsql volatile security definer %s as %L',
+        case when or_replace then 'or replace' else '' end,
+        place.nspname, function_name, @schema@.relay_capture_settings(false), source
+    );
+    function_id := to_regprocedure(format('%I.%I()', place.nspname, function_name));
+    if (select p.proowner <> place.relowner from pg_proc as p where p.oid = function_id) then
+        execute format('alter function %s owner to %s', function_id::regprocedure, place.owner);
+    end if;
+    -- Default privileges may have given it to others.
+    execute format('revoke all on function %s from public', function_id::regprocedure);
+    for grantee in
+        select distinct quote_ident(pg_get_userbyid(a.grantee))
+        from pg_proc as p
+        cross join lateral aclexplode(p.proacl) as a
+        where p.oid = function_id and a.grantee not in (0, p.proowner)
+    loop
+        execute format('revoke all on function %s from %s', function_id::regprocedure, grantee);
+    end loop;
+    return function_id;
+end
+$$;
+
+comment on function @schema@.relay_make_function(oid, text, text, boolean) is
+    'Makes the capture function beside a table as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it.';
+
+create or replace function @schema@.relay_claim_function(function_id oid, operation text default null)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    execute format('comment on function %s is %L', function_id::regprocedure, case
+        when operation is null then 'Captures the changes of its table for pgtrickle-relay. Definer: who writes the table needs no right on the outbox.'
+        else format('pgtrickle-relay: %s in transaction %s', operation, pg_current_xact_id())
+    end);
+end
+$$;
+
+comment on function @schema@.relay_claim_function(oid, text) is
+    'Shows by a comment, which only its owner can make, that the caller acts for the owner of a capture function in this operation and transaction; null ends that.';
+
+create or replace function @schema@.relay_require_claim(function_id oid, operation text)
+returns void
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if obj_description(function_id, 'pg_proc')
+        is distinct from format('pgtrickle-relay: %s in transaction %s', operation, pg_current_xact_id())
+    then
+        raise exception using
+            errcode = 'RL004',
+            message = format('nobody has shown the right to %s', operation),
+            hint = format('call enable_outbox, repair_outbox or disable_outbox of schema %I', @schema_name@);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_require_claim(oid, text) is
+    'RL004 unless relay_claim_function was called for this operation in this transaction.';
+
+create or replace function @schema@.relay_function_problem(function_id oid, relation oid, source text)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when p.oid is null then 'the capture function is missing'
+        when p.proowner <> c.relowner then format('the capture function belongs to %I, the table to %I',
+            pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner))
+        -- The key that marks the first row of a statement may have been renamed since.
+        when regexp_replace(p.prosrc, 'record_image_eq\([^\n]*', '', 'g') <> regexp_replace(source, 'record_image_eq\([^\n]*', '', 'g') then 'the capture function is not the one that the relay makes'
+        when not (
+            p.prosecdef
+            and p.provolatile = 'v'
+            and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
+            and p.prorettype = 'trigger'::regtype
+            and @schema@.relay_capture_settings(true) = (
+                select string_agg(lower(split_part(c, '=', 1)) || '=' || split_part(c, '=', 2), ' ' order by place)
+                from unnest(p.proconfig) with ordinality as s (c, place))
+        ) then 'the capture function runs with other settings than those that the relay gives it'
+        when p.proacl is null or exists (select from aclexplode(p.proacl) as a where a.grantee <> p.proowner)
+            then 'the capture function may be executed by others than its owner'
+    end
+    from pg_class as c
+    left join pg_proc as p on p.oid = function_id
+    where c.oid = relation
+$$;
+
+comment on function @schema@.relay_function_problem(oid, oid, text) is
+    'What is wrong with a capture function; null where it stands as the relay makes it.';
+
+create or replace function @schema@.relay_attach(outbox_table text, relation oid, mode text, function_id oid)
+returns integer
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    step text;
+    steps integer := 0;
+begin
+    for step in
+        select format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
+        from @schema@.relay_bound_triggers(outbox_table) as b
+        where not b.is_clone
+            -- Those of a former owner, too, and of partitions that are none any more.
+            and (b.is_owned or b.target in (select f.member from @schema@.relay_family(relation) as f))
+            and not exists (
+                select
+                from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
+                where w.target = b.target and w.trigger_name = b.trigger_name
+                    and w.trigger_type = b.trigger_type and w.argument = b.argument
+                    and b.function_id = relay_attach.function_id
+            )
+    loop
+        execute step;
+        steps := steps + 1;
+    end loop;
+    for step in
+        select format(w.definition, format('%I.%I', n.nspname, p.proname))
+        from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
+        cross join pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where p.oid = function_id
+            and not exists (
+                select from @schema@.relay_bound_triggers(outbox_table) as b
+                where b.target = w.target and b.trigger_name = w.trigger_name
+            )
+        order by w.target <> relation, w.target
+    loop
+        execute step;
+        steps := steps + 1;
+    end loop;
+    for step in
+        select format('alter table %s enable trigger %I', b.target::regclass, b.trigger_name)
+        from @schema@.relay_bound_triggers(outbox_table) as b
+        where b.is_owned and not b.is_enabled
+    loop
+        execute step;
+        steps := steps + 1;
+    end loop;
+    return steps;
+exception
+    when lock_not_available then
+        raise exception using
+            errcode = 'lock_not_available',
+            message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
+            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
+end
+$$;
+
+comment on function @schema@.relay_attach(text, oid, text, oid) is
+    'Drops, creates and enables the triggers of a captured table and its partitions until they are those that are wanted, as the caller, and returns how many steps that took.';
+
+create or replace function @schema@.relay_check_stream(stream_table text, relation oid, key_columns text[])
+returns void
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    reason text;
+    remedy text := 'enable the outbox of an ordinary or partitioned table';
+    unknown_column text;
+begin
+    if relation is null then
+        raise exception using
+            errcode = 'RL001',
+            message = format('there is no table %s', coalesce(stream_table, 'null')),
+            detail = 'The name is read like any table name: unquoted capitals are folded, and search_path counts.',
+            hint = 'name it with its schema, or with capture => ''none'' for a stream without a table';
+    end if;
+    select
+        case
+            when c.relkind not in ('r', 'p') or c.relpersistence = 't'
+                or n.nspname in ('pg_catalog', 'information_schema', @schema_name@)
+            then 'It is a view, a foreign, temporary or system table.'
+            when c.relispartition
+            then 'It is a partition: what is written through its parent would be missing.'
+            when exists (select from @schema@.relay_family(relation) as f where f.kind = 'f')
+            then 'One of its partitions or children is a foreign table, for which PostgreSQL has no transition tables.'
+        end,
+        case when c.relispartition then format('select %I.enable_outbox(%L)', @schema_name@,
+            (select f.root from (select pg_partition_root(relation)::text as root) as f))
+            when c.relkind in ('r', 'p') and exists (select from @schema@.relay_family(relation) as f where f.kind = 'f')
+            then 'detach the foreign table, or publish with capture => ''none'''
+            else remedy end
+    into reason, remedy
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = relation;
+    if reason is not null then
+        raise exception using
+            errcode = 'RL005',
+            message = format('%s cannot have an outbox', relation::regclass),
+            detail = reason,
+            hint = remedy;
+    end if;
+    select k.name into unknown_column
+    from unnest(key_columns) as k (name)
+    where not exists (
+        select
+        from pg_attribute as a
+        where a.attrelid = relation and a.attname = k.name and a.attnum > 0 and not a.attisdropped
+    )
+    limit 1;
+    if found then
+        raise exception using
+            errcode = 'undefined_column',
+            message = format('%s has no column %I to be its key', relation::regclass, unknown_column),
+            hint = 'key_columns names columns of the table as they are stored, without quotes';
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_check_stream(text, oid, text[]) is
+    'What can keep a table from having an outbox: RL001, RL005, or a key column that is not there.';
+
+create or replace function @schema@.relay_create_outbox(settings @schema@.pgt_outbox_config, owner_role oid)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    first_id bigint := 1 + coalesce(
+        (
+            select h.last_id
+            from @schema@.relay_outbox_high_water as h
+            where h.outbox_table_name = settings.outbox_table_name
+        ),
+        0
+    );
+begin
+    insert into @schema@.pgt_outbox_config values (settings.*);
+    execute format(
+        $create$
+            create table %1$I.%2$I (
+                id bigint generated always as identity (start with %3$s cache 1) primary key,
+                pgt_id uuid not null default %4$L,
+                -- Unique is enough: random bytes for each row cost as much as capturing it.
+                refresh_id uuid not null default
+                    encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), 'hex')::uuid,
+                created_at timestamptz not null default clock_timestamp(),
+                inserted_count bigint not null default 0,
+                deleted_count bigint not null default 0,
+                is_claim_check boolean not null default false,
+                payload jsonb,
+                headers jsonb not null default '{}',
+                key_columns text[]
+            );
+            comment on table %1$I.%2$I is %5$L;
+            comment on column %1$I.%2$I.key_columns is
+                'Columns of the key in this row, where they were renamed since the outbox was enabled.';
+
+            create table %1$I.%6$I (
+                outbox_id bigint not null,
+                row_num bigint not null,
+                row_op text not null check (row_op in ('INSERT', 'DELETE')),
+                row_data jsonb not null,
+                primary key (outbox_id, row_num)
+            );
+            comment on table %1$I.%6$I is %7$L;
+
+            create unlogged sequence %1$I.%8$I;
+            comment on sequence %1$I.%8$I is %9$L;
+            grant select on sequence %1$I.%8$I to public;
+        $create$,
+        @schema_name@,
+        settings.outbox_table_name,
+        first_id,
+        settings.pgt_id,
+        format('Outbox of %s: one row for each captured statement or publication.', settings.stream_table),
+        settings.delta_table_name,
+        format('Rows of large deltas in the outbox of %s: inserted ones from row_num 0 on, then deleted ones.', settings.stream_table),
+        settings.sleep_sequence_name,
+        format('Until when, in seconds since 1970, some relay sleeps on the outbox of %s. For all to read: publishers do.', settings.stream_table)
+    );
+    if settings.notify then
+        execute format(
+            $create$
+                create constraint trigger relay_notify after insert on %1$I.%2$I
+                deferrable initially deferred
+                for each row execute function %1$I.relay_notify_outbox(%3$L, %4$L)
+            $create$,
+            @schema_name@,
+            settings.outbox_table_name,
+            format('%I.%I', @schema_name@, settings.sleep_sequence_name),
+            @schema@.relay_channel('pgtrickle_outbox_new')
+        );
+    end if;
+    perform @schema@.relay_grant_outbox(settings.outbox_table_name, settings.delta_table_name, owner_role);
+end
+$$;
+
+comment on function @schema@.relay_create_outbox(@schema@.pgt_outbox_config, oid) is
+    'The tables of one outbox; ids continue where a disabled outbox of this name ended.';
+
+create or replace function @schema@.relay_grant_outbox(outbox_table text, delta_table text, owner_role oid)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    previous text;
+    grantee text := quote_ident(pg_get_userbyid(owner_role));
+begin
+    for previous in
+        select distinct quote_ident(pg_get_userbyid(x.grantee))
+        from pg_attribute as a
+        cross join lateral aclexplode(a.attacl) as x
+        where a.attrelid = to_regclass(format('%I.%I', @schema_name@, outbox_table))
+            and x.is_grantable
+            and x.grantee <> owner_role
+    loop
+        execute format('revoke all on %1$I.%2$I, %1$I.%3$I from %4$s cascade',
+            @schema_name@, outbox_table, delta_table, previous);
+    end loop;
+    -- Never id and created_at: nobody chooses a place in the order, or a time.
+    execute format(
+        $grant$
+            grant select, insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
+                on %1$I.%2$I to %4$s with grant option;
+            grant select, insert on %1$I.%3$I to %4$s with grant option
+        $grant$,
+        @schema_name@, outbox_table, delta_table, grantee
+    );
+    if to_regrole('pgtrickle_relay') is not null then
+        execute format('grant select on %1$I.%2$I, %1$I.%3$I to pgtrickle_relay',
+            @schema_name@, outbox_table, delta_table);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_grant_outbox(text, text, oid) is
+    'Gives an outbox to a role, which may insert into it and let others do so, and takes it from who had it.';
+
+create or replace function @schema@.relay_outbox_plan(stream_table text, relation oid)
+returns @schema@.pgt_outbox_config
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    plan @schema@.pgt_outbox_config;
+    seed text := stream_table;
+begin
+    plan.stream_table := stream_table;
+    select c.relname, n.nspname, n.nspname || '.' || c.relname
+    into plan.stream_table, plan.stream_schema, seed
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = relation;
+    plan.stream_table := coalesce(plan.stream_table, stream_table);
+    seed := coalesce(seed, stream_table);
+    plan.outbox_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_' || plan.stream_table, seed);
+    plan.delta_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_delta_rows_' || plan.stream_table, seed);
+    plan.sleep_sequence_name := @schema@.relay_free_name(@schema_name@, 'outbox_sleep_' || plan.stream_table, seed);
+    plan.pgt_id := gen_random_uuid();
+    plan.swept_through := 0;
+    plan.enabled_at := now();
+    plan.last_drained_count := 0;
+    return plan;
+end
+$$;
+
+comment on function @schema@.relay_outbox_plan(text, oid) is
+    'How the tables of a new outbox will be called.';
+
+create or replace function @schema@.relay_register_outbox(
+    wanted @schema@.pgt_outbox_config,
+    relation oid,
+    function_id oid
+)
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    plan @schema@.pgt_outbox_config;
+    problem text;
+begin
+    -- Names are chosen one after the other, so that no two outboxes choose the same.
+    perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
+    plan := @schema@.relay_outbox_plan(null, relation);
+    if wanted.outbox_table_name is distinct from plan.outbox_table_name
+        or wanted.delta_table_name is distinct from plan.delta_table_name
+    then
+        raise exception using
+            errcode = 'serialization_failure',
+            message = format('another outbox took the name %I meanwhile', wanted.outbox_table_name),
+            hint = 'try again';
+    end if;
+    perform @schema@.relay_require_claim(function_id, 'enable ' || plan.outbox_table_name);
+    perform @schema@.relay_check_stream(null, relation, wanted.key_columns);
+    problem := @schema@.relay_function_problem(function_id, relation, @schema@.relay_capture_source(
+        plan.outbox_table_name, plan.delta_table_name, wanted.key_columns,
+        @schema@.relay_mode_of(wanted.capture, relation), @schema@.relay_primary_key(relation),
+        wanted.claim_check_rows, wanted.claim_check_bytes));
+    if problem is not null then
+        raise exception using errcode = 'RL005', message = format('%s cannot have an outbox: %s', relation::regclass, problem);
+    end if;
+    plan.capture := wanted.capture;
+    plan.notify := wanted.notify;
+    plan.key_columns := wanted.key_columns;
+    plan.retention_hours := wanted.retention_hours;
+    plan.claim_check_rows := wanted.claim_check_rows;
+    plan.claim_check_bytes := wanted.claim_check_bytes;
+    select n.nspname, p.proname
+    into plan.capture_schema, plan.capture_function
+    from pg_proc as p
+    join pg_namespace as n on n.oid = p.pronamespace
+    where p.oid = function_id;
+    perform @schema@.relay_create_outbox(plan, (select c.relowner from pg_class as c where c.oid = relation));
+    return plan.outbox_table_name;
+end
+$$;
+
+comment on function @schema@.relay_register_outbox(@schema@.pgt_outbox_config, oid, oid) is
+    'The catalog''s half of enable_outbox. Definer: table owners may not create in the schema; it acts for who has made the capture function of the table''s owner in this transaction, and compares that function with what the generator makes.';
+
+create or replace function @schema@.relay_create_stream(wanted @schema@.pgt_outbox_config)
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    plan @schema@.pgt_outbox_config;
+begin
+    perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
+    if exists (
+        select from @schema@.pgt_outbox_config as c
+        where c.stream_schema is null and c.stream_table = wanted.stream_table
+    ) then
+        raise exception using
+            errcode = 'RL002',
+            message = format('the outbox of %s is enabled already', wanted.stream_table),
+            hint = format('select %I.outbox_status(%L)', @schema_name@, wanted.stream_table);
+    end if;
+    plan := @schema@.relay_outbox_plan(wanted.stream_table, null);
+    plan.capture := 'none';
+    plan.notify := wanted.notify;
+    plan.key_columns := wanted.key_columns;
+    plan.retention_hours := wanted.retention_hours;
+    plan.claim_check_rows := wanted.claim_check_rows;
+    plan.claim_check_bytes := wanted.claim_check_bytes;
+    perform @schema@.relay_create_outbox(plan, current_user::regrole);
+    execute format(
+        $grant$
+            grant select (id), insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
+                on %1$I.%2$I to pgtrickle_publisher;
+            grant insert on %1$I.%3$I to pgtrickle_publisher
+        $grant$,
+        @schema_name@, plan.outbox_table_name, plan.delta_table_name
+    );
+    return plan.outbox_table_name;
+end
+$$;
+
+comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config) is
+    'Makes the outbox of a stream without a table, for members of pgtrickle_publisher, who may all publish to it. Definer: they may not create in the schema.';
+
+create or replace function @schema@.relay_mode_of(capture text, relation oid)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select case capture when 'auto' then @schema@.relay_capture_mode(relation) else capture end
+$$;
+
+comment on function @schema@.relay_mode_of(text, oid) is
+    'How a table is captured: what was asked for, and for auto what the table needs.';
+
+create or replace function @schema@.relay_enable(wanted @schema@.pgt_outbox_config, relation oid)
+returns text
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    plan @schema@.pgt_outbox_config;
+    mode text;
+    function_id oid;
+    outbox_table text := @schema@.relay_find_outbox(null, relation);
+begin
+    if wanted.capture is null or wanted.capture not in ('auto', 'statement', 'row', 'none')
+        or wanted.retention_hours is null or wanted.retention_hours < 0
+        or wanted.claim_check_rows is null or wanted.claim_check_rows < 0
+        or wanted.claim_check_bytes is null or wanted.claim_check_bytes not between 0 and 134217728
+        or wanted.notify is null
+    then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = format('the outbox of %s can''t be enabled with these settings', wanted.stream_table),
+            hint = 'capture is auto, statement, row or none; retention_hours and claim_check_rows are 0 or more; claim_check_bytes at most 134217728';
+    end if;
+    if relation is null and wanted.capture = 'none' and wanted.stream_table <> '' then
+        return @schema@.relay_create_stream(wanted);
+    end if;
+    perform @schema@.relay_check_stream(wanted.stream_table, relation, wanted.key_columns);
+    if outbox_table is not null then
+        -- A table that was dropped and made again goes on in its outbox.
+        if wanted.capture = 'none' or @schema@.relay_captured_table(outbox_table) is not null
+            or @schema@.relay_repair(outbox_table, relation) = 0
+        then
+            raise exception using
+                errcode = 'RL002',
+                message = format('the outbox of %s is enabled already', wanted.stream_table),
+                hint = format('select %I.outbox_status(%L), or repair_outbox where something is wrong with it',
+                    @schema_name@, wanted.stream_table);
+        end if;
+        return outbox_table;
+    end if;
+
+    plan := @schema@.relay_outbox_plan(null, relation);
+    wanted.outbox_table_name := plan.outbox_table_name;
+    wanted.delta_table_name := plan.delta_table_name;
+    wanted.key_columns := coalesce(wanted.key_columns, @schema@.relay_primary_key(relation));
+    mode := @schema@.relay_mode_of(wanted.capture, relation);
+    if mode = 'row' and wanted.capture = 'auto' then
+        raise notice '% has triggers after each row: its changes are told before they run', relation::regclass;
+    end if;
+    function_id := @schema@.relay_make_function(
+        relation,
+        @schema@.relay_free_name(plan.stream_schema, 'pgtrickle_capture_' || plan.stream_table, plan.outbox_table_name),
+        @schema@.relay_capture_source(plan.outbox_table_name, plan.delta_table_name, wanted.key_columns, mode,
+            @schema@.relay_primary_key(relation), wanted.claim_check_rows, wanted.claim_check_bytes));
+    perform @schema@.relay_claim_function(function_id, 'enable ' || plan.outbox_table_name);
+    outbox_table := @schema@.relay_register_outbox(wanted, relation, function_id);
+    perform @schema@.relay_claim_function(function_id);
+    perform @schema@.relay_attach(outbox_table, relation, mode, function_id);
+    return outbox_table;
+end
+$$;
+
+comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid) is
+    'The caller''s half of enable_outbox: what it makes is ordinary DDL.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.enable_outbox(
+    stream_table text,
+    retention_hours integer default 24,
+    capture text default 'auto',
+    notify boolean default true,
+    key_columns text[] default null,
+    claim_check_rows integer default 1000,
+    claim_check_bytes bigint default 1048576
+)
+returns text
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    wanted @schema@.pgt_outbox_config;
+    waits text := pg_catalog.current_setting('lock_timeout');
+    outbox_table text;
+begin
+    wanted.stream_table := stream_table;
+    wanted.retention_hours := retention_hours;
+    wanted.capture := capture;
+    wanted.notify := notify;
+    wanted.key_columns := key_columns;
+    wanted.claim_check_rows := claim_check_rows;
+    wanted.claim_check_bytes := claim_check_bytes;
+    if waits operator(pg_catalog.=) '0' then
+        -- A trigger that waits for its lock makes every later writer wait behind it.
+        perform pg_catalog.set_config('lock_timeout', '5s', true);
+    end if;
+    outbox_table := @schema@.relay_enable(wanted, @schema@.relay_relation(stream_table));
+    perform pg_catalog.set_config('lock_timeout', waits, true);
+    return outbox_table;
+end
+$$;
+
+comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint) is
+    'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. RL002 where it has one.';
+
+-- ---------------------------------------------------------------------------
+-- Repairing
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_capture_function_of(outbox_table text)
+returns oid
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(
+        (
+            select b.function_id
+            from @schema@.relay_bound_triggers(outbox_table) as b
+            where b.is_owned
+            order by b.trigger_type & 32 desc
+            limit 1
+        ),
+        (
+            select p.oid
+            from @schema@.pgt_outbox_config as c
+            join pg_namespace as n on n.nspname = c.capture_schema
+            join pg_proc as p on p.pronamespace = n.oid and p.proname = c.capture_function and p.pronargs = 0
+            where c.outbox_table_name = outbox_table
+                and has_column_privilege(
+                    p.proowner, format('%I.%I', @schema_name@, outbox_table), 'payload', 'insert with grant option')
+        )
+    )
+$$;
+
+comment on function @schema@.relay_capture_function_of(text) is
+    'The capture function of an outbox, which outlives its table; null where it is gone or belongs to a role that does not own the outbox. Definer: its callers may not see the catalog.';
+
+create or replace function @schema@.relay_transfer_outbox(outbox_table text, relation oid, function_id oid)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    captured oid := @schema@.relay_captured_table(outbox_table);
+    settings @schema@.pgt_outbox_config;
+    owner_role oid := (select c.relowner from pg_class as c where c.oid = relation);
+    outbox_relation text := format('%I.%I', @schema_name@, outbox_table);
+    is_named_so boolean;
+    problem text;
+begin
+    select c.* into settings from @schema@.pgt_outbox_config as c where c.outbox_table_name = outbox_table;
+    perform @schema@.relay_require_claim(function_id, 'repair ' || outbox_table);
+    select c.relname = settings.stream_table and n.nspname = settings.stream_schema
+    into is_named_so
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = relation;
+    if captured is distinct from relation
+        and not (captured is null and is_named_so
+            and has_column_privilege(owner_role, outbox_relation, 'payload', 'insert with grant option'))
+    then
+        raise exception using
+            errcode = 'RL004',
+            message = format('outbox %I does not belong to %s', outbox_table, pg_get_userbyid(owner_role)::regrole),
+            detail = 'Its table was dropped, or given away together with its capture function.',
+            hint = format('let a superuser or a member of %s call repair_outbox', current_user::regrole);
+    end if;
+    problem := @schema@.relay_function_problem(function_id, relation,
+        @schema@.relay_source_of(outbox_table, relation, @schema@.relay_mode_of(settings.capture, relation)));
+    if problem is not null then
+        raise exception using errcode = 'RL005', message = format('%s cannot be repaired: %s', outbox_table, problem);
+    end if;
+    perform @schema@.relay_take_outbox(outbox_table, relation, function_id);
+end
+$$;
+
+comment on function @schema@.relay_transfer_outbox(text, oid, oid) is
+    'The catalog''s half of repair_outbox: gives an outbox to the owner of its table. Definer: nobody has rights on the catalog; it acts for who has claimed the new capture function, of the owner of the table that is captured already or that has the name and the rights.';
+
+create or replace function @schema@.relay_take_outbox(outbox_table text, relation oid, function_id oid)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update @schema@.pgt_outbox_config as c
+    set capture_schema = n.nspname, capture_function = p.proname
+    from pg_proc as p
+    join pg_namespace as n on n.oid = p.pronamespace
+    where c.outbox_table_name = outbox_table and p.oid = function_id;
+    perform @schema@.relay_grant_outbox(outbox_table, c.delta_table_name, r.relowner)
+    from @schema@.pgt_outbox_config as c
+    cross join pg_class as r
+    where c.outbox_table_name = outbox_table and r.oid = relation;
+end
+$$;
+
+comment on function @schema@.relay_take_outbox(text, oid, oid) is
+    'Gives an outbox to the owner of a table, without asking. Definer: nobody has rights on the catalog; only the catalog''s owner may execute it.';
+
+create or replace function @schema@.relay_repair(outbox_table text, relation oid)
+returns integer
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    captured oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
+    mode text := @schema@.relay_mode_of(@schema@.relay_outbox_details(outbox_table) ->> 'capture', captured);
+    source text := @schema@.relay_source_of(outbox_table, captured, mode);
+    function_id oid := @schema@.relay_capture_function_of(outbox_table);
+    problem text := @schema@.relay_function_problem(function_id, captured, source);
+    steps integer := 0;
+begin
+    if problem is not null and exists (
+        select from pg_proc as p join pg_class as c on c.oid = captured where p.oid = function_id and p.proowner = c.relowner
+            and p.pronamespace = c.relnamespace
+    ) then
+        perform @schema@.relay_make_function(captured, p.proname, source, true) from pg_proc as p where p.oid = function_id;
+        steps := 1;
+    elsif problem is not null then
+        function_id := @schema@.relay_make_function(
+            captured,
+            @schema@.relay_free_name(n.nspname, 'pgtrickle_capture_' || c.relname, outbox_table),
+            source)
+        from pg_class as c
+        join pg_namespace as n on n.oid = c.relnamespace
+        where c.oid = captured;
+        if has_function_privilege(format('%I.relay_take_outbox(text, oid, oid)', @schema_name@), 'execute') then
+            perform @schema@.relay_take_outbox(outbox_table, captured, function_id);
+        else
+            perform @schema@.relay_claim_function(function_id, 'repair ' || outbox_table);
+            perform @schema@.relay_transfer_outbox(outbox_table, captured, function_id);
+        end if;
+        perform @schema@.relay_claim_function(function_id);
+        steps := 1;
+    end if;
+    return steps + @schema@.relay_attach(outbox_table, captured, mode, function_id);
+end
+$$;
+
+comment on function @schema@.relay_repair(text, oid) is
+    'The caller''s half of repair_outbox: what it makes is ordinary DDL.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.repair_outbox(stream_table text)
+returns integer
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    relation oid := @schema@.relay_relation(stream_table);
+    waits text := pg_catalog.current_setting('lock_timeout');
+    steps integer;
+begin
+    if waits operator(pg_catalog.=) '0' then
+        perform pg_catalog.set_config('lock_timeout', '5s', true);
+    end if;
+    if relation is null then
+        perform @schema@.relay_check_stream(stream_table, relation, null);
+    end if;
+    steps := @schema@.relay_repair(@schema@.relay_outbox_named(stream_table), relation);
+    perform pg_catalog.set_config('lock_timeout', waits, true);
+    return steps;
+end
+$$;
+
+comment on function @schema@.repair_outbox(text) is
+    'Makes the capture function and the triggers of a table and its partitions what they should be, and returns how many steps that took; 0: nothing was wrong.';
+
+-- ---------------------------------------------------------------------------
+-- Disabling
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_remove_outbox(outbox_table text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set client_min_messages = warning
+as $$
+declare
+    settings @schema@.pgt_outbox_config;
+    outbox_relation text := format('%I.%I', @schema_name@, outbox_table);
+    last_id bigint;
+begin
+    delete from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table
+    returning c.* into settings;
+    if to_regclass(outbox_relation) is not null then
+        execute format('lock table %s in access exclusive mode', outbox_relation);
+        -- A notification of this very transaction would keep the table from being dropped.
+        execute format('set constraints %I.relay_notify immediate', @schema_name@);
+        select coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
+        into last_id
+        from pg_sequence as q
+        where q.seqrelid = pg_get_serial_sequence(outbox_relation, 'id')::regclass;
+        insert into @schema@.relay_outbox_high_water as h (outbox_table_name, last_id)
+        values (outbox_table, last_id)
+        on conflict (outbox_table_name) do update
+        set last_id = greatest(h.last_id, excluded.last_id), disabled_at = now();
+        execute format('drop table %s cascade', outbox_relation);
+    end if;
+    execute format('drop table if exists %I.%I', @schema_name@, settings.delta_table_name);
+    execute format('drop sequence if exists %I.%I', @schema_name@, settings.sleep_sequence_name);
+end
+$$;
+
+comment on function @schema@.relay_remove_outbox(text) is
+    'Drops the tables of an outbox, without asking, and keeps its highest id. Definer: they belong to the catalog''s owner, who alone may execute it.';
+
+create or replace function @schema@.relay_drop_outbox(outbox_table text, function_id oid)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform @schema@.relay_require_claim(function_id, 'disable ' || outbox_table);
+    if function_id is distinct from @schema@.relay_capture_function_of(outbox_table) then
+        raise exception using
+            errcode = 'RL004',
+            message = format('%s is not the capture function of outbox %I', function_id::regprocedure, outbox_table);
+    end if;
+    perform @schema@.relay_remove_outbox(outbox_table);
+end
+$$;
+
+comment on function @schema@.relay_drop_outbox(text, oid) is
+    'The catalog''s half of disable_outbox. Definer: the tables belong to the catalog''s owner; it acts for who has claimed the capture function of the outbox.';
+
+create or replace function @schema@.relay_drop_stream(outbox_table text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if exists (
+        select from @schema@.pgt_outbox_config as c
+        where c.outbox_table_name = outbox_table and c.stream_schema is null
+    ) then
+        perform @schema@.relay_remove_outbox(outbox_table);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_drop_stream(text) is
+    'Drops the outbox of a stream without a table, for members of pgtrickle_publisher. Definer: it belongs to the catalog''s owner.';
+
+create or replace function @schema@.relay_disable(outbox_table text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    function_id oid := @schema@.relay_capture_function_of(outbox_table);
+    step text;
+begin
+    if function_id is not null then
+        -- Triggers first: a writer holds its table before it waits for the outbox.
+        for step in
+            select format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
+            from @schema@.relay_bound_triggers(outbox_table) as b
+            where b.is_owned and not b.is_clone
+        loop
+            execute step;
+        end loop;
+        perform @schema@.relay_claim_function(function_id, 'disable ' || outbox_table);
+        perform @schema@.relay_drop_outbox(outbox_table, function_id);
+        execute format('drop function %s', function_id::regprocedure);
+    elsif has_function_privilege(format('%I.relay_remove_outbox(text)', @schema_name@), 'execute') then
+        perform @schema@.relay_remove_outbox(outbox_table);
+    elsif @schema@.relay_outbox_details(outbox_table) ->> 'is_stream' = 'true' then
+        perform @schema@.relay_drop_stream(outbox_table);
+    else
+        raise exception using
+            errcode = 'RL004',
+            message = format('the capture function of outbox %I is gone', outbox_table),
+            detail = 'It is what shows to whom an outbox belongs.',
+            hint = 'let a superuser call disable_outbox';
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_disable(text) is
+    'The caller''s half of disable_outbox: what it drops beside the table is ordinary DDL.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.disable_outbox(stream_table text, if_exists boolean default false)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    waits text := pg_catalog.current_setting('lock_timeout');
+begin
+    if if_exists and @schema@.relay_find_outbox(stream_table, @schema@.relay_relation(stream_table)) is null then
+        return;
+    end if;
+    if waits operator(pg_catalog.=) '0' then
+        perform pg_catalog.set_config('lock_timeout', '5s', true);
+    end if;
+    perform @schema@.relay_disable(@schema@.relay_outbox_named(stream_table));
+    perform pg_catalog.set_config('lock_timeout', waits, true);
+end
+$$;
+
+comment on function @schema@.disable_outbox(text, boolean) is
+    'Stops capturing and drops the outbox with what was not delivered yet. Its highest id is kept: a later outbox of this name continues above it.';
+
+-- ---------------------------------------------------------------------------
+-- What is wrong
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_capture_problems()
+returns table (outbox_table text, stream_table text, relation text, problem text, remedy text)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with outbox as (
+        select c.outbox_table_name, c.stream_table, c.stream_schema, c.capture, c.key_columns, r.captured,
+            @schema@.relay_mode_of(c.capture, r.captured) as mode,
+            @schema@.relay_capture_function_of(c.outbox_table_name) as function_id
+        from @schema@.pgt_outbox_config as c
+        cross join lateral (select @schema@.relay_captured_table(c.outbox_table_name) as captured) as r
+        where c.stream_schema is not null and c.capture <> 'none'
+    ), found as (
+        select o.outbox_table_name, o.stream_table, format('%I.%I', o.stream_schema, o.stream_table) as relation,
+            'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox' as problem
+        from outbox as o
+        where o.captured is null
+        union all
+        select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
+            @schema@.relay_function_problem(o.function_id, o.captured,
+                @schema@.relay_source_of(o.outbox_table_name, o.captured, o.mode))
+        from outbox as o
+        where o.captured is not null
+        union all
+        select o.outbox_table_name, o.stream_table, t.target::regclass::text, t.problem
+        from outbox as o
+        cross join lateral (
+            select
+                coalesce(w.target, b.target) as target,
+                case
+                    when b.target is null then format('trigger %s is missing: these changes are not captured', w.trigger_name)
+                    when w.target is null then format('trigger %s is left over: it captures what no longer belongs to the table', b.trigger_name)
+                    when not b.is_enabled then format('trigger %s is disabled: these changes are not captured', b.trigger_name)
+                    when b.trigger_type <> w.trigger_type or b.argument <> w.argument
+                    then format('trigger %s is not of the kind that the other triggers of the table ask for', b.trigger_name)
+                end as problem
+            from @schema@.relay_wanted_triggers(o.captured, o.mode, o.outbox_table_name) as w
+            full join (
+                select * from @schema@.relay_bound_triggers(o.outbox_table_name) as x where x.is_owned and not x.is_clone
+            ) as b on b.target = w.target and b.trigger_name = w.trigger_name
+        ) as t
+        union all
+        select o.outbox_table_name, o.stream_table, f.member::regclass::text,
+            'a foreign table is among the partitions: PostgreSQL refuses to write it through a captured parent'
+        from outbox as o
+        cross join lateral @schema@.relay_family(o.captured) as f
+        where f.kind = 'f'
+        union all
+        select o.outbox_table_name, o.stream_table, f.member::regclass::text,
+            format('trigger %I runs inside the statement, before capture can see it: what it changes in the same table comes first', t.tgname)
+        from outbox as o
+        cross join lateral @schema@.relay_family(o.captured) as f
+        join pg_class as c on c.oid = f.member
+        join pg_trigger as t on t.tgrelid = f.member and t.tgtype & 3 = 3 and not t.tgisinternal
+        join pg_proc as p on p.oid = t.tgfoid
+        where p.prosrc ~* format('\m(insert\s+into|update|delete\s+from)\s+(only\s+)?(\S+\.)?"?%s\M',
+            regexp_replace(c.relname, '([^[:alnum:]_])', '\\\1', 'g'))
+        union all
+        select o.outbox_table_name, o.stream_table, t.tgrelid::regclass::text,
+            format('trigger %I runs before capture: what it changes is told in the wrong order', t.tgname)
+        from outbox as o
+        cross join lateral @schema@.relay_family(o.captured) as f
+        join pg_trigger as t on t.tgrelid = f.member and not t.tgisinternal and t.tgtype & 2 = 0
+        where t.tgname < '!pgtrickle_'::name
+        union all
+        select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
+            format('column %I of the key is gone', k.name)
+        from outbox as o
+        cross join lateral unnest(o.key_columns) as k (name)
+        where o.captured is not null
+            and @schema@.relay_primary_key(o.captured) is null
+            and not exists (
+                select from pg_attribute as a
+                where a.attrelid = o.captured and a.attname = k.name and not a.attisdropped)
+    )
+    select f.outbox_table_name, f.stream_table, f.relation, f.problem,
+        case
+            when f.problem like '%foreign table%' then 'detach the foreign table'
+            when f.problem like 'column %' then 'give the table a primary key'
+            when f.problem like '%inside the statement%' then 'let an AFTER trigger do it'
+            when f.problem like '%before capture:%' then format('rename the trigger on %s', f.relation)
+            else format('select %I.repair_outbox(%L)', @schema_name@,
+                coalesce(@schema@.relay_captured_table(f.outbox_table_name)::regclass::text, f.relation))
+        end
+    from found as f
+    where f.problem is not null
+    order by 1, 3, 4
+$$;
+
+comment on function @schema@.relay_capture_problems() is
+    'What is wrong with capture, and how to mend it. Definer: the relay may not see the catalog.';
