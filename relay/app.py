@@ -30,7 +30,7 @@ from relay.housekeeping import Housekeeping
 from relay.http import HttpServer
 from relay.locks import Locks
 from relay.metrics import Metrics
-from relay.migrate import MigrationStep, migrate
+from relay.migrate import MigrationStep, contents, migrate, uninstall
 from relay.postgres import Database, connect
 from relay.process import keep_freed_memory, rare_collections
 from relay.secrets import OPERATOR, SecretPolicy, Secrets
@@ -170,17 +170,49 @@ async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:
     connection = await connect(postgres, purpose="migrate")
 
     def on_step(step: MigrationStep) -> None:
-        say(f"{'applied' if step.is_applied else 'present'}  {step.filename}")
+        if step.is_applied:
+            say(f"applied  {step.filename}")
 
     try:
-        report = await migrate(connection, on_step=on_step)
+        report = await migrate(connection, on_step=on_step, schema=postgres.schema)
     finally:
         await connection.close()
     for notice in report.notices:
         say(notice)
     if not report.has_own_role:
         say(f"the role pgtrickle_owner could not be created: {report.owner} owns the functions")
-    say(f"the catalog is at {report.version_after}")
+    state = "up to date" if report.is_up_to_date else "now"
+    say(f"the catalog is {state} at {report.version_after}")
+    return 0
+
+
+async def run_uninstall(
+    settings: Settings, *, confirm: Callable[[str], bool], say: Callable[[str], None]
+) -> int:
+    """Remove the catalog with all outboxes and inboxes, once ``confirm`` agrees; the exit code."""
+    postgres = resolved(settings.postgres, Secrets(OPERATOR, os.environ))
+    connection = await connect(postgres, purpose="migrate")
+    try:
+        kept = await contents(connection, postgres.schema)
+        if not kept:
+            say(f"there is no catalog in schema {postgres.schema}")
+            return 0
+        if not confirm(
+            f"This removes schema {postgres.schema} with {', '.join(kept)}. Events that were not"
+            " delivered and messages in inboxes of the schema are lost. Go on?"
+        ):
+            say("nothing was removed")
+            return 1
+        left = await uninstall(connection, schema=postgres.schema)
+    finally:
+        await connection.close()
+    say(f"schema {postgres.schema} is removed, and the triggers of captured tables with it")
+    for function in left:
+        say(f"left for its owner: drop function {function}")
+    say(
+        "the roles pgtrickle_owner, pgtrickle_relay and pgtrickle_publisher stay: they belong to"
+        " the whole cluster"
+    )
     return 0
 
 

@@ -94,20 +94,25 @@ def _run(argv: Sequence[str]) -> int:
     if verb == "migrate" and arguments.print:
         from relay.migrate import migration_script
 
-        sys.stdout.write(migration_script())
+        composed = _composed(verb, arguments)
+        sys.stdout.write(migration_script(type_settings(composed).postgres.schema))
         return EXIT_OK
-    composed = compose_settings(
+    composed = _composed(verb, arguments)
+    if arguments.cfg:
+        sys.stdout.write(show_settings(composed))
+        return EXIT_OK
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_command(verb, arguments, type_settings(composed)))
+
+
+def _composed(verb: str, arguments: argparse.Namespace) -> DictConfig:
+    return compose_settings(
         arguments.overrides,
         config_dirs=arguments.config_dir,
         flags=_flags(arguments),
         environment=os.environ,
         base_overrides=["+env=demo"] if verb == "demo" else (),
     )
-    if arguments.cfg:
-        sys.stdout.write(show_settings(composed))
-        return EXIT_OK
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_command(verb, arguments, type_settings(composed)))
 
 
 def compose_settings(
@@ -206,6 +211,8 @@ def _parser(verb: str) -> _Parser:
         parser.add_argument(flag, dest=key, metavar=flag.rpartition("-")[2].upper(), help=text)
     if verb == "migrate":
         parser.add_argument("--print", action="store_true", help="print the SQL, change nothing")
+        parser.add_argument("--uninstall", action="store_true", help="remove the catalog")
+        parser.add_argument("--yes", action="store_true", help="remove it without asking")
     if verb == "demo":
         parser.add_argument("--seconds", type=float, default=None, help="end after so long")
         parser.add_argument("--rate", type=float, default=50.0, help="orders written per second")
@@ -221,8 +228,12 @@ def _flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 async def _command(verb: str, arguments: argparse.Namespace, settings: Settings) -> int:
     if verb == "migrate":
-        from relay.app import run_migrate
+        from relay.app import run_migrate, run_uninstall
 
+        if arguments.uninstall:
+            return await run_uninstall(
+                settings, confirm=lambda text: arguments.yes or _confirmed(text), say=_say
+            )
         return await run_migrate(settings, say=_say)
     if verb == "demo":
         from relay.demo import run_demo
@@ -290,6 +301,16 @@ def _in_words(error: Exception) -> ConfigurationError:
 def _refuse(error: RelayError, code: int) -> int:
     sys.stderr.write(f"pgtrickle-relay: {error}\n")
     return code
+
+
+def _confirmed(question: str) -> bool:
+    """Asks on the terminal; without one nothing is confirmed."""
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            "--uninstall asks before it removes anything, and there is no terminal",
+            remedy="say --yes",
+        )
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _say(line: str) -> None:

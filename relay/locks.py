@@ -17,7 +17,7 @@ import msgspec
 
 from relay.errors import NotConnected, RelayError
 from relay.postgres import Connection, connect, postgres_errors
-from relay.settings import PostgresSettings
+from relay.settings import DEFAULT_SCHEMA, PostgresSettings
 
 _NAMESPACE = "pgtrickle-relay"
 
@@ -72,8 +72,9 @@ class Locks:
     def __init__(self, settings: PostgresSettings, group_id: str) -> None:
         self._settings = settings
         self._group_id = group_id
-        self._member_key = lock_key("member", group_id)
-        self._full_key = lock_key("full", group_id)
+        self._schema = () if settings.schema == DEFAULT_SCHEMA else (settings.schema,)
+        self._member_key = lock_key(*self._schema, "member", group_id)
+        self._full_key = lock_key(*self._schema, "full", group_id)
         self._is_full = False
         self._connection: Connection | None = None
         self._held: set[str] = set()
@@ -144,7 +145,7 @@ class Locks:
             await self._query("select pg_advisory_unlock($1)", self._key(pipeline))
 
     def _key(self, pipeline: str) -> int:
-        return lock_key("pipeline", self._group_id, pipeline)
+        return lock_key(*self._schema, "pipeline", self._group_id, pipeline)
 
     async def _query(self, query: str, *args: object) -> asyncpg.Record:
         """The one row of a query."""

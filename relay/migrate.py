@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -148,9 +148,7 @@ class _Migrator:
         steps: list[MigrationStep] = []
         for file in _files():
             is_pending = (
-                not are_current
-                if file.kind is StepKind.FUNCTIONS
-                else file.name not in state.files
+                not are_current if file.kind is StepKind.FUNCTIONS else file.name not in state.files
             )
             if is_pending:
                 if file.kind is StepKind.MIGRATION:
@@ -220,6 +218,61 @@ async def catalog_version(connection: Connection, schema: str = DEFAULT_SCHEMA) 
         return _highest([row["version"] for row in rows])
 
 
+async def contents(connection: Connection, schema: str = DEFAULT_SCHEMA) -> Sequence[str]:
+    """What `uninstall` would remove, in words; empty where there is no catalog."""
+    with _refusals("looking at the catalog"):
+        row = await connection.fetchrow(_CONTENTS, schema)
+    if row is None or not row["is_ours"]:
+        return ()
+    return (f"{row['outboxes']} outboxes", f"{row['tables'] - row['outboxes']} other tables")
+
+
+async def uninstall(connection: Connection, *, schema: str = DEFAULT_SCHEMA) -> Sequence[str]:
+    """Remove the schema with everything in it, and our functions beside the tables of others.
+
+    Dropping the schema takes the capture triggers with it, so the application's writes go on.
+    Returns the functions that this role may not drop. Raises `MigrationRefused`, `NotConnected`.
+    """
+    left: list[str] = []
+    async with _migration_lock(connection):
+        with _refusals("removing the catalog"):
+            async with connection.transaction():
+                await connection.execute(f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s'")
+                await connection.execute("set local search_path = pg_catalog, pg_temp")
+                functions = await connection.fetch(_BESIDE, filled("@schema@", schema))
+                await connection.execute(filled("drop schema @schema@ cascade", schema))
+                for function in functions:
+                    try:
+                        async with connection.transaction():
+                            await connection.execute(f"drop function {function['signature']}")
+                    except asyncpg.InsufficientPrivilegeError:
+                        left.append(function["signature"])
+    return left
+
+
+_CONTENTS = """
+select
+    bool_or(c.relname = 'relay_migrations') as is_ours,
+    count(*) filter (where c.relname like 'outbox\\_%' and exists (
+        select from pg_catalog.pg_attribute as a where a.attrelid = c.oid and a.attname = 'pgt_id'
+    )) as outboxes,
+    count(*) as tables
+from pg_catalog.pg_class as c
+join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+where n.nspname = $1 and c.relkind = 'r'
+"""
+
+# Ours stand beside the tables of others; their text begins by saying so, and names the schema.
+_BESIDE = """
+select p.oid::regprocedure::text as signature
+from pg_catalog.pg_proc as p
+where p.proname like 'pgtrickle\\_%'
+    and p.prosrc like E'\\n-- pgtrickle-relay %'
+    and position($1 || '.' in p.prosrc) > 0
+order by 1
+"""
+
+
 def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
     """What `migrate` would do to any database, as a script for ``psql -f``.
 
@@ -253,7 +306,8 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
 
 
 def _applied(opening: str, statements: str, closing: str) -> str:
-    return f"{opening}\nselect @schema@.relay_apply($relay_file${statements}$relay_file$);\n{closing}"
+    applying = f"select @schema@.relay_apply($relay_file${statements}$relay_file$);"
+    return f"{opening}\n{applying}\n{closing}"
 
 
 _RECORDS = """
@@ -276,7 +330,8 @@ select jsonb_build_object(
     'functions', (
         select coalesce(md5(string_agg(x.said, ' ' order by x.said)), '')
         from (
-            select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
+            select concat_ws(
+                ' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
             from pg_proc as p
             join pg_namespace as n on n.oid = p.pronamespace
             where n.nspname = @schema_name@ and p.proname <> 'relay_apply'

@@ -247,7 +247,9 @@ class Database:
         try:
             with postgres_errors("listening"):
                 for channel in channels:
-                    await connection.add_listener(channel, self._notified)
+                    # Its name on the server depends on the schema, and the server's encoding.
+                    name = await connection.fetchval("select relay_channel($1)", channel)
+                    await connection.add_listener(name, self._notified)
                 backoff.reset()
                 for channel in channels:
                     self._tell(channel, "")
@@ -261,8 +263,10 @@ class Database:
             connection.terminate()
         raise NotConnected("the listening connection was lost")
 
-    def _notified(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
-        self._tell(channel, str(payload))
+    def _notified(self, _connection: object, _pid: int, name: str, payload: object) -> None:
+        for channel in self._listeners:
+            if name.startswith(channel):
+                self._tell(channel, str(payload))
 
     def _tell(self, channel: str, payload: str) -> None:
         for listener in tuple(self._listeners.get(channel, ())):

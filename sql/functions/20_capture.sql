@@ -126,10 +126,10 @@ begin
         order by a.attnum
     loop
         if field.is_omitted then
-            object := format('@schema@.relay_omit(%s, %L, %L)', object, field.attname, 'owner');
+            object := format('%I.relay_omit(%s, %L, %L)', @schema_name@, object, field.attname, 'owner');
         elsif is_guarded then
-            object := format('@schema@.relay_put(%s, %L, r.%I, %L)',
-                object, field.attname, field.attname, field.is_plain);
+            object := format('%I.relay_put(%s, %L, r.%I, %L)',
+                @schema_name@, object, field.attname, field.attname, field.is_plain);
         else
             object := format('%s || jsonb_build_object(%L, %s)', object, field.attname, case
                 when field.is_plain then format('r.%I', field.attname)

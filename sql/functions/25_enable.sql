@@ -116,7 +116,7 @@ as $$
             end as argument
     ) as w
     cross join lateral (
-        select format('!pgtrickle_%s_%s', left(md5(outbox_table), 7), e.event) as name
+        select format('!pgtrickle_%s_%s', left(md5(@schema_name@ || '.' || outbox_table), 7), e.event) as name
     ) as n
     where f.kind in ('r', 'p')
         and mode <> 'none'

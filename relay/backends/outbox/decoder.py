@@ -90,9 +90,9 @@ class Decoded(msgspec.Struct, kw_only=True):
 class OutboxDecoder:
     """Decodes the rows of one outbox. Without state: the same row always gives the same messages.
 
-    ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; an outbox row may
-    name others, after a column was renamed (``follows_renames``); a row that lacks one of them has no
-    key. ``collapse_updates`` turns a delete and an insert of one key in
+    ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; an outbox row
+    may name others, after a column was renamed (``follows_renames``); a row that lacks one of them
+    has no key. ``collapse_updates`` turns a delete and an insert of one key in
     one outbox row into an ``update`` that has the index of the insert.
     """
 
