@@ -25,8 +25,8 @@ class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     ``url``: a libpq connection string or URL; empty means libpq's own environment variables.
     ``sslmode``, ``sslrootcert``, ``sslcert``, ``sslkey``: as libpq spells them; they win over the
-    same parameters inside ``url``. ``schema``: where the relay's catalog is. ``pool_size`` bounds the
-    connections of the working pool; two more are used for ownership and for listening.
+    same parameters inside ``url``. ``schema``: where the relay's catalog is. ``pool_size`` bounds
+    the connections of the working pool; two more are used for ownership and for listening.
     ``heartbeat_timeout_s`` is how long the ownership connection may stay silent before this relay
     gives up its pipelines.
     """

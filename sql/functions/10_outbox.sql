@@ -381,28 +381,21 @@ $$;
 comment on function @schema@.relay_sleep(text, text, integer) is
     'Says that a relay sleeps on an outbox for so long, so that publishers notify meanwhile; null: it is awake. Definer: the flags are no business of others.';
 
--- Without search_path and as whoever commits: each costs a part of every commit, and there is
--- nothing here that a session could change. The sequence is readable by all.
 create or replace function @schema@.relay_notify_outbox()
 returns trigger
 language plpgsql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- Only while somebody sleeps: a notify in every commit serialises commits and
-    -- forbids prepare transaction. Without a query, which would be most of what this costs.
-    if pg_catalog.pg_sequence_last_value(tg_argv[0]::pg_catalog.regclass)
-        operator(pg_catalog.>) pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
-    then
-        perform pg_catalog.pg_notify(tg_argv[1], tg_table_name);
-    end if;
+    perform pg_notify(tg_argv[0], tg_table_name);
     return null;
 end
 $$;
 
 comment on function @schema@.relay_notify_outbox() is
-    'At commit, wakes relays that sleep on this outbox; its arguments are the sequence that says so and the channel.';
+    'Wakes relays that sleep on this outbox, once the transaction commits; its argument is the channel.';
 
 create or replace function @schema@.relay_channel(base text)
 returns text

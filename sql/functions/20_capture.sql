@@ -44,7 +44,7 @@ $$;
 comment on function @schema@.relay_has_rows_below(oid) is
     'Whether children of a table kept rows: truncate only on a parent leaves them, and a truncate downstream would lose them.';
 
-create or replace function @schema@.relay_is_plain(column_type oid, relation oid)
+create or replace function @schema@.relay_is_plain(column_type oid, relation oid, is_pinned boolean default false)
 returns boolean
 language sql
 stable
@@ -68,13 +68,15 @@ as $$
         ) as i
     )
     select coalesce(bool_and(
-        p.id < 16384
+        -- Money and names of objects print by settings that a capture function does not pin.
+        (p.id < 16384 and (is_pinned or t.typname <> 'money' and t.typname !~ '^reg'))
         -- These are taken apart, whatever casts there are.
         or t.typtype in ('d', 'c')
         or t.typcategory = 'A'
         or (
             -- Only the owner of a type can make a cast of it.
-            t.typowner in (c.relowner, 10)
+            p.id >= 16384
+            and t.typowner in (c.relowner, 10)
             and pg_get_userbyid(c.relowner) = current_user
             and not exists (
                 select
@@ -92,7 +94,7 @@ as $$
     where c.oid = relation
 $$;
 
-comment on function @schema@.relay_is_plain(oid, oid) is
+comment on function @schema@.relay_is_plain(oid, oid, boolean) is
     'Whether to_jsonb may be called on a column of this type as the owner of the table: it calls casts to json of other types, which must be the owner''s own or the system''s.';
 
 create or replace function @schema@.relay_row_expression(relation oid, is_guarded boolean)
@@ -112,7 +114,8 @@ begin
     for field in
         select
             a.attname,
-            @schema@.relay_is_plain(a.atttypid, relation) as is_plain,
+            @schema@.relay_is_plain(a.atttypid, relation, true) as is_plain,
+            a.atttypid < 16384 and @schema@.relay_is_plain(a.atttypid, relation) as is_simple,
             -- A foreign base type of somebody else's table is not even printed.
             not is_owner and t.typtype = 'b' and t.typcategory <> 'A' and t.oid >= 16384 as is_omitted
         from pg_attribute as a
@@ -127,14 +130,11 @@ begin
     loop
         if field.is_omitted then
             object := format('%I.relay_omit(%s, %L, %L)', @schema_name@, object, field.attname, 'owner');
-        elsif is_guarded then
+        elsif is_guarded or not field.is_simple then
             object := format('%I.relay_put(%s, %L, r.%I, %L)',
                 @schema_name@, object, field.attname, field.attname, field.is_plain);
         else
-            object := format('%s || jsonb_build_object(%L, %s)', object, field.attname, case
-                when field.is_plain then format('r.%I', field.attname)
-                else format('case num_nulls(r.%1$I) when 0 then format(''%%s'', r.%1$I) end', field.attname)
-            end);
+            object := format('%s || jsonb_build_object(%L, r.%I)', object, field.attname, field.attname);
         end if;
     end loop;
     return object;
@@ -142,7 +142,7 @@ end
 $$;
 
 comment on function @schema@.relay_row_expression(oid, boolean) is
-    'SQL text that makes the event of a row r of a table; guarded: what a value can''t be told as is left out and named.';
+    'SQL text that makes the event of a row r of a table; guarded: each value by itself, so that one that can''t be told is left out and named.';
 
 create or replace function @schema@.relay_put(object jsonb, field text, value anyelement, is_plain boolean)
 returns jsonb
@@ -150,6 +150,8 @@ language plpgsql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
+set lc_monetary = 'C'
+set quote_all_identifiers = off
 as $$
 begin
     return object || jsonb_build_object(
@@ -217,6 +219,29 @@ $$;
 comment on function @schema@.relay_primary_key(oid) is
     'Columns of the primary key in its order; of a stream table of pg_trickle its row id; null without either.';
 
+create or replace function @schema@.relay_is_calm(outbox_table text)
+returns boolean
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(bool_and(
+        a.atttypid < 16384
+        -- What prints by settings that a capture function does not pin: money and names of objects.
+        and t.typname not in ('money', '_money')
+        and t.typname !~ '^_?reg'
+        and a.attgenerated <> 'v'
+        and a.attname not like '\_\_pgt\_%'
+    ), false)
+    from @schema@.relay_family(@schema@.relay_captured_table(outbox_table)) as f
+    join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
+    join pg_type as t on t.oid = a.atttypid
+$$;
+
+comment on function @schema@.relay_is_calm(text) is
+    'Whether a captured table has columns of built-in types only. Immutable as far as a plan goes: it is asked when a statement on the transition table is planned, which PostgreSQL does again whenever the table is altered.';
+
 create or replace function @schema@.relay_capture_quick(
     operation text,
     outbox_table text,
@@ -234,42 +259,37 @@ as $$
         $piece$
             insert into %1$I.%2$I (inserted_count, deleted_count, payload)
             select %3$s, %4$s, jsonb_build_object('v', 1, 'inserted', %5$s, 'deleted', %6$s)
-            from %7$s
+            from (
+                select %7$s
+                where %1$I.relay_is_calm(%2$L) or not exists (
+                    select
+                    from pg_attribute as a
+                    where a.attrelid = tg_relid
+                        and a.attnum > 0
+                        and not a.attisdropped
+                        and (not %1$I.relay_is_plain(a.atttypid, tg_relid)
+                            or a.attgenerated = 'v' or a.attname like '\_\_pgt\_%%')
+                )
+                offset 0
+            ) as c
             where %3$s + %4$s between 1 and %8$s
                 and %9$s <= %10$s
                 and %11$s;$piece$,
         @schema_name@,
         outbox_table,
-        case operation when 'DELETE' then '0' else 'i.row_count' end,
-        case operation when 'INSERT' then '0' else 'd.row_count' end,
-        case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'i.row_list' end,
-        case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'd.row_list' end,
+        case operation when 'DELETE' then '0' else 'cardinality(c.i)' end,
+        case operation when 'INSERT' then '0' else 'cardinality(c.d)' end,
+        case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.i)' end,
+        case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.d)' end,
         string_agg(
-            format(
-                $side$(
-                select count(*) as row_count, jsonb_agg(to_jsonb(r.*)) as row_list
-                from (select * from %I limit %s) as r
-                where not exists (
-                    select
-                    from pg_attribute as a
-                    where a.attrelid = tg_relid
-                        and a.attnum > 0
-                        and (
-                            a.atttypid >= 16384 and not %I.relay_is_plain(a.atttypid, tg_relid)
-                            or a.attgenerated = 'v'
-                        )
-                        and not a.attisdropped
-                )
-            ) as %s$side$,
-                s.rows, claim_check_rows + 1, @schema_name@, s.alias
-            ),
-            ' cross join ' order by s.alias desc
+            format('array(select to_jsonb(r.*) from %I as r limit %s) as %s', s.rows, claim_check_rows + 1, s.alias),
+            ', ' order by s.alias desc
         ),
         claim_check_rows,
-        string_agg(format('pg_column_size(%s.row_list)', s.alias), ' + ' order by s.alias desc),
+        string_agg(format('pg_column_size(c.%s)', s.alias), ' + ' order by s.alias desc),
         claim_check_bytes,
         -- A column of the key that was renamed is looked up by the rest of the function.
-        coalesce(string_agg(format('%s.row_list -> 0 ?& %L', s.alias, key_columns), ' and ' order by s.alias), 'true')
+        coalesce(string_agg(format('c.%s[1] ?& %L', s.alias, key_columns), ' and ' order by s.alias), 'true')
     )
     from (values ('i', 'new_rows', 'DELETE'), ('d', 'old_rows', 'INSERT')) as s (alias, rows, without)
     where s.without <> operation

@@ -146,8 +146,7 @@ as $$
     from (
         values
             (1, 'search_path', 'pg_catalog, pg_temp'), (2, 'timezone', 'UTC'), (3, 'datestyle', 'ISO'),
-            (4, 'intervalstyle', 'postgres'), (5, 'bytea_output', 'hex'), (6, 'extra_float_digits', '1'),
-            (7, 'lc_monetary', 'C'), (8, 'quote_all_identifiers', 'off'), (9, 'plpgsql.extra_errors', 'none')
+            (4, 'intervalstyle', 'postgres'), (5, 'bytea_output', 'hex'), (6, 'extra_float_digits', '1')
     ) as p (place, name, value)
 $$;
 
@@ -493,9 +492,12 @@ begin
     if settings.notify then
         execute format(
             $create$
-                create constraint trigger relay_notify after insert on %1$I.%2$I
-                deferrable initially deferred
-                for each row execute function %1$I.relay_notify_outbox(%3$L, %4$L)
+                -- Only while some relay sleeps: a notify in every commit serialises commits and forbids
+                -- prepare transaction. Who falls asleep now polls again after as long as it slept.
+                create trigger relay_notify before insert on %1$I.%2$I
+                for each statement
+                when (pg_sequence_last_value(%3$L::regclass) > date_part('epoch', clock_timestamp()))
+                execute function %1$I.relay_notify_outbox(%4$L)
             $create$,
             @schema_name@,
             settings.outbox_table_name,
@@ -995,8 +997,6 @@ begin
     returning c.* into settings;
     if to_regclass(outbox_relation) is not null then
         execute format('lock table %s in access exclusive mode', outbox_relation);
-        -- A notification of this very transaction would keep the table from being dropped.
-        execute format('set constraints %I.relay_notify immediate', @schema_name@);
         select coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
         into last_id
         from pg_sequence as q
