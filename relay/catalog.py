@@ -100,12 +100,12 @@ class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lag(msgspec.Struct, frozen=True, kw_only=True):
-    """How far one forward pipeline is behind its outbox."""
+    """How far one forward pipeline is behind its outbox; unknown (None) where that is gone."""
 
     pipeline: str
     last_change_id: int | None
-    max_outbox_id: int
-    lag_rows: int
+    max_outbox_id: int | None
+    lag_rows: int | None
     oldest_unsent_at: datetime | None
     pending_gaps: int
     worker_id: str | None
@@ -216,10 +216,10 @@ class Catalog:
         )
 
     async def reset_offset(self, pipeline: str, epoch: int, last_change_id: int) -> None:
-        """Set the position anywhere and forget the gaps: the outbox was made anew."""
+        """Set the position anywhere and remove the gaps: the outbox was made again."""
         await self._database.execute(
             "resetting the offset",
-            "select pgtrickle.relay_reset_offset($1, $2, $3, $4)",
+            "select pgtrickle.relay_commit($1, $2, $3, $4, p_is_reset => true)",
             self._group_id,
             pipeline,
             epoch,
@@ -370,13 +370,14 @@ class Catalog:
             "putting back dead letters", "select pgtrickle.relay_dlq_put_back($1)", list(ids)
         )
 
-    async def lag(self) -> list[Lag]:
-        """How far each forward pipeline of this group is behind."""
+    async def lag(self, pipelines: Sequence[str]) -> list[Lag]:
+        """How far these forward pipelines of this group are behind; reverse ones are left out."""
         rows = await self._database.fetch(
             "measuring lag",
             "select pipeline, last_change_id, max_outbox_id, lag_rows, oldest_unsent_at,"
-            " pending_gaps, worker_id from pgtrickle.relay_lag($1)",
+            " pending_gaps, worker_id from pgtrickle.relay_lag($1, $2)",
             self._group_id,
+            list(pipelines),
         )
         return [Lag(**dict(row)) for row in rows]
 

@@ -3,6 +3,24 @@
 -- What creates or drops tables runs as the caller. What reads or writes the catalog is a definer
 -- function, which looks at the role in force where it must know who asks.
 
+create or replace function pgtrickle.relay_relation(p_oid oid)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = p_oid
+$$;
+
+comment on function pgtrickle.relay_relation(oid) is
+    'Quoted, qualified name of a table for use in SQL text; null when it is gone.';
+
+revoke all on function pgtrickle.relay_relation(oid) from public;
+
 create or replace function pgtrickle.relay_inbox_fields()
 returns table (field text, is_required boolean, types text[])
 language sql

@@ -231,12 +231,15 @@ begin
     end if;
 
     v_start := pgtrickle.relay_start_of(p_name, v_outbox, coalesce(v_config ->> 'start', 'earliest'));
-    insert into pgtrickle.relay_outbox_config as c (name, enabled, config, start_after_id, start_gaps)
-    values (p_name, coalesce(p_enabled, true), v_config, v_start.after_id, v_start.gaps)
+    insert into pgtrickle.relay_outbox_config as c
+        (name, enabled, config, outbox_table_name, start_after_id, start_gaps)
+    values
+        (p_name, coalesce(p_enabled, true), v_config, v_outbox_table, v_start.after_id, v_start.gaps)
     on conflict (name) do update
     set
         enabled = excluded.enabled,
         config = excluded.config,
+        outbox_table_name = excluded.outbox_table_name,
         start_after_id = excluded.start_after_id,
         start_gaps = excluded.start_gaps,
         updated_at = now();

@@ -23,8 +23,21 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    relay_group_id text not null := p_relay_group_id;
+    pipeline text not null := p_pipeline;
+    worker_id text not null := p_worker_id;
+    v_config pgtrickle.relay_outbox_config;
     v_outbox_table text;
 begin
+    select c.* into v_config from pgtrickle.relay_outbox_config as c where c.name = p_pipeline;
+    if v_config.outbox_table_name <> coalesce(p_outbox_table, '') then
+        raise exception using
+            errcode = 'RL020',
+            message = format('pipeline "%s" reads outbox "%s", not %L',
+                p_pipeline, v_config.outbox_table_name, p_outbox_table),
+            detail = 'It was set again meanwhile.',
+            hint = 'Read its configuration again.';
+    end if;
     insert into pgtrickle.relay_consumer_offsets (relay_group_id, pipeline_id, outbox_table)
     values (p_relay_group_id, p_pipeline, p_outbox_table)
     on conflict (relay_group_id, pipeline_id) do nothing;
@@ -35,8 +48,16 @@ begin
     where o.relay_group_id = p_relay_group_id and o.pipeline_id = p_pipeline
     for update;
     if is_new or v_outbox_table <> p_outbox_table then
+        -- A new position starts where its pipeline starts.
         is_new := true;
-        perform pgtrickle.relay_start_position(p_relay_group_id, p_pipeline, p_outbox_table);
+        update pgtrickle.relay_consumer_offsets as o
+        set outbox_table = p_outbox_table, last_change_id = coalesce(v_config.start_after_id, 0)
+        where o.relay_group_id = p_relay_group_id and o.pipeline_id = p_pipeline;
+        delete from pgtrickle.relay_pending_gaps as g
+        where g.relay_group_id = p_relay_group_id and g.pipeline_id = p_pipeline;
+        insert into pgtrickle.relay_pending_gaps (relay_group_id, pipeline_id, first_id, last_id)
+        select p_relay_group_id, p_pipeline, lower(r.gap), upper(r.gap) - 1
+        from unnest(v_config.start_gaps) as r (gap);
     end if;
 
     update pgtrickle.relay_consumer_offsets as o
@@ -55,44 +76,7 @@ end
 $$;
 
 comment on function pgtrickle.relay_claim(text, text, text, text) is
-    'Take a pipeline''s position: raises its epoch, so that the owner before can''t write it any more, and returns it with its pending gaps. Without an outbox (reverse pipelines) only the epoch counts. Definer: positions are written by functions only.';
-
-revoke all on function pgtrickle.relay_claim(text, text, text, text) from public;
-
-create or replace function pgtrickle.relay_start_position(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_outbox_table text
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_after_id bigint;
-    v_gaps int8multirange;
-begin
-    select c.start_after_id, c.start_gaps into v_after_id, v_gaps
-    from pgtrickle.relay_outbox_config as c
-    where c.name = p_pipeline;
-
-    update pgtrickle.relay_consumer_offsets as o
-    set outbox_table = p_outbox_table, last_change_id = coalesce(v_after_id, 0)
-    where o.relay_group_id = p_relay_group_id and o.pipeline_id = p_pipeline;
-    delete from pgtrickle.relay_pending_gaps as g
-    where g.relay_group_id = p_relay_group_id and g.pipeline_id = p_pipeline;
-    insert into pgtrickle.relay_pending_gaps (relay_group_id, pipeline_id, first_id, last_id)
-    select p_relay_group_id, p_pipeline, lower(r.gap), upper(r.gap) - 1
-    from unnest(v_gaps) as r (gap);
-end
-$$;
-
-comment on function pgtrickle.relay_start_position(text, text, text) is
-    'Put a new position where its pipeline starts.';
-
-revoke all on function pgtrickle.relay_start_position(text, text, text) from public;
+    'Definer, since only functions write positions. Take a pipeline''s position: raises its epoch, so that the owner before can''t write it any more, and returns it with its pending gaps. Without an outbox (reverse pipelines) only the epoch counts. RL020 where the pipeline is bound to another outbox.';
 
 create or replace function pgtrickle.relay_commit(
     p_relay_group_id text,
@@ -101,7 +85,8 @@ create or replace function pgtrickle.relay_commit(
     p_last_change_id bigint,
     p_closed_first_ids bigint[] default '{}',
     p_opened_first_ids bigint[] default '{}',
-    p_opened_last_ids bigint[] default '{}'
+    p_opened_last_ids bigint[] default '{}',
+    p_is_reset boolean default false
 )
 returns void
 language plpgsql
@@ -109,21 +94,45 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    last_change_id bigint not null := p_last_change_id;
+    closed_first_ids bigint[] not null := p_closed_first_ids;
+    opened_first_ids bigint[] not null := p_opened_first_ids;
+    opened_last_ids bigint[] not null := p_opened_last_ids;
+    is_reset boolean not null := p_is_reset;
+    o pgtrickle.relay_consumer_offsets;
 begin
-    update pgtrickle.relay_consumer_offsets as o
-    set last_change_id = greatest(o.last_change_id, p_last_change_id), updated_at = now()
-    where o.relay_group_id = p_relay_group_id
-        and o.pipeline_id = p_pipeline
-        and o.epoch = p_epoch;
+    update pgtrickle.relay_consumer_offsets as r
+    set
+        last_change_id = case
+            when p_is_reset then p_last_change_id
+            else greatest(r.last_change_id, p_last_change_id)
+        end,
+        updated_at = now()
+    where r.relay_group_id = p_relay_group_id
+        and r.pipeline_id = p_pipeline
+        and r.epoch = p_epoch;
     if not found then
-        perform pgtrickle.relay_ownership_lost(p_relay_group_id, p_pipeline, p_epoch);
+        select r.* into o
+        from pgtrickle.relay_consumer_offsets as r
+        where r.relay_group_id = p_relay_group_id and r.pipeline_id = p_pipeline;
+        raise exception using
+            errcode = 'RL020',
+            message = format('pipeline "%s" of relay group "%s" has another owner',
+                p_pipeline, p_relay_group_id),
+            detail = case
+                when o.epoch is null then 'Its position was deleted.'
+                else format('The position is at epoch %s, owned by %s; this worker has epoch %s.',
+                    o.epoch, coalesce(o.worker_id, 'nobody'), coalesce(p_epoch::text, 'null'))
+            end,
+            hint = 'Stop this worker. What it has not committed is delivered again by the owner.';
     end if;
 
-    if cardinality(p_closed_first_ids) > 0 then
+    if p_is_reset or cardinality(p_closed_first_ids) > 0 then
         delete from pgtrickle.relay_pending_gaps as g
         where g.relay_group_id = p_relay_group_id
             and g.pipeline_id = p_pipeline
-            and g.first_id = any (p_closed_first_ids);
+            and (p_is_reset or g.first_id = any (p_closed_first_ids));
     end if;
     if cardinality(p_opened_first_ids) > 0 then
         -- A commit whose answer was lost is repeated: its gaps are there already.
@@ -136,75 +145,8 @@ begin
 end
 $$;
 
-comment on function pgtrickle.relay_commit(text, text, bigint, bigint, bigint[], bigint[], bigint[]) is
-    'Write position and gaps together: the position never goes back, gaps that begin at the closed ids go, the opened ranges come. RL020 where the epoch has moved on. Definer: positions are written by functions only.';
-
-revoke all on function pgtrickle.relay_commit(text, text, bigint, bigint, bigint[], bigint[], bigint[]) from public;
-
-create or replace function pgtrickle.relay_ownership_lost(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_epoch bigint
-)
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    o pgtrickle.relay_consumer_offsets;
-begin
-    select r.* into o
-    from pgtrickle.relay_consumer_offsets as r
-    where r.relay_group_id = p_relay_group_id and r.pipeline_id = p_pipeline;
-    raise exception using
-        errcode = 'RL020',
-        message = format('pipeline "%s" of relay group "%s" has another owner', p_pipeline, p_relay_group_id),
-        detail = case
-            when o.epoch is null then 'Its position was deleted.'
-            else format('The position is at epoch %s, owned by %s; this worker has epoch %s.',
-                o.epoch, coalesce(o.worker_id, 'nobody'), coalesce(p_epoch::text, 'null'))
-        end,
-        hint = 'Stop this worker. What it has not committed is delivered again by the owner.';
-end
-$$;
-
-comment on function pgtrickle.relay_ownership_lost(text, text, bigint) is
-    'Raise RL020 with who owns the pipeline now.';
-
-revoke all on function pgtrickle.relay_ownership_lost(text, text, bigint) from public;
-
-create or replace function pgtrickle.relay_reset_offset(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_epoch bigint,
-    p_last_change_id bigint
-)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    update pgtrickle.relay_consumer_offsets as o
-    set last_change_id = p_last_change_id, updated_at = now()
-    where o.relay_group_id = p_relay_group_id
-        and o.pipeline_id = p_pipeline
-        and o.epoch = p_epoch;
-    if not found then
-        perform pgtrickle.relay_ownership_lost(p_relay_group_id, p_pipeline, p_epoch);
-    end if;
-    delete from pgtrickle.relay_pending_gaps as g
-    where g.relay_group_id = p_relay_group_id and g.pipeline_id = p_pipeline;
-end
-$$;
-
-comment on function pgtrickle.relay_reset_offset(text, text, bigint, bigint) is
-    'Put a position anywhere, also back, without gaps: its outbox was made anew. RL020 where the epoch has moved on. Definer: positions are written by functions only.';
-
-revoke all on function pgtrickle.relay_reset_offset(text, text, bigint, bigint) from public;
+comment on function pgtrickle.relay_commit(text, text, bigint, bigint, bigint[], bigint[], bigint[], boolean) is
+    'Definer, since only functions write positions. Write position and gaps together: the position never goes back, gaps that begin at the closed ids go, the opened ranges come. A reset puts the position anywhere, also back, and removes all other gaps: the outbox was made again. RL020 where the epoch has moved on.';
 
 create or replace function pgtrickle.relay_release(
     p_relay_group_id text,
@@ -225,9 +167,41 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_release(text, text, bigint) is
-    'Give up ownership; does nothing where it is lost already. Definer: positions are written by functions only.';
+    'Definer, since only functions write positions. Give up ownership; does nothing where it is lost already.';
 
-revoke all on function pgtrickle.relay_release(text, text, bigint) from public;
+create or replace function pgtrickle.relay_forget_group(relay_group_id text)
+returns bigint
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relay_group_id text not null := relay_forget_group.relay_group_id;
+    v_positions bigint;
+begin
+    if exists (
+        select from pgtrickle.relay_fleet(relay_group_id) as f where f.is_alive
+    ) then
+        raise exception using
+            errcode = 'RL024',
+            message = format('relay group "%s" is at work', relay_group_id),
+            detail = 'Without its positions it would deliver everything again.',
+            hint = 'Stop its relays first.';
+    end if;
+    delete from pgtrickle.relay_consumer_offsets as o
+    where o.relay_group_id = relay_forget_group.relay_group_id;
+    get diagnostics v_positions = row_count;
+    delete from pgtrickle.relay_pending_gaps as g
+    where g.relay_group_id = relay_forget_group.relay_group_id;
+    delete from pgtrickle.relay_cursors as c
+    where c.relay_group_id = relay_forget_group.relay_group_id;
+    return v_positions;
+end
+$$;
+
+comment on function pgtrickle.relay_forget_group(text) is
+    'Definer, since only functions write positions. Remove positions, gaps and cursors of a relay group that is gone, so that it holds back no retention, and return how many positions it had. Dead letters stay. RL024 while one of its relays lives.';
 
 create or replace function pgtrickle.relay_cursor_get(
     p_relay_group_id text,
@@ -248,9 +222,7 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_cursor_get(text, text, text) is
-    'Position that a source keeps for itself; null where there is none. Definer: positions are read by functions only.';
-
-revoke all on function pgtrickle.relay_cursor_get(text, text, text) from public;
+    'Definer, since only functions read positions. Position that a source keeps for itself; null where there is none.';
 
 create or replace function pgtrickle.relay_cursor_set(
     p_relay_group_id text,
@@ -260,30 +232,18 @@ create or replace function pgtrickle.relay_cursor_set(
     p_cursor jsonb
 )
 returns void
-language plpgsql
+language sql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-begin
-    -- Locked, so that a claim waits until the cursor is written.
-    perform
-    from pgtrickle.relay_consumer_offsets as o
-    where o.relay_group_id = p_relay_group_id
-        and o.pipeline_id = p_pipeline
-        and o.epoch = p_epoch
-    for share;
-    if not found then
-        perform pgtrickle.relay_ownership_lost(p_relay_group_id, p_pipeline, p_epoch);
-    end if;
+    -- Refused where ownership is lost; else a claim waits until the cursor is written.
+    select pgtrickle.relay_commit(p_relay_group_id, p_pipeline, p_epoch, 0);
     insert into pgtrickle.relay_cursors as c (relay_group_id, pipeline_id, cursor_key, position)
     values (p_relay_group_id, p_pipeline, p_cursor_key, p_cursor)
     on conflict (relay_group_id, pipeline_id, cursor_key) do update
-    set position = excluded.position, updated_at = now();
-end
+    set position = excluded.position, updated_at = now()
 $$;
 
 comment on function pgtrickle.relay_cursor_set(text, text, bigint, text, jsonb) is
-    'Write a position that a source keeps for itself. RL020 where the epoch has moved on. Definer: positions are written by functions only.';
-
-revoke all on function pgtrickle.relay_cursor_set(text, text, bigint, text, jsonb) from public;
+    'Definer, since only functions write positions. Write a position that a source keeps for itself. RL020 where the epoch has moved on.';

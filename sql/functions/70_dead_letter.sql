@@ -1,4 +1,6 @@
 -- Dead letters: messages that could not be delivered, kept with all that sending them again takes.
+--
+-- What is to be sent again stands in a table of its own: asking for it rewrites no letter.
 
 create or replace function pgtrickle.relay_dead_letter(
     p_relay_group_id text,
@@ -16,11 +18,23 @@ create or replace function pgtrickle.relay_dead_letter(
     p_attempts integer[]
 )
 returns bigint[]
-language sql
+language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    v_ids bigint[];
+begin
+    if num_nulls(
+        p_dedup_keys, p_subjects, p_message_keys, p_ops, p_headers, p_payloads, p_metadata,
+        p_error_kinds, p_errors, p_attempts) > 0
+    then
+        raise exception using
+            errcode = '22004',
+            message = 'a list of what the dead letters consist of is null',
+            hint = 'Single subjects, keys, headers and payloads may be null, whole lists may not.';
+    end if;
     with letters as materialized (
         select *
         from unnest(
@@ -51,19 +65,22 @@ as $$
             error_kind = excluded.error_kind,
             error = excluded.error,
             attempts = d.attempts + excluded.attempts,
-            last_failed_at = now(),
-            retry_requested_at = null
+            last_failed_at = now()
         returning d.id, d.dedup_key
+    ), not_again as (
+        delete from pgtrickle.relay_dlq_retries as r
+        using written as w
+        where r.relay_group_id = p_relay_group_id and r.pipeline = p_pipeline and r.id = w.id
     )
-    select coalesce(array_agg(w.id order by l.place), '{}')
+    select coalesce(array_agg(w.id order by l.place), '{}') into v_ids
     from letters as l
-    join written as w using (dedup_key)
+    join written as w using (dedup_key);
+    return v_ids;
+end
 $$;
 
 comment on function pgtrickle.relay_dead_letter(text, text, text, text[], text[], text[], text[], jsonb[], bytea[], jsonb[], text[], text[], integer[]) is
-    'Store messages that can''t be delivered and return their entries'' ids, in order. A message that is there already gets no second entry: its attempts add up. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dead_letter(text, text, text, text[], text[], text[], text[], jsonb[], bytea[], jsonb[], text[], text[], integer[]) from public;
+    'Definer, since only functions write dead letters. Store messages that can''t be delivered and return their entries'' ids, in order. A message that is there already gets no second entry: its attempts add up.';
 
 create or replace function pgtrickle.relay_dlq_list(
     name text default null,
@@ -96,8 +113,9 @@ as $$
     select
         d.id, d.relay_group_id, d.pipeline, d.direction, d.dedup_key, d.subject, d.message_key,
         d.op, d.headers, d.payload, d.metadata, d.error_kind, d.error, d.attempts,
-        d.first_failed_at, d.last_failed_at, d.retry_requested_at
+        d.first_failed_at, d.last_failed_at, r.requested_at
     from pgtrickle.relay_dlq as d
+    left join pgtrickle.relay_dlq_retries as r using (relay_group_id, pipeline, id)
     where name is null
         or d.pipeline = name
     order by d.id
@@ -105,35 +123,45 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_dlq_list(text, integer) is
-    'Dead letters of one pipeline, or of all, oldest first. A payload that is text reads as convert_from(payload, ''UTF8''). Definer: dead letters are read by functions only.';
+    'Definer, since only functions read dead letters. Those of one pipeline, or of all, oldest first. A payload that is text reads as convert_from(payload, ''UTF8'').';
 
-revoke all on function pgtrickle.relay_dlq_list(text, integer) from public;
-
-create or replace function pgtrickle.relay_dlq_notify(p_pipelines text[])
-returns void
-language sql
+create or replace function pgtrickle.relay_dlq_put_back(p_ids bigint[])
+returns bigint
+language plpgsql
 volatile
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select pg_notify(
-        'pgtrickle_relay_config',
+declare
+    ids bigint[] not null := p_ids;
+    v_letters bigint;
+    v_pipelines text[];
+begin
+    select count(*), array_agg(distinct d.pipeline) into v_letters, v_pipelines
+    from pgtrickle.relay_dlq as d
+    where d.id = any (ids);
+    insert into pgtrickle.relay_dlq_retries (relay_group_id, pipeline, id)
+    select d.relay_group_id, d.pipeline, d.id
+    from pgtrickle.relay_dlq as d
+    where d.id = any (ids)
+    on conflict do nothing;
+    perform pg_notify(
+        format('%s_relay_config', 'pgtrickle'),
         json_build_object(
             'direction', case n.direction
                 when 'forward' then 'relay_outbox_config' else 'relay_inbox_config'
             end,
             'event', 'RETRY',
             'name', n.name,
-            'enabled', true
-        )::text)
+            'enabled', true)::text)
     from pgtrickle.relay_pipeline_names as n
-    where n.name = any (p_pipelines)
+    where n.name = any (v_pipelines);
+    return v_letters;
+end
 $$;
 
-comment on function pgtrickle.relay_dlq_notify(text[]) is
-    'Tell the relays that these pipelines have dead letters to send again.';
-
-revoke all on function pgtrickle.relay_dlq_notify(text[]) from public;
+comment on function pgtrickle.relay_dlq_put_back(bigint[]) is
+    'Definer, since only functions write dead letters. Ask for these to be sent again and wake the relays; returns how many of them are there.';
 
 create or replace function pgtrickle.relay_dlq_retry(id bigint)
 returns void
@@ -143,27 +171,20 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_pipeline text;
+    id bigint not null := relay_dlq_retry.id;
 begin
-    update pgtrickle.relay_dlq as d
-    set retry_requested_at = now()
-    where d.id = relay_dlq_retry.id
-    returning d.pipeline into v_pipeline;
-    if not found then
+    if pgtrickle.relay_dlq_put_back(array[id]) = 0 then
         raise exception using
             errcode = 'RL040',
-            message = format('there is no dead letter %s', coalesce(relay_dlq_retry.id::text, 'null')),
+            message = format('there is no dead letter %s', id),
             detail = 'It was delivered or purged, or never existed.',
-            hint = 'select id, pipeline, error from pgtrickle.relay_dlq_list();';
+            hint = format('select id, pipeline, error from %I.relay_dlq_list();', 'pgtrickle');
     end if;
-    perform pgtrickle.relay_dlq_notify(array[v_pipeline]);
 end
 $$;
 
 comment on function pgtrickle.relay_dlq_retry(bigint) is
-    'Ask for one dead letter to be sent again, through its pipeline and with its deduplication key. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_retry(bigint) from public;
+    'Definer, since only functions write dead letters. Ask for one to be sent again, through its pipeline and with its deduplication key.';
 
 create or replace function pgtrickle.relay_dlq_retry_all(pipeline text)
 returns bigint
@@ -173,22 +194,16 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_requested bigint;
+    pipeline text not null := relay_dlq_retry_all.pipeline;
 begin
-    perform pgtrickle.relay_require_pipeline(relay_dlq_retry_all.pipeline);
-    update pgtrickle.relay_dlq as d
-    set retry_requested_at = now()
-    where d.pipeline = relay_dlq_retry_all.pipeline;
-    get diagnostics v_requested = row_count;
-    perform pgtrickle.relay_dlq_notify(array[relay_dlq_retry_all.pipeline]);
-    return v_requested;
+    perform pgtrickle.relay_require_pipeline(pipeline);
+    return pgtrickle.relay_dlq_put_back(array(
+        select d.id from pgtrickle.relay_dlq as d where d.pipeline = relay_dlq_retry_all.pipeline));
 end
 $$;
 
 comment on function pgtrickle.relay_dlq_retry_all(text) is
-    'Ask for all dead letters of a pipeline to be sent again; returns how many. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_retry_all(text) from public;
+    'Definer, since only functions write dead letters. Ask for all of a pipeline to be sent again; returns how many. Those that were asked for before are not touched.';
 
 create or replace function pgtrickle.relay_dlq_purge(
     pipeline text,
@@ -201,20 +216,21 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_purged bigint;
+    pipeline text not null := relay_dlq_purge.pipeline;
+    v_ids bigint[];
 begin
-    delete from pgtrickle.relay_dlq as d
-    where d.pipeline = relay_dlq_purge.pipeline
-        and (older_than is null or d.last_failed_at < now() - older_than);
-    get diagnostics v_purged = row_count;
-    return v_purged;
+    v_ids := array(
+        select d.id
+        from pgtrickle.relay_dlq as d
+        where d.pipeline = relay_dlq_purge.pipeline
+            and (older_than is null or d.last_failed_at < now() - older_than));
+    perform pgtrickle.relay_dlq_settle(v_ids);
+    return cardinality(v_ids);
 end
 $$;
 
 comment on function pgtrickle.relay_dlq_purge(text, interval) is
-    'Delete dead letters of a pipeline, all or those that failed last before a time; returns how many. Works for pipelines that are deleted too. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_purge(text, interval) from public;
+    'Definer, since only functions write dead letters. Delete those of a pipeline, all or those that failed last before a time; returns how many. Works for pipelines that are deleted too.';
 
 create or replace function pgtrickle.relay_dlq_stats()
 returns table (
@@ -234,7 +250,7 @@ as $$
         d.pipeline,
         max(d.direction),
         count(*),
-        count(d.retry_requested_at),
+        (select count(*) from pgtrickle.relay_dlq_retries as r where r.pipeline = d.pipeline),
         min(d.first_failed_at),
         max(d.last_failed_at)
     from pgtrickle.relay_dlq as d
@@ -243,9 +259,7 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_dlq_stats() is
-    'Number and age of dead letters, by pipeline. Definer: dead letters are read by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_stats() from public;
+    'Definer, since only functions read dead letters. Their number and age, by pipeline.';
 
 create or replace function pgtrickle.relay_dlq_take(
     p_relay_group_id text,
@@ -273,18 +287,16 @@ as $$
     select
         d.id, d.dedup_key, d.subject, d.message_key, d.op, d.headers, d.payload, d.metadata,
         d.error_kind, d.error, d.attempts
-    from pgtrickle.relay_dlq as d
-    where d.relay_group_id = p_relay_group_id
-        and d.pipeline = p_pipeline
-        and d.retry_requested_at is not null
-    order by d.id
+    from pgtrickle.relay_dlq_retries as r
+    join pgtrickle.relay_dlq as d using (relay_group_id, pipeline, id)
+    where r.relay_group_id = p_relay_group_id
+        and r.pipeline = p_pipeline
+    order by r.id
     limit p_max_rows
 $$;
 
 comment on function pgtrickle.relay_dlq_take(text, text, integer) is
-    'Dead letters that are to be sent again, oldest first. They stay requested until settled or failed: a crash repeats them. Definer: dead letters are read by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_take(text, text, integer) from public;
+    'Definer, since only functions read dead letters. Those that are to be sent again, oldest first. They stay requested until settled or failed: a crash repeats them.';
 
 create or replace function pgtrickle.relay_dlq_settle(p_ids bigint[])
 returns void
@@ -293,13 +305,18 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    delete from pgtrickle.relay_dlq as d where d.id = any (p_ids)
+    with settled as (
+        delete from pgtrickle.relay_dlq as d
+        where d.id = any (p_ids)
+        returning d.relay_group_id, d.pipeline, d.id
+    )
+    delete from pgtrickle.relay_dlq_retries as r
+    using settled as s
+    where r.relay_group_id = s.relay_group_id and r.pipeline = s.pipeline and r.id = s.id
 $$;
 
 comment on function pgtrickle.relay_dlq_settle(bigint[]) is
-    'These dead letters were delivered. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_settle(bigint[]) from public;
+    'Definer, since only functions write dead letters. These were delivered.';
 
 create or replace function pgtrickle.relay_dlq_fail(
     p_ids bigint[],
@@ -312,47 +329,29 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    update pgtrickle.relay_dlq as d
-    set
-        attempts = d.attempts + 1,
-        error = coalesce(f.error, d.error),
-        last_failed_at = now(),
-        retry_requested_at = null
-    from unnest(p_ids, p_errors, p_attempts) as f (id, error, attempts)
     -- A webhook receiver runs in several relays, which may all have taken the same letter. Whoever
     -- is late must not take back what was asked for after the first of them.
-    where d.id = f.id
-        and d.retry_requested_at is not null
-        and d.attempts = f.attempts
+    with failed as (
+        update pgtrickle.relay_dlq as d
+        set
+            attempts = d.attempts + 1,
+            error = coalesce(f.error, d.error),
+            last_failed_at = now()
+        from unnest(p_ids, p_errors, p_attempts) as f (id, error, attempts)
+        where d.id = f.id
+            and d.attempts = f.attempts
+            and exists (
+                select
+                from pgtrickle.relay_dlq_retries as r
+                where r.relay_group_id = d.relay_group_id
+                    and r.pipeline = d.pipeline
+                    and r.id = d.id)
+        returning d.relay_group_id, d.pipeline, d.id
+    )
+    delete from pgtrickle.relay_dlq_retries as r
+    using failed as f
+    where r.relay_group_id = f.relay_group_id and r.pipeline = f.pipeline and r.id = f.id
 $$;
 
 comment on function pgtrickle.relay_dlq_fail(bigint[], text[], integer[]) is
-    'These dead letters failed again, which had failed so often when they were taken; of several relays that tried one, the first counts. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_fail(bigint[], text[], integer[]) from public;
-
-create or replace function pgtrickle.relay_dlq_put_back(p_ids bigint[])
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_pipelines text[];
-begin
-    with requested as (
-        update pgtrickle.relay_dlq as d
-        set retry_requested_at = now()
-        where d.id = any (p_ids)
-        returning d.pipeline
-    )
-    select array_agg(distinct r.pipeline) into v_pipelines from requested as r;
-    perform pgtrickle.relay_dlq_notify(v_pipelines);
-end
-$$;
-
-comment on function pgtrickle.relay_dlq_put_back(bigint[]) is
-    'Send these dead letters again: what condemned them was an outage. Definer: dead letters are written by functions only.';
-
-revoke all on function pgtrickle.relay_dlq_put_back(bigint[]) from public;
+    'Definer, since only functions write dead letters. These failed again, which had failed so often when they were taken; of several relays that tried one, the first counts.';

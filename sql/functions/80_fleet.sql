@@ -13,8 +13,6 @@ $$;
 comment on function pgtrickle.relay_schema_version() is
     'Version of the relay catalog.';
 
-revoke all on function pgtrickle.relay_schema_version() from public;
-
 create or replace function pgtrickle.relay_report(
     p_relay_group_id text,
     p_worker_id text,
@@ -26,6 +24,8 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    report jsonb not null := p_report;
 begin
     insert into pgtrickle.relay_workers as w
         (relay_group_id, worker_id, host, pid, version, report)
@@ -50,9 +50,7 @@ end
 $$;
 
 comment on function pgtrickle.relay_report(text, text, jsonb) is
-    'Heartbeat of one relay; host, pid and version are read from the report. Definer: the fleet is written by functions only.';
-
-revoke all on function pgtrickle.relay_report(text, text, jsonb) from public;
+    'Definer, since only functions write the fleet. Heartbeat of one relay; host, pid and version are read from the report.';
 
 create or replace function pgtrickle.relay_retire(p_relay_group_id text, p_worker_id text)
 returns void
@@ -66,9 +64,7 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_retire(text, text) is
-    'A relay leaves the fleet. Definer: the fleet is written by functions only.';
-
-revoke all on function pgtrickle.relay_retire(text, text) from public;
+    'Definer, since only functions write the fleet. A relay leaves it.';
 
 create or replace function pgtrickle.relay_fleet(p_relay_group_id text default null)
 returns table (
@@ -97,16 +93,10 @@ as $$
 $$;
 
 comment on function pgtrickle.relay_fleet(text) is
-    'Relays, when they were last seen and what they report; alive: within 15 seconds. A webhook receiver is in the report of every relay, with what it did there. Definer: the fleet is read by functions only.';
+    'Definer, since only functions read the fleet. Relays, when they were last seen and what they report; alive: within 15 seconds. A webhook receiver is in the report of every relay, with what it did there.';
 
-revoke all on function pgtrickle.relay_fleet(text) from public;
-
-create or replace function pgtrickle.relay_outbox_lag(
-    p_outbox text,
-    p_after_id bigint,
-    out max_outbox_id bigint,
-    out oldest_unsent_at timestamptz
-)
+create or replace function pgtrickle.relay_outbox_lag(p_outbox_table text, p_positions bigint[])
+returns table (reads_above bigint, max_id bigint, oldest_unsent_at timestamptz)
 language plpgsql
 stable
 security invoker
@@ -115,26 +105,27 @@ as $$
 declare
     v_outbox record;
 begin
-    select * into v_outbox from pgtrickle.relay_outbox(p_outbox);
-    max_outbox_id := v_outbox.max_id;
-    execute format(
-        'select o.created_at from %s as o where o.id > $1 order by o.id limit 1',
-        v_outbox.outbox_relation)
-    into oldest_unsent_at
-    using p_after_id;
+    select * into v_outbox from pgtrickle.relay_bound_outbox(p_outbox_table);
+    return query execute format(
+        $query$
+        select
+            p.position,
+            $1,
+            (select o.created_at from %s as o where o.id > p.position order by o.id limit 1)
+        from unnest($2) as p (position)
+        $query$, v_outbox.outbox_relation)
+    using v_outbox.max_id, p_positions;
 exception
     -- One pipeline whose outbox is gone must not hide the lag of the others.
     when sqlstate 'RL003' or undefined_table then
-        max_outbox_id := coalesce(p_after_id, 0);
+        return;
 end
 $$;
 
-comment on function pgtrickle.relay_outbox_lag(text, bigint) is
-    'Highest visible id of an outbox and the age of the first row above a position.';
+comment on function pgtrickle.relay_outbox_lag(text, bigint[]) is
+    'Highest visible id of an outbox and the age of the first row above each position; nothing where it is gone.';
 
-revoke all on function pgtrickle.relay_outbox_lag(text, bigint) from public;
-
-create or replace function pgtrickle.relay_lag(relay_group_id text)
+create or replace function pgtrickle.relay_lag(relay_group_id text, pipelines text[] default null)
 returns table (
     pipeline text,
     last_change_id bigint,
@@ -150,27 +141,40 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    with positions as (
+    with positions as materialized (
         select
             c.name,
-            c.config -> 'source' ->> 'outbox' as outbox,
+            c.outbox_table_name,
             g.group_id,
-            coalesce(pgtrickle.relay_group_low(g), o.last_change_id) as last_change_id,
-            coalesce(pgtrickle.relay_group_low(g), o.last_change_id, c.start_after_id) as starts_after_id,
+            coalesce(g.watermark, o.last_change_id) as last_change_id,
+            coalesce(g.watermark, o.last_change_id, c.start_after_id) as reads_above,
             o.worker_id,
             o.updated_at
         from pgtrickle.relay_outbox_config as c
         left join pgtrickle.relay_consumer_offsets as o
-            on o.pipeline_id = c.name
-            and o.relay_group_id = relay_lag.relay_group_id
-        left join pgtrickle.relay_groups as g
-            on g.group_name = c.config -> 'source' ->> 'consumer_group'
+            on o.pipeline_id = c.name and o.relay_group_id = relay_lag.relay_group_id
+        left join lateral (
+            select f.*
+            from pgtrickle.relay_groups as r
+            cross join lateral pgtrickle.relay_group_find(r.group_name, false) as f
+            where r.group_name = c.config #>> '{source,consumer_group}'
+        ) as g on true
+        where pipelines is null or c.name = any (pipelines)
+    ), outboxes as materialized (
+        select d.outbox_table_name, l.*
+        from (
+            select p.outbox_table_name, array_agg(distinct p.reads_above) as positions
+            from positions as p
+            where p.outbox_table_name is not null
+            group by p.outbox_table_name
+        ) as d
+        cross join lateral pgtrickle.relay_outbox_lag(d.outbox_table_name, d.positions) as l
     )
     select
         p.name,
         p.last_change_id,
-        l.max_outbox_id,
-        greatest(l.max_outbox_id - p.starts_after_id, 0),
+        l.max_id,
+        case when l.max_id is not null then greatest(l.max_id - p.reads_above, 0) end,
         l.oldest_unsent_at,
         case
             when p.group_id is null then (
@@ -182,11 +186,9 @@ as $$
         p.worker_id,
         p.updated_at
     from positions as p
-    cross join lateral pgtrickle.relay_outbox_lag(p.outbox, p.starts_after_id) as l
+    left join outboxes as l using (outbox_table_name, reads_above)
     order by p.name
 $$;
 
-comment on function pgtrickle.relay_lag(text) is
-    'How far each forward pipeline is behind its outbox. lag_rows is a distance of ids; pending gaps are not in it. Definer: positions are read by functions only.';
-
-revoke all on function pgtrickle.relay_lag(text) from public;
+comment on function pgtrickle.relay_lag(text, text[]) is
+    'Definer, since only functions read positions. How far these forward pipelines, or all, are behind their outboxes. lag_rows is a distance of ids, null where the outbox is gone; pending gaps are not in it.';

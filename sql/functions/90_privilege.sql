@@ -1,5 +1,19 @@
--- Who may execute which function of ours. Everything was revoked from public
--- where it was defined; what is not listed here only its owner can call.
+-- Who may execute which function of ours: what is not listed here only its owner can call.
+
+do $nothing_for_public$
+declare
+    signature regprocedure;
+begin
+    for signature in
+        select p.oid
+        from pg_catalog.pg_proc as p
+        where p.pronamespace = 'pgtrickle'::pg_catalog.regnamespace
+            and p.proowner = current_user::pg_catalog.regrole
+    loop
+        execute format('revoke execute on function %s from public', signature);
+    end loop;
+end
+$nothing_for_public$;
 
 -- Table owners enable their own tables: each of these checks ownership itself.
 select pgtrickle.relay_grant_execute(

@@ -16,8 +16,8 @@ select pgtrickle.relay_grant_execute(
     -- positions
     'relay_claim',
     'relay_commit',
-    'relay_reset_offset',
     'relay_release',
+    'relay_forget_group',
     'relay_cursor_get',
     'relay_cursor_set',
     'relay_lag',
@@ -41,16 +41,6 @@ select pgtrickle.relay_grant_execute(
 select pgtrickle.relay_grant_execute(
     'pgtrickle_relay',
     -- consumer groups
-    'relay_group_create',
-    'relay_group_drop',
-    'relay_group_poll',
-    'relay_group_commit',
-    'relay_group_extend',
-    'relay_group_release',
-    'relay_group_heartbeat',
-    'relay_group_seek',
-    'relay_group_watermark',
-    'relay_group_status',
     'create_consumer_group',
     'drop_consumer_group',
     'poll_outbox',
@@ -59,11 +49,8 @@ select pgtrickle.relay_grant_execute(
     'consumer_heartbeat',
     'seek_offset',
     'consumer_lag',
-    -- what their thin forms call
-    'relay_group_missing',
-    'relay_group_commit_through',
-    'relay_group_extend_newest',
-    'relay_group_lag'
+    'relay_group_create',
+    'relay_group_release'
 );
 
 select pgtrickle.relay_grant_execute(
