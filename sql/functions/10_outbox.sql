@@ -537,7 +537,7 @@ begin
         raise exception using
             errcode = 'invalid_parameter_value',
             message = 'headers must be a JSON object',
-            hint = $hint$headers => '{"traceparent": "…"}'$hint$;
+            hint = $hint$headers => '{"traceparent": "..."}'$hint$;
     end if;
     select s.* into settings
     from pgtrickle.relay_outbox_settings as s

@@ -144,7 +144,7 @@ end
 $$;
 
 comment on function pgtrickle.set_relay_outbox(text, jsonb, boolean) is
-    'Make or change a pipeline from an outbox to a sink: {"source": {"outbox": …}, "sink": {"type": …}, …} with any keys of a pipeline. Definer: callers have no right on the catalog.';
+    'Make or change a pipeline from an outbox to a sink: {"source": {"outbox": ...}, "sink": {"type": ...}, ...} with any keys of a pipeline. Definer: callers have no right on the catalog.';
 
 revoke all on function pgtrickle.set_relay_outbox(text, jsonb, boolean) from public;
 
@@ -365,7 +365,7 @@ begin
     perform pgtrickle.set_relay_inbox(name, inbox, source::jsonb);
 exception
     when invalid_text_representation then
-        perform pgtrickle.relay_refuse('source is not valid JSON', 'As in {"type": "nats", …}.');
+        perform pgtrickle.relay_refuse('source is not valid JSON', 'As in {"type": "nats", ...}.');
 end
 $$;
 
@@ -391,7 +391,7 @@ end
 $$;
 
 comment on function pgtrickle.set_relay_inbox(text, jsonb, boolean) is
-    'Make or change a pipeline from a source to an inbox: {"source": {"type": …}, "sink": {"inbox": …}, …} with any keys of a pipeline. A missing inbox is created. Definer: callers have no right on the catalog.';
+    'Make or change a pipeline from a source to an inbox: {"source": {"type": ...}, "sink": {"inbox": ...}, ...} with any keys of a pipeline. A missing inbox is created. Definer: callers have no right on the catalog.';
 
 revoke all on function pgtrickle.set_relay_inbox(text, jsonb, boolean) from public;
 

@@ -1,6 +1,6 @@
 -- What a pipeline's configuration may say, as tables, and the checks that read them.
 --
--- A value may be a number or boolean in the form of text, or a ${env:…} or ${file:…} reference
+-- A value may be a number or boolean in the form of text, or a ${env:...} or ${file:...} reference
 -- that the relay resolves. A template may use the variables of relay_template_variables.
 
 create or replace function pgtrickle.relay_pipeline_rules()
