@@ -195,10 +195,27 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     pipeline text not null := relay_dlq_retry_all.pipeline;
+    v_letters bigint;
 begin
     perform pgtrickle.relay_require_pipeline(pipeline);
-    return pgtrickle.relay_dlq_put_back(array(
-        select d.id from pgtrickle.relay_dlq as d where d.pipeline = relay_dlq_retry_all.pipeline));
+    insert into pgtrickle.relay_dlq_retries (relay_group_id, pipeline, id)
+    select d.relay_group_id, d.pipeline, d.id
+    from pgtrickle.relay_dlq as d
+    left join pgtrickle.relay_dlq_retries as r
+        on r.relay_group_id = d.relay_group_id and r.pipeline = d.pipeline and r.id = d.id
+    where d.pipeline = relay_dlq_retry_all.pipeline
+        and r.id is null
+    on conflict do nothing;
+    select count(*) into v_letters
+    from pgtrickle.relay_dlq as d
+    where d.pipeline = relay_dlq_retry_all.pipeline;
+    -- Wakes the relays.
+    perform pgtrickle.relay_dlq_put_back(array(
+        select d.id from pgtrickle.relay_dlq as d
+        where d.pipeline = relay_dlq_retry_all.pipeline
+        order by d.id
+        limit 1));
+    return v_letters;
 end
 $$;
 
@@ -250,10 +267,15 @@ as $$
         d.pipeline,
         max(d.direction),
         count(*),
-        (select count(*) from pgtrickle.relay_dlq_retries as r where r.pipeline = d.pipeline),
+        coalesce(max(r.requested), 0),
         min(d.first_failed_at),
         max(d.last_failed_at)
     from pgtrickle.relay_dlq as d
+    left join (
+        select a.pipeline, count(*) as requested
+        from pgtrickle.relay_dlq_retries as a
+        group by a.pipeline
+    ) as r using (pipeline)
     group by d.pipeline
     order by d.pipeline
 $$;

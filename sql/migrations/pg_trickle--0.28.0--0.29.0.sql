@@ -144,7 +144,7 @@ comment on index pgtrickle.relay_dlq_message is
     'Serves relay_dead_letter: a message that fails again updates its entry.';
 
 create index relay_dlq_by_pipeline on pgtrickle.relay_dlq (pipeline, id)
-    include (direction, first_failed_at, last_failed_at);
+    include (relay_group_id, direction, first_failed_at, last_failed_at);
 comment on index pgtrickle.relay_dlq_by_pipeline is
     'Serves relay_dlq_list, relay_dlq_retry_all, relay_dlq_purge and, without the letters themselves, relay_dlq_stats.';
 
@@ -158,10 +158,6 @@ create table pgtrickle.relay_dlq_retries (
 
 comment on table pgtrickle.relay_dlq_retries is
     'Dead letters that their pipeline sends again. Apart from the letters, which are large: asking for hundreds of thousands rewrites none of them.';
-
-create index relay_dlq_retries_by_pipeline on pgtrickle.relay_dlq_retries (pipeline);
-comment on index pgtrickle.relay_dlq_retries_by_pipeline is
-    'Serves relay_dlq_stats.';
 
 -- ---------------------------------------------------------------------------
 -- Fleet
