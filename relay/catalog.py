@@ -5,7 +5,7 @@ The relay has no rights on the catalog's tables; everything goes through these f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TypeVar
 
@@ -21,6 +21,10 @@ CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
 
 T = TypeVar("T")
+
+# Server encodings that Python knows by these names. What is not listed is taken for ASCII, which
+# all of them contain.
+_CODECS: Mapping[str, str] = {"UTF8": "utf-8", "LATIN1": "latin-1", "WIN1252": "cp1252"}
 
 
 class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,12 +100,12 @@ class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lag(msgspec.Struct, frozen=True, kw_only=True):
-    """How far one forward pipeline is behind its outbox."""
+    """How far one forward pipeline is behind its outbox; unknown (None) where that is gone."""
 
     pipeline: str
     last_change_id: int | None
-    max_outbox_id: int
-    lag_rows: int
+    max_outbox_id: int | None
+    lag_rows: int | None
     oldest_unsent_at: datetime | None
     pending_gaps: int
     worker_id: str | None
@@ -114,6 +118,7 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_at: datetime | None = None
     is_full_refresh: bool = False
     is_transformed: bool = False
+    is_escaped: bool = False
 
 
 class Catalog:
@@ -122,6 +127,7 @@ class Catalog:
     def __init__(self, database: Database, group_id: str) -> None:
         self._database = database
         self._group_id = group_id
+        self._text: DatabaseText | None = None
 
     @property
     def group_id(self) -> str:
@@ -219,10 +225,10 @@ class Catalog:
         )
 
     async def reset_offset(self, pipeline: str, epoch: int, last_change_id: int) -> None:
-        """Set the position anywhere and forget the gaps: the outbox was made anew."""
+        """Set the position anywhere and remove the gaps: the outbox was made again."""
         await self._database.execute(
             "resetting the offset",
-            "select pgtrickle.relay_reset_offset($1, $2, $3, $4)",
+            "select pgtrickle.relay_commit($1, $2, $3, $4, p_is_reset => true)",
             self._group_id,
             pipeline,
             epoch,
@@ -318,22 +324,27 @@ class Catalog:
         self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]
     ) -> list[int]:
         """Store messages that can't be delivered; durable when it returns. Gives their ids."""
-        messages = [letter.message for letter in letters]
+        text = await self._database_text()
+        stored = [text.storable(letter.message) for letter in letters]
+        messages = [message for message, _ in stored]
         row = await self._database.fetch_row(
             "writing dead letters",
             "select pgtrickle.relay_dead_letter($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13) as ids",
             self._group_id,
             pipeline,
             direction,
-            [storable(message.dedup_key) for message in messages],
-            [storable(message.subject) for message in messages],
-            [None if message.key is None else storable(message.key) for message in messages],
+            [message.dedup_key for message in messages],
+            [message.subject for message in messages],
+            [message.key for message in messages],
             [message.op for message in messages],
-            [_headers_json(message.headers) for message in messages],
+            [msgspec.json.encode(message.headers) for message in messages],
             [message.payload for message in messages],
-            [_metadata(letter) for letter in letters],
+            [
+                _metadata(message, letter.is_transformed, is_escaped)
+                for letter, (message, is_escaped) in zip(letters, stored, strict=True)
+            ],
             [letter.error_kind for letter in letters],
-            [storable(letter.error) for letter in letters],
+            [text.printable(letter.error) for letter in letters],
             [letter.attempts for letter in letters],
         )
         return [] if row is None else list(row["ids"])
@@ -359,11 +370,12 @@ class Catalog:
         self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
     ) -> None:
         """These failed again, as they were taken; what another relay has told since stays."""
+        text = await self._database_text()
         await self._database.execute(
             "recording failed retries",
             "select pgtrickle.relay_dlq_fail($1, $2, $3)",
             [letter.id for letter in letters],
-            [storable(error) for error in errors],
+            [text.printable(error) for error in errors],
             [letter.attempts for letter in letters],
         )
 
@@ -373,13 +385,14 @@ class Catalog:
             "putting back dead letters", "select pgtrickle.relay_dlq_put_back($1)", list(ids)
         )
 
-    async def lag(self) -> list[Lag]:
-        """How far each forward pipeline of this group is behind."""
+    async def lag(self, pipelines: Sequence[str]) -> list[Lag]:
+        """How far these forward pipelines of this group are behind; reverse ones are left out."""
         rows = await self._database.fetch(
             "measuring lag",
             "select pipeline, last_change_id, max_outbox_id, lag_rows, oldest_unsent_at,"
-            " pending_gaps, worker_id from pgtrickle.relay_lag($1)",
+            " pending_gaps, worker_id from pgtrickle.relay_lag($1, $2)",
             self._group_id,
+            list(pipelines),
         )
         return [Lag(**dict(row)) for row in rows]
 
@@ -393,12 +406,13 @@ class Catalog:
 
     async def report(self, worker_id: str, report: bytes) -> None:
         """Show the fleet what this relay is doing; ``report`` is a JSON object."""
+        text = await self._database_text()
         await self._database.execute(
             "reporting to the fleet",
             "select pgtrickle.relay_report($1, $2, $3)",
             self._group_id,
             worker_id,
-            report,
+            text.printable_json(report),
         )
 
     async def retire(self, worker_id: str) -> None:
@@ -410,6 +424,15 @@ class Catalog:
             worker_id,
         )
 
+    async def _database_text(self) -> DatabaseText:
+        if self._text is None:
+            row = await self._database.fetch_row(
+                "reading the database's encoding",
+                "select pg_catalog.current_setting('server_encoding') as encoding",
+            )
+            self._text = DatabaseText("" if row is None else row["encoding"])
+        return self._text
+
     async def _one(self, into: type[T], doing: str, query: str, *args: object) -> T:
         row = await self._database.fetch_row(doing, query, *args)
         if row is None:
@@ -417,8 +440,70 @@ class Catalog:
         return msgspec.convert(dict(row), into)
 
 
-def storable(text: str) -> str:
-    """The text without what PostgreSQL can't store: NUL and lone surrogates, made visible."""
+class DatabaseText:
+    """Text as a database can hold it.
+
+    NUL and lone surrogates, which no database holds, are made visible for good. What only this
+    database's encoding lacks is escaped so that `original` has it back, and a retry sends it.
+    """
+
+    def __init__(self, server_encoding: str) -> None:
+        self._codec = _CODECS.get(server_encoding, "ascii")
+
+    def storable(self, message: RelayMessage) -> tuple[RelayMessage, bool]:
+        """The message as it is stored, and whether that is escaped."""
+        visible = _with_texts(message, _visible)
+        texts = (
+            visible.dedup_key,
+            visible.subject,
+            visible.key or "",
+            visible.stream_table,
+            visible.refresh_id or "",
+            *visible.headers,
+            *visible.headers.values(),
+        )
+        if self._holds("".join(texts)):
+            return visible, False
+        return _with_texts(visible, lambda text: text.encode("unicode_escape").decode()), True
+
+    @staticmethod
+    def original(message: RelayMessage) -> RelayMessage:
+        """The message that `storable` escaped."""
+        return _with_texts(message, lambda text: text.encode().decode("unicode_escape"))
+
+    def printable(self, text: str) -> str:
+        """For people to read: what the database can't hold is made visible."""
+        return _visible(text).encode(self._codec, "backslashreplace").decode(self._codec)
+
+    def printable_json(self, document: bytes) -> bytes:
+        """The same inside the strings of a JSON document, where a backslash means something."""
+        text = document.decode().encode(self._codec, "xmlcharrefreplace").decode(self._codec)
+        return text.encode()
+
+    def _holds(self, text: str) -> bool:
+        # In a small encoding a backslash is escaped too, so that two keys never become one.
+        if self._codec == "utf-8":
+            return True
+        try:
+            text.encode(self._codec)
+        except UnicodeEncodeError:
+            return False
+        return "\\" not in text
+
+
+def _with_texts(message: RelayMessage, change: Callable[[str], str]) -> RelayMessage:
+    return msgspec.structs.replace(
+        message,
+        dedup_key=change(message.dedup_key),
+        subject=change(message.subject),
+        key=None if message.key is None else change(message.key),
+        stream_table=change(message.stream_table),
+        refresh_id=None if message.refresh_id is None else change(message.refresh_id),
+        headers={change(name): change(text) for name, text in message.headers.items()},
+    )
+
+
+def _visible(text: str) -> str:
     return text.replace("\x00", "\\u0000").encode("utf-8", "backslashreplace").decode()
 
 
@@ -427,41 +512,38 @@ def _object(raw: bytes) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _headers_json(headers: Mapping[str, str]) -> bytes:
-    return msgspec.json.encode({storable(name): storable(text) for name, text in headers.items()})
-
-
-def _metadata(letter: DeadLetter) -> bytes:
-    message = letter.message
+def _metadata(message: RelayMessage, is_transformed: bool, is_escaped: bool) -> bytes:
     return msgspec.json.encode(
         _Metadata(
-            stream_table=storable(message.stream_table),
+            stream_table=message.stream_table,
             outbox_id=message.outbox_id,
-            refresh_id=None if message.refresh_id is None else storable(message.refresh_id),
+            refresh_id=message.refresh_id,
             created_at=message.created_at,
             is_full_refresh=message.is_full_refresh,
-            is_transformed=letter.is_transformed,
+            is_transformed=is_transformed,
+            is_escaped=is_escaped,
         )
     )
 
 
 def _stored(row: asyncpg.Record) -> StoredDeadLetter:
     metadata = msgspec.json.decode(row["metadata"], type=_Metadata)
+    message = RelayMessage(
+        dedup_key=row["dedup_key"],
+        key=row["message_key"],
+        subject=row["subject"],
+        op=op_named(row["op"]),
+        payload=row["payload"],
+        is_full_refresh=metadata.is_full_refresh,
+        stream_table=metadata.stream_table,
+        outbox_id=metadata.outbox_id,
+        refresh_id=metadata.refresh_id,
+        created_at=metadata.created_at,
+        headers=msgspec.json.decode(row["headers"], type=dict[str, str]),
+    )
     return StoredDeadLetter(
         id=row["id"],
         is_transformed=metadata.is_transformed,
         attempts=row["attempts"],
-        message=RelayMessage(
-            dedup_key=row["dedup_key"],
-            key=row["message_key"],
-            subject=row["subject"],
-            op=op_named(row["op"]),
-            payload=row["payload"],
-            is_full_refresh=metadata.is_full_refresh,
-            stream_table=metadata.stream_table,
-            outbox_id=metadata.outbox_id,
-            refresh_id=metadata.refresh_id,
-            created_at=metadata.created_at,
-            headers=msgspec.json.decode(row["headers"], type=dict[str, str]),
-        ),
+        message=DatabaseText.original(message) if metadata.is_escaped else message,
     )

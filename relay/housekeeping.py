@@ -60,22 +60,23 @@ class Housekeeping:
     async def observe_lag(self) -> None:
         """Tell observers how far the owned pipelines are behind. Raises `RelayError`.
 
-        Of a forward pipeline that has no position yet nothing is known, and nothing told.
+        Of a forward pipeline whose outbox is gone the lag is unknown, and nothing is emitted.
         """
         owned = self._owned()
         dead_letters = await self._catalog.dead_letter_counts()
-        lags = {lag.pipeline: lag for lag in await self._catalog.lag()}
+        lags = {lag.pipeline: lag for lag in await self._catalog.lag(list(owned))}
         now = datetime.now(UTC)
         for name, row in owned.items():
             lag = lags.get(name)
-            if lag is None and row.direction == "forward":
+            lag_rows = 0 if lag is None else lag.lag_rows
+            if lag_rows is None or (lag is None and row.direction == "forward"):
                 continue
             oldest = None if lag is None else lag.oldest_unsent_at
             self._emit(
                 LagObserved(
                     pipeline=name,
                     direction=row.direction,
-                    lag_rows=0 if lag is None else lag.lag_rows,
+                    lag_rows=lag_rows,
                     oldest_unsent_age_s=(
                         0.0 if oldest is None else max(0.0, (now - oldest).total_seconds())
                     ),

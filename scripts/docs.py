@@ -278,15 +278,7 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "seek_offset",
         "consumer_lag",
         "relay_group_create",
-        "relay_group_drop",
-        "relay_group_poll",
-        "relay_group_commit",
-        "relay_group_extend",
         "relay_group_release",
-        "relay_group_heartbeat",
-        "relay_group_seek",
-        "relay_group_watermark",
-        "relay_group_status",
     ),
     "sql-dead-letter": (
         "relay_dlq_list",
@@ -295,7 +287,7 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "relay_dlq_retry_all",
         "relay_dlq_purge",
     ),
-    "sql-fleet": ("relay_lag", "relay_fleet", "relay_schema_version"),
+    "sql-fleet": ("relay_lag", "relay_fleet", "relay_forget_group", "relay_schema_version"),
     "sql-working": (
         "relay_outbox",
         "relay_sleep",
@@ -303,7 +295,6 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "relay_sweep_outbox",
         "relay_claim",
         "relay_commit",
-        "relay_reset_offset",
         "relay_release",
         "relay_cursor_get",
         "relay_cursor_set",
@@ -322,7 +313,7 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
 # Raised by a trigger, which no function body names.
 _RAISED_BY_TRIGGERS = {"set_relay_outbox": {"RL012"}, "set_relay_inbox": {"RL012"}}
 # Raised below and caught on the way up.
-_CAUGHT = {"relay_lag": {"RL003"}, "relay_group_drop": {"RL022"}}
+_CAUGHT = {"relay_lag": {"RL003", "RL005", "RL022"}}
 
 
 class Unexplained(Exception):
@@ -858,7 +849,7 @@ def _item(function: SqlFunction, known: Relations) -> str:
     arguments = ", ".join(
         argument for argument in function.arguments if not argument.startswith("out ")
     )
-    words = re.sub(r"\s*Definer: .*", "", function.comment)
+    words = re.sub(r"^Definer, [^.]*\. |\s*Definer: .*", "", function.comment)
     codes = ", ".join(f"[`{code}`](#errors)" for code in sorted(known.codes[function.name]))
     caller = _CALLER_WORDS.get(known.callers.get(function.name, ""), "the catalog's owner")
     return (

@@ -213,13 +213,6 @@ def _functions(created: Iterable[Created], parts: list[tuple[Token, ...]]) -> It
         if (words := _words_from(part, "comment"))[1:3] == ["on", "function"]
         and "definer" in words[-1]
     }
-    revoked = {
-        _name(words, words.index("function") + 1)
-        for part in parts
-        if (words := _words_from(part, "revoke"))
-        and "function" in words
-        and words[-2:] == ["from", "public"]
-    }
     for found in created:
         if found.kind != "function":
             continue
@@ -244,10 +237,6 @@ def _functions(created: Iterable[Created], parts: list[tuple[Token, ...]]) -> It
         if found.name not in reasons:
             yield Finding(
                 found.line, "definer", f"{found.name}: the comment does not say why it is definer"
-            )
-        if found.name not in revoked:
-            yield Finding(
-                found.line, "definer", f"{found.name} is not revoked from public in this file"
             )
 
 

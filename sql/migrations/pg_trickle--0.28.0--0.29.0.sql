@@ -24,6 +24,7 @@ create table @schema@.relay_outbox_config (
         check (length(name) between 1 and 200),
     enabled boolean not null default true,
     config jsonb not null,
+    outbox_table_name text,
     start_after_id bigint not null default 0,
     start_gaps int8multirange not null default '{}',
     created_at timestamptz not null default now(),
@@ -34,6 +35,8 @@ comment on table @schema@.relay_outbox_config is
     'Forward pipelines: an outbox to a broker. Written by set_relay_outbox.';
 comment on column @schema@.relay_outbox_config.config is
     'source_type, source, sink_type, sink, config_version and the pipeline''s own keys.';
+comment on column @schema@.relay_outbox_config.outbox_table_name is
+    'The outbox that the pipeline reads, bound when it was set: nothing looks its name up again.';
 comment on column @schema@.relay_outbox_config.start_after_id is
     'Where a new position starts: 0, or for start=latest the highest visible id when the pipeline was set.';
 comment on column @schema@.relay_outbox_config.start_gaps is
@@ -124,8 +127,7 @@ create table @schema@.relay_dlq (
     error text not null,
     attempts integer not null default 1,
     first_failed_at timestamptz not null default now(),
-    last_failed_at timestamptz not null default now(),
-    retry_requested_at timestamptz
+    last_failed_at timestamptz not null default now()
 );
 
 comment on table @schema@.relay_dlq is
@@ -134,8 +136,6 @@ comment on column @schema@.relay_dlq.payload is
     'Raw bytes: what condemned a message may be that its payload is no valid text.';
 comment on column @schema@.relay_dlq.metadata is
     'stream_table, outbox_id, refresh_id, created_at and is_full_refresh of the message.';
-comment on column @schema@.relay_dlq.retry_requested_at is
-    'Set by relay_dlq_retry: the pipeline sends the message again.';
 
 -- A digest, since a deduplication key may be longer than an index entry.
 create unique index relay_dlq_message on @schema@.relay_dlq
@@ -143,14 +143,21 @@ create unique index relay_dlq_message on @schema@.relay_dlq
 comment on index @schema@.relay_dlq_message is
     'Serves relay_dead_letter: a message that fails again updates its entry.';
 
-create index relay_dlq_retries on @schema@.relay_dlq (relay_group_id, pipeline, id)
-    where retry_requested_at is not null;
-comment on index @schema@.relay_dlq_retries is
-    'Serves relay_dlq_take.';
-
-create index relay_dlq_by_pipeline on @schema@.relay_dlq (pipeline, id);
+create index relay_dlq_by_pipeline on @schema@.relay_dlq (pipeline, id)
+    include (relay_group_id, direction, first_failed_at, last_failed_at);
 comment on index @schema@.relay_dlq_by_pipeline is
-    'Serves relay_dlq_list, relay_dlq_purge and relay_dlq_stats.';
+    'Serves relay_dlq_list, relay_dlq_retry_all, relay_dlq_purge and, without the letters themselves, relay_dlq_stats.';
+
+create table @schema@.relay_dlq_retries (
+    relay_group_id text not null,
+    pipeline text not null,
+    id bigint not null,
+    requested_at timestamptz not null default now(),
+    primary key (relay_group_id, pipeline, id)
+);
+
+comment on table @schema@.relay_dlq_retries is
+    'Dead letters that their pipeline sends again. Apart from the letters, which are large: asking for hundreds of thousands rewrites none of them.';
 
 -- ---------------------------------------------------------------------------
 -- Fleet

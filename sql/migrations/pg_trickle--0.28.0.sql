@@ -1,10 +1,7 @@
 -- pgtrickle 0.28.0: outbox, consumer groups and inbox on plain PostgreSQL.
 --
--- Run once, frozen by checksum. The prologue (sql/prologue.sql) has made the
--- roles, the schema and the record of migrations, and this file runs as the
--- schema's owner. Beside the pg_trickle extension each object that the
--- extension brings is left as it is: everything here is created only if missing,
--- and what is ours alone is kept in tables named relay_….
+-- Run once, frozen by checksum, as the schema's owner. The prologue (sql/prologue.sql) has made the
+-- roles and the schema.
 
 -- ---------------------------------------------------------------------------
 -- Outbox
@@ -80,21 +77,23 @@ create table @schema@.relay_groups (
     group_id bigint generated always as identity primary key,
     group_name text not null unique
         check (length(group_name) between 1 and 200),
-    outbox_table text not null,
-    outbox_oid oid not null,
+    outbox_table_name text not null,
+    pgt_id uuid not null,
     auto_offset_reset text not null
         check (auto_offset_reset in ('earliest', 'latest')),
     frontier bigint not null default 0,
     watermark bigint not null default 0,
     leases_since timestamptz not null default '-infinity',
-    server_instance text not null,
+    server_instance text not null default '',
     created_at timestamptz not null default now()
 ) with (fillfactor = 50);
 
 comment on table @schema@.relay_groups is
     'Consumer groups. A group has one position: everything up to the frontier is settled, except what stands in relay_group_gaps, relay_group_leases and relay_group_returned. No foreign keys: each would lock this row from every commit.';
-comment on column @schema@.relay_groups.outbox_oid is
-    'Table whose lock holders were noted; another one means that the outbox was made anew.';
+comment on column @schema@.relay_groups.outbox_table_name is
+    'The outbox that the group reads, bound when it was made: nothing looks its name up again.';
+comment on column @schema@.relay_groups.pgt_id is
+    'Identity of that outbox; another one means that it was made again.';
 comment on column @schema@.relay_groups.frontier is
     'Highest id that a poll has passed. Only seek_offset moves it back.';
 comment on column @schema@.relay_groups.watermark is
@@ -102,21 +101,22 @@ comment on column @schema@.relay_groups.watermark is
 comment on column @schema@.relay_groups.leases_since is
     'No lease expires before this time: spares a poll the dead index entries of old leases.';
 comment on column @schema@.relay_groups.server_instance is
-    'Run of the server in which the holders were noted. After another start their names mean nothing.';
+    'Run of the server in which the holders were noted. In another one, after a start or a restore, their names mean nothing.';
+
+create index relay_groups_of_outbox on @schema@.relay_groups (outbox_table_name);
+comment on index @schema@.relay_groups_of_outbox is
+    'Serves relay_outbox_readers.';
 
 create table @schema@.relay_group_cohorts (
     cohort_id bigint generated always as identity primary key,
     group_id bigint not null,
-    holders text[] not null,
-    checked_through bigint
+    holders text[] not null
 );
 
 comment on table @schema@.relay_group_cohorts is
     'Gaps that wait for the same transactions. While all of these live nothing of the cohort is read again, however many gaps it has.';
 comment on column @schema@.relay_group_cohorts.holders is
-    'Virtual transaction ids that held RowExclusiveLock on the outbox, sorted; empty: the gaps can be decided.';
-comment on column @schema@.relay_group_cohorts.checked_through is
-    'First id of the last gap that was read again since a holder ended; null: nothing to read.';
+    'Virtual transaction ids that held RowExclusiveLock on the outbox, sorted; an empty one in front: the gaps were not read again since they were noted.';
 
 create index relay_group_cohorts_of_group on @schema@.relay_group_cohorts (group_id);
 comment on index @schema@.relay_group_cohorts_of_group is
@@ -136,7 +136,7 @@ comment on table @schema@.relay_group_gaps is
 
 create index relay_group_gaps_of_cohort on @schema@.relay_group_gaps (cohort_id, first_id);
 comment on index @schema@.relay_group_gaps_of_cohort is
-    'Serves relay_group_read_gaps: a slice of one cohort.';
+    'Serves relay_group_read_gaps: the next gaps of one cohort.';
 
 create table @schema@.relay_group_leases (
     lease_token uuid primary key,
@@ -176,55 +176,45 @@ comment on table @schema@.relay_group_consumers is
 comment on column @schema@.relay_group_consumers.newest_lease is
     'Lease of the newest poll, null when that was empty: all that commit_offset may settle.';
 
--- The names of pg_trickle 0.28 are views over the tables above; where the
--- extension brings tables of these names, they stay as they are.
-do $create$
-begin
-    if to_regclass('@schema@.pgt_consumer_groups') is null then
-        create view @schema@.pgt_consumer_groups as
-        select
-            g.group_name,
-            g.outbox_table as outbox_name,
-            g.auto_offset_reset,
-            g.watermark,
-            g.frontier,
-            g.created_at
-        from @schema@.relay_groups as g;
-        comment on view @schema@.pgt_consumer_groups is
-            'Consumer groups; watermark as of the last poll.';
-    end if;
+-- The names of pg_trickle 0.28 are views over the tables above.
 
-    if to_regclass('@schema@.pgt_consumer_offsets') is null then
-        create view @schema@.pgt_consumer_offsets as
-        select
-            g.group_name,
-            c.consumer_id,
-            g.watermark as committed_offset,
-            c.last_heartbeat_at
-        from @schema@.relay_group_consumers as c
-        join @schema@.relay_groups as g using (group_id);
-        comment on view @schema@.pgt_consumer_offsets is
-            'Consumers; the offset is the group''s, since a group has one position.';
-    end if;
+create view @schema@.pgt_consumer_groups as
+select
+    g.group_name,
+    g.outbox_table_name as outbox_name,
+    g.auto_offset_reset,
+    g.watermark,
+    g.frontier,
+    g.created_at
+from @schema@.relay_groups as g;
+comment on view @schema@.pgt_consumer_groups is
+    'Consumer groups; watermark as of the last poll.';
 
-    if to_regclass('@schema@.pgt_consumer_leases') is null then
-        create view @schema@.pgt_consumer_leases as
-        select
-            g.group_name,
-            l.consumer_id,
-            l.lease_token,
-            l.outbox_ids[1] as batch_start,
-            l.outbox_ids[cardinality(l.outbox_ids)] as batch_end,
-            cardinality(l.outbox_ids) as row_count,
-            l.leased_at,
-            l.expires_at
-        from @schema@.relay_group_leases as l
-        join @schema@.relay_groups as g using (group_id);
-        comment on view @schema@.pgt_consumer_leases is
-            'Rows in the hands of consumers, by lease.';
-    end if;
-end
-$create$;
+create view @schema@.pgt_consumer_offsets as
+select
+    g.group_name,
+    c.consumer_id,
+    g.watermark as committed_offset,
+    c.last_heartbeat_at
+from @schema@.relay_group_consumers as c
+join @schema@.relay_groups as g using (group_id);
+comment on view @schema@.pgt_consumer_offsets is
+    'Consumers; the offset is the group''s, since a group has one position.';
+
+create view @schema@.pgt_consumer_leases as
+select
+    g.group_name,
+    l.consumer_id,
+    l.lease_token,
+    l.outbox_ids[1] as batch_start,
+    l.outbox_ids[cardinality(l.outbox_ids)] as batch_end,
+    cardinality(l.outbox_ids) as row_count,
+    l.leased_at,
+    l.expires_at
+from @schema@.relay_group_leases as l
+join @schema@.relay_groups as g using (group_id);
+comment on view @schema@.pgt_consumer_leases is
+    'Rows in the hands of consumers, by lease.';
 
 -- ---------------------------------------------------------------------------
 -- Inbox
@@ -244,9 +234,9 @@ create table @schema@.relay_inboxes (
     retention_hours integer
         check (retention_hours > 0),
     columns jsonb not null,
-    pending_view name,
-    dead_letter_view name,
-    stats_view name,
+    policies text not null default 'enforced'
+        check (policies in ('enforced', 'bypassed')),
+    parts jsonb not null,
     created_at timestamptz not null default now(),
     unique (inbox_schema, inbox_table)
 );
@@ -257,6 +247,10 @@ comment on column @schema@.relay_inboxes.adopted is
     'The table belongs to somebody else: it is never dropped, swept only where retention is set.';
 comment on column @schema@.relay_inboxes.columns is
     'Our field to the table''s column; fields without a column are left out.';
+comment on column @schema@.relay_inboxes.policies is
+    'bypassed: the owner accepts that row-level security does not hold for what is received.';
+comment on column @schema@.relay_inboxes.parts is
+    'Names of the functions (receive, count, sweep) and views (pending, dlq, stats) that stand beside the table.';
 comment on column @schema@.relay_inboxes.schedule is
     'Kept for pg_trickle, where it says how often the views are refreshed; ordinary views need none.';
 comment on column @schema@.relay_inboxes.retention_hours is

@@ -24,6 +24,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 GROUP = "competing"
 OUTBOX = "outbox_events"
+WATERMARK = "select watermark from pgtrickle.relay_group_find($1, false)"
 LEASE_LOST = "RL021"
 RUN_S = 5.0
 DRAIN_S = 30.0
@@ -87,7 +88,7 @@ async def poll(
     connection: Connection, name: str, batch: int, lease_s: int, seen: History
 ) -> tuple[str | None, list[int]]:
     rows = await connection.fetch(
-        "select lease_token, outbox_id from pgtrickle.relay_group_poll($1, $2, $3, $4)",
+        "select lease_token, outbox_id from pgtrickle.poll_outbox($1, $2, $3, $4)",
         GROUP,
         name,
         batch,
@@ -99,9 +100,13 @@ async def poll(
     return (rows[0]["lease_token"] if rows else None), ids
 
 
-async def settle(connection: Connection, token: str, ids: list[int], seen: History) -> None:
+async def settle(
+    connection: Connection, name: str, token: str, ids: list[int], seen: History
+) -> None:
     try:
-        await connection.execute("select pgtrickle.relay_group_commit($1, $2)", GROUP, token)
+        await connection.execute(
+            "select pgtrickle.commit_offset($1, $2, $3, $4)", GROUP, name, ids[-1], token
+        )
     except asyncpg.PostgresError as error:
         if getattr(error, "sqlstate", None) != LEASE_LOST:
             raise
@@ -146,20 +151,18 @@ async def consume_until(
                     )
                 elif fate < 0.13:
                     await asyncio.sleep(1.2)
-                    await settle(connection, token, ids, seen)
+                    await settle(connection, name, token, ids, seen)
                 elif fate < 0.40:
                     await settle_partly(connection, name, ids, dice.choice(ids), seen)
                 else:
                     await asyncio.sleep(dice.choice((0, 0.002)))
-                    await settle(connection, token, ids, seen)
+                    await settle(connection, name, token, ids, seen)
 
 
 async def watch_until(dsn: str, ended: asyncio.Event, seen: History) -> None:
     async with connected(dsn) as connection:
         while not ended.is_set():
-            seen.watermarks.append(
-                await connection.fetchval("select pgtrickle.relay_group_watermark($1)", GROUP)
-            )
+            seen.watermarks.append(await connection.fetchval(WATERMARK, GROUP))
             await asyncio.sleep(0.01)
 
 
@@ -170,7 +173,7 @@ async def drain(dsn: str, seen: History) -> None:
             if token is None:
                 await asyncio.sleep(0.05)
             else:
-                await settle(connection, token, ids, seen)
+                await settle(connection, "last", token, ids, seen)
         assert await poll(connection, "last", 500, 30, seen) == (None, [])
 
 
@@ -203,13 +206,12 @@ async def test_competing_consumers_settle_each_committed_row_exactly_once(
 
         await drain(dsn, seen)
         assert not late & set(seen.delivered)
-        watermark_while_open = await setup.fetchval(
-            "select pgtrickle.relay_group_watermark($1)", GROUP
-        )
+        watermark_while_open = await setup.fetchval(WATERMARK, GROUP)
         await staying_open.commit()
         seen.committed |= late
         await drain(dsn, seen)
-        status = await setup.fetchrow("select * from pgtrickle.relay_group_status($1)", GROUP)
+        lag = await setup.fetch("select * from pgtrickle.consumer_lag($1)", GROUP)
+        frontier = await setup.fetchval("select frontier from pgtrickle.relay_groups")
 
     assert len(seen.committed) > 200
     assert set(seen.delivered) == seen.committed, "nothing invented, nothing lost"
@@ -217,6 +219,6 @@ async def test_competing_consumers_settle_each_committed_row_exactly_once(
     assert {i for i, times in seen.delivered.items() if times > 1} <= seen.let_go
     assert seen.watermarks == sorted(seen.watermarks)
     assert watermark_while_open == min(late) - 1
-    assert status is not None
-    assert status["watermark"] == status["frontier"] == max(seen.committed)
-    assert (status["pending_gaps"], status["leased_rows"], status["returned_rows"]) == (0, 0, 0)
+    assert {row["committed_offset"] for row in lag} == {frontier} == {max(seen.committed)}
+    for left in ("pending_gaps", "leased_rows", "returned_rows"):
+        assert {row[left] for row in lag} == {0}

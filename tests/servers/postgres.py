@@ -41,6 +41,7 @@ from tests.servers.finding import (
     address_in_environment,
     free_port,
     is_docker_running,
+    leave_out,
     warn_of_docker,
 )
 
@@ -130,6 +131,37 @@ class PostgresServer:
         with self._created_database(template=self._migrated_template) as created:
             yield created
 
+    @contextlib.contextmanager
+    def encoded_database(self, encoding: str) -> Iterator[Database]:
+        """A fresh database with the relay's catalog and another encoding than UTF-8."""
+        with self._created_database(template="template0", encoding=encoding) as created:
+            _migrate_in_a_loop_of_its_own(created.dsn)
+            yield created
+
+    def copy(self, source: Database, target: Database) -> None:
+        """Dump one database and restore it into another, as `pg_dump | psql` does."""
+        dumped = self._client("pg_dump", "--dbname", source.dsn, text="")
+        self._client(
+            "psql", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", target.dsn, text=dumped
+        )
+
+    def _client(self, program: str, *arguments: str, text: str) -> str:
+        major = int(self.version.partition(".")[0])
+        fitting = [path for path in _all_binaries() if _major(path) == major]
+        if not fitting:
+            leave_out(f"{program} of PostgreSQL {major} is not installed")
+        done = subprocess.run(
+            [fitting[0] / program, *arguments],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=_plain_environment(),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def drop_template(self) -> None:
         """Remove the migrated template; only a server that outlives the session needs it."""
         if self._migrated_template is not None:
@@ -137,9 +169,9 @@ class PostgresServer:
             self._migrated_template = None
 
     @contextlib.contextmanager
-    def _created_database(self, *, template: str) -> Iterator[Database]:
+    def _created_database(self, *, template: str, encoding: str = "UTF8") -> Iterator[Database]:
         name = f"relay_test_{_session}_{next(_database_numbers)}"
-        self._create(name, template=template)
+        self._create(name, template=template, encoding=encoding)
         try:
             yield Database(name=name, dsn=self.database_dsn(name), server=self)
         finally:
@@ -155,13 +187,16 @@ class PostgresServer:
             raise
         return name
 
-    def _create(self, name: str, *, template: str) -> None:
+    def _create(self, name: str, *, template: str, encoding: str = "UTF8") -> None:
+        # The locale C suits every encoding.
+        locale = "" if encoding == "UTF8" else " lc_collate 'C' lc_ctype 'C'"
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             connection.execute(
                 # Ten times faster than through the log, which a test database does not need.
-                sql.SQL("create database {} template {} strategy file_copy").format(
-                    sql.Identifier(name), sql.Identifier(template)
+                sql.SQL("create database {} template {} encoding {} strategy file_copy").format(
+                    sql.Identifier(name), sql.Identifier(template), sql.Literal(encoding)
                 )
+                + sql.SQL(locale)
             )
 
     def _drop(self, name: str) -> None:
@@ -436,7 +471,14 @@ def _embedded_binaries() -> Path:
     return max(installs, key=lambda path: _major(path) or 0)
 
 
-def _oldest_installed_binaries() -> Path:
+def _all_binaries() -> list[Path]:
+    with contextlib.suppress(ServerMissing):
+        return [_embedded_binaries(), *_installed_binaries().values()]
+    return list(_installed_binaries().values())
+
+
+def _installed_binaries() -> dict[int, Path]:
+    """An installation outside this environment of each supported major version."""
     candidates = [
         *Path("/usr/lib/postgresql").glob("*/bin"),
         *Path("/usr").glob("pgsql-*/bin"),
@@ -446,11 +488,15 @@ def _oldest_installed_binaries() -> Path:
     on_path = shutil.which("postgres")
     if on_path is not None:
         candidates.append(Path(on_path).resolve().parent)
-    by_major = {
+    return {
         major: path
         for path in candidates
         if (major := _major(path)) is not None and major >= OLDEST_SUPPORTED
     }
+
+
+def _oldest_installed_binaries() -> Path:
+    by_major = _installed_binaries()
     if not by_major:
         raise ServerMissing(
             f"no PostgreSQL {OLDEST_SUPPORTED} or newer is installed: "

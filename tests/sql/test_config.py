@@ -117,7 +117,10 @@ def test_retention_is_raised_and_never_lowered(db: Session) -> None:
 def test_a_consumer_group_is_made_with_its_pipeline(db: Session) -> None:
     db.run("select pgtrickle.set_relay_outbox('p', 'events', 'g', %s::jsonb)", STDOUT)
 
-    assert db.value("select outbox_table from pgtrickle.relay_group_status('g')") == "outbox_events"
+    assert (
+        db.value("select outbox_table_name from pgtrickle.relay_groups where group_name = 'g'")
+        == "outbox_events"
+    )
     db.run("select pgtrickle.enable_outbox('others', capture => false)")
     with db.refused("RL023"):
         db.run("select pgtrickle.set_relay_outbox('q', 'others', 'g', %s::jsonb)", STDOUT)

@@ -37,7 +37,7 @@ def write(
 
 def poll(db: Session, consumer: str, batch: int = 100, lease_s: int = 30) -> tuple[str, list[int]]:
     rows = db.rows(
-        "select lease_token, outbox_id from pgtrickle.relay_group_poll('g', %s, %s, %s)",
+        "select lease_token, outbox_id from pgtrickle.poll_outbox('g', %s, %s, %s)",
         consumer,
         batch,
         lease_s,
@@ -50,8 +50,13 @@ def old_poll(db: Session, consumer: str, batch: int = 100) -> list[int]:
     return [row[0] for row in rows]
 
 
+def settle(db: Session, consumer: str, token: str) -> None:
+    """Settle all rows of a lease."""
+    db.run("select pgtrickle.commit_offset('g', %s, 1000000, %s)", consumer, token)
+
+
 def watermark(db: Session) -> int:
-    return int(db.value("select pgtrickle.relay_group_watermark('g')"))
+    return int(db.value("select watermark from pgtrickle.relay_group_find('g', false)"))
 
 
 def run_out(db: Session) -> None:
@@ -64,13 +69,13 @@ def test_two_consumers_share_the_rows_and_none_is_given_to_both(
     db: Session, other: Session
 ) -> None:
     write(db, 10)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
 
     first_token, first = poll(db, "one", 4)
     second_token, second = poll(other, "two", 100)
-    db.run("select pgtrickle.relay_group_commit('g', %s)", second_token)
+    settle(db, "two", second_token)
     before = watermark(db)
-    db.run("select pgtrickle.relay_group_commit('g', %s)", first_token)
+    settle(db, "one", first_token)
 
     assert (first, second) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
     assert (before, watermark(db)) == (0, 10)
@@ -81,7 +86,7 @@ def test_rows_of_a_lease_that_ran_out_go_to_another_and_the_late_commit_is_refus
     db: Session,
 ) -> None:
     write(db, 3)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     lost, _ = poll(db, "slow")
     run_out(db)
 
@@ -89,27 +94,27 @@ def test_rows_of_a_lease_that_ran_out_go_to_another_and_the_late_commit_is_refus
 
     assert again == [1, 2, 3]
     with db.refused("RL021") as said:
-        db.run("select pgtrickle.relay_group_commit('g', %s)", lost)
+        settle(db, "slow", lost)
     assert "lost" in said.message_primary
     assert "longer lease" in said.message_hint
-    db.run("select pgtrickle.relay_group_commit('g', %s)", kept)
+    settle(db, "quick", kept)
     assert watermark(db) == 3
 
 
 def test_a_lease_that_ran_out_but_was_not_taken_over_can_still_be_settled(db: Session) -> None:
     write(db, 2)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     token, _ = poll(db, "slow")
     run_out(db)
 
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "slow", token)
 
     assert poll(db, "quick") == ("", [])
 
 
 def test_released_rows_are_delivered_at_once_and_before_new_ones(db: Session) -> None:
     write(db, 3)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     token, _ = poll(db, "one", 2)
 
     assert db.value("select pgtrickle.relay_group_release('g', %s)", token) is True
@@ -120,27 +125,27 @@ def test_released_rows_are_delivered_at_once_and_before_new_ones(db: Session) ->
 
 def test_extending_a_lease_never_shortens_it_and_a_lost_one_is_refused(db: Session) -> None:
     write(db)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     token, _ = poll(db, "one", lease_s=600)
 
-    until = db.value("select pgtrickle.relay_group_extend('g', %s, 1)", token)
+    until = db.value("select pgtrickle.extend_lease('g', 'one', 1, %s)", token)
 
     assert db.value("select %s > now() + interval '590 seconds'", until)
     db.run("select pgtrickle.relay_group_release('g', %s)", token)
     with db.refused("RL021"):
-        db.run("select pgtrickle.relay_group_extend('g', %s, 1)", token)
+        db.run("select pgtrickle.extend_lease('g', 'one', 1, %s)", token)
 
 
 def test_committing_inside_the_consumers_transaction_settles_with_it(
     db: Session, other: Session
 ) -> None:
     write(db, 2)
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     token, _ = poll(db, "one")
     run_out(db)
 
     other.run("begin")
-    other.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(other, "one", token)
     meanwhile = poll(db, "two")
     other.run("rollback")
 
@@ -151,30 +156,30 @@ def test_committing_inside_the_consumers_transaction_settles_with_it(
 def test_a_row_that_commits_late_is_delivered_though_later_ones_were_settled(
     db: Session, other: Session
 ) -> None:
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     other.run("begin")
     write(other)
     write(db, 2)
 
     token, early = poll(db, "one")
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
     held_back = watermark(db)
     assert poll(db, "one") == ("", [])
     other.run("commit")
     token, late = poll(db, "one")
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
 
     assert (early, held_back, late) == ([2, 3], 0, [1])
     assert watermark(db) == 3
 
 
 def test_a_rolled_back_id_does_not_hold_the_watermark(db: Session, other: Session) -> None:
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     other.run("begin")
     write(other)
     write(db)
     token, _ = poll(db, "one")
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
 
     other.run("rollback")
     assert poll(db, "one") == ("", [])
@@ -186,14 +191,14 @@ def test_a_prepared_transaction_is_waited_for(db: Session, other: Session) -> No
     if db.value("show max_prepared_transactions") == "0":
         pytest.skip("this server has no prepared transactions")
     db.run("update pgtrickle.relay_outbox_settings set notify = false")
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     other.run("begin")
     write(other)
     other.run("prepare transaction 'later'")
     write(db)
 
     token, early = poll(db, "one")
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
     # Another run of the server: the prepared transaction has another name.
     db.run("update pgtrickle.relay_groups set server_instance = 'before'")
     db.run("update pgtrickle.relay_group_cohorts set holders = '{9/999}'")
@@ -220,21 +225,21 @@ def test_latest_starts_at_the_end_but_delivers_what_is_being_written(
 
 def test_a_batch_ends_at_its_bytes_but_has_at_least_one_row(db: Session) -> None:
     write(db, 3, '{"v":1,"inserted":[{"text":"' + "x" * 500 + '"}],"deleted":[]}')
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
 
-    tiny = db.rows("select outbox_id from pgtrickle.relay_group_poll('g', 'one', 10, 30, 1)")
-    rest = db.rows("select outbox_id from pgtrickle.relay_group_poll('g', 'one', 10, 30, 100000)")
+    tiny = db.rows("select outbox_id from pgtrickle.poll_outbox('g', 'one', 10, 30, 1)")
+    rest = db.rows("select outbox_id from pgtrickle.poll_outbox('g', 'one', 10, 30, 100000)")
 
     assert (tiny, rest) == ([(1,)], [(2,), (3,)])
 
 
 def test_a_poll_brings_refresh_id_headers_and_payload(db: Session) -> None:
     db.run("""select pgtrickle.outbox_publish('events', '[{"a": 1}]', '[]', '{"trace": "t"}')""")
-    db.run("select pgtrickle.relay_group_create('g', 'events')")
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
 
     (row,) = db.rows(
         "select refresh_id is not null, inserted_count, deleted_count, is_claim_check,"
-        " payload -> 'inserted', headers from pgtrickle.relay_group_poll('g', 'one')"
+        " payload -> 'inserted', headers from pgtrickle.poll_outbox('g', 'one')"
     )
 
     assert row == (True, 1, 0, False, [{"a": 1}], {"trace": "t"})
@@ -324,7 +329,7 @@ def test_each_mistake_has_its_own_error(db: Session) -> None:
     with db.refused("RL023"):
         db.run("select pgtrickle.create_consumer_group('g', 'events')")
     with db.refused("RL023"):
-        db.run("select pgtrickle.relay_group_create('g', 'other')")
+        db.run("select pgtrickle.relay_group_create('g', 'outbox_other')")
     with db.refused("RL003"):
         db.run("select pgtrickle.create_consumer_group('h', 'nothing')")
     with db.refused("22023"):
@@ -379,7 +384,7 @@ def test_rows_deleted_while_nobody_held_them_do_not_stop_the_group(db: Session) 
     db.run("delete from pgtrickle.outbox_events where id < 3")
 
     token, rest = poll(db, "one")
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
 
     assert (rest, watermark(db)) == ([3], 3)
 
@@ -391,15 +396,15 @@ def test_many_gaps_of_one_open_writer_are_not_read_again(db: Session, other: Ses
     write(db, 2000)
     db.run("delete from pgtrickle.outbox_events where id % 2 = 0")
     token, _ = poll(db, "one", 10000)
-    db.run("select pgtrickle.relay_group_commit('g', %s)", token)
+    settle(db, "one", token)
     for _ in range(3):
         poll(db, "one")
 
     resting = db.rows(
-        "select checked_through, cardinality(holders) from pgtrickle.relay_group_cohorts"
+        "select holders <> '{\"\"}', cardinality(holders) from pgtrickle.relay_group_cohorts"
     )
 
-    assert resting == [(None, 1)]
-    assert db.value("select pending_gaps from pgtrickle.relay_group_status('g')") >= 1000
+    assert resting == [(True, 1)]
+    assert db.value("select pending_gaps from pgtrickle.consumer_lag('g')") >= 1000
     other.run("commit")
     assert poll(db, "one")[1] == [1]

@@ -280,10 +280,9 @@ def test_sweeping_deletes_only_what_is_old_and_behind_every_reader(orders: Sessi
     )
     orders.run("insert into pgtrickle.outbox_delta_rows_old values (1, 0, 'INSERT', '{}')")
     orders.run(
-        "insert into pgtrickle.relay_outbox_config (name, enabled, config) values"
-        ' (\'fast\', true, \'{"source": {"outbox": "old"}}\'),'
-        ' (\'slow\', false, \'{"source": {"outbox": "outbox_old"}}\'),'
-        ' (\'other\', false, \'{"source": {"outbox": "orders"}}\')'
+        "insert into pgtrickle.relay_outbox_config (name, enabled, config, outbox_table_name)"
+        " values ('fast', true, '{}', 'outbox_old'), ('slow', false, '{}', 'outbox_old'),"
+        " ('other', false, '{}', 'outbox_orders')"
     )
     assert orders.value("select pgtrickle.relay_sweep_outbox('outbox_old')") == 0
 

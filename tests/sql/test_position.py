@@ -69,7 +69,7 @@ def test_who_lost_the_pipeline_can_write_nothing(db: Session) -> None:
         db.run(COMMIT, 1, 20, [], [1], [1])
     assert "owned by w2" in said.message_detail
     with db.refused("RL020"):
-        db.run("select pgtrickle.relay_reset_offset('default', 'p', 1, 5)")
+        db.run("select pgtrickle.relay_commit('default', 'p', 1, 5, p_is_reset => true)")
     with db.refused("RL020"):
         db.run("select pgtrickle.relay_cursor_set('default', 'p', 1, 'file', '{}')")
     db.run("select pgtrickle.relay_release('default', 'p', 1)")
@@ -89,7 +89,7 @@ def test_reset_moves_anywhere_and_forgets_the_gaps(db: Session) -> None:
     db.run("select pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w1')")
     db.run(COMMIT, 1, 20, [], [3], [5])
 
-    db.run("select pgtrickle.relay_reset_offset('default', 'p', 1, 2)")
+    db.run("select pgtrickle.relay_commit('default', 'p', 1, 2, p_is_reset => true)")
 
     assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 2, [], [], False)]
 
@@ -192,4 +192,4 @@ def test_a_pipeline_whose_outbox_is_gone_hides_no_other_lag(db: Session) -> None
 
     rows = db.rows("select pipeline, lag_rows from pgtrickle.relay_lag('default')")
 
-    assert rows == [("broken", 0), ("nonsense", 0), ("p", 0)]
+    assert rows == [("broken", None), ("nonsense", None), ("p", 0)]

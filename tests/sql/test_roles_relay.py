@@ -52,7 +52,7 @@ def test_a_member_does_everything_through_functions(member: Session) -> None:
         "select pgtrickle.relay_schema_version()",
         "select * from pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w')",
         "select pgtrickle.relay_commit('default', 'p', 1, 1, '{}', '{}', '{}')",
-        "select pgtrickle.relay_reset_offset('default', 'p', 1, 0)",
+        "select pgtrickle.relay_commit('default', 'p', 1, 0, p_is_reset => true)",
         "select pgtrickle.relay_cursor_set('default', 'p', 1, 'f', '{}')",
         "select pgtrickle.relay_cursor_get('default', 'p', 'f')",
         "select * from pgtrickle.relay_lag('default')",
@@ -79,8 +79,8 @@ def test_a_member_does_everything_through_functions(member: Session) -> None:
         "select pgtrickle.consumer_heartbeat('h', 'one')",
         "select pgtrickle.seek_offset('h', 'one', 0)",
         "select * from pgtrickle.consumer_lag('h')",
-        """select pgtrickle.relay_group_commit('h', lease_token)
-            from pgtrickle.relay_group_poll('h', 'one')""",
+        """select pgtrickle.relay_group_release('h', lease_token)
+            from pgtrickle.poll_outbox('h', 'one')""",
         "select pgtrickle.drop_consumer_group('h')",
         "select * from pgtrickle.relay_inbox('received')",
         """insert into pgtrickle.received (event_id, event_type, payload) values ('a', 't', '{}')

@@ -48,8 +48,6 @@ end
 $$;
 
 comment on function pgtrickle.f(text) is 'Answers. Definer: who asks has no right on the table.';
-
-revoke all on function pgtrickle.f(text) from public;
 """
 
 
@@ -76,7 +74,6 @@ def test_good_sql_has_no_finding() -> None:
         ("set search_path = pg_catalog, pg_temp\n", "", "definer", 10),
         ("search_path = pg_catalog, pg_temp", "search_path = pg_catalog, public", "definer", 10),
         ("Definer: who asks has no right on the table.", "", "definer", 10),
-        ("from public;", "from pgtrickle_relay;", "definer", 10),
         ("    id bigint primary key\n", "    id bigint\n    , x int\n", "comma", 3),
         ("bigint primary key\n", "bigint primary key \n", "space", 2),
         ("    id bigint", "\tid bigint", "space", 2),

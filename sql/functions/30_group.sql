@@ -1,0 +1,923 @@
+-- Consumer groups: competing consumers share one outbox, each row goes to one of them.
+--
+-- A group has one position. Everything up to its frontier is settled, except gaps
+-- (ids that were not visible when the frontier passed them), leases (rows in the hands of a
+-- consumer) and returned rows (nobody's). The watermark lies just below the lowest exception.
+--
+-- No row is skipped, whatever order transactions commit in. An insert takes RowExclusiveLock on
+-- the outbox before it draws an id and keeps it until its commit is visible. A poll therefore
+--   1. reads the rows above the frontier,
+--   2. then reads who holds that lock,
+--   3. reads the gaps of earlier polls again where one of their holders has ended; without a
+--      holder left, what that read does not show was rolled back,
+--   4. then notes the ids missing among the rows of step 1, with the holders of step 2, to be
+--      read again by the next poll: their writer may have ended between steps 1 and 2.
+-- Each statement of a volatile function has its own snapshot at READ COMMITTED; at other levels
+-- the order of the steps would mean nothing, so they are refused.
+--
+-- Gaps that wait for the same transactions form a cohort, so that a poll compares a few sets of
+-- holders and reads nothing of those whose holders all live, however many gaps they have. The
+-- holder '' stands for "not read again yet" and never lives.
+
+-- ---------------------------------------------------------------------------
+-- Making, finding, dropping
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.create_consumer_group(
+    name text,
+    outbox text,
+    auto_offset_reset text default 'latest'
+)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+begin
+    if not @schema@.relay_group_create(
+        name, (select o.outbox_table from @schema@.relay_outbox(outbox) as o), auto_offset_reset)
+    then
+        raise exception using
+            errcode = 'RL023',
+            message = pg_catalog.format('consumer group "%s" exists already', name),
+            hint = pg_catalog.format('Choose another name, or: select %I.drop_consumer_group(%L);',
+                @schema_name@, name);
+    end if;
+end
+$$;
+
+comment on function @schema@.create_consumer_group(text, text, text) is
+    'Make a consumer group; the outbox is named like a table in a query, or by its own name, and stays the group''s under whatever name. From ''latest'' it delivers what is not visible now, transactions in progress included.';
+
+create or replace function @schema@.relay_group_create(
+    p_group text,
+    p_outbox_table text,
+    p_start text default 'earliest'
+)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_group text not null := p_group;
+    v_start text not null := p_start;
+    v_outbox record;
+    v_is_new boolean;
+    v_end record;
+    g @schema@.relay_groups;
+begin
+    if length(v_group) not between 1 and 200 or v_start not in ('earliest', 'latest') then
+        raise exception using
+            errcode = '22023',
+            message = format('consumer group "%s" can''t start at %L', v_group, v_start),
+            hint = 'A name has 1 to 200 characters; a group starts at ''earliest'' or at ''latest''.';
+    end if;
+    select * into v_outbox from @schema@.relay_bound_outbox(p_outbox_table);
+    if v_outbox.sequence_cache > 1 then
+        raise exception using
+            errcode = 'RL005',
+            message = format('outbox "%s" hands out ids in blocks of %s',
+                v_outbox.outbox_table, v_outbox.sequence_cache),
+            detail = 'Ids drawn from a cached block are older than the lock that tells who may still use them.',
+            hint = format('alter table %s alter column id set cache 1;', v_outbox.outbox_relation);
+    end if;
+
+    insert into @schema@.relay_groups (group_name, outbox_table_name, pgt_id, auto_offset_reset)
+    values (v_group, v_outbox.outbox_table, v_outbox.pgt_id, v_start)
+    on conflict (group_name) do nothing;
+    v_is_new := found;
+    g := @schema@.relay_group_find(v_group, true);
+    if g.outbox_table_name <> v_outbox.outbox_table then
+        raise exception using
+            errcode = 'RL023',
+            message = format('consumer group "%s" exists and reads outbox "%s", not "%s"',
+                v_group, g.outbox_table_name, v_outbox.outbox_table),
+            hint = 'Choose another name, or drop the group first.';
+    end if;
+    if v_is_new and v_start = 'latest' then
+        select * into v_end from @schema@.relay_outbox_end(g.outbox_table_name);
+        perform @schema@.relay_group_note_gaps(g.group_id, v_end.gaps, array['']);
+        update @schema@.relay_groups as r
+        set frontier = v_end.after_id
+        where r.group_id = g.group_id;
+    end if;
+    return v_is_new;
+end
+$$;
+
+comment on function @schema@.relay_group_create(text, text, text) is
+    'Definer, since only functions write groups. Make a consumer group on an outbox table; false where it exists and reads the same one.';
+
+create or replace function @schema@.relay_outbox_end(
+    p_outbox text,
+    out after_id bigint,
+    out gaps int8multirange
+)
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_outbox record;
+begin
+    select * into v_outbox from @schema@.relay_bound_outbox(p_outbox);
+    execute format(
+        $query$
+        select
+            coalesce(max(r.id), $1),
+            coalesce(
+                range_agg(int8range(r.previous + 1, r.id)) filter (where r.id > r.previous + 1),
+                '{}')
+        from (
+            select o.id, lag(o.id, 1, $1) over (order by o.id) as previous
+            from %s as o
+            where o.id > $1
+        ) as r
+        $query$, v_outbox.outbox_relation)
+    into after_id, gaps
+    using v_outbox.swept_through;
+end
+$$;
+
+comment on function @schema@.relay_outbox_end(text) is
+    'Highest visible id of an outbox and the ids missing below it, seen in one snapshot: who starts at the end still owes what is being written at this moment.';
+
+create or replace function @schema@.relay_group_find(p_group text, p_lock boolean)
+returns @schema@.relay_groups
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_isolation text := current_setting('transaction_isolation');
+    g @schema@.relay_groups;
+begin
+    if p_lock then
+        if pg_is_in_recovery() or v_isolation not in ('read committed', 'read uncommitted') then
+            raise exception using
+                errcode = 'RL005',
+                message = format('consumer groups can''t be used %s', case
+                    when pg_is_in_recovery() then 'on a standby'
+                    else 'at isolation level ' || v_isolation
+                end),
+                detail = 'With one snapshot for the whole transaction, or without locks, a row that commits late could be lost.',
+                hint = 'Use READ COMMITTED on the primary: begin isolation level read committed.';
+        end if;
+        perform from @schema@.relay_groups as r where r.group_name = p_group for no key update;
+    end if;
+    select r.* into g from @schema@.relay_groups as r where r.group_name = p_group;
+    if not found then
+        raise exception using
+            errcode = 'RL022',
+            message = format('consumer group "%s" does not exist', p_group),
+            hint = format('select %I.create_consumer_group(%L, ''<stream table>'');',
+                @schema_name@, p_group);
+    end if;
+    g.watermark := greatest(
+        g.watermark,
+        coalesce(
+            least(
+                (select p.first_id
+                 from @schema@.relay_group_gaps as p
+                 where p.group_id = g.group_id and p.first_id > g.watermark
+                 order by p.first_id
+                 limit 1),
+                (select min(l.outbox_ids[1])
+                 from @schema@.relay_group_leases as l
+                 where l.group_id = g.group_id and l.expires_at >= g.leases_since),
+                (select r.outbox_id
+                 from @schema@.relay_group_returned as r
+                 where r.group_id = g.group_id and r.outbox_id > g.watermark
+                 order by r.outbox_id
+                 limit 1)
+            ) - 1,
+            g.frontier));
+    return g;
+end
+$$;
+
+comment on function @schema@.relay_group_find(text, boolean) is
+    'A group with its watermark as it is now; RL022 where there is none. Locked until the transaction ends where asked, so that polls of one group go one after another.';
+
+create or replace function @schema@.drop_consumer_group(name text, if_exists boolean default false)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text not null := drop_consumer_group.name;
+    v_group_id bigint;
+begin
+    delete from @schema@.relay_groups as g
+    where g.group_name = name
+    returning g.group_id into v_group_id;
+    if not found then
+        if if_exists is not true then
+            perform @schema@.relay_group_find(name, false);
+        end if;
+        return;
+    end if;
+    -- Leases first: this waits for a release in progress, whose rows the next statement then sees.
+    delete from @schema@.relay_group_leases as l where l.group_id = v_group_id;
+    delete from @schema@.relay_group_returned as r where r.group_id = v_group_id;
+    delete from @schema@.relay_group_gaps as p where p.group_id = v_group_id;
+    delete from @schema@.relay_group_cohorts as c where c.group_id = v_group_id;
+    delete from @schema@.relay_group_consumers as c where c.group_id = v_group_id;
+end
+$$;
+
+comment on function @schema@.drop_consumer_group(text, boolean) is
+    'Definer, since only functions write groups. Drop a consumer group with its position and leases.';
+
+-- ---------------------------------------------------------------------------
+-- Polling
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.poll_outbox(
+    "group" text,
+    consumer text,
+    batch_size integer default 100,
+    visibility_seconds integer default 30,
+    max_bytes bigint default 16777216
+)
+returns table (
+    outbox_id bigint,
+    pgt_id uuid,
+    created_at timestamptz,
+    inserted_count bigint,
+    deleted_count bigint,
+    is_claim_check boolean,
+    payload jsonb,
+    lease_token uuid,
+    refresh_id uuid,
+    headers jsonb
+)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    "group" text not null := poll_outbox."group";
+    consumer text not null := poll_outbox.consumer;
+    batch_size integer not null := poll_outbox.batch_size;
+    visibility_seconds integer not null := poll_outbox.visibility_seconds;
+    max_bytes bigint not null := poll_outbox.max_bytes;
+    v_instance text;
+    v_outbox record;
+    g @schema@.relay_groups;
+    v_new bigint[];
+    v_holders text[] := '{}';
+    v_ids bigint[];
+    v_frontier bigint;
+    v_token uuid;
+begin
+    if consumer = ''
+        or batch_size not between 1 and 100000
+        or visibility_seconds not between 1 and 604800
+        or max_bytes < 1
+    then
+        raise exception using
+            errcode = '22023',
+            message = format('consumer %L can''t lease %s rows of %s bytes for %s seconds',
+                consumer, batch_size, max_bytes, visibility_seconds),
+            hint = 'A named consumer leases 1 to 100000 rows of 1 byte or more for 1 to 604800 seconds (a week).';
+    end if;
+    g := @schema@.relay_group_find("group", true);
+    select * into v_outbox from @schema@.relay_bound_outbox(g.outbox_table_name);
+    if v_outbox.last_id < g.frontier then
+        raise exception using
+            errcode = 'RL005',
+            message = format('consumer group "%s" stands at id %s, but outbox "%s" ends at id %s',
+                "group", g.frontier, g.outbox_table_name, v_outbox.last_id),
+            detail = 'The outbox was made again or restored from an older state; its next rows would be skipped.',
+            hint = format('select %I.seek_offset(%L, %L, 0);', @schema_name@, "group", consumer);
+    end if;
+    if v_outbox.pgt_id <> g.pgt_id then
+        -- Made again: ids go on above the old ones. Should they not, what lies below is a gap.
+        perform @schema@.seek_offset("group", consumer, g.frontier);
+        perform @schema@.relay_group_note_gaps(
+            g.group_id, int8multirange(int8range(1, g.frontier, '[]')), array['']);
+        g := @schema@.relay_group_find("group", true);
+    end if;
+
+    execute format(
+        $query$
+        select coalesce(array_agg(r.id order by r.id), '{}')
+        from (select o.id from %s as o where o.id > $1 order by o.id limit $2) as r
+        $query$, v_outbox.outbox_relation)
+    into v_new
+    using g.frontier, batch_size;
+
+    -- Spared where no id is missing.
+    if v_new[cardinality(v_new)] - g.frontier > cardinality(v_new)
+        or exists (select from @schema@.relay_group_cohorts as c where c.group_id = g.group_id)
+    then
+        v_holders := array(
+            select distinct l.virtualtransaction
+            from pg_locks as l
+            where l.locktype = 'relation'
+                and l.database = (select d.oid from pg_database as d where d.datname = current_database())
+                and l.relation = v_outbox.outbox_relation::regclass
+                and l.mode = 'RowExclusiveLock'
+                and l.granted
+            order by 1);
+    end if;
+
+    -- Virtual transaction ids are comparable within one run of the server. After the crash of a
+    -- backend the postmaster lives on; the reset time of the statistics tells such a restart.
+    v_instance := concat_ws(' ',
+        extract(epoch from pg_postmaster_start_time()),
+        extract(epoch from pg_stat_get_bgwriter_stat_reset_time()));
+    if v_instance <> g.server_instance then
+        update @schema@.relay_group_cohorts as c
+        set holders = array_prepend('', v_holders)
+        where c.group_id = g.group_id;
+        update @schema@.relay_groups as r
+        set server_instance = v_instance
+        where r.group_id = g.group_id;
+    end if;
+
+    perform @schema@.relay_group_read_gaps(
+        g.group_id, v_outbox.outbox_relation, v_holders, batch_size, v_new = '{}');
+    v_ids := @schema@.relay_group_pick(
+        g, v_outbox.outbox_relation, v_new, batch_size, max_bytes);
+    v_frontier := greatest(g.frontier, v_ids[cardinality(v_ids)]);
+    perform @schema@.relay_group_note_gaps(
+        g.group_id,
+        int8multirange(int8range(g.frontier, v_frontier, '(]')) - (
+            select coalesce(range_agg(int8range(i.id, i.id, '[]')), '{}') from unnest(v_new) as i (id)),
+        array_prepend('', v_holders));
+    v_token := @schema@.relay_group_lease(g, consumer, v_ids, v_frontier, visibility_seconds);
+
+    return query execute format(
+        $query$
+        select
+            o.id, o.pgt_id, o.created_at, o.inserted_count::bigint, o.deleted_count::bigint,
+            o.is_claim_check, o.payload, $1, o.refresh_id, o.headers
+        from %s as o
+        where o.id = any ($2)
+        order by o.id
+        $query$, v_outbox.outbox_relation)
+    using v_token, v_ids;
+end
+$$;
+
+comment on function @schema@.poll_outbox(text, text, integer, integer, bigint) is
+    'Definer, since only functions write groups. Lease the next rows of a group, in id order: returned ones first, then new ones; at least one, then as many as batch size and bytes (as stored) allow. All rows of a poll carry its lease token.';
+
+create or replace function @schema@.relay_group_read_gaps(
+    p_group_id bigint,
+    p_relation text,
+    p_holders text[],
+    p_limit integer,
+    p_is_idle boolean
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    c_slice constant integer := 1000;
+    v_until timestamptz := clock_timestamp() + interval '300 milliseconds';
+    v_slices integer := 0;
+    v_left integer := p_limit;
+    v_cohort record;
+    v_gaps int8multirange;
+    v_found bigint[];
+    v_read int8range;
+begin
+    -- Bounded, since the group is locked: the next polls go on where this one stops, faster than
+    -- polls of this size note gaps. A poll that has nothing else to deliver looks longer.
+    while v_left > 0 and (
+        v_slices < 5 + 2 * p_limit / c_slice
+        or (p_is_idle and v_left = p_limit and clock_timestamp() < v_until))
+    loop
+        select
+            c.cohort_id,
+            c.holders,
+            array(
+                select h.holder from unnest(c.holders) as h (holder)
+                where h.holder = any (p_holders)
+                order by h.holder) as living
+        into v_cohort
+        from @schema@.relay_group_cohorts as c
+        where c.group_id = p_group_id and not c.holders <@ p_holders
+        order by c.cohort_id
+        limit 1;
+        exit when not found;
+        with slice as (
+            delete from @schema@.relay_group_gaps as p
+            where p.group_id = p_group_id
+                and p.first_id in (
+                    select s.first_id
+                    from @schema@.relay_group_gaps as s
+                    where s.cohort_id = v_cohort.cohort_id
+                    order by s.first_id
+                    limit c_slice)
+            returning p.first_id, p.last_id
+        )
+        select range_agg(int8range(s.first_id, s.last_id, '[]')) into v_gaps from slice as s;
+        if v_gaps is null then
+            delete from @schema@.relay_group_cohorts as c where c.cohort_id = v_cohort.cohort_id;
+            continue;
+        end if;
+
+        execute format(
+            $query$
+            select coalesce(array_agg(f.id order by f.id), '{}')
+            from (
+                select v.id
+                from unnest($1) as s (gap)
+                cross join lateral (
+                    select o.id
+                    from %s as o
+                    where o.id >= lower(s.gap) and o.id < upper(s.gap)
+                    order by o.id
+                    limit $2
+                ) as v
+                order by v.id
+                limit $2
+            ) as f
+            $query$, p_relation)
+        into v_found
+        using v_gaps, v_left;
+        insert into @schema@.relay_group_returned (group_id, outbox_id)
+        select p_group_id, f.id from unnest(v_found) as f (id);
+
+        -- What was read and not seen waits for the holders that live, or was rolled back.
+        v_read := int8range(null, case when cardinality(v_found) = v_left then v_found[v_left] end, '(]');
+        v_gaps := v_gaps - (
+            select coalesce(range_agg(int8range(f.id, f.id, '[]')), '{}') from unnest(v_found) as f (id));
+        if v_cohort.living <> '{}' then
+            perform @schema@.relay_group_note_gaps(
+                p_group_id, v_gaps * int8multirange(v_read), v_cohort.living);
+        end if;
+        perform @schema@.relay_group_note_gaps(
+            p_group_id, v_gaps - int8multirange(v_read), v_cohort.holders);
+        v_left := v_left - cardinality(v_found);
+        v_slices := v_slices + 1;
+    end loop;
+end
+$$;
+
+comment on function @schema@.relay_group_read_gaps(bigint, text, text[], integer, boolean) is
+    'Step 3 of a poll: read gaps again of which a holder has ended. Rows that have become visible are returned rows from now on, what is still missing joins the cohort of the holders that live.';
+
+create or replace function @schema@.relay_group_note_gaps(
+    p_group_id bigint,
+    p_gaps int8multirange,
+    p_holders text[]
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_cohort_id bigint;
+begin
+    if isempty(p_gaps) then
+        return;
+    end if;
+    select c.cohort_id into v_cohort_id
+    from @schema@.relay_group_cohorts as c
+    where c.group_id = p_group_id and c.holders = p_holders;
+    if not found then
+        insert into @schema@.relay_group_cohorts (group_id, holders)
+        values (p_group_id, p_holders)
+        returning cohort_id into v_cohort_id;
+    end if;
+    insert into @schema@.relay_group_gaps (group_id, first_id, last_id, cohort_id)
+    select p_group_id, lower(r.gap), upper(r.gap) - 1, v_cohort_id
+    from unnest(p_gaps) as r (gap);
+end
+$$;
+
+comment on function @schema@.relay_group_note_gaps(bigint, int8multirange, text[]) is
+    'Step 4 of a poll: remember missing ids with the transactions that may still show them.';
+
+create or replace function @schema@.relay_group_pick(
+    p_group @schema@.relay_groups,
+    p_relation text,
+    p_new bigint[],
+    p_batch_size integer,
+    p_max_bytes bigint
+)
+returns bigint[]
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_returned bigint[];
+    v_existing bigint[];
+    v_picked bigint[];
+begin
+    -- Rows of leases that have run out are anybody's. One that is locked is being settled or
+    -- extended at this moment.
+    with expired as (
+        select l.lease_token
+        from @schema@.relay_group_leases as l
+        where l.group_id = p_group.group_id
+            and l.expires_at >= p_group.leases_since
+            and l.expires_at <= clock_timestamp()
+        for update skip locked
+    ), gone as (
+        delete from @schema@.relay_group_leases as l
+        using expired as e
+        where l.lease_token = e.lease_token
+        returning l.outbox_ids
+    )
+    insert into @schema@.relay_group_returned (group_id, outbox_id)
+    select p_group.group_id, i.outbox_id
+    from gone
+    cross join lateral unnest(gone.outbox_ids) as i (outbox_id)
+    on conflict do nothing;
+
+    v_returned := array(
+        select r.outbox_id
+        from @schema@.relay_group_returned as r
+        where r.group_id = p_group.group_id
+        order by r.outbox_id
+        limit p_batch_size);
+    execute format(
+        $query$
+        select
+            coalesce(array_agg(s.id order by s.id), '{}'),
+            coalesce(
+                array_agg(s.id order by s.id) filter (where s.place <= $2 and s.bytes_before < $3),
+                '{}')
+        from (
+            select
+                o.id,
+                row_number() over w as place,
+                coalesce(sum(pg_column_size(o.payload)) over (
+                    w rows between unbounded preceding and 1 preceding), 0) as bytes_before
+            from %s as o
+            where o.id = any ($1)
+            window w as (order by o.id)
+        ) as s
+        $query$, p_relation)
+    into v_existing, v_picked
+    using v_returned || p_new, p_batch_size, p_max_bytes;
+
+    if v_returned <> '{}' then
+        delete from @schema@.relay_group_returned as r
+        where r.group_id = p_group.group_id
+            and r.outbox_id = any (v_returned)
+            and (r.outbox_id = any (v_picked) or r.outbox_id <> all (v_existing));
+    end if;
+    return v_picked;
+end
+$$;
+
+comment on function @schema@.relay_group_pick(@schema@.relay_groups, text, bigint[], integer, bigint) is
+    'The rows of this poll: lowest ids first, within batch size and bytes, those of leases that ran out among them. Returned rows that were deleted meanwhile are dropped.';
+
+create or replace function @schema@.relay_group_lease(
+    p_group @schema@.relay_groups,
+    p_consumer text,
+    p_ids bigint[],
+    p_frontier bigint,
+    p_seconds integer
+)
+returns uuid
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_now timestamptz := clock_timestamp();
+    v_expires_at timestamptz := v_now + make_interval(secs => p_seconds);
+    v_token uuid := case when p_ids <> '{}' then gen_random_uuid() end;
+begin
+    -- An idle consumer is written every 3 seconds.
+    insert into @schema@.relay_group_consumers as c
+        (group_id, consumer_id, newest_lease, last_heartbeat_at)
+    values (p_group.group_id, p_consumer, v_token, v_now)
+    on conflict (group_id, consumer_id) do update
+    set newest_lease = excluded.newest_lease, last_heartbeat_at = excluded.last_heartbeat_at
+    where c.newest_lease is distinct from excluded.newest_lease
+        or c.last_heartbeat_at not between v_now - interval '3 seconds' and v_now;
+    if v_token is null then
+        return null;
+    end if;
+    insert into @schema@.relay_group_leases
+        (lease_token, group_id, consumer_id, outbox_ids, leased_at, expires_at)
+    values (v_token, p_group.group_id, p_consumer, p_ids, v_now, v_expires_at);
+    update @schema@.relay_groups as r
+    set
+        frontier = p_frontier,
+        watermark = p_group.watermark,
+        -- The lease just made counts too: the clock may have gone back.
+        leases_since = coalesce(
+            (select min(l.expires_at)
+             from @schema@.relay_group_leases as l
+             where l.group_id = p_group.group_id
+                and l.expires_at >= least(p_group.leases_since, v_expires_at)),
+            v_now)
+    where r.group_id = p_group.group_id;
+    return v_token;
+end
+$$;
+
+comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigint[], bigint, integer) is
+    'Write down who holds the rows of this poll, and the group''s position; null where there are none.';
+
+-- ---------------------------------------------------------------------------
+-- Settling
+-- ---------------------------------------------------------------------------
+-- A lease is known by its token. Who gives none is known by name alone, and means the newest poll
+-- under that name: a predecessor of the same name that was killed has an older lease, which runs
+-- out and is delivered again.
+
+create or replace function @schema@.relay_group_find_lease(
+    p_group text,
+    p_consumer text,
+    p_lease_token uuid
+)
+returns @schema@.relay_group_leases
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_lease @schema@.relay_group_leases;
+begin
+    -- A lease that has run out but was not taken over is still good: nobody else has its rows.
+    select l.* into v_lease
+    from @schema@.relay_groups as g
+    join @schema@.relay_group_consumers as c using (group_id)
+    join @schema@.relay_group_leases as l using (group_id, consumer_id)
+    where g.group_name = p_group
+        and c.consumer_id = p_consumer
+        and l.lease_token = coalesce(
+            nullif(p_lease_token, '00000000-0000-0000-0000-000000000000'), c.newest_lease)
+    for update of l;
+    if not found then
+        perform @schema@.relay_group_find(p_group, false);
+        raise exception using
+            errcode = 'RL021',
+            message = format('the lease of consumer "%s" of group "%s" is lost', p_consumer, p_group),
+            detail = 'It was settled or given back before, or it ran out and its rows went to another consumer.',
+            hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
+    end if;
+    return v_lease;
+end
+$$;
+
+comment on function @schema@.relay_group_find_lease(text, text, uuid) is
+    'The lease of this token, locked; RL021 where it is lost, RL022 where the group itself is missing.';
+
+create or replace function @schema@.commit_offset(
+    "group" text,
+    consumer text,
+    last_offset bigint,
+    lease_token uuid default '00000000-0000-0000-0000-000000000000'
+)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    "group" text not null := commit_offset."group";
+    consumer text not null := commit_offset.consumer;
+    last_offset bigint not null := commit_offset.last_offset;
+    lease_token uuid not null := commit_offset.lease_token;
+    v_by_name boolean := lease_token = '00000000-0000-0000-0000-000000000000';
+    v_lease @schema@.relay_group_leases;
+    v_rest bigint[];
+begin
+    if v_by_name
+        and not exists (
+            select
+            from @schema@.relay_groups as g
+            join @schema@.relay_group_consumers as c using (group_id)
+            where g.group_name = "group"
+                and c.consumer_id = consumer
+                and c.newest_lease is not null)
+        and last_offset <= (@schema@.relay_group_find("group", false)).watermark
+    then
+        return;
+    end if;
+    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token);
+    v_rest := array(
+        select i.id from unnest(v_lease.outbox_ids) as i (id) where i.id > last_offset order by i.id);
+    if v_rest <> '{}' then
+        update @schema@.relay_group_leases as l
+        set outbox_ids = v_rest
+        where l.lease_token = v_lease.lease_token and l.outbox_ids <> v_rest;
+        return;
+    end if;
+    delete from @schema@.relay_group_leases as l where l.lease_token = v_lease.lease_token;
+    if v_by_name then
+        update @schema@.relay_group_consumers as c
+        set newest_lease = null
+        where c.group_id = v_lease.group_id
+            and c.consumer_id = v_lease.consumer_id
+            and c.newest_lease = v_lease.lease_token;
+    end if;
+end
+$$;
+
+comment on function @schema@.commit_offset(text, text, bigint, uuid) is
+    'Definer, since only functions write leases. Settle what the poll of this token returned, without one the newest poll under this name, up to an id: never rows of another poll. RL021 where that lease is lost. By name a finished commit may be repeated. Does not lock the group.';
+
+create or replace function @schema@.extend_lease(
+    "group" text,
+    consumer text,
+    extension_seconds integer default 30,
+    lease_token uuid default '00000000-0000-0000-0000-000000000000'
+)
+returns timestamptz
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    "group" text not null := extend_lease."group";
+    consumer text not null := extend_lease.consumer;
+    extension_seconds integer not null := extend_lease.extension_seconds;
+    lease_token uuid not null := extend_lease.lease_token;
+    v_lease @schema@.relay_group_leases;
+begin
+    if extension_seconds not between 1 and 604800 then
+        raise exception using
+            errcode = '22023',
+            message = format('a lease of %s seconds is out of range', extension_seconds),
+            hint = 'Lease rows for 1 to 604800 seconds (a week).';
+    end if;
+    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token);
+    v_lease.expires_at := greatest(
+        v_lease.expires_at, clock_timestamp() + make_interval(secs => extension_seconds));
+    update @schema@.relay_group_leases as l
+    set expires_at = v_lease.expires_at
+    where l.lease_token = v_lease.lease_token;
+    return v_lease.expires_at;
+end
+$$;
+
+comment on function @schema@.extend_lease(text, text, integer, uuid) is
+    'Definer, since only functions write leases. Keep the rows of the poll of this token, without one of the newest poll under this name, for so many seconds from now; never shortens. RL021 where they are lost.';
+
+create or replace function @schema@.relay_group_release(p_group text, p_lease_token uuid)
+returns boolean
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    with gone as (
+        delete from @schema@.relay_group_leases as l
+        using @schema@.relay_groups as g
+        where l.lease_token = p_lease_token
+            and g.group_id = l.group_id
+            and g.group_name = p_group
+        returning l.group_id, l.outbox_ids
+    ), returned as (
+        insert into @schema@.relay_group_returned (group_id, outbox_id)
+        select gone.group_id, i.outbox_id
+        from gone
+        cross join lateral unnest(gone.outbox_ids) as i (outbox_id)
+        on conflict do nothing
+    )
+    select exists (select from gone)
+$$;
+
+comment on function @schema@.relay_group_release(text, uuid) is
+    'Definer, since only functions write leases. Give the rows of a lease back at once; false when it was lost already.';
+
+create or replace function @schema@.seek_offset("group" text, consumer text, new_offset bigint)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    "group" text not null := seek_offset."group";
+    new_offset bigint not null := seek_offset.new_offset;
+    g @schema@.relay_groups;
+    v_outbox record;
+begin
+    g := @schema@.relay_group_find("group", true);
+    perform @schema@.consumer_heartbeat("group", consumer);
+    select * into v_outbox from @schema@.relay_bound_outbox(g.outbox_table_name);
+    if new_offset not between 0 and v_outbox.last_id then
+        raise exception using
+            errcode = '22023',
+            message = format('consumer group "%s" can''t be put at %s: outbox "%s" goes from 0 to %s',
+                "group", new_offset, g.outbox_table_name, v_outbox.last_id),
+            hint = 'A position beyond the end would skip rows that are not written yet.';
+    end if;
+    if new_offset < v_outbox.swept_through then
+        raise warning using
+            message = format('rows of outbox "%s" up to id %s were deleted by retention',
+                g.outbox_table_name, v_outbox.swept_through),
+            detail = format('Consumer group "%s" starts with what is left.', "group");
+    end if;
+    -- Leases first: this waits for a release in progress, whose rows the next statement then sees.
+    delete from @schema@.relay_group_leases as l where l.group_id = g.group_id;
+    delete from @schema@.relay_group_returned as r where r.group_id = g.group_id;
+    delete from @schema@.relay_group_gaps as p where p.group_id = g.group_id;
+    delete from @schema@.relay_group_cohorts as c where c.group_id = g.group_id;
+    update @schema@.relay_groups as r
+    set
+        frontier = new_offset,
+        watermark = new_offset,
+        leases_since = '-infinity',
+        pgt_id = v_outbox.pgt_id
+    where r.group_id = g.group_id;
+end
+$$;
+
+comment on function @schema@.seek_offset(text, text, bigint) is
+    'Definer, since only functions write groups. Put the whole group at a new_offset, forward or back: a group has one, the consumer only says who asks. Rows above are delivered (again), rows up to it are not, all leases are lost.';
+
+create or replace function @schema@.consumer_heartbeat("group" text, consumer text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    "group" text not null := consumer_heartbeat."group";
+    consumer text not null := consumer_heartbeat.consumer;
+begin
+    insert into @schema@.relay_group_consumers as c (group_id, consumer_id, last_heartbeat_at)
+    select g.group_id, consumer, clock_timestamp()
+    from @schema@.relay_groups as g
+    where g.group_name = "group"
+    on conflict (group_id, consumer_id) do update
+    set last_heartbeat_at = excluded.last_heartbeat_at;
+    if not found then
+        perform @schema@.relay_group_find("group", false);
+    end if;
+end
+$$;
+
+comment on function @schema@.consumer_heartbeat(text, text) is
+    'Definer, since only functions write consumers. Say that a consumer lives; consumer_lag shows it. Leases are kept by extend_lease only.';
+
+create or replace function @schema@.consumer_lag("group" text)
+returns table (
+    consumer_id text,
+    committed_offset bigint,
+    max_outbox_id bigint,
+    lag bigint,
+    last_heartbeat_at timestamptz,
+    is_alive boolean,
+    leased_rows bigint,
+    pending_gaps bigint,
+    returned_rows bigint
+)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    "group" text not null := consumer_lag."group";
+    g @schema@.relay_groups := @schema@.relay_group_find("group", false);
+begin
+    return query
+    select
+        c.consumer_id,
+        g.watermark,
+        o.max_id,
+        greatest(o.max_id - g.watermark, 0),
+        c.last_heartbeat_at,
+        c.last_heartbeat_at > clock_timestamp() - interval '30 seconds',
+        (select coalesce(sum(cardinality(l.outbox_ids)), 0)::bigint
+         from @schema@.relay_group_leases as l
+         where l.group_id = g.group_id and l.consumer_id = c.consumer_id),
+        (select count(*) from @schema@.relay_group_gaps as p where p.group_id = g.group_id),
+        (select count(*) from @schema@.relay_group_returned as r where r.group_id = g.group_id)
+    from @schema@.relay_group_consumers as c
+    cross join @schema@.relay_bound_outbox(g.outbox_table_name) as o
+    where c.group_id = g.group_id
+    order by c.consumer_id;
+end
+$$;
+
+comment on function @schema@.consumer_lag(text) is
+    'Definer, since only functions read groups. Each consumer of a group with the position that they share, the rows in its hands, and what else keeps the position down. The lag is a distance of ids. Alive: seen within 30 seconds, three heartbeats of the relay.';

@@ -1,0 +1,1242 @@
+-- Inboxes: tables that messages are written to, each message once.
+--
+-- Beside each table stand generated functions that belong to the table's owner: one receives, one
+-- counts, one sweeps. So triggers, policies, defaults and checks of the table run with its owner's
+-- rights, never with the relay's or the catalog's. Who makes or removes them proves by PostgreSQL's
+-- own DDL that they may; definer functions here touch nothing but the catalog and our own schema.
+
+create or replace function @schema@.relay_base_type(p_type oid)
+returns oid
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive base (type) as (
+        select p_type
+        union all
+        select t.typbasetype
+        from base as b
+        join pg_type as t on t.oid = b.type and t.typtype = 'd'
+    )
+    select b.type from base as b join pg_type as t on t.oid = b.type where t.typtype <> 'd'
+$$;
+
+comment on function @schema@.relay_base_type(oid) is
+    'Runs as its caller. The type below all domains.';
+
+revoke all on function @schema@.relay_base_type(oid) from public;
+
+-- ---------------------------------------------------------------------------
+-- What is generated, and whether it still stands
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_inbox_parts(p_inbox @schema@.relay_inboxes)
+returns table (
+    purpose text,
+    kind text,
+    part_name text,
+    arguments text,
+    result text,
+    part_language text,
+    source text,
+    fields text[],
+    types text[]
+)
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
+    v_id text := quote_ident(p_inbox.columns ->> 'event_id');
+    v_processed text := 'm.' || quote_ident(p_inbox.columns ->> 'processed_at');
+    v_received text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'received_at'), 'null') || '::timestamptz';
+    v_type text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'event_type'), 'null::text');
+    v_waits text := coalesce(v_processed || ' is null', 'true');
+    v_dead text := case when v_processed is null then 'false' else
+        coalesce('m.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries, 'false') end;
+    v record;
+begin
+    select
+        string_agg(quote_ident(f.column_name), ', ' order by f.n) as columns,
+        string_agg(format('m.c%s::%s', f.n, f.type), ', ' order by f.n) as values,
+        string_agg('$' || f.n, ', ' order by f.n) as parameters,
+        string_agg('c' || f.n, ', ' order by f.n) as aliases,
+        string_agg(case f.type when 'bytea' then 'bytea[]' else 'text[]' end, ', ' order by f.n) as arguments,
+        array_agg(f.field order by f.n) as fields,
+        array_agg(f.type order by f.n) as types
+    into v
+    from (
+        select w.field, a.attname::text as column_name, row_number() over (order by w.place) as n,
+            format_type(@schema@.relay_base_type(a.atttypid), null) as type
+        from unnest(array['event_id', 'event_type', 'source', 'aggregate_id', 'trace_id', 'payload', 'headers'])
+            with ordinality as w (field, place)
+        join pg_class as c
+            on c.relname = p_inbox.inbox_table and c.relnamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
+        join pg_attribute as a
+            on a.attrelid = c.oid and a.attname = p_inbox.columns ->> w.field and not a.attisdropped
+    ) as f;
+    -- Parameters have no name and a column wins over a variable, so that no column's name can matter.
+    return query
+    select w.purpose, w.kind, p_inbox.parts ->> w.purpose, w.arguments, w.result, w.part_language, w.source,
+        v.fields, v.types
+    from (values
+        ('receive', 'function', true, v.arguments, 'bigint', 'plpgsql', format($code$
+#variable_conflict use_column
+declare
+    new_rows bigint;
+begin
+    insert into %s (%s)
+    select %s
+    from unnest(%s) as m (%s)
+    on conflict (%s) do nothing;
+    get diagnostics new_rows = row_count;
+    set constraints all immediate;
+    return new_rows;
+end
+$code$, v_table, v.columns, v.values, v.parameters, v.aliases, v_id)),
+        ('count', 'function', true, '', 'jsonb', 'sql', format($code$
+select jsonb_build_object(
+    'total', count(*),
+    'pending', count(*) filter (where %1$s and not (%2$s)),
+    'processed', count(*) filter (where not (%1$s)),
+    'dead', count(*) filter (where %1$s and %2$s),
+    'oldest', min(%3$s) filter (where %1$s and not (%2$s)))
+from %4$s as m
+$code$, v_waits, v_dead, v_received, v_table)),
+        ('sweep', 'function', v_processed is not null and p_inbox.retention_hours is not null,
+            'integer', 'bigint', 'plpgsql', format($code$
+#variable_conflict use_column
+declare
+    swept_rows bigint;
+begin
+    delete from %1$s as swept
+    where swept.%2$s in (
+        select m.%2$s
+        from %1$s as m
+        where %3$s < now() - make_interval(hours => %4$s)
+        order by %3$s
+        limit coalesce($1, 1000)
+        for update skip locked);
+    get diagnostics swept_rows = row_count;
+    set constraints all immediate;
+    return swept_rows;
+end
+$code$, v_table, v_id, v_processed, p_inbox.retention_hours)),
+        ('pending', 'view', v_processed is not null, null, null, null,
+            format('select m.* from %s as m where %s and not (%s)', v_table, v_waits, v_dead)),
+        ('dlq', 'view', v_dead <> 'false' and p_inbox.with_dead_letter, null, null, null,
+            format('select m.* from %s as m where %s and %s', v_table, v_waits, v_dead)),
+        ('stats', 'view', v_processed is not null and p_inbox.with_stats, null, null, null, format($code$
+select
+    %1$s as event_type,
+    count(*) as total,
+    count(*) filter (where %2$s and not (%3$s)) as pending,
+    count(*) filter (where not (%2$s)) as processed,
+    count(*) filter (where %2$s and %3$s) as dead_letters,
+    min(%4$s) filter (where %2$s and not (%3$s)) as oldest_pending_at
+from %5$s as m
+group by 1
+$code$, v_type, v_waits, v_dead, v_received, v_table))
+    ) as w (purpose, kind, is_wanted, arguments, result, part_language, source)
+    where w.is_wanted;
+end
+$$;
+
+comment on function @schema@.relay_inbox_parts(@schema@.relay_inboxes) is
+    'Runs as its caller. The functions and views beside the table of an inbox, as they are made and as they are compared.';
+
+revoke all on function @schema@.relay_inbox_parts(@schema@.relay_inboxes) from public;
+
+create or replace function @schema@.relay_inbox_problems(p_inbox @schema@.relay_inboxes)
+returns setof text
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
+    t record;
+begin
+    select c.*, n.nspname, r.rolname, r.rolsuper or r.rolbypassrls as is_above_policies
+    into t
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    join pg_roles as r on r.oid = c.relowner
+    where n.nspname = p_inbox.inbox_schema and c.relname = p_inbox.inbox_table;
+    if not found then
+        return next format('table %s is gone: it was dropped, renamed or moved', v_table);
+        return;
+    end if;
+    if t.relkind not in ('r', 'p') or t.relpersistence = 't'
+        or t.nspname in ('pg_catalog', 'information_schema', 'pg_toast')
+    then
+        return next format('%s is not an ordinary table', v_table);
+        return;
+    end if;
+    return query
+    with actual as (
+        select a.attname, a.attnum, @schema@.relay_base_type(a.atttypid) as type,
+            a.attgenerated <> '' or a.attidentity = 'a' as is_computed,
+            a.attnotnull and not a.atthasdef and a.attidentity = '' as needs_value
+        from pg_attribute as a
+        where a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
+    ), wanted as (
+        select f.field, f.is_required, f.is_written, f.types, p_inbox.columns ->> f.field as name
+        from (values
+            ('event_id', true, true, array['text', 'varchar']::regtype[]),
+            ('event_type', false, true, array['text', 'varchar']::regtype[]),
+            ('source', false, true, array['text', 'varchar']::regtype[]),
+            ('aggregate_id', false, true, array['text', 'varchar']::regtype[]),
+            ('payload', true, true, array['jsonb', 'json', 'text', 'bytea']::regtype[]),
+            ('headers', false, true, array['jsonb']::regtype[]),
+            ('received_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
+            ('processed_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
+            ('error', false, false, array['text', 'varchar']::regtype[]),
+            ('retry_count', false, false, array['int4', 'int8', 'int2']::regtype[]),
+            ('trace_id', false, true, array['text', 'varchar']::regtype[])
+        ) as f (field, is_required, is_written, types)
+    )
+    select format('field %s has no column', w.field)
+    from wanted as w
+    where w.is_required and w.name is null
+    union all
+    select format('column %I for %s does not exist', w.name, w.field)
+    from wanted as w
+    where w.name is not null and not exists (select from actual as a where a.attname = w.name)
+    union all
+    select format('column %I for %s is of type %s, but must be %s',
+        w.name, w.field, format_type(a.type, null), array_to_string(w.types, ' or '))
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where a.type <> all (w.types::oid[])
+    union all
+    select format('column %I is generated, and can''t be written', w.name)
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where a.is_computed and w.field <> 'received_at'
+    union all
+    select format('column %I has no unique key of its own, so that a repeated message would be written twice', a.attname)
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where w.field = 'event_id'
+        and not exists (
+            select
+            from pg_index as i
+            where i.indrelid = t.oid
+                and i.indisunique and i.indisvalid and i.indimmediate
+                and i.indpred is null and i.indexprs is null
+                and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)
+    union all
+    select format('column %I is not null without a default, and nothing is written to it', a.attname)
+    from actual as a
+    where a.needs_value
+        and not exists (select from wanted as w where w.name = a.attname and w.is_written)
+    union all
+    select format('column %I stands for more than one field: %s', w.name, string_agg(w.field, ', '))
+    from wanted as w
+    where w.name is not null
+    group by w.name
+    having count(*) > 1
+    union all
+    select format('rule %I of %s rewrites what is written', r.rulename, v_table)
+    from pg_rewrite as r
+    where r.ev_class = t.oid
+    union all
+    select format('trigger %I of %s is deferrable: before PostgreSQL 18 it may run with the rights of the relay', g.tgname, v_table)
+    from pg_trigger as g
+    join pg_proc as p on p.oid = g.tgfoid
+    join pg_roles as r on r.oid = p.proowner
+    where g.tgrelid = t.oid and g.tgdeferrable and not g.tgisinternal and not r.rolsuper
+        and current_setting('server_version_num')::integer < 180000
+    union all
+    select format('row-level security of %s does not hold for its owner %I%s', v_table, t.rolname,
+        case when t.is_above_policies then '' else format(': alter table %s force row level security', v_table) end)
+    where t.relrowsecurity and (t.is_above_policies or not t.relforcerowsecurity)
+        and p_inbox.policies <> 'bypassed';
+    if p_inbox.parts is null or found then
+        return;
+    end if;
+    return query
+    select case
+        when p.oid is null then
+            format('function %I.%I is gone', t.nspname, w.part_name)
+        when p.proowner <> t.relowner then
+            format('function %I.%I belongs to %I, but the table to %I',
+                t.nspname, w.part_name, pg_get_userbyid(p.proowner), t.rolname)
+        else format('function %I.%I is not as it was made', t.nspname, w.part_name) end
+    from @schema@.relay_inbox_parts(p_inbox) as w
+    left join pg_proc as p
+        on p.pronamespace = t.relnamespace and p.proname = w.part_name
+        and pg_get_function_identity_arguments(p.oid) = w.arguments
+    left join pg_language as l on l.oid = p.prolang
+    where w.kind = 'function'
+        and (p.oid is null
+            or p.proowner <> t.relowner
+            or not p.prosecdef
+            or p.prokind <> 'f' or p.proretset or p.prosupport <> 0
+            or l.lanname <> w.part_language
+            or p.prosrc <> w.source or p.prosqlbody is not null
+            or format_type(p.prorettype, null) <> w.result
+            or p.proconfig is distinct from array['search_path=pg_catalog, pg_temp']);
+end
+$$;
+
+comment on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) is
+    'Runs as its caller. Why a table does not fit as an inbox, or does so no longer: its kind, columns, types, key, policies, and the functions beside it.';
+
+revoke all on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) from public;
+
+create or replace function @schema@.relay_inbox_is_intact(p_table oid, p_function oid, p_version text)
+returns boolean
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (
+        select from pg_class as c
+        where c.oid = p_table and starts_with(p_version, concat_ws(' ', c.relnamespace, c.relname, ''))
+    ) then
+        raise exception using
+            errcode = '42P01',
+            message = 'the table of the inbox was dropped, renamed or moved';
+    end if;
+    if not exists (
+        select
+        from pg_proc as p
+        cross join pg_class as c
+        where p.oid = p_function and c.oid = p_table
+            and concat_ws(' ', c.relnamespace, c.relname, p.xmin, p.ctid, c.relowner, c.relkind,
+                c.relrowsecurity, c.relforcerowsecurity) = p_version
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = 'the inbox was changed since the relay looked at it';
+    end if;
+    if current_setting('server_version_num')::integer < 180000 and exists (
+        select
+        from pg_locks as l
+        join pg_trigger as g on g.tgrelid = l.relation
+        join pg_proc as p on p.oid = g.tgfoid
+        join pg_roles as r on r.oid = p.proowner
+        where l.pid = pg_backend_pid()
+            and l.locktype = 'relation'
+            and l.database = (select d.oid from pg_database as d where d.datname = current_database())
+            and l.mode not in ('AccessShareLock', 'RowShareLock')
+            and g.tgdeferrable
+            and (not g.tgisinternal and not r.rolsuper
+                or exists (
+                    select from pg_index as i
+                    where i.indexrelid = g.tgconstrindid
+                        and (i.indexprs is not null or i.indpred is not null)))
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = 'a deferrable trigger of a table that was written would run with the rights of the relay',
+            hint = 'Make the trigger not deferrable, or use PostgreSQL 18.';
+    end if;
+    return true;
+end
+$$;
+
+comment on function @schema@.relay_inbox_is_intact(oid, oid, text) is
+    'Runs as its caller. RL034 unless the function beside an inbox is the one that relay_inbox looked at, and nothing that this transaction wrote waits for the commit to run with the caller''s rights.';
+
+revoke all on function @schema@.relay_inbox_is_intact(oid, oid, text) from public;
+
+-- ---------------------------------------------------------------------------
+-- Making
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_build_inbox(
+    p_inbox @schema@.relay_inboxes,
+    p_operation text,
+    p_readers name[]
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes := p_inbox;
+    v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
+    v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
+    v_owner name := (
+        select pg_get_userbyid(c.relowner) from pg_class as c
+        where c.relname = i.inbox_table and c.relnamespace = v_schema);
+    v_comment text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
+    v_problems text[] := array(select p from @schema@.relay_inbox_problems(i) as p);
+    v_receive regprocedure;
+    v_role text;
+    f record;
+begin
+    if v_problems <> '{}' then
+        raise exception using
+            errcode = 'RL032',
+            message = format('table %s does not fit as an inbox', v_table),
+            detail = array_to_string(v_problems, E'\n'),
+            hint = 'Change the table, or say which column is meant, as in event_id_column => ''id''. Where policies need not hold, say policies => ''bypassed''.';
+    elsif not pg_has_role(v_owner, 'usage') then
+        raise exception using
+            errcode = 'RL004',
+            message = format('only %I, who owns %s, can make it an inbox', v_owner, v_table);
+    end if;
+    -- ALTER ... OWNER wants it of the new owner too, but not where a superuser says it.
+    select r.rolname into v_role
+    from pg_roles as r
+    where r.rolname in (current_user, v_owner)
+        and not has_schema_privilege(r.rolname, v_schema, 'create')
+        and not (select c.rolsuper from pg_roles as c where c.rolname = current_user);
+    if found then
+        raise exception using
+            errcode = '42501',
+            message = format('the functions of inbox "%s" stand in schema %I, where %I may not create them',
+                i.inbox_name, i.inbox_schema, v_role),
+            hint = format('grant create on schema %I to %I;', i.inbox_schema, v_role);
+    end if;
+    -- Free names: what stands there already belongs to somebody.
+    select jsonb_object_agg(w.purpose, chosen.name) into i.parts
+    from @schema@.relay_inbox_parts(i) as w
+    cross join lateral (
+        select c.name
+        from generate_series(0, 99) as n
+        cross join lateral (
+            select format('%s_%s', w.purpose, case n when 0 then i.inbox_name
+                else left(md5(i.inbox_name), 8) || '_' || n end)
+        ) as c (name)
+        where octet_length(c.name) <= 63
+            and not exists (select from pg_proc as p where p.proname = c.name and p.pronamespace = v_schema)
+            and not exists (select from pg_class as p where p.relname = c.name and p.relnamespace = v_schema)
+            and not exists (select from pg_type as p where p.typname = c.name and p.typnamespace = v_schema)
+        order by n
+        limit 1
+    ) as chosen;
+
+    for f in
+        select w.*, case w.kind
+            when 'view' then format('view %I.%I', i.inbox_schema, w.part_name)
+            else format('function %I.%I(%s)', i.inbox_schema, w.part_name, w.arguments) end as part
+        from @schema@.relay_inbox_parts(i) as w
+    loop
+        if f.kind = 'view' then
+            execute format('create %s as %s', f.part, f.source);
+        else
+            execute format(
+                'create %s returns %s language %s security definer set search_path = pg_catalog, pg_temp as %L',
+                f.part, f.result, f.part_language, f.source);
+        end if;
+        if v_owner <> current_user then
+            execute format('alter %s owner to %I', f.part, v_owner);
+        end if;
+        execute format('comment on %s is %L', f.part, v_comment);
+        continue when f.kind = 'view';
+        -- Default privileges may have given it to anybody.
+        for v_role in
+            select case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
+            from pg_proc as p
+            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+            where p.proname = f.part_name and p.pronamespace = v_schema and a.grantee <> p.proowner
+        loop
+            execute format('revoke all on %s from %s', f.part, v_role);
+        end loop;
+        if to_regrole('pgtrickle_relay') is not null then
+            execute format('grant execute on %s to pgtrickle_relay', f.part);
+        end if;
+        if f.purpose = 'receive' then
+            v_receive := (select p.oid from pg_proc as p where p.proname = f.part_name and p.pronamespace = v_schema);
+        end if;
+    end loop;
+    for v_role in
+        select r.rolname from pg_roles as r
+        where (r.rolname = 'pgtrickle_relay' or r.rolname = any (p_readers))
+            and not has_schema_privilege(r.rolname, v_schema, 'usage')
+    loop
+        if not (select pg_has_role(n.nspowner, 'usage') from pg_namespace as n where n.oid = v_schema) then
+            raise exception using
+                errcode = '42501',
+                message = format('%I may not use schema %I, in which inbox "%s" stands', v_role, i.inbox_schema, i.inbox_name),
+                hint = format('grant usage on schema %I to %I;', i.inbox_schema, v_role);
+        end if;
+        execute format('grant usage on schema %I to %I', i.inbox_schema, v_role);
+    end loop;
+    foreach v_role in array coalesce(p_readers, '{}')
+    loop
+        execute format('grant select, update (processed_at, error, retry_count) on %s to %I', v_table, v_role);
+        for f in select w.part_name from @schema@.relay_inbox_parts(i) as w where w.kind = 'view'
+        loop
+            execute format('grant select on %I.%I to %I', i.inbox_schema, f.part_name, v_role);
+        end loop;
+    end loop;
+
+    execute format('comment on function %s is %L', v_receive,
+        format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id()));
+    perform @schema@.relay_register_inbox(i, p_operation);
+    execute format('comment on function %s is %L', v_receive, v_comment);
+end
+$$;
+
+comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, text, name[]) is
+    'Runs as its caller, whose DDL is the proof that they may. Make the functions and views beside the table of an inbox, and register it.';
+
+revoke all on function @schema@.relay_build_inbox(@schema@.relay_inboxes, text, name[]) from public;
+
+create or replace function @schema@.relay_register_inbox(p_inbox @schema@.relay_inboxes, p_operation text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes := p_inbox;
+    v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
+    v_owner oid := (
+        select c.relowner from pg_class as c where c.relname = i.inbox_table and c.relnamespace = v_schema);
+    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
+    v_problems text[];
+    v_other @schema@.relay_inboxes;
+begin
+    if i.inbox_schema = @schema_name@ and (i.adopted or v_owner <> current_user::regrole) then
+        v_problems := array['the table stands in the schema of the catalog'];
+    else
+        i.parts := coalesce(i.parts, '{}');
+        v_problems := array(select p from @schema@.relay_inbox_problems(i) as p) || array(
+            select format('function %I is executable by others', p.proname)
+            from jsonb_each_text(i.parts) as w
+            join pg_proc as p on p.proname = w.value and p.pronamespace = v_schema
+            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+            where a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
+            union all
+            select format('%I is no view of the owner', w.part_name)
+            from @schema@.relay_inbox_parts(i) as w
+            where w.kind = 'view' and not exists (
+                select from pg_class as c
+                where c.relname = w.part_name and c.relnamespace = v_schema
+                    and c.relkind = 'v' and c.relowner = v_owner));
+    end if;
+    -- Only the owner of a function, and a superuser, can comment on it.
+    if v_problems <> '{}' or not exists (
+        select from pg_proc as p
+        where p.pronamespace = v_schema and p.proname = i.parts ->> 'receive' and p.proowner = v_owner
+            and obj_description(p.oid, 'pg_proc') = v_proof
+    ) then
+        raise exception using
+            errcode = '42501',
+            message = format('nothing proves that you may make %I.%I an inbox', i.inbox_schema, i.inbox_table),
+            detail = array_to_string(v_problems, E'\n'),
+            hint = format('Use %I.enable_inbox_tracking.', @schema_name@);
+    end if;
+    select r.* into v_other
+    from @schema@.relay_inboxes as r
+    where r.inbox_name = i.inbox_name or (r.inbox_schema = i.inbox_schema and r.inbox_table = i.inbox_table)
+    order by r.inbox_name = i.inbox_name desc
+    limit 1
+    for update;
+    if found then
+        -- The same table again, or another in the place of one that works no longer.
+        if v_other.inbox_name <> i.inbox_name or not i.adopted or not v_other.adopted
+            or (v_other.inbox_schema, v_other.inbox_table) <> (i.inbox_schema, i.inbox_table)
+                and not exists (select from @schema@.relay_inbox_problems(v_other))
+        then
+            raise exception using
+                errcode = 'RL031',
+                message = format('inbox "%s" exists already', v_other.inbox_name),
+                detail = format('%I.%I is its table.', v_other.inbox_schema, v_other.inbox_table),
+                hint = format('Choose another name, or: select %I.%I(%L);', @schema_name@,
+                    case when v_other.adopted then 'disable_inbox_tracking' else 'drop_inbox' end, v_other.inbox_name);
+        end if;
+        delete from @schema@.relay_inboxes as r where r.inbox_name = i.inbox_name;
+    end if;
+    i.created_at := now();
+    insert into @schema@.relay_inboxes select i.*;
+exception
+    when unique_violation then
+        raise exception using
+            errcode = 'RL031',
+            message = format('inbox "%s", or one of its table, was made just now', i.inbox_name);
+    when check_violation or not_null_violation then
+        raise exception using
+            errcode = '22023',
+            message = format('the settings of inbox "%s" make no sense', i.inbox_name),
+            hint = 'max_retries is 0 or more, retention_hours more than 0 or null, policies enforced or bypassed.';
+end
+$$;
+
+comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes, text) is
+    'Definer, since nobody but the catalog''s owner writes the catalog. Registers an inbox after comparing all that stands beside its table, for whoever proves with a comment on its function to be the owner.';
+
+revoke all on function @schema@.relay_register_inbox(@schema@.relay_inboxes, text) from public;
+
+-- ---------------------------------------------------------------------------
+-- Finding
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_find_inbox(p_inbox text, p_schema text default null)
+returns @schema@.relay_inboxes
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes;
+begin
+    select r.* into i
+    from @schema@.relay_inboxes as r
+    where r.inbox_name = p_inbox and (p_schema is null or r.inbox_schema = p_schema);
+    if not found then
+        raise exception using
+            errcode = 'RL030',
+            message = format('there is no inbox "%s"%s', coalesce(p_inbox, 'null'), ' in schema ' || quote_ident(p_schema)),
+            hint = format('select %I.create_inbox(%L%s);', @schema_name@, p_inbox,
+                ', schema => ' || quote_literal(p_schema));
+    end if;
+    return i;
+end
+$$;
+
+comment on function @schema@.relay_find_inbox(text, text) is
+    'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; RL030 where there is none.';
+
+revoke all on function @schema@.relay_find_inbox(text, text) from public;
+
+create or replace function @schema@.relay_inbox(inbox text default null, schema text default null)
+returns table (
+    inbox_name text,
+    inbox_schema name,
+    inbox_table name,
+    adopted boolean,
+    max_retries integer,
+    retention_hours integer,
+    created_at timestamptz,
+    fields text[],
+    types text[],
+    receive_function text,
+    count_function text,
+    sweep_function text,
+    table_id oid,
+    function_id oid,
+    version text,
+    is_foreign boolean,
+    problem text
+)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    if inbox is not null then
+        perform @schema@.relay_find_inbox(inbox, schema);
+    end if;
+    return query
+    select
+        i.inbox_name, i.inbox_schema, i.inbox_table, i.adopted, i.max_retries, i.retention_hours,
+        i.created_at, w.fields, w.types,
+        format('%I.%I', i.inbox_schema, i.parts ->> 'receive'),
+        format('%I.%I', i.inbox_schema, i.parts ->> 'count'),
+        quote_ident(i.inbox_schema) || '.' || quote_ident(i.parts ->> 'sweep'),
+        c.oid, p.oid,
+        concat_ws(' ', c.relnamespace, c.relname, p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity,
+            c.relforcerowsecurity),
+        i.inbox_schema <> @schema_name@,
+        (select nullif(string_agg(b, '; '), '') from @schema@.relay_inbox_problems(i) as b)
+    from @schema@.relay_inboxes as i
+    left join @schema@.relay_inbox_parts(i) as w on w.purpose = 'receive'
+    left join pg_class as c
+        on c.relname = i.inbox_table and c.relnamespace = to_regnamespace(quote_ident(i.inbox_schema))
+    left join pg_proc as p
+        on p.proname = i.parts ->> 'receive' and p.pronamespace = c.relnamespace
+        and pg_get_function_identity_arguments(p.oid) = w.arguments
+    where $1 is null or i.inbox_name = $1
+    order by i.inbox_name;
+end
+$$;
+
+comment on function @schema@.relay_inbox(text, text) is
+    'Definer, since nobody but the catalog''s owner reads the catalog. How to write one inbox, or each: the functions beside its table, the fields they take in their order, and what is wrong with it, null where nothing is. RL030 where there is none.';
+
+revoke all on function @schema@.relay_inbox(text, text) from public;
+
+-- ---------------------------------------------------------------------------
+-- Removing
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_drop_inbox_parts(
+    p_inbox @schema@.relay_inboxes,
+    p_with_table boolean,
+    p_cascade boolean
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_part text := format('Part of inbox %s, made by pgtrickle-relay.', p_inbox.inbox_name);
+    v_schema oid := to_regnamespace(quote_ident(p_inbox.inbox_schema));
+    v_cascade text := case when p_cascade then 'cascade' else 'restrict' end;
+    f record;
+begin
+    -- Only what still has our comment: another's object may have taken the name.
+    for f in
+        select format('view %I.%I', p_inbox.inbox_schema, c.relname) as part, c.relowner as owner
+        from pg_class as c
+        where c.relnamespace = v_schema and c.relkind = 'v'
+            and c.relname in (select w.value from jsonb_each_text(p_inbox.parts) as w)
+            and obj_description(c.oid, 'pg_class') = v_part
+        union all
+        select 'function ' || p.oid::regprocedure, p.proowner
+        from pg_proc as p
+        where p.pronamespace = v_schema
+            and p.proname in (select w.value from jsonb_each_text(p_inbox.parts) as w)
+            and obj_description(p.oid, 'pg_proc') = v_part
+    loop
+        if pg_has_role(f.owner, 'usage') then
+            execute format('drop %s %s', f.part, v_cascade);
+        else
+            raise notice '% is left over: it belongs to %', f.part, pg_get_userbyid(f.owner);
+        end if;
+    end loop;
+    if p_with_table then
+        execute format('drop table if exists %I.%I %s', p_inbox.inbox_schema, p_inbox.inbox_table, v_cascade);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) is
+    'Runs as its caller. Drop the functions and views beside an inbox, and its table if so asked.';
+
+revoke all on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) from public;
+
+create or replace function @schema@.relay_forget_inbox(p_inbox text, p_operation text, p_cascade boolean)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes := @schema@.relay_find_inbox(p_inbox);
+    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
+begin
+    if i.inbox_schema = @schema_name@ then
+        if exists (
+            select from pg_class as c
+            where c.relname = i.inbox_table and c.relnamespace = to_regnamespace(@schema_name@)
+                and (c.relowner <> current_user::regrole or c.relkind not in ('r', 'p'))
+        ) then
+            raise exception using
+                errcode = '42501',
+                message = format('%I.%I is no table of the catalog''s owner', i.inbox_schema, i.inbox_table);
+        end if;
+        perform @schema@.relay_drop_inbox_parts(i, true, p_cascade);
+    elsif exists (
+        select from pg_proc as p
+        where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
+            and p.proname = i.parts ->> 'receive'
+            and obj_description(p.oid, 'pg_proc') is distinct from v_proof
+    ) then
+        raise exception using
+            errcode = '42501',
+            message = format('only the owner of function %I.%I can do this with inbox "%s"',
+                i.inbox_schema, i.parts ->> 'receive', i.inbox_name);
+    end if;
+    delete from @schema@.relay_inboxes as r where r.inbox_name = i.inbox_name;
+end
+$$;
+
+comment on function @schema@.relay_forget_inbox(text, text, boolean) is
+    'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others for whoever proves with a comment on its function to be the owner.';
+
+revoke all on function @schema@.relay_forget_inbox(text, text, boolean) from public;
+
+create or replace function @schema@.relay_remove_inbox(
+    p_inbox @schema@.relay_inboxes,
+    p_operation text,
+    p_with_table boolean,
+    p_cascade boolean
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_receive regprocedure := (
+        select p.oid from pg_proc as p
+        where p.pronamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
+            and p.proname = p_inbox.parts ->> 'receive'
+            and p_inbox.inbox_schema <> @schema_name@
+        limit 1);
+    v_part text := obj_description(v_receive, 'pg_proc');
+begin
+    if v_receive is not null then
+        execute format('comment on function %s is %L', v_receive,
+            format('pgtrickle-relay %s %s %s', p_operation, p_inbox.inbox_name, pg_current_xact_id()));
+    end if;
+    perform @schema@.relay_forget_inbox(p_inbox.inbox_name, p_operation, p_cascade);
+    if v_receive is not null then
+        execute format('comment on function %s is %L', v_receive, v_part);
+    end if;
+    if p_inbox.inbox_schema <> @schema_name@ then
+        perform @schema@.relay_drop_inbox_parts(p_inbox, p_with_table, p_cascade);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, text, boolean, boolean) is
+    'Runs as its caller, whose comment on a function of their own is the proof that they may.';
+
+revoke all on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, text, boolean, boolean) from public;
+
+-- ---------------------------------------------------------------------------
+-- What people call
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.create_inbox(
+    inbox_name text,
+    schema text default @schema_name@,
+    max_retries integer default 5,
+    schedule text default '1s',
+    with_dead_letter boolean default true,
+    with_stats boolean default true,
+    retention_hours integer default null,
+    readers name[] default '{}'
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes;
+    v_table text := quote_ident(schema) || '.' || quote_ident(inbox_name);
+begin
+    if schema = @schema_name@ and current_user <> (
+        select pg_get_userbyid(c.relowner) from pg_class as c
+        where c.relname = 'relay_inboxes' and c.relnamespace = to_regnamespace(@schema_name@))
+    then
+        perform @schema@.relay_create_inbox(
+            inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers);
+        return;
+    end if;
+    if coalesce(octet_length(inbox_name), 0) not between 1 and 63 then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox', inbox_name),
+            hint = 'Its table has the same name: 1 to 63 bytes.';
+    elsif schema is null or to_regnamespace(quote_ident(schema)) is null then
+        raise exception using
+            errcode = '3F000',
+            message = format('there is no schema "%s"', schema);
+    elsif schema = @schema_name@ and inbox_name ~ '^(relay_|pgt_|outbox_)' then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox in schema %I', inbox_name, schema),
+            hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
+    elsif to_regclass(v_table) is not null then
+        raise exception using
+            errcode = 'RL031',
+            message = format('%s is there already', v_table),
+            hint = case when schema = @schema_name@ then 'Choose another name.' else format(
+                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', @schema_name@, inbox_name, v_table) end;
+    end if;
+    execute format(
+        $ddl$
+        create table %s (
+            event_id text primary key,
+            event_type text not null,
+            source text,
+            aggregate_id text,
+            payload jsonb not null,
+            received_at timestamptz not null default now(),
+            processed_at timestamptz,
+            error text,
+            retry_count integer not null default 0,
+            trace_id text,
+            headers jsonb not null default '{}'
+        )
+        $ddl$, v_table);
+    execute format('comment on table %s is %L', v_table,
+        'Messages received by pgtrickle-relay, one row for each deduplication key.');
+    -- For the pending view, the dead-letter view and the sweep.
+    execute format('create index on %s (received_at) where processed_at is null', v_table);
+    execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
+    execute format('create index on %s (processed_at) where processed_at is not null', v_table);
+    if schema = @schema_name@ and to_regrole('pgtrickle_relay') is not null then
+        execute format(
+            'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %s to pgtrickle_relay',
+            v_table);
+    end if;
+    i.inbox_name := inbox_name;
+    i.inbox_schema := schema;
+    i.inbox_table := inbox_name;
+    i.adopted := false;
+    i.max_retries := max_retries;
+    i.schedule := schedule;
+    i.with_dead_letter := with_dead_letter;
+    i.with_stats := with_stats;
+    i.retention_hours := retention_hours;
+    i.policies := 'enforced';
+    i.columns := (
+        select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
+        where a.attrelid = to_regclass(v_table) and a.attnum > 0);
+    perform @schema@.relay_build_inbox(i, 'create_inbox', readers);
+end
+$$;
+
+comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
+    'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
+
+revoke all on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) from public;
+
+create or replace function @schema@.relay_create_inbox(
+    p_inbox text,
+    p_max_retries integer,
+    p_schedule text,
+    p_with_dead_letter boolean,
+    p_with_stats boolean,
+    p_retention_hours integer,
+    p_readers name[]
+)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select @schema@.create_inbox(
+        p_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, p_with_stats,
+        p_retention_hours, p_readers)
+$$;
+
+comment on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) is
+    'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
+
+revoke all on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) from public;
+
+-- No search_path of its own: the table's name means what it means to the caller.
+create or replace function @schema@.enable_inbox_tracking(
+    inbox_name text,
+    table_name text,
+    event_id_column text default 'event_id',
+    event_type_column text default 'event_type',
+    source_column text default 'source',
+    aggregate_id_column text default 'aggregate_id',
+    payload_column text default 'payload',
+    headers_column text default 'headers',
+    received_at_column text default 'received_at',
+    processed_at_column text default 'processed_at',
+    error_column text default 'error',
+    retry_count_column text default 'retry_count',
+    trace_id_column text default 'trace_id',
+    max_retries integer default 5,
+    retention_hours integer default null,
+    policies text default 'enforced'
+)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    i @schema@.relay_inboxes;
+    v_table oid := pg_catalog.to_regclass(table_name);
+begin
+    select n.nspname, c.relname into i.inbox_schema, i.inbox_table
+    from pg_catalog.pg_class as c
+    join pg_catalog.pg_namespace as n on n.oid operator(pg_catalog.=) c.relnamespace
+    where c.oid operator(pg_catalog.=) v_table;
+    if not found or inbox_name is null then
+        raise exception using
+            errcode = 'RL032',
+            message = pg_catalog.format('there is no table %s to adopt as inbox', coalesce(table_name, 'null')),
+            hint = pg_catalog.format('select %I.create_inbox(%L);', @schema_name@, inbox_name);
+    end if;
+    i.inbox_name := inbox_name;
+    i.adopted := true;
+    i.max_retries := max_retries;
+    i.schedule := '1s';
+    i.with_dead_letter := true;
+    i.with_stats := true;
+    i.retention_hours := retention_hours;
+    i.policies := policies;
+    -- An optional field whose column has the default name, and is not there, is left out.
+    select pg_catalog.jsonb_object_agg(m.key, m.value) into i.columns
+    from pg_catalog.jsonb_each_text(pg_catalog.jsonb_build_object(
+        'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
+        'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
+        'received_at', received_at_column, 'processed_at', processed_at_column,
+        'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column)) as m
+    where m.key operator(pg_catalog.<>) m.value
+        or m.key operator(pg_catalog.=) any (array['event_id', 'payload'])
+        or exists (
+            select from pg_catalog.pg_attribute as a
+            where a.attrelid operator(pg_catalog.=) v_table
+                and a.attname operator(pg_catalog.=) m.value and not a.attisdropped);
+    if exists (
+        select from @schema@.relay_inbox() as r
+        where r.inbox_name operator(pg_catalog.=) i.inbox_name and r.adopted)
+    then
+        perform @schema@.relay_drop_inbox_parts(@schema@.relay_find_inbox(i.inbox_name), false, false);
+    end if;
+    perform @schema@.relay_build_inbox(i, 'enable_inbox_tracking', '{}');
+end
+$$;
+
+comment on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) is
+    'Runs as its caller. Make a table of the caller an inbox, with columns of other names where said; again after the table was changed. RL032 lists all that does not fit. The table stays the caller''s: it is never dropped.';
+
+revoke all on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) from public;
+
+create or replace function @schema@.disable_inbox_tracking(inbox_name text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes := @schema@.relay_find_inbox(inbox_name);
+begin
+    if i.inbox_schema = @schema_name@ then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" has no other owner that could keep its table', i.inbox_name),
+            hint = format('select %I.drop_inbox(%L);', @schema_name@, i.inbox_name);
+    end if;
+    perform @schema@.relay_remove_inbox(i, 'disable_inbox_tracking', false, false);
+end
+$$;
+
+comment on function @schema@.disable_inbox_tracking(text) is
+    'Runs as its caller. Forget an inbox and drop the functions and views beside it; the table and its messages stay.';
+
+revoke all on function @schema@.disable_inbox_tracking(text) from public;
+
+create or replace function @schema@.drop_inbox(
+    inbox_name text,
+    if_exists boolean default false,
+    "cascade" boolean default false
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i @schema@.relay_inboxes;
+begin
+    i := @schema@.relay_find_inbox(inbox_name);
+    if i.adopted then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" is an adopted table and is not dropped', i.inbox_name),
+            detail = format('%I.%I was there before it became an inbox.', i.inbox_schema, i.inbox_table),
+            hint = format('select %I.disable_inbox_tracking(%L);', @schema_name@, i.inbox_name);
+    end if;
+    perform @schema@.relay_remove_inbox(i, 'drop_inbox', true, coalesce("cascade", false));
+exception
+    when sqlstate 'RL030' then
+        if if_exists is not true then
+            raise;
+        end if;
+end
+$$;
+
+comment on function @schema@.drop_inbox(text, boolean, boolean) is
+    'Runs as its caller. Drop an inbox with its messages, functions and views; never an adopted table (RL033).';
+
+revoke all on function @schema@.drop_inbox(text, boolean, boolean) from public;
+
+create or replace function @schema@.inbox_status(name text default null)
+returns table (
+    inbox_name text,
+    inbox_schema text,
+    inbox_table text,
+    status text,
+    total_messages bigint,
+    pending_messages bigint,
+    dlq_messages bigint,
+    processed_messages bigint,
+    oldest_pending_at timestamptz,
+    max_retries integer,
+    retention_hours integer,
+    adopted boolean,
+    created_at timestamptz,
+    problem text
+)
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i record;
+    v_counts jsonb;
+begin
+    for i in select r.* from @schema@.relay_inbox(name) as r
+    loop
+        v_counts := null;
+        problem := i.problem;
+        if problem is null then
+            begin
+                execute format('select %s()', i.count_function) into v_counts;
+            exception
+                when others then
+                    problem := sqlerrm;
+            end;
+        end if;
+        inbox_name := i.inbox_name;
+        inbox_schema := i.inbox_schema;
+        inbox_table := i.inbox_table;
+        total_messages := v_counts ->> 'total';
+        pending_messages := v_counts ->> 'pending';
+        dlq_messages := v_counts ->> 'dead';
+        processed_messages := v_counts ->> 'processed';
+        oldest_pending_at := v_counts ->> 'oldest';
+        max_retries := i.max_retries;
+        retention_hours := i.retention_hours;
+        adopted := i.adopted;
+        created_at := i.created_at;
+        status := case when problem is not null then 'broken' when dlq_messages > 0 then 'degraded' else 'healthy' end;
+        return next;
+    end loop;
+end
+$$;
+
+comment on function @schema@.inbox_status(text) is
+    'Runs as its caller. State of one inbox, or of all: healthy, degraded (there are dead letters) or broken, with the reason. Counts their messages.';
+
+revoke all on function @schema@.inbox_status(text) from public;
+
+create or replace function @schema@.inbox_health(name text)
+returns jsonb
+language sql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select to_jsonb(s) from @schema@.relay_find_inbox(name) as i, @schema@.inbox_status(i.inbox_name) as s
+$$;
+
+comment on function @schema@.inbox_health(text) is
+    'Runs as its caller. The row of inbox_status as one object.';
+
+revoke all on function @schema@.inbox_health(text) from public;
+
+-- No search_path of its own: triggers of the table see the caller's.
+create or replace function @schema@.relay_mark_inbox(
+    p_inbox text,
+    p_event_ids text[],
+    p_mark text,
+    p_error text default null
+)
+returns integer
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    i @schema@.relay_inboxes := @schema@.relay_find_inbox(p_inbox);
+    v_retries text := pg_catalog.quote_ident(i.columns ->> 'retry_count');
+    v_set text;
+    v_marked integer;
+begin
+    if i.columns ->> 'processed_at' is null then
+        raise exception using
+            errcode = 'RL032',
+            message = pg_catalog.format('inbox "%s" has no column for processed_at', i.inbox_name),
+            hint = pg_catalog.format('Add the column to %I.%I, then call %I.enable_inbox_tracking again.',
+                i.inbox_schema, i.inbox_table, @schema_name@);
+    end if;
+    -- concat_ws leaves out what is null: the columns that an adopted table lacks.
+    v_set := pg_catalog.concat_ws(', ',
+        pg_catalog.format('%I = %s', i.columns ->> 'processed_at',
+            case p_mark when 'processed' then 'pg_catalog.now()' else 'null' end),
+        pg_catalog.quote_ident(i.columns ->> 'error') || ' = $2',
+        case p_mark
+            when 'failed' then v_retries || ' = marked.' || v_retries || ' + 1'
+            when 'pending' then v_retries || ' = 0'
+        end);
+    execute pg_catalog.format('update %I.%I as marked set %s where marked.%I = any ($1)',
+        i.inbox_schema, i.inbox_table, v_set, i.columns ->> 'event_id')
+    using p_event_ids, p_error;
+    get diagnostics v_marked = row_count;
+    return v_marked;
+end
+$$;
+
+comment on function @schema@.relay_mark_inbox(text, text[], text, text) is
+    'Runs as its caller, with nothing but the caller''s own rights on the table. Makes messages processed, failed or pending; returns how many.';
+
+revoke all on function @schema@.relay_mark_inbox(text, text[], text, text) from public;
+
+create or replace function @schema@.replay_inbox_messages(name text, event_ids text[])
+returns integer
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_mark_inbox(name, event_ids, 'pending')
+$$;
+
+comment on function @schema@.replay_inbox_messages(text, text[]) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Make messages pending again, processed or dead; returns how many.';
+
+revoke all on function @schema@.replay_inbox_messages(text, text[]) from public;
+
+create or replace function @schema@.inbox_mark_processed(name text, event_ids text[])
+returns integer
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_mark_inbox(name, event_ids, 'processed')
+$$;
+
+comment on function @schema@.inbox_mark_processed(text, text[]) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Messages were processed; returns how many there were.';
+
+revoke all on function @schema@.inbox_mark_processed(text, text[]) from public;
+
+create or replace function @schema@.inbox_mark_processed(name text, event_id text)
+returns boolean
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_mark_inbox(name, array[event_id], 'processed') > 0
+$$;
+
+comment on function @schema@.inbox_mark_processed(text, text) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. One message was processed; false where there is none of this id.';
+
+revoke all on function @schema@.inbox_mark_processed(text, text) from public;
+
+create or replace function @schema@.inbox_mark_failed(name text, event_id text, error text)
+returns boolean
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_mark_inbox(name, array[event_id], 'failed', error) > 0
+$$;
+
+comment on function @schema@.inbox_mark_failed(text, text, text) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Processing a message failed: counts a retry and keeps the error. After max_retries it is in the dead-letter view instead of the pending one.';
+
+revoke all on function @schema@.inbox_mark_failed(text, text, text) from public;

@@ -1,0 +1,199 @@
+-- Applies relay_key_rules to what a pipeline is set to. Checks return message, hint and error code.
+
+create or replace function @schema@.relay_nearest(p_word text, p_candidates text[])
+returns text
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.word
+    from unnest(p_candidates) as c (word)
+    cross join lateral (
+        select 2.0 * count(*) / (length(p_word) + length(c.word) + 2) as share
+        from (
+            select substr(' ' || lower(p_word) || ' ', i, 2) from generate_series(1, length(p_word) + 1) as i
+            intersect all
+            select substr(' ' || lower(c.word) || ' ', i, 2) from generate_series(1, length(c.word) + 1) as i
+        ) as pair
+    ) as s
+    where s.share > 0.5
+    order by s.share desc, c.word
+    limit 1
+$$;
+
+comment on function @schema@.relay_nearest(text, text[]) is
+    'The candidate that a mistyped word may have meant, by the pairs of letters they share; null where none is near.';
+
+revoke all on function @schema@.relay_nearest(text, text[]) from public;
+
+create or replace function @schema@.relay_check_value(p_path text, p_rule jsonb, p_value jsonb, p_plaintext boolean)
+returns text[]
+language plpgsql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_rules constant jsonb := @schema@.relay_key_rules();
+    v_rule constant jsonb := (v_rules #> array['types', p_rule ->> 'is']) || p_rule;
+    v_kind text := jsonb_typeof(p_value);
+    v_text text := p_value #>> '{}';
+    -- Nothing is left of what a template may have in it.
+    v_bare text := regexp_replace(v_text, v_rules ->> 'in_template', '', 'g');
+    v_name text := substring(v_bare, '\{([^{}]*)\}');
+    v_is text;
+    v_problem text[];
+begin
+    if p_path ~ '\.' and v_text ~ '^\$\{(env|file):[^}]+\}$' then
+        return null;
+    elsif not v_rule -> 'kinds' ? v_kind then
+        v_is := case v_kind when 'string' then 'a text that does not fit' else 'of type ' || v_kind end;
+    elsif v_kind in ('array', 'object') then
+        select @schema@.relay_check_value(e.path, v_rule -> 'of', e.value, p_plaintext) as problem into v_problem
+        from (
+            select p_path || '.' || o.key, o.value from jsonb_each(case v_kind when 'object' then p_value else '{}' end) as o
+            union all
+            select p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
+        ) as e (path, value)
+        where v_rule ? 'of'
+        order by problem
+        limit 1;
+        return v_problem;
+    elsif v_text !~ (v_rule ->> 'pattern') then
+        v_is := case when v_rule ->> 'is' = 'word' then quote_literal(v_text) when v_kind = 'string' then 'a text that does not fit' else v_text end;
+    elsif v_rule ?| array['ge', 'le'] then
+        v_is := case when v_text::numeric not between coalesce((v_rule ->> 'ge')::numeric, '-infinity')
+            and coalesce((v_rule ->> 'le')::numeric, 'infinity') then v_text end;
+    end if;
+    return case
+        when v_is is not null then array[format('%s is %s', p_path, v_is), format('It must be %s.', v_rule ->> 'must')]
+        when p_plaintext is not true and (
+            regexp_replace(v_text, '\$\{(env|file):[^}]+\}', '', 'g') ~* (v_rules ->> 'secret_in_url')
+            or (v_text !~* (v_rules ->> 'references_only')
+                and (v_rule ? 'secret' or p_path ~* (v_rules ->> 'secret_header'))))
+            then array[p_path || ' holds a secret in plain text', v_rules ->> 'secret_hint', 'RL013']
+        when v_rule ->> 'is' <> 'template' then null
+        when v_text = '' then array[p_path || ' is empty', 'Leave it out for the default.']
+        when v_name is not null then array[
+            format('%s has an unknown variable {%s}', p_path, v_name),
+            (select concat('Did you mean {' || @schema@.relay_nearest(v_name, array_agg(v.name)) || '}? ',
+                format('Known are {%s} and {payload.<field>}.', string_agg(v.name, '}, {')))
+            from jsonb_array_elements_text(v_rules -> 'variables') as v (name))]
+        when v_bare ~ '[{}]' then array[p_path || ' has a brace without its partner', 'Write {{ and }} for literal braces.']
+    end;
+end
+$$;
+
+comment on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) is
+    'What is wrong with a value, or inside it. Shows it only where it can be no secret.';
+
+revoke all on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) from public;
+
+create or replace function @schema@.relay_check_keys(p_role text, p_rules jsonb, p_options jsonb, p_plaintext boolean)
+returns text[]
+language plpgsql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_prefix text := case when p_role in ('source', 'sink') then p_role || '.' else '' end;
+    v_known text[] := array(select r.key from jsonb_each(p_rules) as r where not r.value ? 'refused');
+    v_given text[] := array(select o.key from jsonb_each_text(p_options) as o where o.value not in ('', 'false'));
+    v_problem text[];
+    r record;
+begin
+    for r in
+        select o.key, o.value, p_rules -> o.key as rule, v_prefix || o.key as path, @schema@.relay_nearest(o.key, v_known) as near
+        from jsonb_each(p_options) as o
+        order by o.key
+    loop
+        v_problem := case
+            when r.rule ? 'refused' then array[format('%s %s', r.path, r.rule #>> '{refused,0}'), r.rule #>> '{refused,1}']
+            when r.rule is not null and r.value <> 'null' then @schema@.relay_check_value(r.path, r.rule, r.value, p_plaintext)
+            when r.rule is not null then null
+            when r.near is not null then array[r.path || ' is not a known key', format('Did you mean %s?', r.near)]
+            when v_prefix = '' then array[r.key || ' is not a key of the pipeline itself', 'Does it belong into the source or sink object?']
+            else array[r.path || ' is not a known key', format('Known are %s.', array_to_string(v_known, ', '))]
+        end;
+        exit when v_problem is not null;
+    end loop;
+    for r in
+        select k.key, k.value as rule, v_prefix || k.key as path, k.value ->> 'needs' as needs, k.value ->> 'required_unless' as other
+        from jsonb_each(p_rules) as k
+        where v_problem is null
+    loop
+        v_problem := case
+            when r.rule ?| array['required', 'required_unless'] and not array[r.key, r.other] && v_given then
+                array[concat_ws(' or ', r.path, v_prefix || r.other) || ' is missing', format('The %s needs one of them; a profile brings endpoint and credentials.', p_role)]
+            when r.key <> all (v_given) then null
+            when r.needs <> all (v_given) then array[format('%s needs %s', r.path, r.needs), 'Set both, or neither.']
+            when r.rule -> 'excludes' ?| v_given then
+                array[format('%s has both %s and %s', p_role, r.key, r.rule #>> '{excludes,0}'), 'Leave one of them out.']
+            when r.rule ? 'connection' and 'profile' = any (v_given) then
+                array[r.path || ' can''t be combined with a profile', 'Endpoint, credentials and TLS come from a profile as a whole.']
+        end;
+        exit when v_problem is not null;
+    end loop;
+    return v_problem;
+end
+$$;
+
+comment on function @schema@.relay_check_keys(text, jsonb, jsonb, boolean) is
+    'What is wrong with the keys of a source or sink object, or of the pipeline itself.';
+
+revoke all on function @schema@.relay_check_keys(text, jsonb, jsonb, boolean) from public;
+
+create or replace function @schema@.relay_validate_config(p_direction text, p_config jsonb)
+returns void
+language plpgsql
+immutable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_rules constant jsonb := @schema@.relay_key_rules();
+    v_plaintext constant boolean := lower(p_config ->> 'allow_plaintext_secrets') = 'true';
+    v_problem text[];
+    r record;
+begin
+    v_problem := case
+        when p_direction is null or p_direction not in ('forward', 'reverse') then
+            array[format('%L is no direction of a pipeline', p_direction), 'forward: outbox to broker; reverse: broker to inbox.', '22023']
+        when p_config is null or jsonb_typeof(p_config) <> 'object' then
+            array['the configuration is not a JSON object', 'As in {"source": {"outbox": "orders"}, "sink": {"type": "stdout"}}.']
+        else @schema@.relay_check_keys(p_direction || ' pipeline', (v_rules #> '{pipeline,both}') || (v_rules #> array['pipeline', p_direction]), p_config, v_plaintext)
+    end;
+    for r in
+        select x.role, p_config ->> (x.role || '_type') as type, p_config -> x.role as options,
+            array(select b.key from jsonb_each(v_rules) as b where b.value ? x.role and b.key <> 'outbox' order by b.key) as types
+        from unnest(array['source', 'sink']) as x (role)
+        where v_problem is null
+    loop
+        v_problem := coalesce(v_problem, case
+            when r.type is null or (r.type <> 'outbox' and r.options ->> 'type' is null) then
+                array[r.role || '.type is missing', format('It must be one of %s.', array_to_string(r.types, ', '))]
+            when not coalesce(v_rules -> r.type ? r.role, false) then array[
+                format('%s.type %L is not known', r.role, r.type),
+                concat('Did you mean ' || @schema@.relay_nearest(r.type, r.types) || '? ', format('Known are %s.', array_to_string(r.types, ', ')))]
+            else @schema@.relay_check_keys(r.role, (v_rules #> array[r.type, 'both']) || (v_rules #> array[r.type, r.role]), r.options, v_plaintext)
+        end);
+    end loop;
+    v_problem := case
+        when v_problem is not null then v_problem
+        when (p_config ->> 'retry_max_ms')::bigint < (p_config ->> 'retry_initial_ms')::bigint then
+            array['retry_max_ms is less than retry_initial_ms', 'The first wait is the shortest.']
+        when (p_config ->> 'parallelism')::bigint > 1 and p_config #>> '{source,consumer_group}' is null then
+            array['parallelism needs a consumer group', 'Name one in source.consumer_group; its slots share the rows, without order among them.']
+    end;
+    if v_problem is not null then
+        raise exception using errcode = coalesce(v_problem[3], 'RL010'), message = v_problem[1], hint = v_problem[2];
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_validate_config(text, jsonb) is
+    'Check a pipeline''s configuration by itself, forward or reverse: keys, types, templates (RL010) and plaintext secrets (RL013). What it refers to is not looked up. Definer: reads nothing but its arguments and our own rules.';
+
+revoke all on function @schema@.relay_validate_config(text, jsonb) from public;
