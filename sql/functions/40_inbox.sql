@@ -1,59 +1,651 @@
 -- Inboxes: tables that messages are written to, each message once.
 --
--- What creates or drops tables runs as the caller. What reads or writes the catalog is a definer
--- function, which looks at the role in force where it must know who asks.
+-- Beside each table stand generated functions that belong to the table's owner: one receives, one
+-- counts, one sweeps. So triggers, policies, defaults and checks of the table run with its owner's
+-- rights, never with the relay's or the catalog's. Who makes or removes them proves by PostgreSQL's
+-- own DDL that they may; definer functions here touch nothing but the catalog and our own schema.
 
-create or replace function pgtrickle.relay_inbox_fields()
-returns table (field text, is_required boolean, types text[])
+create or replace function pgtrickle.relay_base_type(p_type oid)
+returns oid
 language sql
-immutable
+stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    values
-        ('event_id', true, array['text', 'character varying']),
-        ('event_type', false, array['text', 'character varying']),
-        ('source', false, array['text', 'character varying']),
-        ('aggregate_id', false, array['text', 'character varying']),
-        ('payload', true, array['jsonb', 'json', 'text', 'bytea']),
-        ('headers', false, array['jsonb']),
-        ('received_at', false, array['timestamp with time zone', 'timestamp without time zone']),
-        ('processed_at', false, array['timestamp with time zone', 'timestamp without time zone']),
-        ('error', false, array['text', 'character varying']),
-        ('retry_count', false, array['integer', 'bigint', 'smallint']),
-        ('trace_id', false, array['text', 'character varying'])
+    with recursive base (type) as (
+        select p_type
+        union all
+        select t.typbasetype
+        from base as b
+        join pg_type as t on t.oid = b.type and t.typtype = 'd'
+    )
+    select b.type from base as b join pg_type as t on t.oid = b.type where t.typtype <> 'd'
 $$;
 
-comment on function pgtrickle.relay_inbox_fields() is
-    'Fields of an inbox and the column types that can hold them.';
+comment on function pgtrickle.relay_base_type(oid) is
+    'Runs as its caller. The type below all domains.';
 
-revoke all on function pgtrickle.relay_inbox_fields() from public;
+revoke all on function pgtrickle.relay_base_type(oid) from public;
+
+-- ---------------------------------------------------------------------------
+-- What is generated, and whether it still stands
+-- ---------------------------------------------------------------------------
+
+create or replace function pgtrickle.relay_inbox_code(p_inbox pgtrickle.relay_inboxes)
+returns table (
+    purpose text,
+    function_name name,
+    arguments text,
+    result text,
+    function_language text,
+    source text,
+    fields text[],
+    types text[]
+)
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
+    v_waits text := coalesce(
+        'counted.' || quote_ident(p_inbox.columns ->> 'processed_at') || ' is null', 'true');
+    v_dead text := coalesce(
+        'counted.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries, 'false');
+    v_sent record;
+begin
+    select
+        string_agg(format('%I', f.column_name), ', ' order by f.place) as columns,
+        string_agg(format('sent.c%s::%s', f.place, f.type), ', ' order by f.place) as values,
+        string_agg(format('$%s', f.place), ', ' order by f.place) as parameters,
+        string_agg(format('c%s', f.place), ', ' order by f.place) as aliases,
+        string_agg(f.argument, ', ' order by f.place) as arguments,
+        array_agg(f.field order by f.place) as fields,
+        array_agg(f.type order by f.place) as types
+    into v_sent
+    from (
+        select
+            w.field,
+            p_inbox.columns ->> w.field as column_name,
+            row_number() over (order by w.place) as place,
+            format_type(b.type, null) as type,
+            case b.type when 'bytea'::regtype then 'bytea[]' else 'text[]' end as argument
+        from unnest(array['event_id', 'event_type', 'source', 'aggregate_id', 'trace_id', 'payload',
+            'headers']) with ordinality as w (field, place)
+        join pg_namespace as n on n.nspname = p_inbox.inbox_schema
+        join pg_class as c on c.relnamespace = n.oid and c.relname = p_inbox.inbox_table
+        join pg_attribute as a on a.attrelid = c.oid
+            and a.attname = p_inbox.columns ->> w.field and not a.attisdropped
+        cross join lateral (select pgtrickle.relay_base_type(a.atttypid)) as b (type)
+    ) as f;
+    -- Parameters have no name, and a column wins over a variable: nothing here meets a column's name.
+    return query values (
+        'receive', p_inbox.receive_function, v_sent.arguments, 'bigint', 'plpgsql',
+        format(
+            $code$
+#variable_conflict use_column
+declare
+    new_rows bigint;
+begin
+    insert into %s (%s)
+    select %s
+    from unnest(%s) as sent (%s)
+    on conflict (%I) do nothing;
+    get diagnostics new_rows = row_count;
+    set constraints all immediate;
+    return new_rows;
+end
+$code$, v_table, v_sent.columns, v_sent.values, v_sent.parameters, v_sent.aliases,
+            p_inbox.columns ->> 'event_id'),
+        v_sent.fields, v_sent.types);
+    return query values (
+        'count', p_inbox.count_function, '', 'jsonb', 'sql',
+        format(
+            $code$
+select jsonb_build_object(
+    'total', count(*),
+    'pending', count(*) filter (where %1$s and not (%2$s)),
+    'processed', count(*) filter (where not (%1$s)),
+    'dead', count(*) filter (where %1$s and %2$s),
+    'oldest', min(%3$s) filter (where %1$s and not (%2$s)))
+from %4$s as counted
+$code$, v_waits, case v_waits when 'true' then 'false' else v_dead end,
+            coalesce('counted.' || quote_ident(p_inbox.columns ->> 'received_at'), 'null') || '::timestamptz',
+            v_table),
+        null::text[], null::text[]);
+    if p_inbox.retention_hours is not null and p_inbox.columns ? 'processed_at' then
+        return query values (
+            'sweep', p_inbox.sweep_function, 'integer', 'bigint', 'plpgsql',
+            format(
+                $code$
+#variable_conflict use_column
+declare
+    swept_rows bigint;
+begin
+    delete from %1$s as swept
+    where swept.%2$I in (
+        select kept.%2$I
+        from %1$s as kept
+        where kept.%3$I < now() - make_interval(hours => %4$s)
+        order by kept.%3$I
+        limit coalesce($1, 1000)
+        for update skip locked);
+    get diagnostics swept_rows = row_count;
+    set constraints all immediate;
+    return swept_rows;
+end
+$code$, v_table, p_inbox.columns ->> 'event_id', p_inbox.columns ->> 'processed_at',
+                p_inbox.retention_hours),
+            null::text[], null::text[]);
+    end if;
+end
+$$;
+
+comment on function pgtrickle.relay_inbox_code(pgtrickle.relay_inboxes) is
+    'Runs as its caller. The functions that stand beside the table of an inbox, as they are made and as they are compared.';
+
+revoke all on function pgtrickle.relay_inbox_code(pgtrickle.relay_inboxes) from public;
+
+create or replace function pgtrickle.relay_inbox_problems(p_inbox pgtrickle.relay_inboxes)
+returns setof text
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
+    t record;
+begin
+    select c.*, n.nspname, r.rolname, r.rolsuper or r.rolbypassrls as is_above_policies
+    into t
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    join pg_roles as r on r.oid = c.relowner
+    where n.nspname = p_inbox.inbox_schema and c.relname = p_inbox.inbox_table;
+    if not found then
+        return next format('table %s is gone: it was dropped, renamed or moved', v_table);
+        return;
+    end if;
+    if t.relkind not in ('r', 'p') or t.relpersistence = 't'
+        or t.nspname in ('pg_catalog', 'information_schema', 'pg_toast')
+    then
+        return next format('%s is not an ordinary table', v_table);
+        return;
+    end if;
+    return query
+    with actual as (
+        select a.attname, a.attnum, pgtrickle.relay_base_type(a.atttypid) as type,
+            a.attgenerated <> '' or a.attidentity = 'a' as is_computed,
+            a.attnotnull and not a.atthasdef and a.attidentity = '' as needs_value
+        from pg_attribute as a
+        where a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
+    ), wanted as (
+        select f.field, f.is_required, f.is_written, f.types, p_inbox.columns ->> f.field as name
+        from (values
+            ('event_id', true, true, array['text', 'varchar']::regtype[]),
+            ('event_type', false, true, array['text', 'varchar']::regtype[]),
+            ('source', false, true, array['text', 'varchar']::regtype[]),
+            ('aggregate_id', false, true, array['text', 'varchar']::regtype[]),
+            ('payload', true, true, array['jsonb', 'json', 'text', 'bytea']::regtype[]),
+            ('headers', false, true, array['jsonb']::regtype[]),
+            ('received_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
+            ('processed_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
+            ('error', false, false, array['text', 'varchar']::regtype[]),
+            ('retry_count', false, false, array['int4', 'int8', 'int2']::regtype[]),
+            ('trace_id', false, true, array['text', 'varchar']::regtype[])
+        ) as f (field, is_required, is_written, types)
+    )
+    select format('field %s has no column', w.field)
+    from wanted as w
+    where w.is_required and w.name is null
+    union all
+    select format('column %I for %s does not exist', w.name, w.field)
+    from wanted as w
+    where w.name is not null and not exists (select from actual as a where a.attname = w.name)
+    union all
+    select format('column %I for %s is of type %s, but must be %s',
+        w.name, w.field, format_type(a.type, null), array_to_string(w.types, ' or '))
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where a.type <> all (w.types::oid[])
+    union all
+    select format('column %I is generated, and can''t be written', w.name)
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where a.is_computed and w.field <> 'received_at'
+    union all
+    select format('column %I has no unique key of its own, so that a repeated message would be written twice', a.attname)
+    from wanted as w
+    join actual as a on a.attname = w.name
+    where w.field = 'event_id'
+        and not exists (
+            select
+            from pg_index as i
+            where i.indrelid = t.oid
+                and i.indisunique and i.indisvalid and i.indimmediate
+                and i.indpred is null and i.indexprs is null
+                and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)
+    union all
+    select format('column %I is not null without a default, and nothing is written to it', a.attname)
+    from actual as a
+    where a.needs_value
+        and not exists (select from wanted as w where w.name = a.attname and w.is_written)
+    union all
+    select format('column %I stands for more than one field: %s', w.name, string_agg(w.field, ', '))
+    from wanted as w
+    where w.name is not null
+    group by w.name
+    having count(*) > 1
+    union all
+    select format('rule %I of %s rewrites what is written', r.rulename, v_table)
+    from pg_rewrite as r
+    where r.ev_class = t.oid
+    union all
+    select format('trigger %I of %s is deferrable: before PostgreSQL 18 it may run with the rights of the relay', g.tgname, v_table)
+    from pg_trigger as g
+    join pg_proc as p on p.oid = g.tgfoid
+    join pg_roles as r on r.oid = p.proowner
+    where g.tgrelid = t.oid and g.tgdeferrable and not g.tgisinternal and not r.rolsuper
+        and current_setting('server_version_num')::integer < 180000
+    union all
+    select format('row-level security of %s does not hold for its owner %I%s', v_table, t.rolname,
+        case when t.is_above_policies then '' else format(': alter table %s force row level security', v_table) end)
+    where t.relrowsecurity and (t.is_above_policies or not t.relforcerowsecurity)
+        and p_inbox.policies <> 'bypassed';
+    if p_inbox.receive_function is null or found then
+        return;
+    end if;
+    return query
+    select case
+        when p.oid is null then
+            format('function %I.%I is gone', t.nspname, w.function_name)
+        when p.proowner <> t.relowner then
+            format('function %I.%I belongs to %I, but the table to %I',
+                t.nspname, w.function_name, pg_get_userbyid(p.proowner), t.rolname)
+        else format('function %I.%I is not as it was made', t.nspname, w.function_name) end
+    from pgtrickle.relay_inbox_code(p_inbox) as w
+    left join pg_proc as p
+        on p.pronamespace = t.relnamespace and p.proname = w.function_name
+        and pg_get_function_identity_arguments(p.oid) = w.arguments
+    left join pg_language as l on l.oid = p.prolang
+    where p.oid is null
+        or p.proowner <> t.relowner
+        or not p.prosecdef
+        or p.prokind <> 'f' or p.proretset or p.prosupport <> 0
+        or l.lanname <> w.function_language
+        or p.prosrc <> w.source or p.prosqlbody is not null
+        or format_type(p.prorettype, null) <> w.result
+        or p.proconfig is distinct from array['search_path=pg_catalog, pg_temp'];
+end
+$$;
+
+comment on function pgtrickle.relay_inbox_problems(pgtrickle.relay_inboxes) is
+    'Runs as its caller. Why a table does not fit as an inbox, or does so no longer: its kind, columns, types, key, policies, and the functions beside it.';
+
+revoke all on function pgtrickle.relay_inbox_problems(pgtrickle.relay_inboxes) from public;
+
+create or replace function pgtrickle.relay_inbox_is_intact(p_table oid, p_function oid, p_version text)
+returns boolean
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (select from pg_class as c where c.oid = p_table) then
+        raise exception using
+            errcode = '42P01',
+            message = 'the table of the inbox was dropped';
+    end if;
+    if not exists (
+        select
+        from pg_proc as p
+        cross join pg_class as c
+        where p.oid = p_function and c.oid = p_table
+            and concat_ws(' ', p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity,
+                c.relforcerowsecurity) = p_version
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = 'the inbox was changed since the relay looked at it';
+    end if;
+    if current_setting('server_version_num')::integer < 180000 and exists (
+        select
+        from pg_locks as l
+        join pg_trigger as g on g.tgrelid = l.relation
+        join pg_proc as p on p.oid = g.tgfoid
+        join pg_roles as r on r.oid = p.proowner
+        where l.pid = pg_backend_pid()
+            and l.locktype = 'relation'
+            and l.database = (select d.oid from pg_database as d where d.datname = current_database())
+            and l.mode not in ('AccessShareLock', 'RowShareLock')
+            and g.tgdeferrable
+            and (not g.tgisinternal and not r.rolsuper
+                or exists (
+                    select from pg_index as i
+                    where i.indexrelid = g.tgconstrindid
+                        and (i.indexprs is not null or i.indpred is not null)))
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = 'a deferrable trigger of a table that was written would run with the rights of the relay',
+            hint = 'Make the trigger not deferrable, or use PostgreSQL 18.';
+    end if;
+    return true;
+end
+$$;
+
+comment on function pgtrickle.relay_inbox_is_intact(oid, oid, text) is
+    'Runs as its caller. RL034 unless the function beside an inbox is the one that relay_inbox looked at, and nothing that this transaction wrote waits for the commit to run with the caller''s rights.';
+
+revoke all on function pgtrickle.relay_inbox_is_intact(oid, oid, text) from public;
 
 -- ---------------------------------------------------------------------------
 -- Making
 -- ---------------------------------------------------------------------------
 
-create or replace function pgtrickle.relay_build_inbox(p_inbox text, p_schema text)
-returns oid
+create or replace function pgtrickle.relay_build_inbox(
+    p_inbox pgtrickle.relay_inboxes,
+    p_operation text,
+    p_readers name[]
+)
+returns void
 language plpgsql
 volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_relation text := format('%I.%I', p_schema, p_inbox);
+    i pgtrickle.relay_inboxes := p_inbox;
+    v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
+    v_part text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
+    v_problems text[] := array(select p from pgtrickle.relay_inbox_problems(i) as p);
+    v_owner name := (select pg_get_userbyid(c.relowner) from pg_class as c where c.oid = to_regclass(v_table));
+    v_waits text := 'of_inbox.' || quote_ident(i.columns ->> 'processed_at') || ' is null';
+    v_dead text := coalesce(
+        'of_inbox.' || quote_ident(i.columns ->> 'retry_count') || ' >= ' || i.max_retries, 'false');
+    v_receive regprocedure;
+    v_names name[];
+    v_grantee name;
+    f record;
 begin
-    if coalesce(octet_length(p_inbox), 0) not between 1 and 63 then
+    if v_problems <> '{}' then
         raise exception using
-            errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox', p_inbox),
-            hint = 'Its table has the same name: 1 to 63 bytes.';
+            errcode = 'RL032',
+            message = format('table %s does not fit as an inbox', v_table),
+            detail = array_to_string(v_problems, E'\n'),
+            hint = 'Change the table, or say which column is meant, as in event_id_column => ''id''. Where policies need not hold, say policies => ''bypassed''.';
     end if;
-    if to_regclass(v_relation) is not null then
+    if not pg_has_role(v_owner, 'usage') then
+        raise exception using
+            errcode = 'RL004',
+            message = format('only %I, who owns %s, can make it an inbox', v_owner, v_table);
+    end if;
+    if not has_schema_privilege(i.inbox_schema, 'create') then
+        raise exception using
+            errcode = '42501',
+            message = format('the functions of inbox "%s" stand in schema %I, where %I may not create them',
+                i.inbox_name, i.inbox_schema, current_user),
+            hint = format('grant create on schema %I to %I;', i.inbox_schema, current_user);
+    end if;
+    -- Free names: what stands there already belongs to somebody.
+    select array_agg(chosen.name order by w.place)
+    into v_names
+    from unnest(array['receive_', 'count_', 'sweep_', 'pending_', 'dlq_', 'stats_'])
+        with ordinality as w (prefix, place)
+    cross join lateral (
+        select c.name
+        from generate_series(0, 99) as n
+        cross join lateral (
+            select w.prefix || case n when 0 then i.inbox_name
+                else left(md5(i.inbox_name), 8) || '_' || n end
+        ) as c (name)
+        where octet_length(c.name) <= 63
+            and not exists (
+                select from pg_proc as p
+                where p.proname = c.name and p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema)))
+            and not exists (
+                select from pg_class as p
+                where p.relname = c.name and p.relnamespace = to_regnamespace(quote_ident(i.inbox_schema)))
+            and not exists (
+                select from pg_type as p
+                where p.typname = c.name and p.typnamespace = to_regnamespace(quote_ident(i.inbox_schema)))
+        order by n
+        limit 1
+    ) as chosen;
+    i.receive_function := v_names[1];
+    i.count_function := v_names[2];
+    i.sweep_function := case when i.retention_hours is not null and i.columns ? 'processed_at' then v_names[3] end;
+
+    for f in select w.* from pgtrickle.relay_inbox_code(i) as w
+    loop
+        execute format(
+            'create function %I.%I(%s) returns %s language %s security definer set search_path = pg_catalog, pg_temp as %L',
+            i.inbox_schema, f.function_name, f.arguments, f.result, f.function_language, f.source);
+    end loop;
+    if i.columns ? 'processed_at' then
+        i.pending_view := v_names[4];
+        execute format('create view %I.%I as select of_inbox.* from %s as of_inbox where %s and not (%s)',
+            i.inbox_schema, i.pending_view, v_table, v_waits, v_dead);
+        if i.with_dead_letter and i.columns ? 'retry_count' then
+            i.dead_letter_view := v_names[5];
+            execute format('create view %I.%I as select of_inbox.* from %s as of_inbox where %s and %s',
+                i.inbox_schema, i.dead_letter_view, v_table, v_waits, v_dead);
+        end if;
+        if i.with_stats then
+            i.stats_view := v_names[6];
+            execute format(
+                $ddl$
+                create view %1$I.%2$I as
+                select
+                    %3$s as event_type,
+                    count(*) as total,
+                    count(*) filter (where %4$s and not (%5$s)) as pending,
+                    count(*) filter (where not (%4$s)) as processed,
+                    count(*) filter (where %4$s and %5$s) as dead_letters,
+                    min(%6$s) filter (where %4$s and not (%5$s)) as oldest_pending_at
+                from %7$s as of_inbox
+                group by 1
+                $ddl$,
+                i.inbox_schema, i.stats_view,
+                coalesce('of_inbox.' || quote_ident(i.columns ->> 'event_type'), 'null::text'), v_waits, v_dead,
+                coalesce('of_inbox.' || quote_ident(i.columns ->> 'received_at'), 'null::timestamptz'), v_table);
+        end if;
+    end if;
+    for f in
+        select 'function ' || p.oid::regprocedure as part, p.oid::regprocedure as function, p.proname as name
+        from pg_proc as p
+        where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
+            and p.proname in (i.receive_function, i.count_function, i.sweep_function)
+        union all
+        select format('view %I.%I', i.inbox_schema, v.name), null, v.name
+        from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
+        where v.name is not null
+    loop
+        if v_owner <> current_user then
+            execute format('alter %s owner to %I', f.part, v_owner);
+        end if;
+        execute format('comment on %s is %L', f.part, v_part);
+        continue when f.function is null;
+        if f.name = i.receive_function then
+            v_receive := f.function;
+        end if;
+        -- Default privileges may have given it to anybody.
+        for v_grantee in
+            select case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
+            from pg_proc as p
+            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+            where p.oid = f.function and a.grantee <> p.proowner
+        loop
+            execute format('revoke all on %s from %s', f.part, v_grantee);
+        end loop;
+        if to_regrole('pgtrickle_relay') is not null then
+            execute format('grant execute on %s to pgtrickle_relay', f.part);
+        end if;
+    end loop;
+    if to_regrole('pgtrickle_relay') is not null
+        and not has_schema_privilege('pgtrickle_relay', i.inbox_schema, 'usage')
+    then
+        execute format('grant usage on schema %I to pgtrickle_relay', i.inbox_schema);
+    end if;
+
+    execute format('comment on function %s is %L', v_receive,
+        format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id()));
+    perform pgtrickle.relay_register_inbox(i, p_operation);
+    execute format('comment on function %s is %L', v_receive, v_part);
+    foreach v_grantee in array coalesce(p_readers, '{}')
+    loop
+        if not has_schema_privilege(v_grantee, i.inbox_schema, 'usage') then
+            execute format('grant usage on schema %I to %I', i.inbox_schema, v_grantee);
+        end if;
+        execute format('grant select, update (processed_at, error, retry_count) on %s to %I',
+            v_table, v_grantee);
+        for f in
+            select v.name from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
+            where v.name is not null
+        loop
+            execute format('grant select on %I.%I to %I', i.inbox_schema, f.name, v_grantee);
+        end loop;
+    end loop;
+end
+$$;
+
+comment on function pgtrickle.relay_build_inbox(pgtrickle.relay_inboxes, text, name[]) is
+    'Runs as its caller, whose DDL is the proof that they may. Make the functions and views beside the table of an inbox, and register it.';
+
+revoke all on function pgtrickle.relay_build_inbox(pgtrickle.relay_inboxes, text, name[]) from public;
+
+create or replace function pgtrickle.relay_register_inbox(p_inbox pgtrickle.relay_inboxes, p_operation text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i pgtrickle.relay_inboxes := p_inbox;
+    v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
+    v_owner oid := (
+        select c.relowner from pg_class as c where c.relname = i.inbox_table and c.relnamespace = v_schema);
+    v_problems text[] := array(select p from pgtrickle.relay_inbox_problems(i) as p);
+    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
+    v_other pgtrickle.relay_inboxes;
+    is_renewal boolean;
+begin
+    if i.receive_function is null or i.count_function is null then
+        v_problems := v_problems || 'the functions beside the table have no name'::text;
+    end if;
+    if i.inbox_schema = 'pgtrickle' and (i.adopted or v_owner <> current_user::regrole) then
+        v_problems := v_problems || 'the table stands in the schema of the catalog'::text;
+    end if;
+    v_problems := v_problems || array(
+        select format('function %I is executable by others', p.proname)
+        from pg_proc as p
+        cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+        where p.pronamespace = v_schema
+            and p.proname in (i.receive_function, i.count_function, i.sweep_function)
+            and a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
+        union all
+        select format('%I is no view of the owner', v.name)
+        from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
+        where v.name is not null and not exists (
+            select from pg_class as c
+            where c.relname = v.name and c.relnamespace = v_schema
+                and c.relkind = 'v' and c.relowner = v_owner));
+    if v_problems <> '{}' then
+        raise exception using
+            errcode = 'RL032',
+            message = format('table %I.%I does not fit as an inbox', i.inbox_schema, i.inbox_table),
+            detail = array_to_string(v_problems, E'\n');
+    end if;
+    -- Only the owner of a function, and a superuser, can comment on it.
+    if not exists (
+        select from pg_proc as p
+        where p.pronamespace = v_schema
+            and p.proname = i.receive_function
+            and p.proowner = v_owner
+            and obj_description(p.oid, 'pg_proc') = v_proof
+    ) then
+        raise exception using
+            errcode = '42501',
+            message = format('nothing proves that inbox "%s" may be made by you', i.inbox_name),
+            hint = format('Use %I.enable_inbox_tracking.', 'pgtrickle');
+    end if;
+    select r.* into v_other
+    from pgtrickle.relay_inboxes as r
+    where r.inbox_name = i.inbox_name or (r.inbox_schema, r.inbox_table) = (i.inbox_schema, i.inbox_table)
+    order by r.inbox_name = i.inbox_name desc
+    limit 1
+    for update;
+    if found then
+        -- The same table again, or a table in the place of one that works no longer.
+        is_renewal := v_other.inbox_name = i.inbox_name and i.adopted and v_other.adopted and (
+            v_other.inbox_schema = i.inbox_schema and v_other.inbox_table = i.inbox_table
+            or exists (select from pgtrickle.relay_inbox_problems(v_other)));
+    end if;
+    if is_renewal then
+        delete from pgtrickle.relay_inboxes as r where r.inbox_name = i.inbox_name;
+    elsif not is_renewal then
         raise exception using
             errcode = 'RL031',
-            message = format('there is a table %s already, and it is no inbox', v_relation),
-            hint = format('select pgtrickle.enable_inbox_tracking(%L, %L);', p_inbox, v_relation);
+            message = format('inbox "%s" exists already', v_other.inbox_name),
+            detail = format('%I.%I is its table.', v_other.inbox_schema, v_other.inbox_table),
+            hint = format('Choose another name, or: select %I.%I(%L);', 'pgtrickle',
+                case when v_other.adopted then 'disable_inbox_tracking' else 'drop_inbox' end, v_other.inbox_name);
+    end if;
+    i.created_at := now();
+    insert into pgtrickle.relay_inboxes select i.*;
+exception
+    when unique_violation then
+        raise exception using
+            errcode = 'RL031',
+            message = format('inbox "%s", or one of its table, was made just now', i.inbox_name);
+    when check_violation or not_null_violation then
+        raise exception using
+            errcode = '22023',
+            message = format('the settings of inbox "%s" make no sense', i.inbox_name),
+            hint = 'max_retries is 0 or more, retention_hours more than 0 or null, policies enforced or bypassed.';
+end
+$$;
+
+comment on function pgtrickle.relay_register_inbox(pgtrickle.relay_inboxes, text) is
+    'Definer, since nobody but the catalog''s owner writes the catalog. Registers an inbox after comparing all that stands beside its table, for whoever proves with a comment on its function to be the owner.';
+
+revoke all on function pgtrickle.relay_register_inbox(pgtrickle.relay_inboxes, text) from public;
+
+create or replace function pgtrickle.relay_build_inbox_table(p_inbox pgtrickle.relay_inboxes)
+returns pgtrickle.relay_inboxes
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i pgtrickle.relay_inboxes := p_inbox;
+    v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
+begin
+    if coalesce(octet_length(i.inbox_name), 0) not between 1 and 63 then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox', i.inbox_name),
+            hint = 'Its table has the same name: 1 to 63 bytes.';
+    elsif i.inbox_schema is null or to_regnamespace(quote_ident(i.inbox_schema)) is null then
+        raise exception using
+            errcode = '3F000',
+            message = format('there is no schema "%s"', i.inbox_schema);
+    elsif i.inbox_schema = 'pgtrickle' and i.inbox_name ~ '^(relay_|pgt_|outbox_)' then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox in schema %I', i.inbox_name, i.inbox_schema),
+            hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
+    elsif to_regclass(v_table) is not null then
+        raise exception using
+            errcode = 'RL031',
+            message = format('%s is there already', v_table),
+            hint = case when i.inbox_schema = 'pgtrickle' then 'Choose another name.' else format(
+                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', 'pgtrickle', i.inbox_name, v_table) end;
     end if;
     execute format(
         $ddl$
@@ -70,413 +662,53 @@ begin
             trace_id text,
             headers jsonb not null default '{}'
         )
-        $ddl$, v_relation);
-    execute format('comment on table %s is %L', v_relation,
+        $ddl$, v_table);
+    execute format('comment on table %s is %L', v_table,
         'Messages received by pgtrickle-relay, one row for each deduplication key.');
-    execute format('create index on %s (received_at) where processed_at is null', v_relation);
-    execute format(
-        'create index on %s (received_at) where processed_at is null and retry_count > 0', v_relation);
-    execute format('create index on %s (processed_at) where processed_at is not null', v_relation);
-    return v_relation::regclass;
+    -- For the pending view, the dead-letter view and the sweep.
+    execute format('create index on %s (received_at) where processed_at is null', v_table);
+    execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
+    execute format('create index on %s (processed_at) where processed_at is not null', v_table);
+    i.adopted := false;
+    i.policies := 'enforced';
+    select jsonb_object_agg(a.attname, a.attname) into i.columns
+    from pg_attribute as a
+    where a.attrelid = to_regclass(v_table) and a.attnum > 0;
+    return i;
 end
 $$;
 
-comment on function pgtrickle.relay_build_inbox(text, text) is
-    'Create the table of an inbox. Its partial indexes serve the pending view, the dead-letter view and relay_sweep_inbox.';
+comment on function pgtrickle.relay_build_inbox_table(pgtrickle.relay_inboxes) is
+    'Runs as its caller. Create the table of an inbox, with the index for each of its views and for the sweep.';
 
-revoke all on function pgtrickle.relay_build_inbox(text, text) from public;
+revoke all on function pgtrickle.relay_build_inbox_table(pgtrickle.relay_inboxes) from public;
 
-create or replace function pgtrickle.relay_build_inbox_views(
-    p_inbox text,
-    p_table oid,
-    p_columns jsonb,
-    p_max_retries integer,
-    p_with_dead_letter boolean,
-    p_with_stats boolean
-)
-returns name[]
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_schema text := (select n.nspname from pg_class as c join pg_namespace as n on n.oid = c.relnamespace
-        where c.oid = p_table);
-    v_table text := pgtrickle.relay_relation(p_table);
-    v_names name[] := array[
-        pgtrickle.relay_view_name('pending_', p_inbox, v_schema),
-        case when p_with_dead_letter and p_columns ? 'retry_count'
-            then pgtrickle.relay_view_name('dlq_', p_inbox, v_schema) end,
-        case when p_with_stats then pgtrickle.relay_view_name('stats_', p_inbox, v_schema) end];
-    v_dead text := case when p_columns ? 'retry_count'
-        then format('i.%I >= %s', p_columns ->> 'retry_count', p_max_retries) else 'false' end;
-    v_received text := case when p_columns ? 'received_at'
-        then format('i.%I', p_columns ->> 'received_at') else 'null::timestamptz' end;
-begin
-    if not p_columns ? 'processed_at' then
-        return array[null, null, null]::name[];
-    end if;
-    execute format(
-        'create view %I.%I as select i.* from %s as i where i.%I is null and not (%s)',
-        v_schema, v_names[1], v_table, p_columns ->> 'processed_at', v_dead);
-    execute format('comment on view %I.%I is %L', v_schema, v_names[1],
-        'Messages that wait to be processed.');
-    if v_names[2] is not null then
-        execute format(
-            'create view %I.%I as select i.* from %s as i where i.%I is null and %s',
-            v_schema, v_names[2], v_table, p_columns ->> 'processed_at', v_dead);
-        execute format('comment on view %I.%I is %L', v_schema, v_names[2],
-            format('Messages that failed %s times.', p_max_retries));
-    end if;
-    if v_names[3] is not null then
-        execute format(
-            $ddl$
-            create view %1$I.%2$I as
-            select
-                %3$s as event_type,
-                count(*) as total,
-                count(*) filter (where i.%4$I is null and not (%5$s)) as pending,
-                count(i.%4$I) as processed,
-                count(*) filter (where i.%4$I is null and %5$s) as dead_letters,
-                min(%6$s) filter (where i.%4$I is null) as oldest_pending_at
-            from %7$s as i
-            group by 1
-            $ddl$,
-            v_schema, v_names[3],
-            case when p_columns ? 'event_type' then format('i.%I', p_columns ->> 'event_type')
-                else 'null::text' end,
-            p_columns ->> 'processed_at', v_dead, v_received, v_table);
-        execute format('comment on view %I.%I is %L', v_schema, v_names[3],
-            'Messages by event type; counts the whole inbox.');
-    end if;
-    return v_names;
-end
-$$;
-
-comment on function pgtrickle.relay_build_inbox_views(text, oid, jsonb, integer, boolean, boolean) is
-    'Create the views of an inbox, as far as its columns allow; returns the names of the pending, dead-letter and statistics view.';
-
-revoke all on function pgtrickle.relay_build_inbox_views(text, oid, jsonb, integer, boolean, boolean) from public;
-
-create or replace function pgtrickle.relay_view_name(p_prefix text, p_inbox text, p_schema text)
-returns name
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_wanted text := p_prefix || p_inbox;
-    v_name text := pgtrickle.relay_cut_name(v_wanted, 63);
-begin
-    if v_name <> v_wanted or to_regclass(format('%I.%I', p_schema, v_name)) is not null then
-        v_name := pgtrickle.relay_cut_name(v_wanted, 55) || '_' || left(md5(v_wanted), 7);
-    end if;
-    return v_name;
-end
-$$;
-
-comment on function pgtrickle.relay_view_name(text, text, text) is
-    'Name of a view of an inbox: cut to 63 bytes, with 7 characters of a digest where it was cut or is taken.';
-
-revoke all on function pgtrickle.relay_view_name(text, text, text) from public;
-
-create or replace function pgtrickle.relay_grant_inbox(p_table oid, p_columns jsonb)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_table text := pgtrickle.relay_relation(p_table);
-    v_schema oid := (select c.relnamespace from pg_class as c where c.oid = p_table);
-    v_owner name := (select c.relowner::regrole::text from pg_class as c
-        where c.oid = 'pgtrickle.relay_inboxes'::regclass);
-    v_role name;
-begin
-    foreach v_role in array array[v_owner, 'pgtrickle_relay']
-    loop
-        continue when to_regrole(quote_ident(v_role)) is null
-            or has_schema_privilege(v_role, v_schema, 'usage');
-        execute format('grant usage on schema %s to %I', v_schema::regnamespace, v_role);
-    end loop;
-    if (select c.relowner::regrole::text from pg_class as c where c.oid = p_table) <> v_owner then
-        execute format('grant select, update, delete on %s to %I', v_table, v_owner);
-    end if;
-    if to_regrole('pgtrickle_relay') is not null then
-        execute format('grant insert, select (%I) on %s to pgtrickle_relay',
-            p_columns ->> 'event_id', v_table);
-    end if;
-end
-$$;
-
-comment on function pgtrickle.relay_grant_inbox(oid, jsonb) is
-    'Let the relay write an inbox and see which messages are there, and the catalog''s owner count and sweep them.';
-
-revoke all on function pgtrickle.relay_grant_inbox(oid, jsonb) from public;
-
-create or replace function pgtrickle.relay_record_inbox(
-    p_inbox text,
-    p_table oid,
-    p_columns jsonb,
-    p_views name[],
-    p_settings jsonb
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    insert into pgtrickle.relay_inboxes (
-        inbox_name, inbox_schema, inbox_table, adopted, max_retries, schedule, with_dead_letter,
-        with_stats, retention_hours, columns, pending_view, dead_letter_view, stats_view
-    )
-    select
-        p_inbox, n.nspname, c.relname, s.adopted, s.max_retries, s.schedule, s.with_dead_letter,
-        s.with_stats, s.retention_hours, p_columns, p_views[1], p_views[2], p_views[3]
-    from pg_class as c
-    join pg_namespace as n on n.oid = c.relnamespace
-    cross join jsonb_to_record(p_settings) as s (
-        adopted boolean, max_retries integer, schedule text, with_dead_letter boolean,
-        with_stats boolean, retention_hours integer)
-    where c.oid = p_table;
-exception
-    when unique_violation then
-        perform pgtrickle.relay_inbox_exists_already(p_inbox, p_table);
-    when check_violation then
-        raise exception using
-            errcode = '22023',
-            message = format('the settings of inbox "%s" make no sense', p_inbox),
-            detail = p_settings::text,
-            hint = 'max_retries is 0 or more, retention_hours more than 0 or null.';
-end
-$$;
-
-comment on function pgtrickle.relay_record_inbox(text, oid, jsonb, name[], jsonb) is
-    'Write an inbox into the catalog. RL031 where its name or its table is there.';
-
-revoke all on function pgtrickle.relay_record_inbox(text, oid, jsonb, name[], jsonb) from public;
-
-create or replace function pgtrickle.relay_inbox_exists_already(p_inbox text, p_table oid)
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_taken text := (
-        select format('%I.%I is the table of inbox "%s"', i.inbox_schema, i.inbox_table, i.inbox_name)
-        from pgtrickle.relay_inboxes as i
-        where i.inbox_name = p_inbox
-            or format('%I.%I', i.inbox_schema, i.inbox_table) = pgtrickle.relay_relation(p_table)
-        order by i.inbox_name = p_inbox desc
-        limit 1);
-begin
-    raise exception using
-        errcode = 'RL031',
-        message = format('inbox "%s" exists already', p_inbox),
-        detail = v_taken,
-        hint = format('Choose another name, or: select pgtrickle.drop_inbox(%L);', p_inbox);
-end
-$$;
-
-comment on function pgtrickle.relay_inbox_exists_already(text, oid) is
-    'Raise RL031 with the table that is in the way.';
-
-revoke all on function pgtrickle.relay_inbox_exists_already(text, oid) from public;
-
-create or replace function pgtrickle.relay_register_inbox(
-    p_inbox text,
-    p_table oid,
-    p_columns jsonb,
-    p_views name[],
-    p_settings jsonb
-)
+create or replace function pgtrickle.relay_create_inbox(p_inbox pgtrickle.relay_inboxes, p_readers name[])
 returns void
 language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-begin
-    perform pgtrickle.relay_require_table_owner(p_table);
-    perform pgtrickle.relay_record_inbox(p_inbox, p_table, p_columns, p_views, p_settings);
-end
-$$;
-
-comment on function pgtrickle.relay_register_inbox(text, oid, jsonb, name[], jsonb) is
-    'Write an inbox into the catalog for the owner of its table. Definer: the catalog is written by functions only.';
-
-revoke all on function pgtrickle.relay_register_inbox(text, oid, jsonb, name[], jsonb) from public;
-
-create or replace function pgtrickle.relay_own_columns()
-returns jsonb
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select jsonb_object_agg(f.field, f.field) from pgtrickle.relay_inbox_fields() as f
-$$;
-
-comment on function pgtrickle.relay_own_columns() is
-    'Columns of an inbox that relay_build_inbox made: they are named like the fields.';
-
-revoke all on function pgtrickle.relay_own_columns() from public;
-
-create or replace function pgtrickle.relay_create_inbox(
-    p_inbox text,
-    p_max_retries integer,
-    p_schedule text,
-    p_with_dead_letter boolean,
-    p_retention_hours integer
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
 declare
-    v_columns jsonb := pgtrickle.relay_own_columns();
-    v_table oid := pgtrickle.relay_build_inbox(p_inbox, 'pgtrickle');
-    v_views name[] := pgtrickle.relay_build_inbox_views(
-        p_inbox, v_table, v_columns, p_max_retries, p_with_dead_letter, true);
+    i pgtrickle.relay_inboxes := p_inbox;
 begin
-    perform pgtrickle.relay_grant_inbox(v_table, v_columns);
-    perform pgtrickle.relay_record_inbox(p_inbox, v_table, v_columns, v_views, jsonb_build_object(
-        'adopted', false, 'max_retries', p_max_retries, 'schedule', p_schedule,
-        'with_dead_letter', p_with_dead_letter, 'with_stats', true,
-        'retention_hours', p_retention_hours));
+    i.inbox_schema := 'pgtrickle';
+    i.inbox_table := i.inbox_name;
+    i := pgtrickle.relay_build_inbox_table(i);
+    if to_regrole('pgtrickle_relay') is not null then
+        execute format(
+            'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %I.%I to pgtrickle_relay',
+            i.inbox_schema, i.inbox_table);
+    end if;
+    perform pgtrickle.relay_build_inbox(i, 'create_inbox', p_readers);
 end
 $$;
 
-comment on function pgtrickle.relay_create_inbox(text, integer, text, boolean, integer) is
-    'Create an inbox that belongs to the catalog''s owner; for set_relay_inbox.';
+comment on function pgtrickle.relay_create_inbox(pgtrickle.relay_inboxes, name[]) is
+    'Definer, since nobody but the catalog''s owner may create in our schema. Create an inbox there; its table, functions and views are new and belong to the catalog''s owner.';
 
-revoke all on function pgtrickle.relay_create_inbox(text, integer, text, boolean, integer) from public;
-
--- ---------------------------------------------------------------------------
--- Adopting
--- ---------------------------------------------------------------------------
-
-create or replace function pgtrickle.relay_inbox_problems(p_table oid, p_columns jsonb)
-returns setof text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    with actual as (
-        select a.attname::text as name, format_type(a.atttypid, null) as type, a.attnum,
-            a.attnotnull and not a.atthasdef and a.attidentity = '' as needs_value
-        from pg_attribute as a
-        where a.attrelid = p_table and a.attnum > 0 and not a.attisdropped
-    ), wanted as (
-        select f.field, f.is_required, f.types, coalesce(p_columns ->> f.field, f.field) as name
-        from pgtrickle.relay_inbox_fields() as f
-    )
-    select format('column %I for %s does not exist', w.name, w.field)
-    from wanted as w
-    where not exists (select from actual as a where a.name = w.name)
-        and (w.is_required or w.name <> w.field)
-    union all
-    select format('column %I for %s is of type %s, but must be %s',
-        w.name, w.field, a.type, array_to_string(w.types, ' or '))
-    from wanted as w
-    join actual as a using (name)
-    where a.type <> all (w.types)
-    union all
-    select format('column %I has no unique key of its own, so that a repeated message would be written twice', a.name)
-    from wanted as w
-    join actual as a using (name)
-    where w.field = 'event_id'
-        and not exists (
-            select
-            from pg_index as i
-            where i.indrelid = p_table
-                and i.indisunique and i.indisvalid and i.indimmediate
-                and i.indpred is null and i.indexprs is null
-                and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)
-    union all
-    select format('column %I is not null without a default, and nothing is written to it', a.name)
-    from actual as a
-    where a.needs_value
-        and not exists (
-            select from wanted as w
-            where w.name = a.name and w.field not in ('received_at', 'processed_at', 'error', 'retry_count'))
-    union all
-    select format('column %I stands for more than one field: %s', w.name, string_agg(w.field, ', '))
-    from wanted as w
-    group by w.name
-    having count(*) > 1
-$$;
-
-comment on function pgtrickle.relay_inbox_problems(oid, jsonb) is
-    'Why a table does not fit as an inbox: columns, types, the unique key, columns that nobody fills.';
-
-revoke all on function pgtrickle.relay_inbox_problems(oid, jsonb) from public;
-
-create or replace function pgtrickle.relay_adopt_inbox(
-    p_inbox text,
-    p_table_name text,
-    p_table oid,
-    p_columns jsonb,
-    p_settings jsonb
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_problems text[];
-    v_columns jsonb;
-    v_views name[];
-begin
-    if p_table is null or not exists (
-        select from pg_class as c where c.oid = p_table and c.relkind in ('r', 'p')
-    ) then
-        raise exception using
-            errcode = 'RL032',
-            message = format('there is no table %s to adopt as inbox', coalesce(p_table_name, 'null')),
-            hint = format('select pgtrickle.create_inbox(%L);', p_inbox);
-    end if;
-    perform pgtrickle.relay_require_table_owner(p_table);
-    v_problems := array(select * from pgtrickle.relay_inbox_problems(p_table, p_columns));
-    if v_problems <> '{}' then
-        raise exception using
-            errcode = 'RL032',
-            message = format('table %s does not fit as an inbox', pgtrickle.relay_relation(p_table)),
-            detail = array_to_string(v_problems, E'\n'),
-            hint = 'Change the table, or say which column is meant, as in event_id_column => ''id''.';
-    end if;
-    -- Optional fields without a column are left out.
-    select jsonb_object_agg(f.field, a.attname)
-    into v_columns
-    from pgtrickle.relay_inbox_fields() as f
-    join pg_attribute as a
-        on a.attrelid = p_table
-        and a.attname = coalesce(p_columns ->> f.field, f.field)
-        and a.attnum > 0
-        and not a.attisdropped;
-    v_views := pgtrickle.relay_build_inbox_views(
-        p_inbox, p_table, v_columns, (p_settings ->> 'max_retries')::integer, true, true);
-    perform pgtrickle.relay_grant_inbox(p_table, v_columns);
-    perform pgtrickle.relay_register_inbox(p_inbox, p_table, v_columns, v_views, p_settings);
-end
-$$;
-
-comment on function pgtrickle.relay_adopt_inbox(text, text, oid, jsonb, jsonb) is
-    'Make an existing table an inbox, see enable_inbox_tracking.';
-
-revoke all on function pgtrickle.relay_adopt_inbox(text, text, oid, jsonb, jsonb) from public;
+revoke all on function pgtrickle.relay_create_inbox(pgtrickle.relay_inboxes, name[]) from public;
 
 -- ---------------------------------------------------------------------------
 -- Finding
@@ -494,128 +726,86 @@ declare
 begin
     select r.* into i
     from pgtrickle.relay_inboxes as r
-    where p_inbox in (r.inbox_name, r.inbox_table)
-        and (p_schema is null or r.inbox_schema = p_schema)
-    order by r.inbox_name = p_inbox desc, r.inbox_schema = 'pgtrickle' desc
-    limit 1;
+    where r.inbox_name = p_inbox and (p_schema is null or r.inbox_schema = p_schema);
     if not found then
-        i := pgtrickle.relay_find_extension_inbox(p_inbox);
-    end if;
-    if i.inbox_name is null then
         raise exception using
             errcode = 'RL030',
-            message = format('there is no inbox "%s"', coalesce(p_inbox, 'null')),
-            hint = case
-                when p_schema is null then format('select pgtrickle.create_inbox(%L);', p_inbox)
-                else format('select pgtrickle.create_inbox(%L, schema => %L);', p_inbox, p_schema)
-            end;
+            message = format('there is no inbox "%s"%s', coalesce(p_inbox, 'null'), ' in schema ' || quote_ident(p_schema)),
+            hint = format('select %I.create_inbox(%L%s);', 'pgtrickle', p_inbox,
+                ', schema => ' || quote_literal(p_schema));
     end if;
     return i;
 end
 $$;
 
 comment on function pgtrickle.relay_find_inbox(text, text) is
-    'The inbox of this name or table; RL030 where there is none. Definer: the catalog is read by functions only.';
+    'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; RL030 where there is none.';
 
 revoke all on function pgtrickle.relay_find_inbox(text, text) from public;
 
-create or replace function pgtrickle.relay_find_extension_inbox(p_inbox text)
-returns pgtrickle.relay_inboxes
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    i pgtrickle.relay_inboxes;
-    v_row jsonb;
-begin
-    if exists (
-        select from pg_class as c
-        where c.oid = to_regclass('pgtrickle.pgt_inbox_config')
-            and c.relkind = 'r'
-            -- Its owner may not have granted it.
-            and has_table_privilege(c.oid, 'select')
-    ) then
-        execute 'select to_jsonb(c) from pgtrickle.pgt_inbox_config as c where c.inbox_name = $1'
-        into v_row
-        using p_inbox;
-    end if;
-    if v_row is null then
-        return null;
-    end if;
-    i.inbox_name := p_inbox;
-    i.inbox_schema := coalesce(v_row ->> 'inbox_schema', 'pgtrickle');
-    i.inbox_table := coalesce(v_row ->> 'inbox_table', v_row ->> 'table_name', p_inbox);
-    -- The extension's table: it looks after it, as an owner of an adopted one does.
-    i.adopted := true;
-    i.max_retries := coalesce((v_row ->> 'max_retries')::integer, 5);
-    i.columns := (
-        select jsonb_object_agg(f.field, coalesce(
-            v_row ->> (f.field || '_column'),
-            case f.field when 'event_id' then v_row ->> 'id_column' end,
-            f.field))
-        from pgtrickle.relay_inbox_fields() as f);
-    return i;
-end
-$$;
-
-comment on function pgtrickle.relay_find_extension_inbox(text) is
-    'An inbox that the pg_trickle extension made, in the words of ours; null where there is none.';
-
-revoke all on function pgtrickle.relay_find_extension_inbox(text) from public;
-
-create or replace function pgtrickle.relay_inbox(
-    inbox text,
-    schema text default null,
-    out inbox_relation text,
-    out columns jsonb,
-    out payload_type text,
-    out conflict_target text
+create or replace function pgtrickle.relay_inbox(inbox text default null, schema text default null)
+returns table (
+    inbox_name text,
+    inbox_schema name,
+    inbox_table name,
+    adopted boolean,
+    max_retries integer,
+    retention_hours integer,
+    created_at timestamptz,
+    fields text[],
+    types text[],
+    receive_function text,
+    count_function text,
+    sweep_function text,
+    table_id oid,
+    function_id oid,
+    version text,
+    is_foreign boolean,
+    problem text
 )
 language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(inbox, schema);
+#variable_conflict use_column
 begin
-    inbox_relation := format('%I.%I', i.inbox_schema, i.inbox_table);
-    if to_regclass(inbox_relation) is null then
-        raise exception using
-            errcode = 'RL030',
-            message = format('the table %s of inbox "%s" is gone', inbox_relation, i.inbox_name),
-            detail = 'It was dropped or renamed by hand.',
-            hint = format('select pgtrickle.drop_inbox(%L);', i.inbox_name);
+    if inbox is not null then
+        perform pgtrickle.relay_find_inbox(inbox, schema);
     end if;
+    return query
     select
-        jsonb_object_agg(f.key, quote_ident(f.value)),
-        max(case format_type(a.atttypid, null)
-            when 'character varying' then 'text'
-            else format_type(a.atttypid, null)
-        end) filter (where f.key = 'payload')
-    into columns, payload_type
-    from jsonb_each_text(i.columns) as f
-    join pg_attribute as a
-        on a.attrelid = to_regclass(inbox_relation)
-        and a.attname = f.value
-        and not a.attisdropped
-    where f.key in ('event_id', 'event_type', 'source', 'aggregate_id', 'payload', 'headers', 'trace_id');
-    conflict_target := columns ->> 'event_id';
+        i.inbox_name, i.inbox_schema, i.inbox_table, i.adopted, i.max_retries, i.retention_hours,
+        i.created_at, w.fields, w.types,
+        format('%I.%I', i.inbox_schema, i.receive_function),
+        format('%I.%I', i.inbox_schema, i.count_function),
+        quote_ident(i.inbox_schema) || '.' || quote_ident(i.sweep_function),
+        c.oid, p.oid,
+        concat_ws(' ', p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity, c.relforcerowsecurity),
+        i.inbox_schema <> 'pgtrickle',
+        (select nullif(string_agg(b, '; '), '') from pgtrickle.relay_inbox_problems(i) as b)
+    from pgtrickle.relay_inboxes as i
+    left join pgtrickle.relay_inbox_code(i) as w on w.purpose = 'receive'
+    left join pg_class as c
+        on c.relname = i.inbox_table and c.relnamespace = to_regnamespace(quote_ident(i.inbox_schema))
+    left join pg_proc as p
+        on p.proname = i.receive_function and p.pronamespace = c.relnamespace
+        and pg_get_function_identity_arguments(p.oid) = w.arguments
+    where $1 is null or i.inbox_name = $1
+    order by i.inbox_name;
 end
 $$;
 
 comment on function pgtrickle.relay_inbox(text, text) is
-    'How to write an inbox: its table, the quoted column of each field that it has, the type of its payload and the column that tells duplicates. RL030 where there is none. Definer: the catalog is read by functions only.';
+    'Definer, since nobody but the catalog''s owner reads the catalog. How to write one inbox, or each: the functions beside its table, the fields they take in their order, and what is wrong with it, null where nothing is. RL030 where there is none.';
 
 revoke all on function pgtrickle.relay_inbox(text, text) from public;
 
 -- ---------------------------------------------------------------------------
--- Dropping
+-- Removing
 -- ---------------------------------------------------------------------------
 
-create or replace function pgtrickle.relay_drop_inbox_objects(
+create or replace function pgtrickle.relay_drop_inbox_parts(
     p_inbox pgtrickle.relay_inboxes,
     p_with_table boolean,
     p_cascade boolean
@@ -627,55 +817,43 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_view name;
+    v_part text := format('Part of inbox %s, made by pgtrickle-relay.', p_inbox.inbox_name);
+    v_schema oid := to_regnamespace(quote_ident(p_inbox.inbox_schema));
+    v_cascade text := case when p_cascade then 'cascade' else 'restrict' end;
+    f record;
 begin
-    foreach v_view in array array[p_inbox.pending_view, p_inbox.dead_letter_view, p_inbox.stats_view]
+    -- Only what still has our comment: another's object may have taken the name.
+    for f in
+        select format('view %I.%I', p_inbox.inbox_schema, c.relname) as part, c.relowner as owner
+        from pg_class as c
+        where c.relnamespace = v_schema and c.relkind = 'v'
+            and c.relname in (p_inbox.pending_view, p_inbox.dead_letter_view, p_inbox.stats_view)
+            and obj_description(c.oid, 'pg_class') = v_part
+        union all
+        select 'function ' || p.oid::regprocedure, p.proowner
+        from pg_proc as p
+        where p.pronamespace = v_schema
+            and p.proname in (p_inbox.receive_function, p_inbox.count_function, p_inbox.sweep_function)
+            and obj_description(p.oid, 'pg_proc') = v_part
     loop
-        continue when v_view is null;
-        execute format('drop view if exists %I.%I %s',
-            p_inbox.inbox_schema, v_view, case when p_cascade then 'cascade' else 'restrict' end);
+        if pg_has_role(f.owner, 'usage') then
+            execute format('drop %s %s', f.part, v_cascade);
+        else
+            raise notice '% is left over: it belongs to %', f.part, pg_get_userbyid(f.owner);
+        end if;
     end loop;
     if p_with_table then
-        execute format('drop table if exists %I.%I %s',
-            p_inbox.inbox_schema, p_inbox.inbox_table,
-            case when p_cascade then 'cascade' else 'restrict' end);
+        execute format('drop table if exists %I.%I %s', p_inbox.inbox_schema, p_inbox.inbox_table, v_cascade);
     end if;
 end
 $$;
 
-comment on function pgtrickle.relay_drop_inbox_objects(pgtrickle.relay_inboxes, boolean, boolean) is
-    'Drop the views of an inbox, and its table if so asked.';
+comment on function pgtrickle.relay_drop_inbox_parts(pgtrickle.relay_inboxes, boolean, boolean) is
+    'Runs as its caller. Drop the functions and views beside an inbox, and its table if so asked.';
 
-revoke all on function pgtrickle.relay_drop_inbox_objects(pgtrickle.relay_inboxes, boolean, boolean) from public;
+revoke all on function pgtrickle.relay_drop_inbox_parts(pgtrickle.relay_inboxes, boolean, boolean) from public;
 
-create or replace function pgtrickle.relay_drop_own_inbox(p_inbox text, p_cascade boolean)
-returns boolean
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(p_inbox);
-    v_owner oid := (
-        select c.relowner from pg_class as c
-        where c.oid = to_regclass(format('%I.%I', i.inbox_schema, i.inbox_table)));
-begin
-    if i.adopted or v_owner <> current_user::regrole then
-        return false;
-    end if;
-    perform pgtrickle.relay_drop_inbox_objects(i, true, p_cascade);
-    delete from pgtrickle.relay_inboxes as r where r.inbox_name = i.inbox_name;
-    return true;
-end
-$$;
-
-comment on function pgtrickle.relay_drop_own_inbox(text, boolean) is
-    'Drop an inbox that set_relay_inbox made; false where the table belongs to somebody else. Definer: it is the owner''s table.';
-
-revoke all on function pgtrickle.relay_drop_own_inbox(text, boolean) from public;
-
-create or replace function pgtrickle.relay_unregister_inbox(p_inbox text)
+create or replace function pgtrickle.relay_forget_inbox(p_inbox text, p_operation text, p_cascade boolean)
 returns void
 language plpgsql
 volatile
@@ -684,521 +862,433 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(p_inbox);
-    v_table oid := to_regclass(format('%I.%I', i.inbox_schema, i.inbox_table));
+    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
 begin
-    if v_table is not null then
-        perform pgtrickle.relay_require_table_owner(v_table);
+    if i.inbox_schema = 'pgtrickle' then
+        if exists (
+            select from pg_class as c
+            where c.relname = i.inbox_table and c.relnamespace = to_regnamespace('pgtrickle')
+                and (c.relowner <> current_user::regrole or c.relkind not in ('r', 'p'))
+        ) then
+            raise exception using
+                errcode = '42501',
+                message = format('%I.%I is no table of the catalog''s owner', i.inbox_schema, i.inbox_table);
+        end if;
+        perform pgtrickle.relay_drop_inbox_parts(i, true, p_cascade);
+    elsif exists (
+        select from pg_proc as p
+        where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
+            and p.proname = i.receive_function
+            and obj_description(p.oid, 'pg_proc') is distinct from v_proof
+    ) then
+        raise exception using
+            errcode = '42501',
+            message = format('only the owner of function %I.%I can do this with inbox "%s"',
+                i.inbox_schema, i.receive_function, i.inbox_name);
     end if;
     delete from pgtrickle.relay_inboxes as r where r.inbox_name = i.inbox_name;
 end
 $$;
 
-comment on function pgtrickle.relay_unregister_inbox(text) is
-    'Take an inbox out of the catalog for the owner of its table. Definer: the catalog is written by functions only.';
+comment on function pgtrickle.relay_forget_inbox(text, text, boolean) is
+    'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others for whoever proves with a comment on its function to be the owner.';
 
-revoke all on function pgtrickle.relay_unregister_inbox(text) from public;
+revoke all on function pgtrickle.relay_forget_inbox(text, text, boolean) from public;
 
--- ---------------------------------------------------------------------------
--- Working
--- ---------------------------------------------------------------------------
-
-create or replace function pgtrickle.relay_inbox_column(p_inbox pgtrickle.relay_inboxes, p_field text)
-returns text
+create or replace function pgtrickle.relay_remove_inbox(
+    p_inbox pgtrickle.relay_inboxes,
+    p_operation text,
+    p_with_table boolean,
+    p_cascade boolean
+)
+returns void
 language plpgsql
-stable
+volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    v_receive regprocedure := (
+        select p.oid from pg_proc as p
+        where p.pronamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
+            and p.proname = p_inbox.receive_function
+            and p_inbox.inbox_schema <> 'pgtrickle'
+        limit 1);
+    v_part text := obj_description(v_receive, 'pg_proc');
 begin
-    if not p_inbox.columns ? p_field then
-        raise exception using
-            errcode = 'RL032',
-            message = format('inbox "%s" has no column for %s', p_inbox.inbox_name, p_field),
-            hint = format('Add the column to %I.%I, then adopt the table again.',
-                p_inbox.inbox_schema, p_inbox.inbox_table);
+    if v_receive is not null then
+        execute format('comment on function %s is %L', v_receive,
+            format('pgtrickle-relay %s %s %s', p_operation, p_inbox.inbox_name, pg_current_xact_id()));
     end if;
-    return p_inbox.columns ->> p_field;
+    perform pgtrickle.relay_forget_inbox(p_inbox.inbox_name, p_operation, p_cascade);
+    if v_receive is not null then
+        execute format('comment on function %s is %L', v_receive, v_part);
+    end if;
+    if p_inbox.inbox_schema <> 'pgtrickle' then
+        perform pgtrickle.relay_drop_inbox_parts(p_inbox, p_with_table, p_cascade);
+    end if;
 end
 $$;
 
-comment on function pgtrickle.relay_inbox_column(pgtrickle.relay_inboxes, text) is
-    'Column of a field; RL032 where an adopted table has none.';
+comment on function pgtrickle.relay_remove_inbox(pgtrickle.relay_inboxes, text, boolean, boolean) is
+    'Runs as its caller, whose comment on a function of their own is the proof that they may.';
 
-revoke all on function pgtrickle.relay_inbox_column(pgtrickle.relay_inboxes, text) from public;
+revoke all on function pgtrickle.relay_remove_inbox(pgtrickle.relay_inboxes, text, boolean, boolean) from public;
 
+-- ---------------------------------------------------------------------------
+-- What people call
+-- ---------------------------------------------------------------------------
+
+create or replace function pgtrickle.create_inbox(
+    inbox_name text,
+    schema text default 'pgtrickle',
+    max_retries integer default 5,
+    schedule text default '1s',
+    with_dead_letter boolean default true,
+    with_stats boolean default true,
+    retention_hours integer default null,
+    readers name[] default '{}'
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i pgtrickle.relay_inboxes;
+begin
+    i.inbox_name := inbox_name;
+    i.inbox_schema := schema;
+    i.inbox_table := inbox_name;
+    i.max_retries := max_retries;
+    i.schedule := schedule;
+    i.with_dead_letter := with_dead_letter;
+    i.with_stats := with_stats;
+    i.retention_hours := retention_hours;
+    if schema = 'pgtrickle' then
+        perform pgtrickle.relay_create_inbox(i, readers);
+    else
+        perform pgtrickle.relay_build_inbox(pgtrickle.relay_build_inbox_table(i), 'create_inbox', readers);
+    end if;
+end
+$$;
+
+comment on function pgtrickle.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
+    'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
+
+revoke all on function pgtrickle.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) from public;
+
+-- No search_path of its own: the table's name means what it means to the caller.
+create or replace function pgtrickle.enable_inbox_tracking(
+    inbox_name text,
+    table_name text,
+    event_id_column text default 'event_id',
+    event_type_column text default 'event_type',
+    source_column text default 'source',
+    aggregate_id_column text default 'aggregate_id',
+    payload_column text default 'payload',
+    headers_column text default 'headers',
+    received_at_column text default 'received_at',
+    processed_at_column text default 'processed_at',
+    error_column text default 'error',
+    retry_count_column text default 'retry_count',
+    trace_id_column text default 'trace_id',
+    max_retries integer default 5,
+    retention_hours integer default null,
+    policies text default 'enforced'
+)
+returns void
+language plpgsql
+volatile
+security invoker
+as $$
+declare
+    i pgtrickle.relay_inboxes;
+    v_table oid := pg_catalog.to_regclass(table_name);
+begin
+    select n.nspname, c.relname into i.inbox_schema, i.inbox_table
+    from pg_catalog.pg_class as c
+    join pg_catalog.pg_namespace as n on n.oid operator(pg_catalog.=) c.relnamespace
+    where c.oid operator(pg_catalog.=) v_table;
+    if not found or inbox_name is null then
+        raise exception using
+            errcode = 'RL032',
+            message = pg_catalog.format('there is no table %s to adopt as inbox', coalesce(table_name, 'null')),
+            hint = pg_catalog.format('select %I.create_inbox(%L);', 'pgtrickle', inbox_name);
+    end if;
+    i.inbox_name := inbox_name;
+    i.adopted := true;
+    i.max_retries := max_retries;
+    i.schedule := '1s';
+    i.with_dead_letter := true;
+    i.with_stats := true;
+    i.retention_hours := retention_hours;
+    i.policies := policies;
+    -- An optional field whose column has the default name, and is not there, is left out.
+    select pg_catalog.jsonb_object_agg(m.key, m.value) into i.columns
+    from pg_catalog.jsonb_each_text(pg_catalog.jsonb_build_object(
+        'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
+        'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
+        'received_at', received_at_column, 'processed_at', processed_at_column,
+        'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column)) as m
+    where m.key operator(pg_catalog.<>) m.value
+        or m.key operator(pg_catalog.=) any (array['event_id', 'payload'])
+        or exists (
+            select from pg_catalog.pg_attribute as a
+            where a.attrelid operator(pg_catalog.=) v_table
+                and a.attname operator(pg_catalog.=) m.value and not a.attisdropped);
+    if exists (
+        select from pgtrickle.relay_inbox() as r
+        where r.inbox_name operator(pg_catalog.=) i.inbox_name and r.adopted)
+    then
+        perform pgtrickle.relay_drop_inbox_parts(pgtrickle.relay_find_inbox(i.inbox_name), false, false);
+    end if;
+    perform pgtrickle.relay_build_inbox(i, 'enable_inbox_tracking', '{}');
+end
+$$;
+
+comment on function pgtrickle.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) is
+    'Runs as its caller. Make a table of the caller an inbox, with columns of other names where said; again after the table was changed. RL032 lists all that does not fit. The table stays the caller''s: it is never dropped.';
+
+revoke all on function pgtrickle.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) from public;
+
+create or replace function pgtrickle.disable_inbox_tracking(inbox_name text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(inbox_name);
+begin
+    if i.inbox_schema = 'pgtrickle' then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" has no other owner that could keep its table', i.inbox_name),
+            hint = format('select %I.drop_inbox(%L);', 'pgtrickle', i.inbox_name);
+    end if;
+    perform pgtrickle.relay_remove_inbox(i, 'disable_inbox_tracking', false, false);
+end
+$$;
+
+comment on function pgtrickle.disable_inbox_tracking(text) is
+    'Runs as its caller. Forget an inbox and drop the functions and views beside it; the table and its messages stay.';
+
+revoke all on function pgtrickle.disable_inbox_tracking(text) from public;
+
+create or replace function pgtrickle.drop_inbox(
+    inbox_name text,
+    if_exists boolean default false,
+    "cascade" boolean default false
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i pgtrickle.relay_inboxes;
+begin
+    i := pgtrickle.relay_find_inbox(inbox_name);
+    if i.adopted then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" is an adopted table and is not dropped', i.inbox_name),
+            detail = format('%I.%I was there before it became an inbox.', i.inbox_schema, i.inbox_table),
+            hint = format('select %I.disable_inbox_tracking(%L);', 'pgtrickle', i.inbox_name);
+    end if;
+    perform pgtrickle.relay_remove_inbox(i, 'drop_inbox', true, coalesce("cascade", false));
+exception
+    when sqlstate 'RL030' then
+        if if_exists is not true then
+            raise;
+        end if;
+end
+$$;
+
+comment on function pgtrickle.drop_inbox(text, boolean, boolean) is
+    'Runs as its caller. Drop an inbox with its messages, functions and views; never an adopted table (RL033).';
+
+revoke all on function pgtrickle.drop_inbox(text, boolean, boolean) from public;
+
+create or replace function pgtrickle.inbox_status(name text default null)
+returns table (
+    inbox_name text,
+    inbox_schema text,
+    inbox_table text,
+    status text,
+    total_messages bigint,
+    pending_messages bigint,
+    dlq_messages bigint,
+    processed_messages bigint,
+    oldest_pending_at timestamptz,
+    max_retries integer,
+    retention_hours integer,
+    adopted boolean,
+    created_at timestamptz,
+    problem text
+)
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    i record;
+    v_counts jsonb;
+begin
+    for i in select r.* from pgtrickle.relay_inbox(name) as r
+    loop
+        v_counts := null;
+        problem := i.problem;
+        if problem is null then
+            begin
+                execute format('select %s()', i.count_function) into v_counts;
+            exception
+                when others then
+                    problem := sqlerrm;
+            end;
+        end if;
+        inbox_name := i.inbox_name;
+        inbox_schema := i.inbox_schema;
+        inbox_table := i.inbox_table;
+        total_messages := v_counts ->> 'total';
+        pending_messages := v_counts ->> 'pending';
+        dlq_messages := v_counts ->> 'dead';
+        processed_messages := v_counts ->> 'processed';
+        oldest_pending_at := v_counts ->> 'oldest';
+        max_retries := i.max_retries;
+        retention_hours := i.retention_hours;
+        adopted := i.adopted;
+        created_at := i.created_at;
+        status := case when problem is not null then 'broken' when dlq_messages > 0 then 'degraded' else 'healthy' end;
+        return next;
+    end loop;
+end
+$$;
+
+comment on function pgtrickle.inbox_status(text) is
+    'Runs as its caller. State of one inbox, or of all: healthy, degraded (there are dead letters) or broken, with the reason. Counts their messages.';
+
+revoke all on function pgtrickle.inbox_status(text) from public;
+
+create or replace function pgtrickle.inbox_health(name text)
+returns jsonb
+language sql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select to_jsonb(s) from pgtrickle.relay_find_inbox(name) as i, pgtrickle.inbox_status(i.inbox_name) as s
+$$;
+
+comment on function pgtrickle.inbox_health(text) is
+    'Runs as its caller. The row of inbox_status as one object.';
+
+revoke all on function pgtrickle.inbox_health(text) from public;
+
+-- No search_path of its own: triggers of the table see the caller's.
 create or replace function pgtrickle.relay_mark_inbox(
     p_inbox text,
     p_event_ids text[],
-    p_assignments text[],
+    p_mark text,
     p_error text default null
 )
 returns integer
 language plpgsql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
 declare
     i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(p_inbox);
-    v_assignments text;
+    v_retries text := pg_catalog.quote_ident(i.columns ->> 'retry_count');
+    v_set text;
     v_marked integer;
 begin
-    select string_agg(
-        format(
-            case a.value
-                when 'now' then '%1$I = now()'
-                when 'null' then '%1$I = null'
-                when 'zero' then '%1$I = 0'
-                when 'more' then '%1$I = i.%1$I + 1'
-                when 'error' then '%1$I = $2'
-            end,
-            pgtrickle.relay_inbox_column(i, a.field)),
-        ', ')
-    into v_assignments
-    from (
-        select split_part(p, '=', 1) as field, split_part(p, '=', 2) as value
-        from unnest(p_assignments) as p
-    ) as a
-    -- Only the processed mark is indispensable.
-    where i.columns ? a.field or a.field = 'processed_at';
-
-    execute format('update %I.%I as i set %s where i.%I = any ($1)',
-        i.inbox_schema, i.inbox_table, v_assignments, pgtrickle.relay_inbox_column(i, 'event_id'))
+    if i.columns ->> 'processed_at' is null then
+        raise exception using
+            errcode = 'RL032',
+            message = pg_catalog.format('inbox "%s" has no column for processed_at', i.inbox_name),
+            hint = pg_catalog.format('Add the column to %I.%I, then call %I.enable_inbox_tracking again.',
+                i.inbox_schema, i.inbox_table, 'pgtrickle');
+    end if;
+    -- concat_ws leaves out what is null: the columns that an adopted table lacks.
+    v_set := pg_catalog.concat_ws(', ',
+        pg_catalog.format('%I = %s', i.columns ->> 'processed_at',
+            case p_mark when 'processed' then 'pg_catalog.now()' else 'null' end),
+        pg_catalog.quote_ident(i.columns ->> 'error') || ' = $2',
+        case p_mark
+            when 'failed' then v_retries || ' = marked.' || v_retries || ' + 1'
+            when 'pending' then v_retries || ' = 0'
+        end);
+    execute pg_catalog.format('update %I.%I as marked set %s where marked.%I = any ($1)',
+        i.inbox_schema, i.inbox_table, v_set, i.columns ->> 'event_id')
     using p_event_ids, p_error;
     get diagnostics v_marked = row_count;
     return v_marked;
 end
 $$;
 
-comment on function pgtrickle.relay_mark_inbox(text, text[], text[], text) is
-    'Change the state of messages; assignments are field=now, null, zero, more or error. Definer: callers need no right on the table.';
+comment on function pgtrickle.relay_mark_inbox(text, text[], text, text) is
+    'Runs as its caller, with nothing but the caller''s own rights on the table. Makes messages processed, failed or pending; returns how many.';
 
-revoke all on function pgtrickle.relay_mark_inbox(text, text[], text[], text) from public;
+revoke all on function pgtrickle.relay_mark_inbox(text, text[], text, text) from public;
 
-create or replace function pgtrickle.relay_inbox_counts(
-    p_inbox pgtrickle.relay_inboxes,
-    out pending bigint,
-    out processed bigint,
-    out dead_letters bigint,
-    out oldest_pending_at timestamptz
-)
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_waits text := case when p_inbox.columns ? 'processed_at'
-        then format('i.%I is null', p_inbox.columns ->> 'processed_at') else 'true' end;
-    v_dead text := case when p_inbox.columns ? 'retry_count' and p_inbox.columns ? 'processed_at'
-        then format('i.%I >= %s', p_inbox.columns ->> 'retry_count', p_inbox.max_retries) else 'false' end;
-begin
-    execute format(
-        $query$
-        select
-            count(*) filter (where %1$s and not (%2$s)),
-            count(*) filter (where not (%1$s)),
-            count(*) filter (where %1$s and %2$s),
-            min(%3$s) filter (where %1$s and not (%2$s))
-        from %4$I.%5$I as i
-        $query$,
-        v_waits, v_dead,
-        case when p_inbox.columns ? 'received_at'
-            then format('i.%I::timestamptz', p_inbox.columns ->> 'received_at') else 'null::timestamptz' end,
-        p_inbox.inbox_schema, p_inbox.inbox_table)
-    into pending, processed, dead_letters, oldest_pending_at;
-exception
-    when undefined_table or undefined_column then
-        null;
-end
-$$;
-
-comment on function pgtrickle.relay_inbox_counts(pgtrickle.relay_inboxes) is
-    'Messages of an inbox by state; nulls where its table was dropped or changed by hand.';
-
-revoke all on function pgtrickle.relay_inbox_counts(pgtrickle.relay_inboxes) from public;
-
-create or replace function pgtrickle.relay_inbox_states(p_inbox text default null)
-returns table (
-    inbox_name text,
-    inbox_table text,
-    adopted boolean,
-    pending bigint,
-    processed bigint,
-    dead_letters bigint,
-    oldest_pending_at timestamptz,
-    max_retries integer,
-    retention_hours integer,
-    created_at timestamptz
-)
+create or replace function pgtrickle.replay_inbox_messages(name text, event_ids text[])
+returns integer
 language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select
-        i.inbox_name, format('%I.%I', i.inbox_schema, i.inbox_table), i.adopted, c.pending,
-        c.processed, c.dead_letters, c.oldest_pending_at, i.max_retries, i.retention_hours, i.created_at
-    from pgtrickle.relay_inboxes as i
-    cross join lateral pgtrickle.relay_inbox_counts(i) as c
-    where p_inbox is null or i.inbox_name = (pgtrickle.relay_find_inbox(p_inbox)).inbox_name
-    order by i.inbox_name
-$$;
-
-comment on function pgtrickle.relay_inbox_states(text) is
-    'What inbox_status shows. Definer: callers need no right on the tables.';
-
-revoke all on function pgtrickle.relay_inbox_states(text) from public;
-
-create or replace function pgtrickle.relay_sweep_inbox(p_inbox text, p_max_rows integer default 1000)
-returns bigint
-language plpgsql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
-declare
-    i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(p_inbox);
-    v_swept bigint;
-begin
-    if i.retention_hours is null
-        or not i.columns ? 'processed_at'
-        or not pg_try_advisory_xact_lock(hashtextextended('pgtrickle:sweep-inbox:' || i.inbox_name, 0))
-    then
-        return 0;
-    end if;
-    execute format(
-        $query$
-        delete from %1$I.%2$I as i
-        where i.ctid = any (array(
-            select o.ctid
-            from %1$I.%2$I as o
-            where o.%3$I < now() - $1
-            order by o.%3$I
-            limit $2
-            for update skip locked
-        ))
-        $query$, i.inbox_schema, i.inbox_table, i.columns ->> 'processed_at')
-    using make_interval(hours => i.retention_hours), p_max_rows;
-    get diagnostics v_swept = row_count;
-    return v_swept;
-end
+    select pgtrickle.relay_mark_inbox(name, event_ids, 'pending')
 $$;
 
-comment on function pgtrickle.relay_sweep_inbox(text, integer) is
-    'Delete processed messages that are older than the inbox keeps them; returns how many, 0 while another sweeps. Without retention nothing is deleted. Definer: callers have no right to delete.';
+comment on function pgtrickle.replay_inbox_messages(text, text[]) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Make messages pending again, processed or dead; returns how many.';
 
-revoke all on function pgtrickle.relay_sweep_inbox(text, integer) from public;
+revoke all on function pgtrickle.replay_inbox_messages(text, text[]) from public;
 
--- ---------------------------------------------------------------------------
--- The names of pg_trickle 0.28
--- ---------------------------------------------------------------------------
-
-do $only_if_ours$
-begin
-    if pgtrickle.relay_may_define('create_inbox') then
-        create or replace function pgtrickle.create_inbox(
-            inbox_name text,
-            schema text default 'pgtrickle',
-            max_retries integer default 5,
-            schedule text default '1s',
-            with_dead_letter boolean default true,
-            with_stats boolean default true,
-            retention_hours integer default null
-        )
-        returns void
-        language plpgsql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-        declare
-            v_columns jsonb := pgtrickle.relay_own_columns();
-            v_table oid;
-            v_views name[];
-        begin
-            perform pgtrickle.relay_require_free_inbox(create_inbox.inbox_name);
-            v_table := pgtrickle.relay_build_inbox(create_inbox.inbox_name, schema);
-            v_views := pgtrickle.relay_build_inbox_views(
-                create_inbox.inbox_name, v_table, v_columns, max_retries, with_dead_letter, with_stats);
-            perform pgtrickle.relay_grant_inbox(v_table, v_columns);
-            perform pgtrickle.relay_register_inbox(
-                create_inbox.inbox_name, v_table, v_columns, v_views,
-                jsonb_build_object(
-                    'adopted', false, 'max_retries', max_retries, 'schedule', schedule,
-                    'with_dead_letter', with_dead_letter, 'with_stats', with_stats,
-                    'retention_hours', retention_hours));
-        end
-        $function$;
-
-        comment on function pgtrickle.create_inbox(text, text, integer, text, boolean, boolean, integer) is
-            'Create an inbox table with its views; it belongs to the caller.';
-
-        revoke all on function pgtrickle.create_inbox(text, text, integer, text, boolean, boolean, integer) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('enable_inbox_tracking') then
-        -- No search_path of its own: the table's name means what it means to the caller.
-        create or replace function pgtrickle.enable_inbox_tracking(
-            inbox_name text,
-            table_name text,
-            event_id_column text default 'event_id',
-            event_type_column text default 'event_type',
-            source_column text default 'source',
-            aggregate_id_column text default 'aggregate_id',
-            payload_column text default 'payload',
-            headers_column text default 'headers',
-            received_at_column text default 'received_at',
-            processed_at_column text default 'processed_at',
-            error_column text default 'error',
-            retry_count_column text default 'retry_count',
-            trace_id_column text default 'trace_id',
-            max_retries integer default 5,
-            retention_hours integer default null
-        )
-        returns void
-        language plpgsql
-        volatile
-        security invoker
-        as $function$
-        begin
-            perform pgtrickle.relay_require_free_inbox(enable_inbox_tracking.inbox_name);
-            perform pgtrickle.relay_adopt_inbox(
-                enable_inbox_tracking.inbox_name,
-                table_name,
-                pgtrickle.relay_find_relation(table_name),
-                pg_catalog.jsonb_build_object(
-                    'event_id', event_id_column, 'event_type', event_type_column,
-                    'source', source_column, 'aggregate_id', aggregate_id_column,
-                    'payload', payload_column, 'headers', headers_column,
-                    'received_at', received_at_column, 'processed_at', processed_at_column,
-                    'error', error_column, 'retry_count', retry_count_column,
-                    'trace_id', trace_id_column),
-                pg_catalog.jsonb_build_object(
-                    'adopted', true, 'max_retries', max_retries, 'schedule', '1s',
-                    'with_dead_letter', true, 'with_stats', true,
-                    'retention_hours', retention_hours));
-        end
-        $function$;
-
-        comment on function pgtrickle.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer) is
-            'Make a table of the caller an inbox, with columns of other names where said. RL032 lists all that does not fit. The table stays the caller''s: it is never dropped.';
-
-        revoke all on function pgtrickle.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('disable_inbox_tracking') then
-        create or replace function pgtrickle.disable_inbox_tracking(inbox_name text)
-        returns void
-        language plpgsql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-        declare
-            i pgtrickle.relay_inboxes := pgtrickle.relay_find_inbox(disable_inbox_tracking.inbox_name);
-        begin
-            perform pgtrickle.relay_unregister_inbox(disable_inbox_tracking.inbox_name);
-            perform pgtrickle.relay_drop_inbox_objects(i, false, false);
-        end
-        $function$;
-
-        comment on function pgtrickle.disable_inbox_tracking(text) is
-            'Forget an inbox and drop its views; the table and its messages stay.';
-
-        revoke all on function pgtrickle.disable_inbox_tracking(text) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('drop_inbox') then
-        create or replace function pgtrickle.drop_inbox(
-            inbox_name text,
-            if_exists boolean default false,
-            "cascade" boolean default false
-        )
-        returns void
-        language plpgsql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-        declare
-            i pgtrickle.relay_inboxes;
-        begin
-            begin
-                i := pgtrickle.relay_find_inbox(drop_inbox.inbox_name);
-            exception
-                when sqlstate 'RL030' then
-                    if if_exists then
-                        return;
-                    end if;
-                    raise;
-            end;
-            if i.adopted then
-                raise exception using
-                    errcode = 'RL033',
-                    message = format('inbox "%s" is an adopted table and is not dropped', i.inbox_name),
-                    detail = format('%I.%I was there before it became an inbox.', i.inbox_schema, i.inbox_table),
-                    hint = format('select pgtrickle.disable_inbox_tracking(%L);', i.inbox_name);
-            end if;
-            if not pgtrickle.relay_drop_own_inbox(i.inbox_name, "cascade") then
-                perform pgtrickle.relay_unregister_inbox(i.inbox_name);
-                perform pgtrickle.relay_drop_inbox_objects(i, true, "cascade");
-            end if;
-        end
-        $function$;
-
-        comment on function pgtrickle.drop_inbox(text, boolean, boolean) is
-            'Drop an inbox with its messages and views; never an adopted table (RL033).';
-
-        revoke all on function pgtrickle.drop_inbox(text, boolean, boolean) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('inbox_status') then
-        create or replace function pgtrickle.inbox_status(name text default null)
-        returns table (
-            inbox_name text,
-            inbox_table text,
-            adopted boolean,
-            pending bigint,
-            processed bigint,
-            dead_letters bigint,
-            oldest_pending_at timestamptz,
-            max_retries integer,
-            retention_hours integer,
-            created_at timestamptz
-        )
-        language sql
-        stable
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select * from pgtrickle.relay_inbox_states(name)
-        $function$;
-
-        comment on function pgtrickle.inbox_status(text) is
-            'State of one inbox, or of all; counts their messages.';
-
-        revoke all on function pgtrickle.inbox_status(text) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('inbox_health') then
-        create or replace function pgtrickle.inbox_health(name text)
-        returns jsonb
-        language sql
-        stable
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select jsonb_build_object(
-                'inbox', s.inbox_name,
-                'status', case
-                    when s.pending is null then 'broken'
-                    when s.dead_letters > 0 then 'degraded'
-                    else 'healthy'
-                end,
-                'pending', s.pending,
-                'processed', s.processed,
-                'dead_letters', s.dead_letters,
-                'oldest_pending_age_seconds', extract(epoch from now() - s.oldest_pending_at),
-                'problem', case
-                    when s.pending is null then format('the table %s was dropped or changed', s.inbox_table)
-                    when s.dead_letters > 0 then format('%s messages failed %s times', s.dead_letters, s.max_retries)
-                end)
-            from pgtrickle.relay_inbox_states(name) as s
-        $function$;
-
-        comment on function pgtrickle.inbox_health(text) is
-            'healthy, degraded (there are dead letters) or broken (its table is gone), with counts and the reason.';
-
-        revoke all on function pgtrickle.inbox_health(text) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('replay_inbox_messages') then
-        create or replace function pgtrickle.replay_inbox_messages(name text, event_ids text[])
-        returns integer
-        language sql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select pgtrickle.relay_mark_inbox(
-                name, event_ids, array['processed_at=null', 'error=null', 'retry_count=zero'])
-        $function$;
-
-        comment on function pgtrickle.replay_inbox_messages(text, text[]) is
-            'Make messages pending again, processed or dead; returns how many.';
-
-        revoke all on function pgtrickle.replay_inbox_messages(text, text[]) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('inbox_mark_processed') then
-        create or replace function pgtrickle.inbox_mark_processed(name text, event_ids text[])
-        returns integer
-        language sql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select pgtrickle.relay_mark_inbox(name, event_ids, array['processed_at=now', 'error=null'])
-        $function$;
-
-        comment on function pgtrickle.inbox_mark_processed(text, text[]) is
-            'Messages were processed; returns how many there were.';
-
-        revoke all on function pgtrickle.inbox_mark_processed(text, text[]) from public;
-
-        create or replace function pgtrickle.inbox_mark_processed(name text, event_id text)
-        returns boolean
-        language sql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select pgtrickle.inbox_mark_processed(name, array[event_id]) > 0
-        $function$;
-
-        comment on function pgtrickle.inbox_mark_processed(text, text) is
-            'One message was processed; false where there is none of this id.';
-
-        revoke all on function pgtrickle.inbox_mark_processed(text, text) from public;
-    end if;
-
-    if pgtrickle.relay_may_define('inbox_mark_failed') then
-        create or replace function pgtrickle.inbox_mark_failed(name text, event_id text, error text)
-        returns boolean
-        language sql
-        volatile
-        security invoker
-        set search_path = pg_catalog, pg_temp
-        as $function$
-            select pgtrickle.relay_mark_inbox(
-                name, array[event_id],
-                array['processed_at=null', 'error=error', 'retry_count=more'], error) > 0
-        $function$;
-
-        comment on function pgtrickle.inbox_mark_failed(text, text, text) is
-            'Processing a message failed: counts a retry and keeps the error. After max_retries it is in the dead-letter view instead of the pending one.';
-
-        revoke all on function pgtrickle.inbox_mark_failed(text, text, text) from public;
-    end if;
-end
-$only_if_ours$;
-
-create or replace function pgtrickle.relay_require_free_inbox(p_inbox text)
-returns void
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+create or replace function pgtrickle.inbox_mark_processed(name text, event_ids text[])
+returns integer
+language sql
+volatile
+security invoker
 as $$
-begin
-    if exists (select from pgtrickle.relay_inboxes as i where i.inbox_name = p_inbox) then
-        perform pgtrickle.relay_inbox_exists_already(p_inbox, null);
-    end if;
-end
+    select pgtrickle.relay_mark_inbox(name, event_ids, 'processed')
 $$;
 
-comment on function pgtrickle.relay_require_free_inbox(text) is
-    'RL031 where an inbox has this name. Definer: the catalog is read by functions only.';
+comment on function pgtrickle.inbox_mark_processed(text, text[]) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Messages were processed; returns how many there were.';
 
-revoke all on function pgtrickle.relay_require_free_inbox(text) from public;
+revoke all on function pgtrickle.inbox_mark_processed(text, text[]) from public;
+
+create or replace function pgtrickle.inbox_mark_processed(name text, event_id text)
+returns boolean
+language sql
+volatile
+security invoker
+as $$
+    select pgtrickle.relay_mark_inbox(name, array[event_id], 'processed') > 0
+$$;
+
+comment on function pgtrickle.inbox_mark_processed(text, text) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. One message was processed; false where there is none of this id.';
+
+revoke all on function pgtrickle.inbox_mark_processed(text, text) from public;
+
+create or replace function pgtrickle.inbox_mark_failed(name text, event_id text, error text)
+returns boolean
+language sql
+volatile
+security invoker
+as $$
+    select pgtrickle.relay_mark_inbox(name, array[event_id], 'failed', error) > 0
+$$;
+
+comment on function pgtrickle.inbox_mark_failed(text, text, text) is
+    'Runs as its caller, who needs UPDATE on the marking columns of the table. Processing a message failed: counts a retry and keeps the error. After max_retries it is in the dead-letter view instead of the pending one.';
+
+revoke all on function pgtrickle.inbox_mark_failed(text, text, text) from public;

@@ -70,34 +70,35 @@ select pgtrickle.relay_grant_execute(
     'pgtrickle_relay',
     -- inboxes
     'relay_inbox',
-    'relay_sweep_inbox',
+    'relay_inbox_is_intact',
     'create_inbox',
     'enable_inbox_tracking',
     'disable_inbox_tracking',
     'drop_inbox',
     'inbox_status',
     'inbox_health',
-    'replay_inbox_messages',
+    -- what runs as the caller inside them
+    'relay_base_type',
+    'relay_inbox_code',
+    'relay_inbox_problems',
+    'relay_build_inbox_table',
+    'relay_build_inbox',
+    'relay_drop_inbox_parts',
+    'relay_remove_inbox',
+    -- definer halves, which look before they act
+    'relay_create_inbox',
+    'relay_register_inbox',
+    'relay_forget_inbox'
+);
+
+-- An application marks messages with its own rights on the table.
+select pgtrickle.relay_grant_execute(
+    'public',
     'inbox_mark_processed',
     'inbox_mark_failed',
-    -- what runs as the caller inside them
-    'relay_inbox_fields',
-    'relay_own_columns',
-    'relay_require_free_inbox',
-    'relay_build_inbox',
-    'relay_build_inbox_views',
-    'relay_view_name',
-    'relay_relation',
-    'relay_grant_inbox',
-    'relay_register_inbox',
-    'relay_inbox_problems',
-    'relay_adopt_inbox',
-    'relay_find_inbox',
-    'relay_drop_inbox_objects',
-    'relay_drop_own_inbox',
-    'relay_unregister_inbox',
+    'replay_inbox_messages',
     'relay_mark_inbox',
-    'relay_inbox_states'
+    'relay_find_inbox'
 );
 
 -- What the validation of a configuration calls.
