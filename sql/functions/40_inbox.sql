@@ -31,13 +31,14 @@ revoke all on function pgtrickle.relay_base_type(oid) from public;
 -- What is generated, and whether it still stands
 -- ---------------------------------------------------------------------------
 
-create or replace function pgtrickle.relay_inbox_code(p_inbox pgtrickle.relay_inboxes)
+create or replace function pgtrickle.relay_inbox_parts(p_inbox pgtrickle.relay_inboxes)
 returns table (
     purpose text,
-    function_name name,
+    kind text,
+    part_name text,
     arguments text,
     result text,
-    function_language text,
+    part_language text,
     source text,
     fields text[],
     types text[]
@@ -49,103 +50,105 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
-    v_waits text := coalesce(
-        'counted.' || quote_ident(p_inbox.columns ->> 'processed_at') || ' is null', 'true');
-    v_dead text := coalesce(
-        'counted.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries, 'false');
-    v_sent record;
+    v_id text := quote_ident(p_inbox.columns ->> 'event_id');
+    v_processed text := 'm.' || quote_ident(p_inbox.columns ->> 'processed_at');
+    v_received text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'received_at'), 'null') || '::timestamptz';
+    v_type text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'event_type'), 'null::text');
+    v_waits text := coalesce(v_processed || ' is null', 'true');
+    v_dead text := case when v_processed is null then 'false' else
+        coalesce('m.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries, 'false') end;
+    v record;
 begin
     select
-        string_agg(format('%I', f.column_name), ', ' order by f.place) as columns,
-        string_agg(format('sent.c%s::%s', f.place, f.type), ', ' order by f.place) as values,
-        string_agg(format('$%s', f.place), ', ' order by f.place) as parameters,
-        string_agg(format('c%s', f.place), ', ' order by f.place) as aliases,
-        string_agg(f.argument, ', ' order by f.place) as arguments,
-        array_agg(f.field order by f.place) as fields,
-        array_agg(f.type order by f.place) as types
-    into v_sent
+        string_agg(quote_ident(f.column_name), ', ' order by f.n) as columns,
+        string_agg(format('m.c%s::%s', f.n, f.type), ', ' order by f.n) as values,
+        string_agg('$' || f.n, ', ' order by f.n) as parameters,
+        string_agg('c' || f.n, ', ' order by f.n) as aliases,
+        string_agg(case f.type when 'bytea' then 'bytea[]' else 'text[]' end, ', ' order by f.n) as arguments,
+        array_agg(f.field order by f.n) as fields,
+        array_agg(f.type order by f.n) as types
+    into v
     from (
-        select
-            w.field,
-            p_inbox.columns ->> w.field as column_name,
-            row_number() over (order by w.place) as place,
-            format_type(b.type, null) as type,
-            case b.type when 'bytea'::regtype then 'bytea[]' else 'text[]' end as argument
-        from unnest(array['event_id', 'event_type', 'source', 'aggregate_id', 'trace_id', 'payload',
-            'headers']) with ordinality as w (field, place)
-        join pg_namespace as n on n.nspname = p_inbox.inbox_schema
-        join pg_class as c on c.relnamespace = n.oid and c.relname = p_inbox.inbox_table
-        join pg_attribute as a on a.attrelid = c.oid
-            and a.attname = p_inbox.columns ->> w.field and not a.attisdropped
-        cross join lateral (select pgtrickle.relay_base_type(a.atttypid)) as b (type)
+        select w.field, a.attname::text as column_name, row_number() over (order by w.place) as n,
+            format_type(pgtrickle.relay_base_type(a.atttypid), null) as type
+        from unnest(array['event_id', 'event_type', 'source', 'aggregate_id', 'trace_id', 'payload', 'headers'])
+            with ordinality as w (field, place)
+        join pg_class as c
+            on c.relname = p_inbox.inbox_table and c.relnamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
+        join pg_attribute as a
+            on a.attrelid = c.oid and a.attname = p_inbox.columns ->> w.field and not a.attisdropped
     ) as f;
-    -- Parameters have no name, and a column wins over a variable: nothing here meets a column's name.
-    return query values (
-        'receive', p_inbox.receive_function, v_sent.arguments, 'bigint', 'plpgsql',
-        format(
-            $code$
+    -- Parameters have no name and a column wins over a variable, so that no column's name can matter.
+    return query
+    select w.purpose, w.kind, p_inbox.parts ->> w.purpose, w.arguments, w.result, w.part_language, w.source,
+        v.fields, v.types
+    from (values
+        ('receive', 'function', true, v.arguments, 'bigint', 'plpgsql', format($code$
 #variable_conflict use_column
 declare
     new_rows bigint;
 begin
     insert into %s (%s)
     select %s
-    from unnest(%s) as sent (%s)
-    on conflict (%I) do nothing;
+    from unnest(%s) as m (%s)
+    on conflict (%s) do nothing;
     get diagnostics new_rows = row_count;
     set constraints all immediate;
     return new_rows;
 end
-$code$, v_table, v_sent.columns, v_sent.values, v_sent.parameters, v_sent.aliases,
-            p_inbox.columns ->> 'event_id'),
-        v_sent.fields, v_sent.types);
-    return query values (
-        'count', p_inbox.count_function, '', 'jsonb', 'sql',
-        format(
-            $code$
+$code$, v_table, v.columns, v.values, v.parameters, v.aliases, v_id)),
+        ('count', 'function', true, '', 'jsonb', 'sql', format($code$
 select jsonb_build_object(
     'total', count(*),
     'pending', count(*) filter (where %1$s and not (%2$s)),
     'processed', count(*) filter (where not (%1$s)),
     'dead', count(*) filter (where %1$s and %2$s),
     'oldest', min(%3$s) filter (where %1$s and not (%2$s)))
-from %4$s as counted
-$code$, v_waits, case v_waits when 'true' then 'false' else v_dead end,
-            coalesce('counted.' || quote_ident(p_inbox.columns ->> 'received_at'), 'null') || '::timestamptz',
-            v_table),
-        null::text[], null::text[]);
-    if p_inbox.retention_hours is not null and p_inbox.columns ? 'processed_at' then
-        return query values (
-            'sweep', p_inbox.sweep_function, 'integer', 'bigint', 'plpgsql',
-            format(
-                $code$
+from %4$s as m
+$code$, v_waits, v_dead, v_received, v_table)),
+        ('sweep', 'function', v_processed is not null and p_inbox.retention_hours is not null,
+            'integer', 'bigint', 'plpgsql', format($code$
 #variable_conflict use_column
 declare
     swept_rows bigint;
 begin
     delete from %1$s as swept
-    where swept.%2$I in (
-        select kept.%2$I
-        from %1$s as kept
-        where kept.%3$I < now() - make_interval(hours => %4$s)
-        order by kept.%3$I
+    where swept.%2$s in (
+        select m.%2$s
+        from %1$s as m
+        where %3$s < now() - make_interval(hours => %4$s)
+        order by %3$s
         limit coalesce($1, 1000)
         for update skip locked);
     get diagnostics swept_rows = row_count;
     set constraints all immediate;
     return swept_rows;
 end
-$code$, v_table, p_inbox.columns ->> 'event_id', p_inbox.columns ->> 'processed_at',
-                p_inbox.retention_hours),
-            null::text[], null::text[]);
-    end if;
+$code$, v_table, v_id, v_processed, p_inbox.retention_hours)),
+        ('pending', 'view', v_processed is not null, null, null, null,
+            format('select m.* from %s as m where %s and not (%s)', v_table, v_waits, v_dead)),
+        ('dlq', 'view', v_dead <> 'false' and p_inbox.with_dead_letter, null, null, null,
+            format('select m.* from %s as m where %s and %s', v_table, v_waits, v_dead)),
+        ('stats', 'view', v_processed is not null and p_inbox.with_stats, null, null, null, format($code$
+select
+    %1$s as event_type,
+    count(*) as total,
+    count(*) filter (where %2$s and not (%3$s)) as pending,
+    count(*) filter (where not (%2$s)) as processed,
+    count(*) filter (where %2$s and %3$s) as dead_letters,
+    min(%4$s) filter (where %2$s and not (%3$s)) as oldest_pending_at
+from %5$s as m
+group by 1
+$code$, v_type, v_waits, v_dead, v_received, v_table))
+    ) as w (purpose, kind, is_wanted, arguments, result, part_language, source)
+    where w.is_wanted;
 end
 $$;
 
-comment on function pgtrickle.relay_inbox_code(pgtrickle.relay_inboxes) is
-    'Runs as its caller. The functions that stand beside the table of an inbox, as they are made and as they are compared.';
+comment on function pgtrickle.relay_inbox_parts(pgtrickle.relay_inboxes) is
+    'Runs as its caller. The functions and views beside the table of an inbox, as they are made and as they are compared.';
 
-revoke all on function pgtrickle.relay_inbox_code(pgtrickle.relay_inboxes) from public;
+revoke all on function pgtrickle.relay_inbox_parts(pgtrickle.relay_inboxes) from public;
 
 create or replace function pgtrickle.relay_inbox_problems(p_inbox pgtrickle.relay_inboxes)
 returns setof text
@@ -254,30 +257,31 @@ begin
         case when t.is_above_policies then '' else format(': alter table %s force row level security', v_table) end)
     where t.relrowsecurity and (t.is_above_policies or not t.relforcerowsecurity)
         and p_inbox.policies <> 'bypassed';
-    if p_inbox.receive_function is null or found then
+    if p_inbox.parts is null or found then
         return;
     end if;
     return query
     select case
         when p.oid is null then
-            format('function %I.%I is gone', t.nspname, w.function_name)
+            format('function %I.%I is gone', t.nspname, w.part_name)
         when p.proowner <> t.relowner then
             format('function %I.%I belongs to %I, but the table to %I',
-                t.nspname, w.function_name, pg_get_userbyid(p.proowner), t.rolname)
-        else format('function %I.%I is not as it was made', t.nspname, w.function_name) end
-    from pgtrickle.relay_inbox_code(p_inbox) as w
+                t.nspname, w.part_name, pg_get_userbyid(p.proowner), t.rolname)
+        else format('function %I.%I is not as it was made', t.nspname, w.part_name) end
+    from pgtrickle.relay_inbox_parts(p_inbox) as w
     left join pg_proc as p
-        on p.pronamespace = t.relnamespace and p.proname = w.function_name
+        on p.pronamespace = t.relnamespace and p.proname = w.part_name
         and pg_get_function_identity_arguments(p.oid) = w.arguments
     left join pg_language as l on l.oid = p.prolang
-    where p.oid is null
-        or p.proowner <> t.relowner
-        or not p.prosecdef
-        or p.prokind <> 'f' or p.proretset or p.prosupport <> 0
-        or l.lanname <> w.function_language
-        or p.prosrc <> w.source or p.prosqlbody is not null
-        or format_type(p.prorettype, null) <> w.result
-        or p.proconfig is distinct from array['search_path=pg_catalog, pg_temp'];
+    where w.kind = 'function'
+        and (p.oid is null
+            or p.proowner <> t.relowner
+            or not p.prosecdef
+            or p.prokind <> 'f' or p.proretset or p.prosupport <> 0
+            or l.lanname <> w.part_language
+            or p.prosrc <> w.source or p.prosqlbody is not null
+            or format_type(p.prorettype, null) <> w.result
+            or p.proconfig is distinct from array['search_path=pg_catalog, pg_temp']);
 end
 $$;
 
@@ -360,15 +364,14 @@ as $$
 declare
     i pgtrickle.relay_inboxes := p_inbox;
     v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
-    v_part text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
+    v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
+    v_owner name := (
+        select pg_get_userbyid(c.relowner) from pg_class as c
+        where c.relname = i.inbox_table and c.relnamespace = v_schema);
+    v_comment text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
     v_problems text[] := array(select p from pgtrickle.relay_inbox_problems(i) as p);
-    v_owner name := (select pg_get_userbyid(c.relowner) from pg_class as c where c.oid = to_regclass(v_table));
-    v_waits text := 'of_inbox.' || quote_ident(i.columns ->> 'processed_at') || ' is null';
-    v_dead text := coalesce(
-        'of_inbox.' || quote_ident(i.columns ->> 'retry_count') || ' >= ' || i.max_retries, 'false');
     v_receive regprocedure;
-    v_names name[];
-    v_grantee name;
+    v_role text;
     f record;
 begin
     if v_problems <> '{}' then
@@ -377,138 +380,102 @@ begin
             message = format('table %s does not fit as an inbox', v_table),
             detail = array_to_string(v_problems, E'\n'),
             hint = 'Change the table, or say which column is meant, as in event_id_column => ''id''. Where policies need not hold, say policies => ''bypassed''.';
-    end if;
-    if not pg_has_role(v_owner, 'usage') then
+    elsif not pg_has_role(v_owner, 'usage') then
         raise exception using
             errcode = 'RL004',
             message = format('only %I, who owns %s, can make it an inbox', v_owner, v_table);
     end if;
-    if not has_schema_privilege(i.inbox_schema, 'create') then
+    -- ALTER ... OWNER wants it of the new owner too, but not where a superuser says it.
+    select r.rolname into v_role
+    from pg_roles as r
+    where r.rolname in (current_user, v_owner)
+        and not has_schema_privilege(r.rolname, v_schema, 'create')
+        and not (select c.rolsuper from pg_roles as c where c.rolname = current_user);
+    if found then
         raise exception using
             errcode = '42501',
             message = format('the functions of inbox "%s" stand in schema %I, where %I may not create them',
-                i.inbox_name, i.inbox_schema, current_user),
-            hint = format('grant create on schema %I to %I;', i.inbox_schema, current_user);
+                i.inbox_name, i.inbox_schema, v_role),
+            hint = format('grant create on schema %I to %I;', i.inbox_schema, v_role);
     end if;
     -- Free names: what stands there already belongs to somebody.
-    select array_agg(chosen.name order by w.place)
-    into v_names
-    from unnest(array['receive_', 'count_', 'sweep_', 'pending_', 'dlq_', 'stats_'])
-        with ordinality as w (prefix, place)
+    select jsonb_object_agg(w.purpose, chosen.name) into i.parts
+    from pgtrickle.relay_inbox_parts(i) as w
     cross join lateral (
         select c.name
         from generate_series(0, 99) as n
         cross join lateral (
-            select w.prefix || case n when 0 then i.inbox_name
-                else left(md5(i.inbox_name), 8) || '_' || n end
+            select format('%s_%s', w.purpose, case n when 0 then i.inbox_name
+                else left(md5(i.inbox_name), 8) || '_' || n end)
         ) as c (name)
         where octet_length(c.name) <= 63
-            and not exists (
-                select from pg_proc as p
-                where p.proname = c.name and p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema)))
-            and not exists (
-                select from pg_class as p
-                where p.relname = c.name and p.relnamespace = to_regnamespace(quote_ident(i.inbox_schema)))
-            and not exists (
-                select from pg_type as p
-                where p.typname = c.name and p.typnamespace = to_regnamespace(quote_ident(i.inbox_schema)))
+            and not exists (select from pg_proc as p where p.proname = c.name and p.pronamespace = v_schema)
+            and not exists (select from pg_class as p where p.relname = c.name and p.relnamespace = v_schema)
+            and not exists (select from pg_type as p where p.typname = c.name and p.typnamespace = v_schema)
         order by n
         limit 1
     ) as chosen;
-    i.receive_function := v_names[1];
-    i.count_function := v_names[2];
-    i.sweep_function := case when i.retention_hours is not null and i.columns ? 'processed_at' then v_names[3] end;
 
-    for f in select w.* from pgtrickle.relay_inbox_code(i) as w
-    loop
-        execute format(
-            'create function %I.%I(%s) returns %s language %s security definer set search_path = pg_catalog, pg_temp as %L',
-            i.inbox_schema, f.function_name, f.arguments, f.result, f.function_language, f.source);
-    end loop;
-    if i.columns ? 'processed_at' then
-        i.pending_view := v_names[4];
-        execute format('create view %I.%I as select of_inbox.* from %s as of_inbox where %s and not (%s)',
-            i.inbox_schema, i.pending_view, v_table, v_waits, v_dead);
-        if i.with_dead_letter and i.columns ? 'retry_count' then
-            i.dead_letter_view := v_names[5];
-            execute format('create view %I.%I as select of_inbox.* from %s as of_inbox where %s and %s',
-                i.inbox_schema, i.dead_letter_view, v_table, v_waits, v_dead);
-        end if;
-        if i.with_stats then
-            i.stats_view := v_names[6];
-            execute format(
-                $ddl$
-                create view %1$I.%2$I as
-                select
-                    %3$s as event_type,
-                    count(*) as total,
-                    count(*) filter (where %4$s and not (%5$s)) as pending,
-                    count(*) filter (where not (%4$s)) as processed,
-                    count(*) filter (where %4$s and %5$s) as dead_letters,
-                    min(%6$s) filter (where %4$s and not (%5$s)) as oldest_pending_at
-                from %7$s as of_inbox
-                group by 1
-                $ddl$,
-                i.inbox_schema, i.stats_view,
-                coalesce('of_inbox.' || quote_ident(i.columns ->> 'event_type'), 'null::text'), v_waits, v_dead,
-                coalesce('of_inbox.' || quote_ident(i.columns ->> 'received_at'), 'null::timestamptz'), v_table);
-        end if;
-    end if;
     for f in
-        select 'function ' || p.oid::regprocedure as part, p.oid::regprocedure as function, p.proname as name
-        from pg_proc as p
-        where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
-            and p.proname in (i.receive_function, i.count_function, i.sweep_function)
-        union all
-        select format('view %I.%I', i.inbox_schema, v.name), null, v.name
-        from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
-        where v.name is not null
+        select w.*, case w.kind
+            when 'view' then format('view %I.%I', i.inbox_schema, w.part_name)
+            else format('function %I.%I(%s)', i.inbox_schema, w.part_name, w.arguments) end as part
+        from pgtrickle.relay_inbox_parts(i) as w
     loop
+        if f.kind = 'view' then
+            execute format('create %s as %s', f.part, f.source);
+        else
+            execute format(
+                'create %s returns %s language %s security definer set search_path = pg_catalog, pg_temp as %L',
+                f.part, f.result, f.part_language, f.source);
+        end if;
         if v_owner <> current_user then
             execute format('alter %s owner to %I', f.part, v_owner);
         end if;
-        execute format('comment on %s is %L', f.part, v_part);
-        continue when f.function is null;
-        if f.name = i.receive_function then
-            v_receive := f.function;
-        end if;
+        execute format('comment on %s is %L', f.part, v_comment);
+        continue when f.kind = 'view';
         -- Default privileges may have given it to anybody.
-        for v_grantee in
+        for v_role in
             select case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
             from pg_proc as p
             cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
-            where p.oid = f.function and a.grantee <> p.proowner
+            where p.proname = f.part_name and p.pronamespace = v_schema and a.grantee <> p.proowner
         loop
-            execute format('revoke all on %s from %s', f.part, v_grantee);
+            execute format('revoke all on %s from %s', f.part, v_role);
         end loop;
         if to_regrole('pgtrickle_relay') is not null then
             execute format('grant execute on %s to pgtrickle_relay', f.part);
         end if;
+        if f.purpose = 'receive' then
+            v_receive := (select p.oid from pg_proc as p where p.proname = f.part_name and p.pronamespace = v_schema);
+        end if;
     end loop;
-    if to_regrole('pgtrickle_relay') is not null
-        and not has_schema_privilege('pgtrickle_relay', i.inbox_schema, 'usage')
-    then
-        execute format('grant usage on schema %I to pgtrickle_relay', i.inbox_schema);
-    end if;
+    for v_role in
+        select r.rolname from pg_roles as r
+        where (r.rolname = 'pgtrickle_relay' or r.rolname = any (p_readers))
+            and not has_schema_privilege(r.rolname, v_schema, 'usage')
+    loop
+        if not (select pg_has_role(n.nspowner, 'usage') from pg_namespace as n where n.oid = v_schema) then
+            raise exception using
+                errcode = '42501',
+                message = format('%I may not use schema %I, in which inbox "%s" stands', v_role, i.inbox_schema, i.inbox_name),
+                hint = format('grant usage on schema %I to %I;', i.inbox_schema, v_role);
+        end if;
+        execute format('grant usage on schema %I to %I', i.inbox_schema, v_role);
+    end loop;
+    foreach v_role in array coalesce(p_readers, '{}')
+    loop
+        execute format('grant select, update (processed_at, error, retry_count) on %s to %I', v_table, v_role);
+        for f in select w.part_name from pgtrickle.relay_inbox_parts(i) as w where w.kind = 'view'
+        loop
+            execute format('grant select on %I.%I to %I', i.inbox_schema, f.part_name, v_role);
+        end loop;
+    end loop;
 
     execute format('comment on function %s is %L', v_receive,
         format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id()));
     perform pgtrickle.relay_register_inbox(i, p_operation);
-    execute format('comment on function %s is %L', v_receive, v_part);
-    foreach v_grantee in array coalesce(p_readers, '{}')
-    loop
-        if not has_schema_privilege(v_grantee, i.inbox_schema, 'usage') then
-            execute format('grant usage on schema %I to %I', i.inbox_schema, v_grantee);
-        end if;
-        execute format('grant select, update (processed_at, error, retry_count) on %s to %I',
-            v_table, v_grantee);
-        for f in
-            select v.name from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
-            where v.name is not null
-        loop
-            execute format('grant select on %I.%I to %I', i.inbox_schema, f.name, v_grantee);
-        end loop;
-    end loop;
+    execute format('comment on function %s is %L', v_receive, v_comment);
 end
 $$;
 
@@ -529,71 +496,60 @@ declare
     v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
     v_owner oid := (
         select c.relowner from pg_class as c where c.relname = i.inbox_table and c.relnamespace = v_schema);
-    v_problems text[] := array(select p from pgtrickle.relay_inbox_problems(i) as p);
     v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
+    v_problems text[];
     v_other pgtrickle.relay_inboxes;
-    is_renewal boolean;
 begin
-    if i.receive_function is null or i.count_function is null then
-        v_problems := v_problems || 'the functions beside the table have no name'::text;
-    end if;
     if i.inbox_schema = 'pgtrickle' and (i.adopted or v_owner <> current_user::regrole) then
-        v_problems := v_problems || 'the table stands in the schema of the catalog'::text;
-    end if;
-    v_problems := v_problems || array(
-        select format('function %I is executable by others', p.proname)
-        from pg_proc as p
-        cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
-        where p.pronamespace = v_schema
-            and p.proname in (i.receive_function, i.count_function, i.sweep_function)
-            and a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
-        union all
-        select format('%I is no view of the owner', v.name)
-        from unnest(array[i.pending_view, i.dead_letter_view, i.stats_view]) as v (name)
-        where v.name is not null and not exists (
-            select from pg_class as c
-            where c.relname = v.name and c.relnamespace = v_schema
-                and c.relkind = 'v' and c.relowner = v_owner));
-    if v_problems <> '{}' then
-        raise exception using
-            errcode = 'RL032',
-            message = format('table %I.%I does not fit as an inbox', i.inbox_schema, i.inbox_table),
-            detail = array_to_string(v_problems, E'\n');
+        v_problems := array['the table stands in the schema of the catalog'];
+    else
+        i.parts := coalesce(i.parts, '{}');
+        v_problems := array(select p from pgtrickle.relay_inbox_problems(i) as p) || array(
+            select format('function %I is executable by others', p.proname)
+            from jsonb_each_text(i.parts) as w
+            join pg_proc as p on p.proname = w.value and p.pronamespace = v_schema
+            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+            where a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
+            union all
+            select format('%I is no view of the owner', w.part_name)
+            from pgtrickle.relay_inbox_parts(i) as w
+            where w.kind = 'view' and not exists (
+                select from pg_class as c
+                where c.relname = w.part_name and c.relnamespace = v_schema
+                    and c.relkind = 'v' and c.relowner = v_owner));
     end if;
     -- Only the owner of a function, and a superuser, can comment on it.
-    if not exists (
+    if v_problems <> '{}' or not exists (
         select from pg_proc as p
-        where p.pronamespace = v_schema
-            and p.proname = i.receive_function
-            and p.proowner = v_owner
+        where p.pronamespace = v_schema and p.proname = i.parts ->> 'receive' and p.proowner = v_owner
             and obj_description(p.oid, 'pg_proc') = v_proof
     ) then
         raise exception using
             errcode = '42501',
-            message = format('nothing proves that inbox "%s" may be made by you', i.inbox_name),
+            message = format('nothing proves that you may make %I.%I an inbox', i.inbox_schema, i.inbox_table),
+            detail = array_to_string(v_problems, E'\n'),
             hint = format('Use %I.enable_inbox_tracking.', 'pgtrickle');
     end if;
     select r.* into v_other
     from pgtrickle.relay_inboxes as r
-    where r.inbox_name = i.inbox_name or (r.inbox_schema, r.inbox_table) = (i.inbox_schema, i.inbox_table)
+    where r.inbox_name = i.inbox_name or (r.inbox_schema = i.inbox_schema and r.inbox_table = i.inbox_table)
     order by r.inbox_name = i.inbox_name desc
     limit 1
     for update;
     if found then
-        -- The same table again, or a table in the place of one that works no longer.
-        is_renewal := v_other.inbox_name = i.inbox_name and i.adopted and v_other.adopted and (
-            v_other.inbox_schema = i.inbox_schema and v_other.inbox_table = i.inbox_table
-            or exists (select from pgtrickle.relay_inbox_problems(v_other)));
-    end if;
-    if is_renewal then
+        -- The same table again, or another in the place of one that works no longer.
+        if v_other.inbox_name <> i.inbox_name or not i.adopted or not v_other.adopted
+            or (v_other.inbox_schema, v_other.inbox_table) <> (i.inbox_schema, i.inbox_table)
+                and not exists (select from pgtrickle.relay_inbox_problems(v_other))
+        then
+            raise exception using
+                errcode = 'RL031',
+                message = format('inbox "%s" exists already', v_other.inbox_name),
+                detail = format('%I.%I is its table.', v_other.inbox_schema, v_other.inbox_table),
+                hint = format('Choose another name, or: select %I.%I(%L);', 'pgtrickle',
+                    case when v_other.adopted then 'disable_inbox_tracking' else 'drop_inbox' end, v_other.inbox_name);
+        end if;
         delete from pgtrickle.relay_inboxes as r where r.inbox_name = i.inbox_name;
-    elsif not is_renewal then
-        raise exception using
-            errcode = 'RL031',
-            message = format('inbox "%s" exists already', v_other.inbox_name),
-            detail = format('%I.%I is its table.', v_other.inbox_schema, v_other.inbox_table),
-            hint = format('Choose another name, or: select %I.%I(%L);', 'pgtrickle',
-                case when v_other.adopted then 'disable_inbox_tracking' else 'drop_inbox' end, v_other.inbox_name);
     end if;
     i.created_at := now();
     insert into pgtrickle.relay_inboxes select i.*;
@@ -777,19 +733,19 @@ begin
     select
         i.inbox_name, i.inbox_schema, i.inbox_table, i.adopted, i.max_retries, i.retention_hours,
         i.created_at, w.fields, w.types,
-        format('%I.%I', i.inbox_schema, i.receive_function),
-        format('%I.%I', i.inbox_schema, i.count_function),
-        quote_ident(i.inbox_schema) || '.' || quote_ident(i.sweep_function),
+        format('%I.%I', i.inbox_schema, i.parts ->> 'receive'),
+        format('%I.%I', i.inbox_schema, i.parts ->> 'count'),
+        quote_ident(i.inbox_schema) || '.' || quote_ident(i.parts ->> 'sweep'),
         c.oid, p.oid,
         concat_ws(' ', p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity, c.relforcerowsecurity),
         i.inbox_schema <> 'pgtrickle',
         (select nullif(string_agg(b, '; '), '') from pgtrickle.relay_inbox_problems(i) as b)
     from pgtrickle.relay_inboxes as i
-    left join pgtrickle.relay_inbox_code(i) as w on w.purpose = 'receive'
+    left join pgtrickle.relay_inbox_parts(i) as w on w.purpose = 'receive'
     left join pg_class as c
         on c.relname = i.inbox_table and c.relnamespace = to_regnamespace(quote_ident(i.inbox_schema))
     left join pg_proc as p
-        on p.proname = i.receive_function and p.pronamespace = c.relnamespace
+        on p.proname = i.parts ->> 'receive' and p.pronamespace = c.relnamespace
         and pg_get_function_identity_arguments(p.oid) = w.arguments
     where $1 is null or i.inbox_name = $1
     order by i.inbox_name;
@@ -827,13 +783,13 @@ begin
         select format('view %I.%I', p_inbox.inbox_schema, c.relname) as part, c.relowner as owner
         from pg_class as c
         where c.relnamespace = v_schema and c.relkind = 'v'
-            and c.relname in (p_inbox.pending_view, p_inbox.dead_letter_view, p_inbox.stats_view)
+            and c.relname in (select w.value from jsonb_each_text(p_inbox.parts) as w)
             and obj_description(c.oid, 'pg_class') = v_part
         union all
         select 'function ' || p.oid::regprocedure, p.proowner
         from pg_proc as p
         where p.pronamespace = v_schema
-            and p.proname in (p_inbox.receive_function, p_inbox.count_function, p_inbox.sweep_function)
+            and p.proname in (select w.value from jsonb_each_text(p_inbox.parts) as w)
             and obj_description(p.oid, 'pg_proc') = v_part
     loop
         if pg_has_role(f.owner, 'usage') then
@@ -878,13 +834,13 @@ begin
     elsif exists (
         select from pg_proc as p
         where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
-            and p.proname = i.receive_function
+            and p.proname = i.parts ->> 'receive'
             and obj_description(p.oid, 'pg_proc') is distinct from v_proof
     ) then
         raise exception using
             errcode = '42501',
             message = format('only the owner of function %I.%I can do this with inbox "%s"',
-                i.inbox_schema, i.receive_function, i.inbox_name);
+                i.inbox_schema, i.parts ->> 'receive', i.inbox_name);
     end if;
     delete from pgtrickle.relay_inboxes as r where r.inbox_name = i.inbox_name;
 end
@@ -911,7 +867,7 @@ declare
     v_receive regprocedure := (
         select p.oid from pg_proc as p
         where p.pronamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
-            and p.proname = p_inbox.receive_function
+            and p.proname = p_inbox.parts ->> 'receive'
             and p_inbox.inbox_schema <> 'pgtrickle'
         limit 1);
     v_part text := obj_description(v_receive, 'pg_proc');

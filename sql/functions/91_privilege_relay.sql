@@ -79,7 +79,7 @@ select pgtrickle.relay_grant_execute(
     'inbox_health',
     -- what runs as the caller inside them
     'relay_base_type',
-    'relay_inbox_code',
+    'relay_inbox_parts',
     'relay_inbox_problems',
     'relay_build_inbox_table',
     'relay_build_inbox',

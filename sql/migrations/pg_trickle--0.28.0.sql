@@ -263,12 +263,7 @@ create table pgtrickle.relay_inboxes (
     columns jsonb not null,
     policies text not null default 'enforced'
         check (policies in ('enforced', 'bypassed')),
-    receive_function name not null,
-    count_function name not null,
-    sweep_function name,
-    pending_view name,
-    dead_letter_view name,
-    stats_view name,
+    parts jsonb not null,
     created_at timestamptz not null default now(),
     unique (inbox_schema, inbox_table)
 );
@@ -281,8 +276,8 @@ comment on column pgtrickle.relay_inboxes.columns is
     'Our field to the table''s column; fields without a column are left out.';
 comment on column pgtrickle.relay_inboxes.policies is
     'bypassed: the owner accepts that row-level security does not hold for what is received.';
-comment on column pgtrickle.relay_inboxes.receive_function is
-    'Beside the table, like the other functions and the views, and of the same owner.';
+comment on column pgtrickle.relay_inboxes.parts is
+    'Names of the functions (receive, count, sweep) and views (pending, dlq, stats) that stand beside the table.';
 comment on column pgtrickle.relay_inboxes.schedule is
     'Kept for pg_trickle, where it says how often the views are refreshed; ordinary views need none.';
 comment on column pgtrickle.relay_inboxes.retention_hours is
