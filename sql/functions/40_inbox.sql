@@ -298,18 +298,21 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if not exists (select from pg_class as c where c.oid = p_table) then
+    if not exists (
+        select from pg_class as c
+        where c.oid = p_table and starts_with(p_version, concat_ws(' ', c.relnamespace, c.relname, ''))
+    ) then
         raise exception using
             errcode = '42P01',
-            message = 'the table of the inbox was dropped';
+            message = 'the table of the inbox was dropped, renamed or moved';
     end if;
     if not exists (
         select
         from pg_proc as p
         cross join pg_class as c
         where p.oid = p_function and c.oid = p_table
-            and concat_ws(' ', p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity,
-                c.relforcerowsecurity) = p_version
+            and concat_ws(' ', c.relnamespace, c.relname, p.xmin, p.ctid, c.relowner, c.relkind,
+                c.relrowsecurity, c.relforcerowsecurity) = p_version
     ) then
         raise exception using
             errcode = 'RL034',
@@ -571,101 +574,6 @@ comment on function pgtrickle.relay_register_inbox(pgtrickle.relay_inboxes, text
 
 revoke all on function pgtrickle.relay_register_inbox(pgtrickle.relay_inboxes, text) from public;
 
-create or replace function pgtrickle.relay_build_inbox_table(p_inbox pgtrickle.relay_inboxes)
-returns pgtrickle.relay_inboxes
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    i pgtrickle.relay_inboxes := p_inbox;
-    v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
-begin
-    if coalesce(octet_length(i.inbox_name), 0) not between 1 and 63 then
-        raise exception using
-            errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox', i.inbox_name),
-            hint = 'Its table has the same name: 1 to 63 bytes.';
-    elsif i.inbox_schema is null or to_regnamespace(quote_ident(i.inbox_schema)) is null then
-        raise exception using
-            errcode = '3F000',
-            message = format('there is no schema "%s"', i.inbox_schema);
-    elsif i.inbox_schema = 'pgtrickle' and i.inbox_name ~ '^(relay_|pgt_|outbox_)' then
-        raise exception using
-            errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox in schema %I', i.inbox_name, i.inbox_schema),
-            hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
-    elsif to_regclass(v_table) is not null then
-        raise exception using
-            errcode = 'RL031',
-            message = format('%s is there already', v_table),
-            hint = case when i.inbox_schema = 'pgtrickle' then 'Choose another name.' else format(
-                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', 'pgtrickle', i.inbox_name, v_table) end;
-    end if;
-    execute format(
-        $ddl$
-        create table %s (
-            event_id text primary key,
-            event_type text not null,
-            source text,
-            aggregate_id text,
-            payload jsonb not null,
-            received_at timestamptz not null default now(),
-            processed_at timestamptz,
-            error text,
-            retry_count integer not null default 0,
-            trace_id text,
-            headers jsonb not null default '{}'
-        )
-        $ddl$, v_table);
-    execute format('comment on table %s is %L', v_table,
-        'Messages received by pgtrickle-relay, one row for each deduplication key.');
-    -- For the pending view, the dead-letter view and the sweep.
-    execute format('create index on %s (received_at) where processed_at is null', v_table);
-    execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
-    execute format('create index on %s (processed_at) where processed_at is not null', v_table);
-    i.adopted := false;
-    i.policies := 'enforced';
-    select jsonb_object_agg(a.attname, a.attname) into i.columns
-    from pg_attribute as a
-    where a.attrelid = to_regclass(v_table) and a.attnum > 0;
-    return i;
-end
-$$;
-
-comment on function pgtrickle.relay_build_inbox_table(pgtrickle.relay_inboxes) is
-    'Runs as its caller. Create the table of an inbox, with the index for each of its views and for the sweep.';
-
-revoke all on function pgtrickle.relay_build_inbox_table(pgtrickle.relay_inboxes) from public;
-
-create or replace function pgtrickle.relay_create_inbox(p_inbox pgtrickle.relay_inboxes, p_readers name[])
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    i pgtrickle.relay_inboxes := p_inbox;
-begin
-    i.inbox_schema := 'pgtrickle';
-    i.inbox_table := i.inbox_name;
-    i := pgtrickle.relay_build_inbox_table(i);
-    if to_regrole('pgtrickle_relay') is not null then
-        execute format(
-            'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %I.%I to pgtrickle_relay',
-            i.inbox_schema, i.inbox_table);
-    end if;
-    perform pgtrickle.relay_build_inbox(i, 'create_inbox', p_readers);
-end
-$$;
-
-comment on function pgtrickle.relay_create_inbox(pgtrickle.relay_inboxes, name[]) is
-    'Definer, since nobody but the catalog''s owner may create in our schema. Create an inbox there; its table, functions and views are new and belong to the catalog''s owner.';
-
-revoke all on function pgtrickle.relay_create_inbox(pgtrickle.relay_inboxes, name[]) from public;
-
 -- ---------------------------------------------------------------------------
 -- Finding
 -- ---------------------------------------------------------------------------
@@ -737,7 +645,8 @@ begin
         format('%I.%I', i.inbox_schema, i.parts ->> 'count'),
         quote_ident(i.inbox_schema) || '.' || quote_ident(i.parts ->> 'sweep'),
         c.oid, p.oid,
-        concat_ws(' ', p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity, c.relforcerowsecurity),
+        concat_ws(' ', c.relnamespace, c.relname, p.xmin, p.ctid, c.relowner, c.relkind, c.relrowsecurity,
+            c.relforcerowsecurity),
         i.inbox_schema <> 'pgtrickle',
         (select nullif(string_agg(b, '; '), '') from pgtrickle.relay_inbox_problems(i) as b)
     from pgtrickle.relay_inboxes as i
@@ -913,20 +822,78 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     i pgtrickle.relay_inboxes;
+    v_table text := quote_ident(schema) || '.' || quote_ident(inbox_name);
 begin
+    if schema = 'pgtrickle' and current_user <> (
+        select pg_get_userbyid(c.relowner) from pg_class as c
+        where c.relname = 'relay_inboxes' and c.relnamespace = to_regnamespace('pgtrickle'))
+    then
+        perform pgtrickle.relay_create_inbox(
+            inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers);
+        return;
+    end if;
+    if coalesce(octet_length(inbox_name), 0) not between 1 and 63 then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox', inbox_name),
+            hint = 'Its table has the same name: 1 to 63 bytes.';
+    elsif schema is null or to_regnamespace(quote_ident(schema)) is null then
+        raise exception using
+            errcode = '3F000',
+            message = format('there is no schema "%s"', schema);
+    elsif schema = 'pgtrickle' and inbox_name ~ '^(relay_|pgt_|outbox_)' then
+        raise exception using
+            errcode = '22023',
+            message = format('"%s" can''t be the name of an inbox in schema %I', inbox_name, schema),
+            hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
+    elsif to_regclass(v_table) is not null then
+        raise exception using
+            errcode = 'RL031',
+            message = format('%s is there already', v_table),
+            hint = case when schema = 'pgtrickle' then 'Choose another name.' else format(
+                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', 'pgtrickle', inbox_name, v_table) end;
+    end if;
+    execute format(
+        $ddl$
+        create table %s (
+            event_id text primary key,
+            event_type text not null,
+            source text,
+            aggregate_id text,
+            payload jsonb not null,
+            received_at timestamptz not null default now(),
+            processed_at timestamptz,
+            error text,
+            retry_count integer not null default 0,
+            trace_id text,
+            headers jsonb not null default '{}'
+        )
+        $ddl$, v_table);
+    execute format('comment on table %s is %L', v_table,
+        'Messages received by pgtrickle-relay, one row for each deduplication key.');
+    -- For the pending view, the dead-letter view and the sweep.
+    execute format('create index on %s (received_at) where processed_at is null', v_table);
+    execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
+    execute format('create index on %s (processed_at) where processed_at is not null', v_table);
+    if schema = 'pgtrickle' and to_regrole('pgtrickle_relay') is not null then
+        execute format(
+            'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %s to pgtrickle_relay',
+            v_table);
+    end if;
     i.inbox_name := inbox_name;
     i.inbox_schema := schema;
     i.inbox_table := inbox_name;
+    i.adopted := false;
     i.max_retries := max_retries;
     i.schedule := schedule;
     i.with_dead_letter := with_dead_letter;
     i.with_stats := with_stats;
     i.retention_hours := retention_hours;
-    if schema = 'pgtrickle' then
-        perform pgtrickle.relay_create_inbox(i, readers);
-    else
-        perform pgtrickle.relay_build_inbox(pgtrickle.relay_build_inbox_table(i), 'create_inbox', readers);
-    end if;
+    i.policies := 'enforced';
+    i.columns := (
+        select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
+        where a.attrelid = to_regclass(v_table) and a.attnum > 0);
+    perform pgtrickle.relay_build_inbox(i, 'create_inbox', readers);
 end
 $$;
 
@@ -934,6 +901,31 @@ comment on function pgtrickle.create_inbox(text, text, integer, text, boolean, b
     'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
 
 revoke all on function pgtrickle.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) from public;
+
+create or replace function pgtrickle.relay_create_inbox(
+    p_inbox text,
+    p_max_retries integer,
+    p_schedule text,
+    p_with_dead_letter boolean,
+    p_with_stats boolean,
+    p_retention_hours integer,
+    p_readers name[]
+)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select pgtrickle.create_inbox(
+        p_inbox, 'pgtrickle', p_max_retries, p_schedule, p_with_dead_letter, p_with_stats,
+        p_retention_hours, p_readers)
+$$;
+
+comment on function pgtrickle.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) is
+    'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
+
+revoke all on function pgtrickle.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) from public;
 
 -- No search_path of its own: the table's name means what it means to the caller.
 create or replace function pgtrickle.enable_inbox_tracking(

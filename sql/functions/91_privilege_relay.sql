@@ -81,7 +81,6 @@ select pgtrickle.relay_grant_execute(
     'relay_base_type',
     'relay_inbox_parts',
     'relay_inbox_problems',
-    'relay_build_inbox_table',
     'relay_build_inbox',
     'relay_drop_inbox_parts',
     'relay_remove_inbox',

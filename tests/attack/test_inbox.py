@@ -36,6 +36,7 @@ create function app.spied(text) returns boolean language plpgsql immutable as
 create function app.spied_text() returns text language plpgsql as
     $$ begin insert into app.loot values (current_user); return 'x'; end $$;
 alter function app.spy() owner to {ALICE};
+grant execute on all functions in schema app to public;
 alter function app.spied(text) owner to {ALICE};
 alter function app.spied_text() owner to {ALICE};
 """
@@ -288,6 +289,25 @@ async def test_a_function_in_the_place_of_one_that_was_dropped_is_not_called(
             " $$ begin insert into app.loot values (current_user); return 0; end $$"
         )
         with pytest.raises(ConfigurationError):
+            await opened.publish(numbered(3))
+
+    assert looters(boss) == set()
+    assert boss.value("select status from pgtrickle.inbox_status('mine')") == "broken"
+
+
+async def test_a_table_of_another_under_the_name_is_not_written(
+    boss: Session, alice: Session, mallory: Session, any_migrated_database: ServerDatabase
+) -> None:
+    alice.run(ADOPT)
+    async with sink(any_migrated_database) as opened:
+        alice.run("alter table app.messages rename to elsewhere")
+        mallory.run(TABLE)
+        mallory.run(
+            f"grant all on app.messages to {ALICE};"
+            " create trigger t before insert on app.messages for each row"
+            " execute function app.spy()"
+        )
+        with pytest.raises(DestinationMissing):
             await opened.publish(numbered(3))
 
     assert looters(boss) == set()
