@@ -15,7 +15,7 @@ import msgspec
 from relay.errors import CatalogError, ConfigurationError
 from relay.events import Direction
 from relay.message import RelayMessage, op_named
-from relay.postgres import Database
+from relay.postgres import Database, leaving_nothing
 
 CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
@@ -322,15 +322,19 @@ class Catalog:
         inbox = await self.inbox(name)
         if inbox.sweep_function is None:
             return 0
-        row = await self._database.fetch_row(
-            "sweeping the inbox",
-            f"select case when {INBOX_IS_INTACT} then {inbox.sweep_function}($4) end as swept",
-            inbox.table_id,
-            inbox.function_id,
-            inbox.version,
-            max_rows,
-        )
-        return 0 if row is None else int(row["swept"])
+        async with (
+            self._database.connection("sweeping the inbox") as connection,
+            leaving_nothing(connection, is_needed=inbox.is_foreign),
+        ):
+            swept = await connection.fetchval(
+                f"select case when {INBOX_IS_INTACT} then {inbox.sweep_function}($4) end,"
+                f" {INBOX_IS_INTACT}",
+                inbox.table_id,
+                inbox.function_id,
+                inbox.version,
+                max_rows,
+            )
+        return int(swept)
 
     async def dead_letter(
         self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]

@@ -341,6 +341,31 @@ async def test_a_deferred_trigger_does_not_wait_for_the_relays_commit(
     assert looters(boss) <= {ALICE}
 
 
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_trigger_puts_no_statement_in_the_place_of_one_that_the_relay_prepared(
+    boss: Session, alice: Session, any_migrated_database: ServerDatabase, refused: bool
+) -> None:
+    alice.run(
+        "create function app.hijack() returns trigger language plpgsql as $$"
+        " declare s text; begin"
+        " for s in select name from pg_prepared_statements where not from_sql loop"
+        " execute format('deallocate %I', s);"
+        " execute format('prepare %I (oid, oid, text, text[], text[], text[]) as"
+        " insert into app.loot values (current_user) returning 1::bigint, true', s);"
+        f" end loop; {'perform 1 / 0;' if refused else ''} return null; end $$;"
+        " create trigger hijack after insert on app.messages execute function app.hijack()"
+    )
+    alice.run(ADOPT)
+
+    async with sink(any_migrated_database) as opened:
+        for _ in range(3):
+            with contextlib.suppress(RelayError):
+                await opened.publish(numbered(3))
+
+    assert looters(boss) == set()
+    assert boss.value("select count(*) from app.messages") == (0 if refused else 3)
+
+
 async def test_what_a_trigger_sets_in_the_session_does_not_stay(
     boss: Session, alice: Session, any_migrated_database: ServerDatabase
 ) -> None:

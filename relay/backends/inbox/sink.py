@@ -24,7 +24,13 @@ from relay.errors import (
     RelayError,
 )
 from relay.message import RelayMessage
-from relay.postgres import Database, PooledConnection, postgres_errors
+from relay.postgres import (
+    Database,
+    PooledConnection,
+    leave_nothing,
+    leaving_nothing,
+    postgres_errors,
+)
 from relay.template import Render, compile_routing
 
 DEFAULT_SUBJECT_TEMPLATE = "{stream_table}.{op}"
@@ -191,9 +197,11 @@ class _Insert:
     async def write(self, rows: Rows, written: _Written) -> None:
         """Write all at once; where that is refused for some row's sake, find it."""
         try:
-            async with self.database.connection(_DOING) as connection:
+            async with (
+                self.database.connection(_DOING) as connection,
+                leaving_nothing(connection, is_needed=self._is_foreign),
+            ):
                 written.rows += await self._run(connection, rows)
-                await self._clean(connection)
             return
         except MessageRejected as error:
             refusal = error
@@ -210,12 +218,14 @@ class _Insert:
     ) -> None:
         """Write, in one transaction, all rows but those that are refused."""
         try:
-            async with self.database.connection(_DOING) as connection:
-                async with connection.transaction():
-                    # A deferred constraint that waited for the commit would refuse all rows.
-                    await connection.execute("set constraints all immediate")
-                    await self._bisect(connection, rows, written, known_error)
-                await self._clean(connection)
+            async with (
+                self.database.connection(_DOING) as connection,
+                leaving_nothing(connection, is_needed=self._is_foreign),
+                connection.transaction(),
+            ):
+                # A deferred constraint that waited for the commit would refuse all rows.
+                await connection.execute("set constraints all immediate")
+                await self._bisect(connection, rows, written, known_error)
         except MessageRejected as error:
             raise Outage(
                 f"the inbox refuses the commit, for the sake of no row: {error}"
@@ -253,6 +263,8 @@ class _Insert:
         """Write the rows under a savepoint; gives the error where some row is refused."""
         try:
             with postgres_errors(_DOING):
+                if self._is_foreign:
+                    await leave_nothing(connection)
                 async with connection.transaction():
                     written.rows += await self._run(connection, rows)
         except MessageRejected as error:
@@ -268,10 +280,10 @@ class _Insert:
         seen = (self.inbox.table_id, self.inbox.function_id, self.inbox.version)
         return int(await connection.fetchval(self.statement, *seen, *values))
 
-    async def _clean(self, connection: PooledConnection) -> None:
-        """Undo what triggers and the like of a foreign table may have set in our session."""
-        if self.inbox is not None and self.inbox.is_foreign:
-            await connection.execute("reset all; discard temp")
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether triggers and the like of others run in our session."""
+        return self.inbox is not None and self.inbox.is_foreign
 
 
 def _sent(column: Sequence[Value]) -> Sequence[Value]:
