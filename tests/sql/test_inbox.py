@@ -243,3 +243,70 @@ def test_an_inbox_dropped_by_hand_is_shown_as_broken(db: Session) -> None:
     assert "dropped" in db.value("select problem from pgtrickle.inbox_status('orders_in')")
     db.run("select pgtrickle.drop_inbox('orders_in')")
     assert db.rows("select from pgtrickle.inbox_status()") == []
+
+
+def test_types_are_compared_as_types_and_not_as_they_print(db: Session) -> None:
+    db.run(
+        "create schema shadow; create domain shadow.text as int; create domain shadow.id as text"
+    )
+    db.run("create table shadow.wrong (event_id shadow.text primary key, payload jsonb)")
+    db.run("create domain shadow.body as jsonb; create domain shadow.deep as shadow.body")
+    db.run("create table shadow.fits (event_id shadow.id primary key, payload shadow.deep)")
+
+    with db.refused("RL032") as said:
+        db.run("select pgtrickle.enable_inbox_tracking('wrong', 'shadow.wrong')")
+    assert "column event_id for event_id is of type integer" in said.message_detail
+    db.run("select pgtrickle.enable_inbox_tracking('fits', 'shadow.fits')")
+    assert db.value("""select shadow.receive_fits('{a,a,b}', '{1,2,"{}"}')""") == 2
+
+
+def test_a_partitioned_table_is_swept_by_its_key(db: Session) -> None:
+    db.run(
+        "create table public.parts (event_id text primary key, payload jsonb, processed_at"
+        " timestamptz) partition by hash (event_id)"
+    )
+    for remainder in range(2):
+        db.run(
+            f"create table public.parts_{remainder} partition of public.parts"
+            f" for values with (modulus 2, remainder {remainder})"
+        )
+    db.run("select pgtrickle.enable_inbox_tracking('parts', 'parts', retention_hours => 1)")
+    db.run(
+        "insert into parts select 'e' || g, '{}',"
+        " case when g > 10 then now() - interval '1 day' end from generate_series(1, 20) as g"
+    )
+
+    assert db.value("select public.sweep_parts(1000)") == 10
+    assert db.value("select count(*) from parts where processed_at is null") == 10
+
+
+def test_readers_see_and_mark_an_inbox_of_ours_and_nothing_more(db: Session) -> None:
+    db.new_role("Inbox reader")
+    db.run("select pgtrickle.create_inbox('orders_in', readers => array['Inbox reader'])")
+    receive(db, "pgtrickle.orders_in", "a", "b")
+    db.run('set role "Inbox reader"')
+
+    assert db.value("select pgtrickle.inbox_mark_processed('orders_in', 'a')") is True
+    assert db.value("select pgtrickle.inbox_mark_failed('orders_in', 'b', 'e')") is True
+    assert db.rows("select event_id, payload from pgtrickle.pending_orders_in") == [("b", {})]
+    for statement in (
+        "update pgtrickle.orders_in set payload = '1'",
+        "delete from pgtrickle.orders_in",
+        "select pgtrickle.inbox_status()",
+    ):
+        with db.refused("42501"):
+            db.run(statement)
+
+
+def test_an_adopted_table_in_a_schema_where_nothing_can_be_created_names_the_grant(
+    db: Session,
+) -> None:
+    db.new_role("Inbox owner", "pgtrickle_relay")
+    db.run('create schema "S x"; create table "S x".t (event_id text primary key, payload jsonb)')
+    db.run('alter table "S x".t owner to "Inbox owner"; grant usage on schema "S x" to public')
+    db.run('set session authorization "Inbox owner"')
+
+    with db.refused("42501") as said:
+        db.run("""select pgtrickle.enable_inbox_tracking('t', '"S x".t')""")
+
+    assert said.message_hint == 'grant create on schema "S x" to "Inbox owner";'
