@@ -12,10 +12,10 @@ from typing import TypeVar
 import asyncpg
 import msgspec
 
-from relay.errors import CatalogError
+from relay.errors import CatalogError, ConfigurationError
 from relay.events import Direction
 from relay.message import RelayMessage, op_named
-from relay.postgres import Database
+from relay.postgres import Database, leaving_nothing
 
 CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
@@ -64,13 +64,27 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     is_new: bool
 
 
-class InboxDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the relay must know to write an inbox. Names are quoted; ``columns``: field → column."""
+# Before and behind a call of a function that its owner can change at any time; parameters 1 to 3.
+INBOX_IS_INTACT = "pgtrickle.relay_inbox_is_intact($1, $2, $3)"
 
-    inbox_relation: str
-    columns: Mapping[str, str]
-    payload_type: str
-    conflict_target: str
+
+class InboxDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the relay must know to write an inbox through the functions beside its table.
+
+    Functions are quoted; ``fields`` are the parameters of ``receive_function``, each with the type
+    of its column in ``types``. The ids and ``version`` are for `INBOX_IS_INTACT`, while connected.
+    ``is_foreign``: table and functions belong to somebody else than the catalog.
+    """
+
+    inbox_name: str
+    fields: Sequence[str]
+    types: Sequence[str]
+    receive_function: str
+    sweep_function: str | None
+    table_id: int
+    function_id: int
+    version: str
+    is_foreign: bool
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,18 +188,20 @@ class Catalog:
         return "" if row is None else str(row["outbox_table"])
 
     async def inbox(self, name: str, schema: str | None = None) -> InboxDescription:
-        """An inbox. Raises `ConfigurationError` where it does not exist."""
+        """An inbox. Raises `ConfigurationError` where there is none, or where it is broken."""
         row = await self._database.fetch_row(
             "looking up the inbox", "select * from pgtrickle.relay_inbox($1, $2)", name, schema
         )
         if row is None:
             raise CatalogError(f"the catalog does not know the inbox {name}")
-        return InboxDescription(
-            inbox_relation=row["inbox_relation"],
-            columns=msgspec.json.decode(row["columns"], type=dict[str, str]),
-            payload_type=row["payload_type"],
-            conflict_target=row["conflict_target"],
-        )
+        if row["problem"] is not None:
+            raise ConfigurationError(
+                f"inbox {name} is broken: {row['problem']}",
+                remedy=f"select pgtrickle.enable_inbox_tracking('{name}', …), again"
+                if row["adopted"]
+                else f"select pgtrickle.drop_inbox('{name}'), and create it again",
+            )
+        return msgspec.convert(dict(row), InboxDescription)
 
     async def claim(self, pipeline: str, outbox_table: str | None, worker_id: str) -> Claim:
         """Take ownership of a pipeline's position; whoever had it can't write it any more."""
@@ -310,15 +326,24 @@ class Catalog:
         )
         return 0 if row is None else int(row["swept"])
 
-    async def sweep_inbox(self, inbox: str, max_rows: int) -> int:
+    async def sweep_inbox(self, name: str, max_rows: int) -> int:
         """Remove processed inbox rows that are past retention; returns how many."""
-        row = await self._database.fetch_row(
-            "sweeping the inbox",
-            "select pgtrickle.relay_sweep_inbox($1, $2) as swept",
-            inbox,
-            max_rows,
-        )
-        return 0 if row is None else int(row["swept"])
+        inbox = await self.inbox(name)
+        if inbox.sweep_function is None:
+            return 0
+        async with (
+            self._database.connection("sweeping the inbox") as connection,
+            leaving_nothing(connection, is_needed=inbox.is_foreign),
+        ):
+            swept = await connection.fetchval(
+                f"select case when {INBOX_IS_INTACT} then {inbox.sweep_function}($4) end,"
+                f" {INBOX_IS_INTACT}",
+                inbox.table_id,
+                inbox.function_id,
+                inbox.version,
+                max_rows,
+            )
+        return int(swept)
 
     async def dead_letter(
         self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]

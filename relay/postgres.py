@@ -384,6 +384,30 @@ async def _leave(_connection: Connection | PooledConnection) -> None:
     """
 
 
+@contextlib.asynccontextmanager
+async def leaving_nothing(connection: PooledConnection, *, is_needed: bool) -> AsyncIterator[None]:
+    """Undo what code of others, such as a trigger, does to the session in the block.
+
+    Settings, temporary objects and prepared statements: each could make a later statement of ours
+    mean something else. A connection for which that fails is closed. Nothing, unless ``is_needed``.
+    """
+    try:
+        yield
+    finally:
+        if is_needed:
+            try:
+                await leave_nothing(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+
+
+async def leave_nothing(connection: PooledConnection) -> None:
+    """As `leaving_nothing`, at once; the driver prepares its statements again."""
+    await connection.execute("reset all; discard temp; deallocate all")
+    await connection.reload_schema_state()
+
+
 def _jsonb_out(value: bytes) -> bytes:
     return b"\x01" + value
 

@@ -304,7 +304,6 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "relay_dlq_fail",
         "relay_dlq_put_back",
         "relay_inbox",
-        "relay_sweep_inbox",
         "relay_report",
         "relay_retire",
     ),

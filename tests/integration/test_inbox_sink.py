@@ -162,7 +162,10 @@ async def test_rights_taken_away_while_running_fail_the_whole_at_once(
     run(migrated_database.dsn, "select pgtrickle.create_inbox('inbox')")
 
     async with connected(relay_dsn, inbox="inbox") as sink:
-        run(migrated_database.dsn, "revoke insert on pgtrickle.inbox from pgtrickle_relay")
+        run(
+            migrated_database.dsn,
+            "revoke execute on function pgtrickle.receive_inbox from pgtrickle_relay",
+        )
         with pytest.raises(AuthenticationRefused):
             await sink.publish(numbered(10))
 

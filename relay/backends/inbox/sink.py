@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -11,8 +11,8 @@ import msgspec
 
 from relay.backends.inbox.options import InboxSinkOptions, inbox_sink_options
 from relay.backends.inbox.row import Read, Rows, Value, as_column, compile_fields, read_rows
-from relay.backends.inbox.table import InboxTable, table_named, table_of_inbox
-from relay.catalog import Catalog
+from relay.backends.inbox.table import receive_statement, table_named
+from relay.catalog import Catalog, InboxDescription
 from relay.context import BackendContext
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
@@ -24,7 +24,13 @@ from relay.errors import (
     RelayError,
 )
 from relay.message import RelayMessage
-from relay.postgres import Database, PooledConnection, postgres_errors
+from relay.postgres import (
+    Database,
+    PooledConnection,
+    leave_nothing,
+    leaving_nothing,
+    postgres_errors,
+)
 from relay.template import Render, compile_routing
 
 DEFAULT_SUBJECT_TEMPLATE = "{stream_table}.{op}"
@@ -142,27 +148,33 @@ class InboxSink:
         return self._remote
 
     async def _prepared(self, database: Database) -> _Insert:
-        table = await self._table(database)
-        _require_mapped(table, self._mapped)
+        options = self._options
+        makes_durable = not await _is_commit_durable(database)
+        if options.inbox_table:
+            table = await table_named(database, options.inbox_table, options.schema)
+            types = {field: column.type for field, column in table.columns.items()}
+            statement = table.statement(makes_durable=makes_durable)
+            relation, inbox = table.relation, None
+        else:
+            inbox = await self._inbox(database)
+            types = dict(zip(inbox.fields, inbox.types, strict=True))
+            statement = receive_statement(inbox, makes_durable=makes_durable)
+            relation = f"inbox {inbox.inbox_name}"
+        _require_mapped(relation, types, self._mapped)
         return _Insert(
             database=database,
-            statement=table.insert(makes_durable=not await _is_commit_durable(database)),
-            reads=tuple(
-                as_column(name, self._reads[name], column.type)
-                for name, column in table.columns.items()
-            ),
+            statement=statement,
+            inbox=inbox,
+            reads=tuple(as_column(name, self._reads[name], type_) for name, type_ in types.items()),
         )
 
-    async def _table(self, database: Database) -> InboxTable:
-        options = self._options
-        if options.inbox_table:
-            return await table_named(database, options.inbox_table, options.schema)
+    async def _inbox(self, database: Database) -> InboxDescription:
+        options, catalog = self._options, self._context.catalog
         inbox = options.inbox or ""
         if options.url is None:
-            return await table_of_inbox(self._context.catalog, database, inbox, options.schema)
-        catalog = Catalog(database, self._context.catalog.group_id)
+            return await catalog.inbox(inbox, options.schema)
         try:
-            return await table_of_inbox(catalog, database, inbox, options.schema)
+            return await Catalog(database, catalog.group_id).inbox(inbox, options.schema)
         except CatalogMissing:
             raise CatalogMissing(
                 "the database of sink.url has no relay catalog, or an older one",
@@ -172,16 +184,23 @@ class InboxSink:
 
 @dataclass(frozen=True)
 class _Insert:
-    """The insert of one table: how its values are read, and where it runs."""
+    """The insert of one table: how its values are read, and where it runs.
+
+    ``inbox``: of the catalog, written through the function beside its table.
+    """
 
     database: Database
     statement: str
+    inbox: InboxDescription | None
     reads: tuple[Read, ...]
 
     async def write(self, rows: Rows, written: _Written) -> None:
         """Write all at once; where that is refused for some row's sake, find it."""
         try:
-            async with self.database.connection(_DOING) as connection:
+            async with (
+                self.database.connection(_DOING) as connection,
+                leaving_nothing(connection, is_needed=self._is_foreign),
+            ):
                 written.rows += await self._run(connection, rows)
             return
         except MessageRejected as error:
@@ -199,8 +218,12 @@ class _Insert:
     ) -> None:
         """Write, in one transaction, all rows but those that are refused."""
         try:
-            async with self.database.connection(_DOING) as connection, connection.transaction():
-                # A deferred constraint that waited for the commit would condemn all rows.
+            async with (
+                self.database.connection(_DOING) as connection,
+                leaving_nothing(connection, is_needed=self._is_foreign),
+                connection.transaction(),
+            ):
+                # A deferred constraint that waited for the commit would refuse all rows.
                 await connection.execute("set constraints all immediate")
                 await self._bisect(connection, rows, written, known_error)
         except MessageRejected as error:
@@ -240,6 +263,8 @@ class _Insert:
         """Write the rows under a savepoint; gives the error where some row is refused."""
         try:
             with postgres_errors(_DOING):
+                if self._is_foreign:
+                    await leave_nothing(connection)
                 async with connection.transaction():
                     written.rows += await self._run(connection, rows)
         except MessageRejected as error:
@@ -248,8 +273,17 @@ class _Insert:
 
     async def _run(self, connection: PooledConnection, rows: Rows) -> int:
         """How many rows were new."""
-        status = await connection.execute(self.statement, *map(_sent, rows.columns))
-        return int(status.rpartition(" ")[2])
+        values = map(_sent, rows.columns)
+        if self.inbox is None:
+            status = await connection.execute(self.statement, *values)
+            return int(status.rpartition(" ")[2])
+        seen = (self.inbox.table_id, self.inbox.function_id, self.inbox.version)
+        return int(await connection.fetchval(self.statement, *seen, *values))
+
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether triggers and the like of others run in our session."""
+        return self.inbox is not None and self.inbox.is_foreign
 
 
 def _sent(column: Sequence[Value]) -> Sequence[Value]:
@@ -293,11 +327,11 @@ def _subject_renderer(options: InboxSinkOptions, context: BackendContext) -> Ren
     return lambda message: message.subject
 
 
-def _require_mapped(table: InboxTable, mapped: Sequence[str]) -> None:
-    absent = [name for name in mapped if name not in table.columns]
+def _require_mapped(relation: str, columns: Container[str], mapped: Sequence[str]) -> None:
+    absent = [name for name in mapped if name not in columns]
     if absent:
         raise ConfigurationError(
-            f"columns maps {', '.join(absent)}, but {table.relation} has no such column",
+            f"columns maps {', '.join(absent)}, but {relation} has no such column",
             remedy="take it out of columns, or add the column",
         )
 

@@ -1,4 +1,8 @@
-"""The table behind an inbox: found by its name, examined, and made into one insert statement."""
+"""Where messages are written: an inbox of the catalog, or a table named directly.
+
+An inbox of the catalog is written by the function beside its table, with the rights of the
+table's owner; a table that was named is examined and inserted into by the role that connected.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from relay.backends.inbox.row import DOCUMENT_FIELDS, FIELDS
-from relay.catalog import Catalog
+from relay.catalog import INBOX_IS_INTACT, InboxDescription
 from relay.errors import AuthenticationRefused, ConfigurationError, DestinationMissing
 from relay.postgres import Database
 
@@ -16,6 +20,7 @@ REQUIRED_FIELDS = ("event_id", "payload")
 DOCUMENT_TYPES = ("jsonb", "json", "text", "character varying", "bytea")
 
 _DOING = "looking at the inbox table"
+_DURABLY = "pg_catalog.set_config('synchronous_commit', 'on', true)"
 
 # Types without their length: a cast to varchar(20) would cut silently, the assignment refuses.
 _COLUMNS = """
@@ -56,36 +61,35 @@ class InboxTable(msgspec.Struct, frozen=True, kw_only=True):
     relation: str
     columns: Mapping[str, Column]
 
-    def insert(self, *, makes_durable: bool) -> str:
-        """One statement that takes an array of values for each column, in their order.
+    def statement(self, *, makes_durable: bool) -> str:
+        """One insert that takes an array of values for each column, in their order.
 
         ``makes_durable``: for sessions in which a commit does not wait for the disk.
         """
         numbered = list(enumerate(self.columns.items(), start=1))
         names = ", ".join(column.name for column in self.columns.values())
         values = ", ".join(f"sent.{field}::{column.type}" for _, (field, column) in numbered)
-        arrays = ", ".join(f"${n}::{_array_type(column)}" for n, (_, column) in numbered)
-        durably = (
-            "(select set_config('synchronous_commit', 'on', true)) as durably cross join "
-            if makes_durable
-            else ""
-        )
+        arrays = ", ".join(f"${n}::{_array_type(column.type)}" for n, (_, column) in numbered)
+        durably = f"(select {_DURABLY}) as durably cross join " if makes_durable else ""
         return (
             f"insert into {self.relation} ({names}) select {values}"
             f" from {durably}unnest({arrays}) as sent({', '.join(self.columns)})"
-            f" on conflict ({self.columns['event_id'].name}) do nothing"
+            f" on conflict ({self.columns['event_id'].name}) do nothing "
         )
 
 
-async def table_of_inbox(
-    catalog: Catalog, database: Database, inbox: str, schema: str | None
-) -> InboxTable:
-    """The table of an inbox that the catalog knows.
+def receive_statement(inbox: InboxDescription, *, makes_durable: bool) -> str:
+    """One call of the function beside an inbox, after `INBOX_IS_INTACT`'s three parameters.
 
-    Raises `CatalogMissing`, `ConfigurationError` for an unknown inbox, and as `table_named`.
+    Every name is qualified: what runs in the table may have changed the session.
     """
-    described = await catalog.inbox(inbox, schema)
-    return await _examined(database, described.inbox_relation, described.columns)
+    arrays = ", ".join(
+        f"${n}::pg_catalog.{_array_type(type_)}" for n, type_ in enumerate(inbox.types, start=4)
+    )
+    return (
+        f"select case when {INBOX_IS_INTACT} then {inbox.receive_function}({arrays}) end,"
+        f" {INBOX_IS_INTACT}{f', {_DURABLY}' if makes_durable else ''}"
+    )
 
 
 async def table_named(database: Database, table: str, schema: str | None) -> InboxTable:
@@ -153,5 +157,5 @@ def _require_rights(relation: str, columns: Mapping[str, Column]) -> None:
         )
 
 
-def _array_type(column: Column) -> str:
-    return "bytea[]" if column.type == "bytea" else "text[]"
+def _array_type(column_type: str) -> str:
+    return "bytea[]" if column_type == "bytea" else "text[]"
