@@ -1,14 +1,17 @@
-"""From a plain mapping to a typed, frozen options object, with errors in the user's words.
+"""What a configuration key is, and from a plain mapping to a typed, frozen options object.
 
+A key is declared once, where its struct has it: type and default as for any struct, the rest as a
+`Key` in its annotation. From that follow the checks here with their words, the rules that SQL
+applies when a pipeline is set (``scripts/docs.py`` writes them) and the tables of the reference.
 Used for the runtime settings and for the ``source`` and ``sink`` objects of the catalog alike.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -19,18 +22,84 @@ T = TypeVar("T")
 _AT = re.compile(r" - at `([^`]*)`$")
 
 
-def parse_options(options: Mapping[str, object], into: type[T], *, path: str) -> T:
+class Key(msgspec.Struct, frozen=True):
+    """What is to be known of one key besides its type and default.
+
+    ``meaning``: Markdown for the reference. ``ge`` and ``le``: the lowest and highest number, also
+    of each element of a list. ``schemes``: those a URL may have, an empty one where it may have
+    none. ``template``: a text, or each of an object, in which `relay.template.VARIABLES` may stand.
+    ``secret``: in the catalog a reference only. ``connection``: comes from a profile as a whole,
+    or from the row as a whole; ``profile_only``: from a profile only. ``only``: the one type of
+    backend, or direction of a pipeline, that has the key; ``required``: those must. ``needs``: a
+    key that must stand beside it; ``excludes``: those that must not; ``required_unless``: required
+    where that one is missing.
+    """
+
+    meaning: str
+    ge: int | None = None
+    le: int | None = None
+    schemes: Sequence[str] = ()
+    template: bool = False
+    secret: bool = False
+    connection: bool = False
+    profile_only: bool = False
+    only: str = ""
+    required: bool = False
+    needs: str = ""
+    excludes: Sequence[str] = ()
+    required_unless: str = ""
+
+
+# Keys that mean the same in several backends.
+Template = Annotated[str, Key("The subject of each event.", template=True)]
+Routing = Annotated[Mapping[str, str], Key("Other templates by event type or op.", template=True)]
+Format = Annotated[
+    Literal["envelope", "payload", "cloudevents"],
+    Key("How an event is written, see [Formats](#formats)."),
+]
+TimeoutMs = Annotated[int, Key("How long to wait for an answer, in milliseconds.", ge=1)]
+Tls = Annotated[bool, Key("Speak TLS whatever the scheme of `url`.", connection=True)]
+TlsCa = Annotated[
+    str | None, Key("PEM file of the server's authority; implies `tls`.", connection=True)
+]
+TlsCert = Annotated[
+    str | None,
+    Key("PEM file of our certificate; implies `tls`.", connection=True, needs="tls_key"),
+]
+TlsKey = Annotated[
+    str | None, Key("PEM file of the key of `tls_cert`.", connection=True, needs="tls_cert")
+]
+TlsInsecure = Annotated[bool, Key("Accept any certificate of the server.", connection=True)]
+
+
+def parse_options(
+    options: Mapping[str, object], into: type[T], *, path: str, kind: object = None
+) -> T:
     """Convert a mapping to a frozen struct.
 
-    ``path`` is where the mapping stands, for the error's text (``sink``, ``postgres``). Texts that
-    spell a number or a boolean are accepted where one is expected. Raises `ConfigurationError`
-    for an unknown key (with the nearest known one), a missing key or a wrong value.
+    ``path`` is where the mapping stands, for the error's text (``sink``, ``postgres``); ``kind``
+    is what keys with ``only`` are for, by default its ``type``. Texts that spell a number or a
+    boolean are accepted where one is expected. Raises `ConfigurationError` for an unknown key
+    (with the nearest known one), a missing key, a wrong value, or keys that don't go together.
     """
     _refuse_unknown_keys(options, into, path)
     try:
-        return msgspec.convert(options, into, strict=False)
+        parsed = msgspec.convert(options, into, strict=False)
     except msgspec.ValidationError as error:
         raise _in_words(str(error), into, path) from None
+    _refuse_out_of_bounds(parsed, path)
+    _refuse_combinations(options, into, path, options.get("type") if kind is None else kind)
+    return parsed
+
+
+def declared_keys(struct: type) -> dict[str, Key]:
+    """The declaration of each key of a struct that has one."""
+    return {
+        field.encode_name: part
+        for field in msgspec.structs.fields(struct)
+        for part in get_args(field.type)
+        if isinstance(part, Key)
+    }
 
 
 def known_keys(struct: type[msgspec.Struct], prefix: str = "") -> list[str]:
@@ -55,6 +124,59 @@ def _refuse_unknown_keys(options: Mapping[str, object], into: type[T], path: str
         inner = _struct_in(known[name])
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown_keys(value, inner, f"{path}.{name}" if path else name)
+
+
+def _refuse_combinations(
+    options: Mapping[str, object], into: type[T], path: str, kind: object
+) -> None:
+    given = {name for name, value in options.items() if value is not None and value is not False}
+    declared = declared_keys(into)
+    for name, rule in declared.items():
+        where = f"{path}.{name}" if path else name
+        problem = remedy = ""
+        beside = next((other for other in rule.excludes if other in given), None)
+        if rule.only and rule.only != kind:
+            if name in given:
+                problem = f"{where} does not go with type {kind}"
+                if not path:
+                    problem = f"{where} belongs to {rule.only} pipelines"
+        elif name not in given:
+            if rule.required:
+                problem = f"{where} is missing"
+            elif rule.required_unless and rule.required_unless not in given:
+                both = ", and not both" if rule.required_unless in rule.excludes else ""
+                problem = f"{path} needs {name} or {rule.required_unless}{both}"
+        elif beside is not None:
+            problem, remedy = f"{path} has both {name} and {beside}", "choose one"
+        elif rule.needs and rule.needs not in given:
+            problem = f"{where} needs {rule.needs}"
+            if declared[rule.needs].needs == name:
+                pair = [known for known in declared if known in (name, rule.needs)]
+                problem = f"{path} needs {' and '.join(pair)} together"
+        if problem:
+            raise ConfigurationError(problem, remedy=remedy)
+
+
+def _refuse_out_of_bounds(parsed: object, path: str) -> None:
+    for name, rule in declared_keys(type(parsed)).items():
+        if rule.ge is None and rule.le is None:
+            continue
+        value = getattr(parsed, name)
+        low, high = rule.ge, rule.le
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if number is None or (
+                (low is None or number >= low) and (high is None or number <= high)
+            ):
+                continue
+            if low == 0 and high is None:
+                bounds = "must not be negative"
+            elif high is None:
+                bounds = f"must be at least {low}"
+            else:
+                bounds = (
+                    f"must be at most {high}" if low is None else f"must be from {low} to {high}"
+                )
+            raise ConfigurationError(f"{path}.{name} {bounds}, but is {number}".lstrip("."))
 
 
 def _struct_in(annotation: object) -> type[msgspec.Struct] | None:
@@ -91,9 +213,8 @@ def _choices(into: type[T], path: str) -> list[str]:
             else {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
         )
         here = fields.get(name)
+    options = [here, *get_args(here)]
+    options += [inner for option in options for inner in get_args(option)]
     return [
-        word
-        for option in (here, *get_args(here))
-        if get_origin(option) is Literal
-        for word in get_args(option)
+        word for option in options if get_origin(option) is Literal for word in get_args(option)
     ]

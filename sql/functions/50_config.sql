@@ -157,7 +157,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if coalesce(length(p_name), 0) not between 1 and 200 then
-        perform pgtrickle.relay_refuse('a pipeline needs a name of 1 to 200 characters');
+        raise exception using errcode = 'RL010', message = 'a pipeline needs a name of 1 to 200 characters', hint = 'As in set_relay_outbox(''orders-to-nats'', ...).';
     end if;
 end
 $$;
@@ -183,7 +183,7 @@ declare
     v_role text;
 begin
     if p_config is null or jsonb_typeof(p_config) <> 'object' then
-        perform pgtrickle.relay_refuse('the configuration is not a JSON object');
+        raise exception using errcode = 'RL010', message = 'the configuration is not a JSON object', hint = 'As in {"source": {"outbox": "orders"}, "sink": {"type": "stdout"}}.';
     end if;
     v_config := jsonb_build_object(
         'config_version', 1,
@@ -298,7 +298,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if p_hours < 1 then
-        perform pgtrickle.relay_refuse(format('retention_hours is %s', p_hours), 'It must be 1 or more.');
+        raise exception using errcode = 'RL010', message = format('retention_hours is %s', p_hours), hint = 'It must be 1 or more.';
     end if;
     -- The extension's outboxes have no settings of ours: the extension looks after them.
     update pgtrickle.pgt_outbox_config as c
@@ -362,7 +362,7 @@ begin
     perform pgtrickle.set_relay_inbox(name, inbox, source::jsonb);
 exception
     when invalid_text_representation then
-        perform pgtrickle.relay_refuse('source is not valid JSON', 'As in {"type": "nats", …}.');
+        raise exception using errcode = 'RL010', message = 'source is not valid JSON', hint = 'As in {"type": "nats", …}.';
 end
 $$;
 

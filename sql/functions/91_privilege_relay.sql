@@ -100,26 +100,3 @@ select pgtrickle.relay_grant_execute(
     'relay_inbox_states'
 );
 
--- What the validation of a configuration calls.
-select pgtrickle.relay_grant_execute(
-    'pgtrickle_relay',
-    'relay_pipeline_rules',
-    'relay_backend_rules',
-    'relay_required_keys',
-    'relay_connection_keys',
-    'relay_template_variables',
-    'relay_refuse',
-    'relay_refuse_key',
-    'relay_refuse_pipeline_key',
-    'relay_nearest',
-    'relay_edit_distance',
-    'relay_check_pipeline_keys',
-    'relay_check_value',
-    'relay_check_backend',
-    'relay_check_backend_type',
-    'relay_check_required_keys',
-    'relay_check_template',
-    'relay_check_combinations',
-    'relay_check_secrets'
-);
-

@@ -3,61 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import parse_options
+from relay.options import Key, Routing, parse_options
 from relay.settings import SslMode
 
 
 class InboxSinkOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which inbox, in which database, and what goes into its columns.
+    """Which inbox, in which database, and what goes into its columns (see `relay.mapping`)."""
 
-    ``inbox``: the name given to `create_inbox` or `enable_inbox_tracking`, looked up in the
-    catalog of the database it is in; ``schema`` narrows the search. Or ``inbox_table``: a table in
-    ``schema`` (default ``pgtrickle``) of a database that needs no catalog, with columns of our
-    names and a unique index on ``event_id``.
-    ``url``: another database, as a libpq URL or keywords; without it the relay's own. ``sslmode``,
-    ``sslrootcert``, ``sslcert``, ``sslkey``: as libpq spells them, for ``url``.
-    ``columns``: inbox field to where its value comes from (see `relay.mapping`); it wins, field by
-    field, over the pipeline's key of the same name. ``source``: the text of the source column;
-    default the stream table, or the pipeline's name where there is none.
-    ``subject_template``, ``routing``: the event type in a forward pipeline, default
-    ``{stream_table}.{op}``; a reverse pipeline has ``event_type_from`` instead.
-    """
-
-    type: str
-    inbox: str | None = None
-    inbox_table: str | None = None
-    schema: str | None = None
-    url: str | None = None
-    sslmode: SslMode | None = None
-    sslrootcert: str | None = None
-    sslcert: str | None = None
-    sslkey: str | None = None
-    columns: Mapping[str, str] = {}
-    source: str | None = None
-    subject_template: str | None = None
-    routing: Mapping[str, str] = {}
+    type: Annotated[str, Key("`pg-inbox`.")]
+    inbox: Annotated[
+        str | None,
+        Key(
+            "The name given to `create_inbox` or `enable_inbox_tracking`, looked up in the catalog"
+            " of the database it is in.",
+            required_unless="inbox_table",
+            excludes=("inbox_table",),
+        ),
+    ] = None
+    inbox_table: Annotated[
+        str | None,
+        Key(
+            "A table of a database that needs no catalog, with columns of our names and a unique"
+            " index on `event_id`. Either this or `inbox`."
+        ),
+    ] = None
+    schema: Annotated[
+        str | None,
+        Key("Narrows the search for `inbox`; the schema of `inbox_table`, `pgtrickle` by default."),
+    ] = None
+    url: Annotated[
+        str | None,
+        Key(
+            "Another database, as a libpq URL or keywords; without it the relay's own.",
+            schemes=("postgresql", "postgres", ""),
+            connection=True,
+        ),
+    ] = None
+    sslmode: Annotated[
+        SslMode | None, Key("TLS for `url`, as libpq spells it.", connection=True, needs="url")
+    ] = None
+    sslrootcert: Annotated[str | None, Key("CA file for `url`.", connection=True, needs="url")] = (
+        None
+    )
+    sslcert: Annotated[
+        str | None, Key("Client certificate file for `url`.", connection=True, needs="url")
+    ] = None
+    sslkey: Annotated[
+        str | None, Key("Client key file for `url`.", connection=True, needs="url")
+    ] = None
+    columns: Annotated[
+        Mapping[str, str],
+        Key(
+            "Inbox field to rule, see [Rules](#rules); wins, field by field, over the pipeline's"
+            " `columns`."
+        ),
+    ] = {}
+    source: Annotated[
+        str | None,
+        Key(
+            "Text of the `source` column; the stream table otherwise, or the pipeline's name where"
+            " there is none."
+        ),
+    ] = None
+    subject_template: Annotated[
+        str | None,
+        Key(
+            "The event type in a forward pipeline, `{stream_table}.{op}` by default. A reverse"
+            " pipeline has `event_type_from` instead.",
+            template=True,
+        ),
+    ] = None
+    routing: Routing = {}
 
 
 def inbox_sink_options(options: Mapping[str, object]) -> InboxSinkOptions:
     """Parse, and refuse what does not go together. Raises `ConfigurationError`."""
     parsed = parse_options(options, InboxSinkOptions, path="sink")
-    if bool(parsed.inbox) == bool(parsed.inbox_table):
-        raise ConfigurationError(
-            "sink needs either inbox or inbox_table",
-            remedy="inbox is a name in the catalog, inbox_table with schema a table beside it",
-        )
-    if parsed.url is None:
-        for name in ("sslmode", "sslrootcert", "sslcert", "sslkey"):
-            if getattr(parsed, name) is not None:
-                raise ConfigurationError(
-                    f"sink.{name} is for another database, but there is no sink.url",
-                    remedy="the relay's own connection has its own settings under postgres",
-                )
-    elif not parsed.url.strip():
+    if parsed.url is not None and not parsed.url.strip():
         raise ConfigurationError(
             "sink.url is empty", remedy="leave it out to write to the relay's own database"
         )
