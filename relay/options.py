@@ -25,18 +25,19 @@ _AT = re.compile(r" - at `([^`]*)`$")
 class Key(msgspec.Struct, frozen=True):
     """What is to be known of one key besides its type and default.
 
-    ``meaning``: Markdown for the reference. ``ge`` and ``le``: the lowest and highest number, also
-    of each element of a list. ``schemes``: those a URL may have, an empty one where it may have
-    none. ``template``: a text, or each of an object, in which `relay.template.VARIABLES` may stand.
-    ``secret``: in the catalog a reference only. ``connection``: comes from a profile as a whole,
-    or from the row as a whole; ``profile_only``: from a profile only. ``only``: the one type of
-    backend, or direction of a pipeline, that has the key; ``required``: those must. ``needs``: a
-    key that must stand beside it; ``excludes``: those that must not; ``required_unless``: required
-    where that one is missing.
+    ``meaning``: Markdown for the reference. ``ge``, ``gt`` and ``le``: what a number must be at
+    least, above, and at most; each element of a list, too. ``schemes``: those that a URL may have,
+    an empty one where it may have none. ``template``: a text, or each of an object, in which
+    `relay.template.VARIABLES` may stand. ``secret``: in the catalog a reference only.
+    ``connection``: comes from a profile as a whole, or from the row as a whole; ``profile_only``:
+    from a profile only. ``only``: the one type of backend, or direction of a pipeline, that has the
+    key; ``required``: and must have it. ``needs``: a key that must stand beside it; ``excludes``:
+    those that must not; ``required_unless``: required where that one is missing.
     """
 
     meaning: str
     ge: int | None = None
+    gt: int | None = None
     le: int | None = None
     schemes: Sequence[str] = ()
     template: bool = False
@@ -49,6 +50,25 @@ class Key(msgspec.Struct, frozen=True):
     excludes: Sequence[str] = ()
     required_unless: str = ""
 
+    @property
+    def bounds(self) -> str:
+        """What a number must do: ``be from 1 to 8``. Empty where it may be any."""
+        if self.gt is not None:
+            return f"be above {self.gt}"
+        if self.le is not None:
+            return f"be from {self.ge} to {self.le}"
+        if self.ge is None:
+            return ""
+        return f"be at least {self.ge}" if self.ge else "not be negative"
+
+    def allows(self, number: float) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+        )
+
 
 # Keys that mean the same in several backends.
 Template = Annotated[str, Key("The subject of each event.", template=True)]
@@ -60,11 +80,12 @@ Format = Annotated[
 TimeoutMs = Annotated[int, Key("How long to wait for an answer, in milliseconds.", ge=1)]
 Tls = Annotated[bool, Key("Speak TLS whatever the scheme of `url`.", connection=True)]
 TlsCa = Annotated[
-    str | None, Key("PEM file of the server's authority; implies `tls`.", connection=True)
+    str | None,
+    Key("PEM file of the server's authority. Like `tls_cert` it implies `tls`.", connection=True),
 ]
 TlsCert = Annotated[
     str | None,
-    Key("PEM file of our certificate; implies `tls`.", connection=True, needs="tls_key"),
+    Key("PEM file of our certificate.", connection=True, needs="tls_key"),
 ]
 TlsKey = Annotated[
     str | None, Key("PEM file of the key of `tls_cert`.", connection=True, needs="tls_cert")
@@ -87,9 +108,22 @@ def parse_options(
         parsed = msgspec.convert(options, into, strict=False)
     except msgspec.ValidationError as error:
         raise _in_words(str(error), into, path) from None
-    _refuse_out_of_bounds(parsed, path)
+    check_bounds(parsed, path)
     _refuse_combinations(options, into, path, options.get("type") if kind is None else kind)
     return parsed
+
+
+def check_bounds(parsed: object, path: str) -> None:
+    """Raise `ConfigurationError` for a number outside of what its key declares."""
+    for name, rule in declared_keys(type(parsed)).items():
+        value = getattr(parsed, name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not rule.allows(number):
+                where = f"{path}.{name}" if path else name
+                raise ConfigurationError(f"{where} must {rule.bounds}, but is {number}")
+    for field in msgspec.structs.fields(parsed):  # type: ignore[arg-type]  # a struct, by contract
+        if _struct_in(field.type):
+            check_bounds(getattr(parsed, field.name), field.name)
 
 
 def declared_keys(struct: type) -> dict[str, Key]:
@@ -155,28 +189,6 @@ def _refuse_combinations(
                 problem = f"{path} needs {' and '.join(pair)} together"
         if problem:
             raise ConfigurationError(problem, remedy=remedy)
-
-
-def _refuse_out_of_bounds(parsed: object, path: str) -> None:
-    for name, rule in declared_keys(type(parsed)).items():
-        if rule.ge is None and rule.le is None:
-            continue
-        value = getattr(parsed, name)
-        low, high = rule.ge, rule.le
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if number is None or (
-                (low is None or number >= low) and (high is None or number <= high)
-            ):
-                continue
-            if low == 0 and high is None:
-                bounds = "must not be negative"
-            elif high is None:
-                bounds = f"must be at least {low}"
-            else:
-                bounds = (
-                    f"must be at most {high}" if low is None else f"must be from {low} to {high}"
-                )
-            raise ConfigurationError(f"{path}.{name} {bounds}, but is {number}".lstrip("."))
 
 
 def _struct_in(annotation: object) -> type[msgspec.Struct] | None:

@@ -89,7 +89,7 @@ class RabbitSinkOptions(
     ] = None
     routing_key_template: Annotated[
         str,
-        Key("The routing key of each event; required without `exchange`.", template=True),
+        Key("The routing key of each event.", template=True),
     ] = DEFAULT_ROUTING_KEY
     routing: Routing = {}
     declare_exchange: Annotated[
