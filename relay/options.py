@@ -108,22 +108,24 @@ def parse_options(
         parsed = msgspec.convert(options, into, strict=False)
     except msgspec.ValidationError as error:
         raise _in_words(str(error), into, path) from None
-    check_bounds(parsed, path)
+    check_values(parsed, path)
     _refuse_combinations(options, into, path, options.get("type") if kind is None else kind)
     return parsed
 
 
-def check_bounds(parsed: object, path: str) -> None:
-    """Raise `ConfigurationError` for a number outside of what its key declares."""
+def check_values(parsed: object, path: str) -> None:
+    """Raise `ConfigurationError` for a number outside of its bounds, or an empty template."""
     for name, rule in declared_keys(type(parsed)).items():
         value = getattr(parsed, name)
+        where = f"{path}.{name}" if path else name
+        if rule.template and "" in (value.values() if isinstance(value, Mapping) else (value,)):
+            raise ConfigurationError(f"{where} is empty", remedy="leave it out for the default")
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, int | float) and not rule.allows(number):
-                where = f"{path}.{name}" if path else name
                 raise ConfigurationError(f"{where} must {rule.bounds}, but is {number}")
     for field in msgspec.structs.fields(parsed):  # type: ignore[arg-type]  # a struct, by contract
         if _struct_in(field.type):
-            check_bounds(getattr(parsed, field.name), field.name)
+            check_values(getattr(parsed, field.name), field.name)
 
 
 def declared_keys(struct: type) -> dict[str, Key]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import Key, check_bounds
+from relay.options import Key, check_values
 from relay.secrets import DEFAULT_FILE_ROOTS
 
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -227,7 +227,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def checked(settings: Settings) -> Settings:
     """The same settings, if their values make sense together. Raises `ConfigurationError`."""
-    check_bounds(settings, "")
+    check_values(settings, "")
     if settings.relay.retry_max_ms < settings.relay.retry_initial_ms:
         raise ConfigurationError("relay.retry_max_ms must not be below relay.retry_initial_ms")
     return settings

@@ -53,7 +53,7 @@ BOTH = [
         ({"topic_template": "a"}, "has both topic and topic_template"),
         ({"topic": "a.{op}"}, "write it as topic_template"),
         ({"topic": "a b"}, "no topic can be made"),
-        ({"topic": "absent", "topic_template": ""}, "no topic can be made"),
+        ({"topic": "absent", "topic_template": ""}, "topic_template is empty"),
         ({"topic": "absent", "topic_template": "{sream_table}"}, "did you mean {stream_table}"),
         ({"routing": {"insert": "a/b"}}, "no topic can be made"),
         ({"key_template": "{ky}"}, "did you mean {key}"),

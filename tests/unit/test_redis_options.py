@@ -46,7 +46,7 @@ def make_source(**keys: object) -> RedisSource:
         ({"wait_replicas": -1}, "wait_replicas must not be negative"),
         ({"format": "xml"}, "use one of envelope, payload, cloudevents"),
         ({"stream_key": "a:{sream_table}"}, "did you mean {stream_table}"),
-        ({"stream_key": ""}, "template is empty"),
+        ({"stream_key": ""}, "stream_key is empty"),
         ({"routing": {"x": " "}}, "template is empty"),
     ],
 )

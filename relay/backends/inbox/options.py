@@ -11,6 +11,8 @@ from relay.errors import ConfigurationError
 from relay.options import Key, Routing, parse_options
 from relay.settings import SslMode
 
+_SCHEMES = ("postgresql", "postgres")
+
 
 class InboxSinkOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which inbox, in which database, and what goes into its columns (see `relay.mapping`)."""
@@ -40,7 +42,7 @@ class InboxSinkOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         str | None,
         Key(
             "Another database, as a libpq URL or keywords; without it the relay's own.",
-            schemes=("postgresql", "postgres", ""),
+            schemes=(*_SCHEMES, ""),
             connection=True,
         ),
     ] = None
@@ -87,5 +89,10 @@ def inbox_sink_options(options: Mapping[str, object]) -> InboxSinkOptions:
     if parsed.url is not None and not parsed.url.strip():
         raise ConfigurationError(
             "sink.url is empty", remedy="leave it out to write to the relay's own database"
+        )
+    scheme, separator, _ = (parsed.url or "").partition("://")
+    if separator and scheme not in _SCHEMES:
+        raise ConfigurationError(
+            "sink.url is not a PostgreSQL address", remedy="write postgresql://host/database"
         )
     return parsed

@@ -190,12 +190,8 @@ def target_of(options: SqsConnectionOptions, path: str) -> Target:
 
 
 def check_sink(options: SqsSinkOptions) -> None:
-    """Raise `ConfigurationError` for an address that is none, or an empty group."""
+    """Raise `ConfigurationError` for an address that is none."""
     target_of(options, "sink")
-    if options.message_group_id == "":
-        raise ConfigurationError(
-            "sink.message_group_id is empty", remedy="leave it out for the default"
-        )
 
 
 def check_source(options: SqsSourceOptions) -> None:
