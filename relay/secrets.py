@@ -16,6 +16,7 @@ import msgspec
 from relay.errors import SecretUnresolved
 
 DEFAULT_FILE_ROOTS = ("/run/secrets", "/var/run/secrets", "/etc/pgtrickle-relay/secrets")
+DEFAULT_ENV_ALLOW = ("RELAY_*",)
 OWN_PREFIX = "PGTRICKLE_RELAY_"
 MASK = "******"
 
@@ -52,12 +53,12 @@ class SecretPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     file_roots: Sequence[str] = DEFAULT_FILE_ROOTS
-    env_allow: Sequence[str] | None = None
+    env_allow: Sequence[str] | None = DEFAULT_ENV_ALLOW
     is_operator: bool = False
 
 
 # What the runtime settings themselves may refer to: whoever writes them runs the process.
-OPERATOR = SecretPolicy(file_roots=("/",), is_operator=True)
+OPERATOR = SecretPolicy(file_roots=("/",), env_allow=None, is_operator=True)
 
 
 class Secrets:

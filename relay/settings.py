@@ -14,7 +14,7 @@ import msgspec
 
 from relay.errors import ConfigurationError
 from relay.options import Key, check_values
-from relay.secrets import DEFAULT_FILE_ROOTS
+from relay.secrets import DEFAULT_ENV_ALLOW, DEFAULT_FILE_ROOTS
 
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
 
@@ -122,7 +122,7 @@ class SecretSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "Shell patterns of allowed variable names; null allows every name but"
             " PGTRICKLE_RELAY_*."
         ),
-    ] = None
+    ] = DEFAULT_ENV_ALLOW
 
 
 class FileSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -241,11 +241,11 @@ async def test_no_secret_is_seen_whether_it_is_right_or_wrong(
 ) -> None:
     sink, source = SINKS_WITH_SECRET[type_], SOURCES_WITH_SECRET.get(type_)
     for name in ("right", "wrong"):
-        reference = f"${{env:SHOP_{name.upper()}}}"
+        reference = f"${{env:RELAY_{name.upper()}}}"
         await world.forward(name, {"type": type_, **sink.keys(address, reference)})
     profile = {"type": type_, **sink.keys(address, WRONG)}
     settings = ("log.level=debug", f"+backends.main={_as_override(profile)}")
-    environment = {"SHOP_RIGHT": RIGHT, "SHOP_WRONG": WRONG}
+    environment = {"RELAY_RIGHT": RIGHT, "RELAY_WRONG": WRONG}
 
     relay = await world.relay(*settings, environment=environment)
     await world.until_state(relay, "right", "running")
@@ -254,7 +254,7 @@ async def test_no_secret_is_seen_whether_it_is_right_or_wrong(
         # Now that the sink has made what it reads.
         for name in ("right", "wrong"):
             where = f"{LOOPBACK}:{free_port()}" if type_ == "webhook" else address
-            keys = source.keys(where, f"${{env:SHOP_{name.upper()}}}")
+            keys = source.keys(where, f"${{env:RELAY_{name.upper()}}}")
             await world.reverse(f"{name}-in", {"type": type_, **keys}, "received")
         await world.until_state(relay, "right-in", "running")
         state = "running" if type_ == "webhook" else "failed"
