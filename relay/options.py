@@ -1,9 +1,10 @@
 """What a configuration key is, and from a plain mapping to a typed, frozen options object.
 
-A key is declared once, where its struct has it: type and default as for any struct, the rest as a
-`Key` in its annotation. From that follow the checks here with their words, the rules that SQL
-applies when a pipeline is set (``scripts/docs.py`` writes them) and the tables of the reference.
-Used for the runtime settings and for the ``source`` and ``sink`` objects of the catalog alike.
+A key is declared once, where its struct has it: type and default as for any struct, its meaning in
+the struct's docstring, all else as a `Key` in its annotation. From that follow the checks here with
+their words, the rules that SQL applies when a pipeline is set (``scripts/docs.py`` writes them) and
+the tables of the reference. Used for the runtime settings and for the ``source`` and ``sink``
+objects of the catalog alike.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import cleandoc
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -19,23 +21,28 @@ from relay.errors import ConfigurationError
 
 T = TypeVar("T")
 
+# In a docstring: a key at the beginning of a line, and what is said of it, indented further on.
+_MEANING = re.compile(r"^(\w+): (.+(?:\n +.+)*)", re.MULTILINE)
 _AT = re.compile(r" - at `([^`]*)`$")
 
 
 class Key(msgspec.Struct, frozen=True):
     """What is to be known of one key besides its type and default.
 
-    ``meaning``: Markdown for the reference. ``ge``, ``gt`` and ``le``: what a number must be at
-    least, above, and at most; each element of a list, too. ``schemes``: those that a URL may have,
-    an empty one where it may have none. ``template``: a text, or each of an object, in which
-    `relay.template.VARIABLES` may stand. ``secret``: in the catalog a reference only.
-    ``connection``: comes from a profile as a whole, or from the row as a whole; ``profile_only``:
-    from a profile only. ``only``: the one type of backend, or direction of a pipeline, that has the
-    key; ``required``: and must have it. ``needs``: a key that must stand beside it; ``excludes``:
-    those that must not; ``required_unless``: required where that one is missing.
+    meaning: Markdown for the reference, unless a docstring says it.
+    ge, gt, le: What a number must be at least, above, and at most; each element of a list, too.
+    schemes: Those that a URL may have, an empty one where it may have none.
+    template: A text, or each of an object, in which `relay.template.VARIABLES` may stand.
+    secret: In the catalog a reference only.
+    connection: Comes from a profile as a whole, or from the row as a whole.
+    profile_only: Comes from a profile only.
+    only: The one type of backend, or direction of a pipeline, that has the key.
+    required: A key with a default that must be given nevertheless, by those that have it.
+    needs: A key that must stand beside it; ``excludes``: those that must not.
+    required_unless: The key without which this one is required.
     """
 
-    meaning: str
+    meaning: str = ""
     ge: int | None = None
     gt: int | None = None
     le: int | None = None
@@ -69,6 +76,11 @@ class Key(msgspec.Struct, frozen=True):
             and (self.le is None or number <= self.le)
         )
 
+
+Positive = Annotated[int, Key(ge=1)]
+Connecting = Annotated[str | None, Key(connection=True)]
+ConnectingFlag = Annotated[bool, Key(connection=True)]
+Credential = Annotated[str | None, Key(secret=True, connection=True)]
 
 # Keys that mean the same in several backends.
 Template = Annotated[str, Key("The subject of each event.", template=True)]
@@ -129,13 +141,20 @@ def check_values(parsed: object, path: str) -> None:
 
 
 def declared_keys(struct: type) -> dict[str, Key]:
-    """The declaration of each key of a struct that has one."""
-    return {
-        field.encode_name: part
-        for field in msgspec.structs.fields(struct)
-        for part in get_args(field.type)
-        if isinstance(part, Key)
+    """The declaration of each key of a struct; its meaning stands in the struct's docstring."""
+    meanings = {
+        name: " ".join(words.split())
+        for known in reversed(struct.__mro__)
+        for name, words in _MEANING.findall(cleandoc(known.__doc__ or ""))
     }
+    declared: dict[str, Key] = {}
+    for field in msgspec.structs.fields(struct):
+        name, outer = field.encode_name, (field.type, *get_args(field.type))
+        keys = [part for one in outer for part in get_args(one) if isinstance(part, Key)]
+        rule = keys[0] if keys else Key()
+        words = meanings.get(name, rule.meaning)
+        declared[name] = msgspec.structs.replace(rule, meaning=words)
+    return declared
 
 
 def known_keys(struct: type[msgspec.Struct], prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ import msgspec
 from relay import __version__
 from relay.errors import ConfigurationError
 from relay.events import Direction
-from relay.options import Key, parse_options
+from relay.options import Key, Positive, parse_options
 from relay.settings import RelaySettings
 
 CONFIG_VERSION = 1
@@ -25,150 +25,74 @@ _NOT_AVAILABLE = ("parallelism", "visibility_seconds")
 
 
 class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline. Keys that are None take the default of the runtime settings."""
+    """One pipeline. Keys that are None take the default of the runtime settings.
 
-    config_version: Annotated[
-        int, Key("Version of the configuration's shape; filled in.", ge=1, le=CONFIG_VERSION)
-    ] = CONFIG_VERSION
-    source_type: Annotated[str, Key("Filled in from `source.type`.")]
-    source: Annotated[Mapping[str, object], Key("Where events come from.")]
-    sink_type: Annotated[str, Key("Filled in from `sink.type`.")]
-    sink: Annotated[Mapping[str, object], Key("Where events go.")]
-    description: Annotated[str, Key("A note for people. The relay does not read it.")] = ""
-    batch_size: Annotated[int | None, Key("Most messages in a batch.", ge=1, le=100_000)] = None
-    poll_interval_ms: Annotated[
-        int | None,
-        Key(
-            "First pause after an empty poll. It doubles up to 1 s; a notification ends it at"
-            " once.",
-            ge=1,
-            le=3_600_000,
-        ),
-    ] = None
-    prefetch: Annotated[
-        int | None,
-        Key(
-            "Polled batches that may wait while one is published. Of an outbox the rows of one"
-            " more are read ahead.",
-            ge=0,
-            le=8,
-        ),
-    ] = None
-    max_attempts: Annotated[
-        int | None,
-        Key(
-            "Attempts of a message that fails transiently, before it becomes a dead letter."
-            " Without it the relay never gives up.",
-            ge=1,
-        ),
-    ] = None
-    retry_initial_ms: Annotated[
-        int | None,
-        Key("First wait after a failure. Waits double and are jittered.", ge=1, le=86_400_000),
-    ] = None
-    retry_max_ms: Annotated[
-        int | None, Key("Longest wait after a failure.", ge=1, le=86_400_000)
-    ] = None
-    breaker_threshold: Annotated[
-        int | None,
-        Key(
-            "Rejections in a row, without one success, after which the pipeline is suspended and"
-            " probes.",
-            ge=1,
-        ),
-    ] = None
-    ordering: Annotated[
-        Literal["strict", "pipelined"] | None,
-        Key(
-            "`strict`: no event of a key overtakes another, also under retries. `pipelined`:"
-            " faster on hot keys. Read by the sinks of brokers and webhooks; inboxes and files are"
-            " always strict."
-        ),
-    ] = None
-    allow_plaintext_secrets: Annotated[bool, Key("Accept a secret that is not a reference.")] = (
-        False
-    )
-    start: Annotated[
-        Literal["earliest", "latest"],
-        Key(
-            "Where a new position starts. `latest`: behind what is visible when the pipeline is"
-            " set; transactions open at that moment are still delivered.",
-            only="forward",
-        ),
-    ] = "earliest"
-    on_reset: Annotated[
-        Literal["earliest", "latest", "fail"],
-        Key(
-            "What to do when the position lies beyond the outbox, which was created again or"
-            " restored.",
-            only="forward",
-        ),
-    ] = "fail"
-    parallelism: Annotated[
-        int,
-        Key(
-            "Slots of a consumer group. Not available in this version: leave it out.",
-            ge=1,
-            le=64,
-            only="forward",
-        ),
-    ] = 1
-    visibility_seconds: Annotated[
-        int,
-        Key(
-            "Length of a consumer group's lease, in seconds. Not available in this version: leave"
-            " it out.",
-            ge=1,
-            le=604_800,
-            only="forward",
-        ),
-    ] = 30
-    collapse_updates: Annotated[
-        bool,
-        Key(
-            "Send the delete and the insert of one key in one outbox row as one `update`. Needs a"
-            " key.",
-            only="forward",
-        ),
-    ] = False
-    snapshot_markers: Annotated[
-        bool,
-        Key("Frame a full refresh with `snapshot_begin` and `snapshot_end`.", only="forward"),
-    ] = False
-    dedup_namespace: Annotated[
-        str,
-        Key(
-            "Goes in front of every dedup key. Set it where several databases, or several"
-            " pipelines of one outbox, feed one deduplicating destination.",
-            only="forward",
-        ),
-    ] = ""
-    key_columns: Annotated[
-        Sequence[str] | None,
-        Key(
-            "Columns whose values are the `key`; the primary key of the table otherwise.",
-            only="forward",
-        ),
-    ] = None
-    dedup_key_from: Annotated[
-        str | None,
-        Key(
-            "Where the dedup key comes from, see [Rules](#rules); what the source says otherwise.",
-            only="reverse",
-        ),
-    ] = None
-    event_type_from: Annotated[
-        str | None,
-        Key(
-            "Where the event type comes from, see [Rules](#rules); the message's subject"
-            " otherwise.",
-            only="reverse",
-        ),
-    ] = None
-    columns: Annotated[
-        Mapping[str, str] | None,
-        Key("Inbox field to rule, see [Rules](#rules).", only="reverse"),
-    ] = None
+    config_version: Version of the configuration's shape; filled in.
+    source_type: Filled in from `source.type`.
+    source: Where events come from.
+    sink_type: Filled in from `sink.type`.
+    sink: Where events go.
+    description: A note for people. The relay does not read it.
+    batch_size: Most messages in a batch.
+    poll_interval_ms: First pause after an empty poll. It doubles up to 1 s; a notification ends it
+        at once.
+    prefetch: Polled batches that may wait while one is published. Of an outbox the rows of one more
+        are read ahead.
+    max_attempts: Attempts of a message that fails transiently, before it becomes a dead letter.
+        Without it the relay never gives up.
+    retry_initial_ms: First wait after a failure. Waits double and are jittered.
+    retry_max_ms: Longest wait after a failure.
+    breaker_threshold: Rejections in a row, without one success, after which the pipeline is
+        suspended and probes.
+    ordering: `strict`: no event of a key overtakes another, also under retries. `pipelined`: faster
+        on hot keys. Read by the sinks of brokers and webhooks; inboxes and files are always strict.
+    allow_plaintext_secrets: Accept a secret that is not a reference.
+    start: Where a new position starts. `latest`: behind what is visible when the pipeline is set;
+        transactions open at that moment are still delivered.
+    on_reset: What to do when the position lies beyond the outbox, which was created again or
+        restored.
+    parallelism: Slots of a consumer group. Not available in this version: leave it out.
+    visibility_seconds: Length of a consumer group's lease, in seconds. Not available in this
+        version: leave it out.
+    collapse_updates: Send the delete and the insert of one key in one outbox row as one `update`.
+        Needs a key.
+    snapshot_markers: Frame a full refresh with `snapshot_begin` and `snapshot_end`.
+    dedup_namespace: Goes in front of every dedup key. Set it where several databases, or several
+        pipelines of one outbox, feed one deduplicating destination.
+    key_columns: Columns whose values are the `key`; the primary key of the table otherwise.
+    dedup_key_from: Where the dedup key comes from, see [Rules](#rules); what the source says
+        otherwise.
+    event_type_from: Where the event type comes from, see [Rules](#rules); the message's subject
+        otherwise.
+    columns: Inbox field to rule, see [Rules](#rules).
+    """
+
+    config_version: Annotated[int, Key(ge=1, le=CONFIG_VERSION)] = CONFIG_VERSION
+    source_type: str
+    source: Mapping[str, object]
+    sink_type: str
+    sink: Mapping[str, object]
+    description: str = ""
+    batch_size: Annotated[int | None, Key(ge=1, le=100000)] = None
+    poll_interval_ms: Annotated[int | None, Key(ge=1, le=3600000)] = None
+    prefetch: Annotated[int | None, Key(ge=0, le=8)] = None
+    max_attempts: Positive | None = None
+    retry_initial_ms: Annotated[int | None, Key(ge=1, le=86400000)] = None
+    retry_max_ms: Annotated[int | None, Key(ge=1, le=86400000)] = None
+    breaker_threshold: Positive | None = None
+    ordering: Literal["strict", "pipelined"] | None = None
+    allow_plaintext_secrets: bool = False
+    start: Annotated[Literal["earliest", "latest"], Key(only="forward")] = "earliest"
+    on_reset: Annotated[Literal["earliest", "latest", "fail"], Key(only="forward")] = "fail"
+    parallelism: Annotated[int, Key(ge=1, le=64, only="forward")] = 1
+    visibility_seconds: Annotated[int, Key(ge=1, le=604800, only="forward")] = 30
+    collapse_updates: Annotated[bool, Key(only="forward")] = False
+    snapshot_markers: Annotated[bool, Key(only="forward")] = False
+    dedup_namespace: Annotated[str, Key(only="forward")] = ""
+    key_columns: Annotated[Sequence[str] | None, Key(only="forward")] = None
+    dedup_key_from: Annotated[str | None, Key(only="reverse")] = None
+    event_type_from: Annotated[str | None, Key(only="reverse")] = None
+    columns: Annotated[Mapping[str, str] | None, Key(only="reverse")] = None
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):

@@ -140,9 +140,9 @@ def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[Ke
     """Each key's declaration and its row of a table. Raises `Unexplained`."""
     declared = declared_keys(struct)
     for field in msgspec.structs.fields(struct):
-        key = declared.get(field.encode_name)
-        if key is None:
-            raise Unexplained(f"{struct.__name__}.{field.name} has no declaration")
+        key = declared[field.encode_name]
+        if not key.meaning:
+            raise Unexplained(f"nothing explains {struct.__name__}.{field.name}")
         type_ = type_words(field.type)
         if key.ge is not None and key.le != key.ge:
             type_ += f" {key.ge} to {key.le}" if key.le is not None else f" from {key.ge}"

@@ -362,7 +362,7 @@ begin
     perform pgtrickle.set_relay_inbox(name, inbox, source::jsonb);
 exception
     when invalid_text_representation then
-        raise exception using errcode = 'RL010', message = 'source is not valid JSON', hint = 'As in {"type": "nats", …}.';
+        raise exception using errcode = 'RL010', message = 'source is not valid JSON', hint = 'As in {"type": "nats", "url": "nats://host", "subject": "orders.>"}.';
 end
 $$;
 

@@ -280,6 +280,27 @@ def test_a_wrong_pipeline_key_is_refused(db: Session) -> None:
         assert message in said.message_primary, keys
 
 
+def test_a_configuration_that_is_none_is_refused_by_the_one_function_that_may_be_called(
+    db: Session,
+) -> None:
+    check = "select pgtrickle.relay_validate_config(%s, %s::jsonb)"
+    db.run("set role pgtrickle_relay")
+    for direction, config, code in (
+        (None, None, "22023"),
+        ("sideways", "{}", "22023"),
+        ("forward", None, "RL010"),
+        ("forward", "null", "RL010"),
+        ("reverse", "[]", "RL010"),
+        ("forward", '{"source": null, "sink": null}', "RL010"),
+    ):
+        with db.refused(code):
+            db.run(check, direction, config)
+    db.run(check, "forward", forward(source_type="outbox", sink_type="stdout"))
+    for helper in ("relay_key_rules()", "relay_check_keys('sink', '{}', '{}', true)"):
+        with db.refused("42501"):
+            db.run(f"select pgtrickle.{helper}")
+
+
 def test_good_configurations_of_every_backend_pass(db: Session) -> None:
     forward_sinks = [
         nats(subject_template="a.{{x}}.{payload.customer.id}.{op}", routing={"insert": "{key}"}),

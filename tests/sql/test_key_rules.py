@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import pytest
@@ -94,7 +94,7 @@ def fields_of(struct: type[msgspec.Struct], kind: str) -> dict[str, Field]:
     return {
         field.encode_name: Field(
             field.encode_name,
-            get_args(field.type)[0],
+            field.type,
             declared[field.encode_name],
             field.required or declared[field.encode_name].required,
         )
@@ -106,6 +106,8 @@ def fields_of(struct: type[msgspec.Struct], kind: str) -> dict[str, Field]:
 def good_values(annotation: Any, key: Key) -> list[object]:
     """Values that a key must accept."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return good_values(arguments[0], key)
     if origin is Literal:
         return list(arguments)
     if annotation is str and key.schemes:
@@ -131,6 +133,8 @@ def good_values(annotation: Any, key: Key) -> list[object]:
 def kinds(annotation: Any) -> set[str]:
     """What values of a type are in JSON; ``word`` for one of a few."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kinds(arguments[0])
     if origin is Literal:
         return {"word"}
     if isinstance(origin, type) and issubclass(origin, Mapping | Sequence):

@@ -9,7 +9,18 @@ from typing import Annotated, Literal
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import Format, Key, Routing, TimeoutMs, TlsCa, TlsCert, TlsInsecure, TlsKey
+from relay.options import (
+    ConnectingFlag,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TimeoutMs,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
@@ -24,142 +35,94 @@ _SCHEME = re.compile(rf"^({'|'.join(_SCHEMES)})://", re.IGNORECASE)
 
 
 class KafkaConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What sink and source have in common."""
+    """What sink and source have in common.
 
-    type: Annotated[str, Key("`kafka`.")]
-    brokers: Annotated[
-        str | Sequence[str],
-        Key(
-            "`host:9092`, several separated by commas or as a list; one that answers is enough.",
-            schemes=("", *_SCHEMES),
-            connection=True,
-        ),
-    ]
-    sasl_mechanism: Annotated[
-        SaslMechanism | None,
-        Key(
-            "How to log in; `SCRAM-SHA-512` where a user is given.",
-            connection=True,
-            needs="sasl_username",
-        ),
-    ] = None
-    sasl_username: Annotated[
-        str | None,
-        Key("User name, with `sasl_password`.", connection=True, needs="sasl_password"),
-    ] = None
+    type: `kafka`.
+    brokers: `host:9092`, several separated by commas or as a list; one that answers is enough.
+    sasl_mechanism: How to log in; `SCRAM-SHA-512` where a user is given.
+    sasl_username: User name, with `sasl_password`.
+    sasl_password: Password, with `sasl_username`.
+    tls: Speak TLS.
+    client: Settings of the client library's connections (`client_id`, `max_idle_ms`); in a profile
+        only.
+    """
+
+    type: str
+    brokers: Annotated[str | Sequence[str], Key(schemes=("", *_SCHEMES), connection=True)]
+    sasl_mechanism: Annotated[SaslMechanism | None, Key(connection=True, needs="sasl_username")] = (
+        None
+    )
+    sasl_username: Annotated[str | None, Key(connection=True, needs="sasl_password")] = None
     sasl_password: Annotated[
-        str | None,
-        Key("Password, with `sasl_username`.", secret=True, connection=True, needs="sasl_username"),
+        str | None, Key(secret=True, connection=True, needs="sasl_username")
     ] = None
-    tls: Annotated[bool, Key("Speak TLS.", connection=True)] = False
+    tls: ConnectingFlag = False
     tls_ca: TlsCa = None
     tls_cert: TlsCert = None
     tls_key: TlsKey = None
     tls_insecure: TlsInsecure = False
     request_timeout_ms: TimeoutMs = 30_000
-    client: Annotated[
-        Mapping[str, object],
-        Key(
-            "Settings of the client library's connections (`client_id`, `max_idle_ms`); in a"
-            " profile only.",
-            connection=True,
-            profile_only=True,
-        ),
-    ] = {}
+    client: Annotated[Mapping[str, object], Key(connection=True, profile_only=True)] = {}
 
 
 class KafkaSinkOptions(
     KafkaConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The sink's keys."""
+    """The sink's keys.
+
+    topic: Where all events go.
+    topic_template: Where each event goes, instead of `topic`.
+    key_template: The record key, which decides the partition; by default the dedup key, which
+        spreads events over all partitions. `{key}` keeps the events of an entity in one partition,
+        in order.
+    acks: `all`: every in-sync replica. `1`: the leader alone, which can lose what it accepted, and
+        is not idempotent.
+    compression: How batches are compressed.
+    linger_ms: How long a publish that would not fill a request waits, so that what is written
+        meanwhile goes out together in the next one.
+    max_request_size: The most bytes of one record with its batch; a lower limit of the topic is
+        found by itself.
+    """
 
     topic: Annotated[
-        str | None,
-        Key(
-            "Where all events go.",
-            required_unless="topic_template",
-            excludes=("topic_template",),
-        ),
+        str | None, Key(required_unless="topic_template", excludes=("topic_template",))
     ] = None
-    topic_template: Annotated[
-        str | None, Key("Where each event goes, instead of `topic`.", template=True)
-    ] = None
+    topic_template: Annotated[str | None, Key(template=True)] = None
     routing: Routing = {}
-    key_template: Annotated[
-        str | None,
-        Key(
-            "The record key, which decides the partition; by default the dedup key, which spreads"
-            " events over all partitions. `{key}` keeps the events of an entity in one partition,"
-            " in order.",
-            template=True,
-        ),
-    ] = None
-    acks: Annotated[
-        Literal["all", "1"],
-        Key(
-            "`all`: every in-sync replica. `1`: the leader alone, which can lose what it accepted,"
-            " and is not idempotent."
-        ),
-    ] = "all"
-    compression: Annotated[
-        Literal["none", "gzip", "snappy", "lz4", "zstd"], Key("How batches are compressed.")
-    ] = "none"
-    linger_ms: Annotated[
-        int,
-        Key(
-            "How long a publish that would not fill a request waits, so that what is written"
-            " meanwhile goes out together in the next one.",
-            ge=0,
-        ),
-    ] = 0
-    max_request_size: Annotated[
-        int,
-        Key(
-            "The most bytes of one record with its batch; a lower limit of the topic is found by"
-            " itself.",
-            ge=1,
-        ),
-    ] = 1024 * 1024
+    key_template: Annotated[str | None, Key(template=True)] = None
+    acks: Literal["all", "1"] = "all"
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "none"
+    linger_ms: Annotated[int, Key(ge=0)] = 0
+    max_request_size: Positive = 1024 * 1024
     format: Format = "envelope"
 
 
 class KafkaSourceOptions(
     KafkaConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The source's keys."""
+    """The source's keys.
 
-    topic: Annotated[str | Sequence[str], Key("One topic, or a list.")]
-    group_id: Annotated[
-        str | None, Key("The consumer group, by default named after the pipeline.")
-    ] = None
-    group_instance_id: Annotated[
-        str | None,
-        Key(
-            "Our name in the group, by default the pipeline's too, so that whoever runs the"
-            " pipeline next has its partitions at once; empty for none."
-        ),
-    ] = None
-    auto_offset_reset: Annotated[
-        Literal["earliest", "latest"],
-        Key("Where a partition begins that the group has never read."),
-    ] = "earliest"
-    on_position_lost: Annotated[
-        Literal["fail", "earliest", "latest"],
-        Key("What to do when retention or a new topic took the position away."),
-    ] = "fail"
-    isolation_level: Annotated[
-        Literal["read_committed", "read_uncommitted"],
-        Key("`read_committed` leaves out what a transaction aborted."),
-    ] = "read_committed"
-    session_timeout_ms: Annotated[
-        int, Key("Without a heartbeat for so long, our partitions go to others.", ge=1)
-    ] = 30_000
-    rebalance_timeout_ms: Annotated[
-        int, Key("How long what is in flight may take when others join.", ge=1)
-    ] = 60_000
-    fetch_max_bytes: Annotated[
-        int, Key("The most bytes that one fetch asks of a broker.", ge=1)
-    ] = 8 * 1024 * 1024
+    topic: One topic, or a list.
+    group_id: The consumer group, by default named after the pipeline.
+    group_instance_id: Our name in the group, by default the pipeline's too, so that whoever runs
+        the pipeline next has its partitions at once; empty for none.
+    auto_offset_reset: Where a partition begins that the group has never read.
+    on_position_lost: What to do when retention or a new topic took the position away.
+    isolation_level: `read_committed` leaves out what a transaction aborted.
+    session_timeout_ms: Without a heartbeat for so long, our partitions go to others.
+    rebalance_timeout_ms: How long what is in flight may take when others join.
+    fetch_max_bytes: The most bytes that one fetch asks of a broker.
+    """
+
+    topic: str | Sequence[str]
+    group_id: str | None = None
+    group_instance_id: str | None = None
+    auto_offset_reset: Literal["earliest", "latest"] = "earliest"
+    on_position_lost: Literal["fail", "earliest", "latest"] = "fail"
+    isolation_level: Literal["read_committed", "read_uncommitted"] = "read_committed"
+    session_timeout_ms: Positive = 30_000
+    rebalance_timeout_ms: Positive = 60_000
+    fetch_max_bytes: Positive = 8 * 1024 * 1024
 
 
 class Address(msgspec.Struct, frozen=True):

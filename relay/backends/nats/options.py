@@ -11,7 +11,19 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import Format, Key, Routing, Template, TlsCa, TlsCert, TlsInsecure, TlsKey
+from relay.options import (
+    ConnectingFlag,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    Template,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 DeliverPolicy = Literal["all", "last", "new", "last_per_subject"]
 
@@ -23,51 +35,32 @@ _LONGEST_DURABLE = 64
 
 
 class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What sink and source have in common."""
+    """What sink and source have in common.
 
-    type: Annotated[str, Key("`nats`.")]
-    url: Annotated[
-        str,
-        Key(
-            "`nats://host:port` or `tls://host:port`, several separated by commas; a user and"
-            " password in it are percent-decoded.",
-            schemes=(*_SCHEMES, ""),
-            connection=True,
-        ),
-    ]
+    type: `nats`.
+    url: `nats://host:port` or `tls://host:port`, several separated by commas; a user and password
+        in it are percent-decoded.
+    user: User name, with `password`.
+    password: Password, with `user`.
+    token: Token, instead of user and password.
+    creds_file: Path of a credentials file on the relay's machine.
+    nkey_seed: The NKey seed itself.
+    tls: Refuse a server that offers no TLS.
+    """
+
+    type: str
+    url: Annotated[str, Key(schemes=(*_SCHEMES, ""), connection=True)]
     user: Annotated[
         str | None,
-        Key(
-            "User name, with `password`.",
-            connection=True,
-            needs="password",
-            excludes=("token", "creds_file", "nkey_seed"),
-        ),
+        Key(connection=True, needs="password", excludes=("token", "creds_file", "nkey_seed")),
     ] = None
-    password: Annotated[
-        str | None, Key("Password, with `user`.", secret=True, connection=True, needs="user")
-    ] = None
+    password: Annotated[str | None, Key(secret=True, connection=True, needs="user")] = None
     token: Annotated[
-        str | None,
-        Key(
-            "Token, instead of user and password.",
-            secret=True,
-            connection=True,
-            excludes=("creds_file", "nkey_seed"),
-        ),
+        str | None, Key(secret=True, connection=True, excludes=("creds_file", "nkey_seed"))
     ] = None
-    creds_file: Annotated[
-        str | None,
-        Key(
-            "Path of a credentials file on the relay's machine.",
-            connection=True,
-            excludes=("nkey_seed",),
-        ),
-    ] = None
-    nkey_seed: Annotated[str | None, Key("The NKey seed itself.", secret=True, connection=True)] = (
-        None
-    )
-    tls: Annotated[bool, Key("Refuse a server that offers no TLS.", connection=True)] = False
+    creds_file: Annotated[str | None, Key(connection=True, excludes=("nkey_seed",))] = None
+    nkey_seed: Credential = None
+    tls: ConnectingFlag = False
     tls_ca: TlsCa = None
     tls_cert: TlsCert = None
     tls_key: TlsKey = None
@@ -75,60 +68,47 @@ class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 
 class NatsSinkOptions(NatsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sink's keys."""
+    """The sink's keys.
+
+    stream: The only stream that may store the events; without it whichever stream listens on the
+        subject does.
+    create_stream: Make `stream` where it is missing: on file storage, for the constant beginning of
+        the templates. A stream that exists is never changed.
+    duplicate_window_s: Duplicate window, in seconds, of a stream that the relay makes.
+    max_in_flight: The most messages without acknowledgement.
+    ack_timeout_ms: How long to go on without a single acknowledgement.
+    """
 
     subject_template: Template = "pgtrickle.{stream_table}.{op}"
     routing: Routing = {}
-    stream: Annotated[
-        str | None,
-        Key(
-            "The only stream that may store the events; without it whichever stream listens on the"
-            " subject does."
-        ),
-    ] = None
-    create_stream: Annotated[
-        bool,
-        Key(
-            "Make `stream` where it is missing: on file storage, for the constant beginning of the"
-            " templates. A stream that exists is never changed.",
-            needs="stream",
-        ),
-    ] = False
-    duplicate_window_s: Annotated[
-        int, Key("Duplicate window, in seconds, of a stream that the relay makes.", ge=1)
-    ] = 120
-    max_in_flight: Annotated[int, Key("The most messages without acknowledgement.", ge=1)] = 4096
-    ack_timeout_ms: Annotated[
-        int, Key("How long to go on without a single acknowledgement.", ge=1)
-    ] = 5000
+    stream: str | None = None
+    create_stream: Annotated[bool, Key(needs="stream")] = False
+    duplicate_window_s: Positive = 120
+    max_in_flight: Positive = 4096
+    ack_timeout_ms: Positive = 5000
     format: Format = "envelope"
 
 
 class NatsSourceOptions(
     NatsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The source's keys."""
+    """The source's keys.
 
-    subject: Annotated[str, Key("What to consume, wildcards allowed.")]
-    stream: Annotated[str | None, Key("Where it is stored; found by the subject when absent.")] = (
-        None
-    )
-    durable_name: Annotated[
-        str | None, Key("The consumer, by default named after the pipeline.")
-    ] = None
-    deliver_policy: Annotated[DeliverPolicy, Key("Where a new consumer begins.")] = "all"
-    ack_wait_seconds: Annotated[
-        float,
-        Key("After how long without a sign of life the server delivers a message again.", ge=1),
-    ] = 30.0
-    max_deliver: Annotated[
-        int,
-        Key(
-            "How often the server delivers a message at most, -1 without limit; beyond it the"
-            " server drops the message from the consumer without telling anybody.",
-            ge=-1,
-        ),
-    ] = -1
+    subject: What to consume, wildcards allowed.
+    stream: Where it is stored; found by the subject when absent.
+    durable_name: The consumer, by default named after the pipeline.
+    deliver_policy: Where a new consumer begins.
+    ack_wait_seconds: After how long without a sign of life the server delivers a message again.
+    max_deliver: How often the server delivers a message at most, -1 without limit; beyond it the
+        server drops the message from the consumer without telling anybody.
+    """
+
+    subject: str
+    stream: str | None = None
+    durable_name: str | None = None
+    deliver_policy: DeliverPolicy = "all"
+    ack_wait_seconds: Annotated[float, Key(ge=1)] = 30.0
+    max_deliver: Annotated[int, Key(ge=-1)] = -1
 
 
 class NatsServer(msgspec.Struct, frozen=True):

@@ -10,8 +10,11 @@ import msgspec
 
 from relay.errors import ConfigurationError
 from relay.options import (
+    Connecting,
+    Credential,
     Format,
     Key,
+    Positive,
     Routing,
     TimeoutMs,
     Tls,
@@ -35,30 +38,22 @@ _PORTS = {"amqp": 5672, "amqps": 5671}
 class RabbitConnectionOptions(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """What sink and source have in common."""
+    """What sink and source have in common.
 
-    type: Annotated[str, Key("`rabbitmq`.")]
-    url: Annotated[
-        str,
-        Key(
-            "`amqp://host:5672/vhost`, or `amqps://` for TLS; a user, a password and a virtual host"
-            " in it are percent-decoded.",
-            schemes=tuple(_PORTS),
-            connection=True,
-        ),
-    ]
-    username: Annotated[
-        str | None,
-        Key(
-            "User name, with `password`; without one `guest`, unless there is a client certificate,"
-            " which then logs in by itself.",
-            connection=True,
-        ),
-    ] = None
-    password: Annotated[
-        str | None, Key("Password, with `username`.", secret=True, connection=True)
-    ] = None
-    vhost: Annotated[str | None, Key("The virtual host, `/` by default.", connection=True)] = None
+    type: `rabbitmq`.
+    url: `amqp://host:5672/vhost`, or `amqps://` for TLS; a user, a password and a virtual host in
+        it are percent-decoded.
+    username: User name, with `password`; without one `guest`, unless there is a client certificate,
+        which then logs in by itself.
+    password: Password, with `username`.
+    vhost: The virtual host, `/` by default.
+    """
+
+    type: str
+    url: Annotated[str, Key(schemes=tuple(_PORTS), connection=True)]
+    username: Connecting = None
+    password: Credential = None
+    vhost: Connecting = None
     tls: Tls = False
     tls_ca: TlsCa = None
     tls_cert: TlsCert = None
@@ -70,73 +65,49 @@ class RabbitConnectionOptions(
 class RabbitSinkOptions(
     RabbitConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The sink's keys."""
+    """The sink's keys.
 
-    exchange: Annotated[
-        str,
-        Key(
-            "Where events are published; without it the broker's own, which hands an event to the"
-            " queue that is named like its routing key.",
-            required_unless="routing_key_template",
-        ),
-    ] = ""
-    exchange_type: Annotated[
-        str | None,
-        Key(
-            "Of an exchange that `declare_exchange` makes, by default `topic`.",
-            needs="declare_exchange",
-        ),
-    ] = None
-    routing_key_template: Annotated[
-        str,
-        Key("The routing key of each event.", template=True),
-    ] = DEFAULT_ROUTING_KEY
+    exchange: Where events are published; without it the broker's own, which hands an event to the
+        queue that is named like its routing key.
+    exchange_type: Of an exchange that `declare_exchange` makes, by default `topic`.
+    routing_key_template: The routing key of each event.
+    declare_exchange: Make the exchange where it is missing, durable.
+    mandatory: An event that no queue takes is an error, instead of being dropped by the broker.
+    max_in_flight: The most events without confirmation.
+    max_message_bytes: The most bytes of one body; by default what a broker of that version takes
+        (16 MiB from 4.0 on, 128 MiB before), and never more than it says it does.
+    confirm_timeout_ms: How long to go on without a single confirmation.
+    """
+
+    exchange: Annotated[str, Key(required_unless="routing_key_template")] = ""
+    exchange_type: Annotated[str | None, Key(needs="declare_exchange")] = None
+    routing_key_template: Annotated[str, Key(template=True)] = DEFAULT_ROUTING_KEY
     routing: Routing = {}
-    declare_exchange: Annotated[
-        bool, Key("Make the exchange where it is missing, durable.", needs="exchange")
-    ] = False
-    mandatory: Annotated[
-        bool,
-        Key("An event that no queue takes is an error, instead of being dropped by the broker."),
-    ] = True
-    max_in_flight: Annotated[int, Key("The most events without confirmation.", ge=1)] = 4096
-    max_message_bytes: Annotated[
-        int | None,
-        Key(
-            "The most bytes of one body; by default what a broker of that version takes (16 MiB"
-            " from 4.0 on, 128 MiB before), and never more than it says it does.",
-            ge=1,
-        ),
-    ] = None
-    confirm_timeout_ms: Annotated[
-        int, Key("How long to go on without a single confirmation.", ge=1)
-    ] = 30_000
+    declare_exchange: Annotated[bool, Key(needs="exchange")] = False
+    mandatory: bool = True
+    max_in_flight: Positive = 4096
+    max_message_bytes: Positive | None = None
+    confirm_timeout_ms: Positive = 30_000
     format: Format = "envelope"
 
 
 class RabbitSourceOptions(
     RabbitConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The source's keys."""
+    """The source's keys.
 
-    queue: Annotated[str, Key("What to consume.")]
-    declare_queue: Annotated[bool, Key("Make the queue where it is missing, durable.")] = False
-    prefetch_count: Annotated[
-        int | None,
-        Key(
-            "How many messages the broker sends ahead of their acknowledgement; by default four"
-            " batches and at least 1000.",
-            ge=1,
-            le=MAX_PREFETCH,
-        ),
-    ] = None
-    exclusive: Annotated[
-        bool,
-        Key(
-            "Be the queue's only consumer, which keeps its order across a lost connection; `false`"
-            " shares the queue with other consumers."
-        ),
-    ] = True
+    queue: What to consume.
+    declare_queue: Make the queue where it is missing, durable.
+    prefetch_count: How many messages the broker sends ahead of their acknowledgement; by default
+        four batches and at least 1000.
+    exclusive: Be the queue's only consumer, which keeps its order across a lost connection; `false`
+        shares the queue with other consumers.
+    """
+
+    queue: str
+    declare_queue: bool = False
+    prefetch_count: Annotated[int | None, Key(ge=1, le=MAX_PREFETCH)] = None
+    exclusive: bool = True
 
 
 class Endpoint(msgspec.Struct, frozen=True):

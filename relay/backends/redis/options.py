@@ -10,8 +10,11 @@ import msgspec
 
 from relay.errors import ConfigurationError
 from relay.options import (
+    Connecting,
+    Credential,
     Format,
     Key,
+    Positive,
     Routing,
     TimeoutMs,
     Tls,
@@ -31,26 +34,21 @@ _ID = re.compile(r"\$|\d{1,20}(-\d{1,20})?")
 
 
 class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What sink and source have in common."""
+    """What sink and source have in common.
 
-    type: Annotated[str, Key("`redis`.")]
-    url: Annotated[
-        str,
-        Key(
-            "`redis://host:6379/db`, or `rediss://` for TLS; a user and password in it are"
-            " percent-decoded.",
-            schemes=_SCHEMES,
-            connection=True,
-        ),
-    ]
-    username: Annotated[
-        str | None, Key("User name of an ACL user, with `password`.", connection=True)
-    ] = None
-    password: Annotated[
-        str | None,
-        Key("Password; alone, that of the default user.", secret=True, connection=True),
-    ] = None
-    db: Annotated[int | None, Key("Number of the database.", ge=0, connection=True)] = None
+    type: `redis`.
+    url: `redis://host:6379/db`, or `rediss://` for TLS; a user and password in it are
+        percent-decoded.
+    username: User name of an ACL user, with `password`.
+    password: Password; alone, that of the default user.
+    db: Number of the database.
+    """
+
+    type: str
+    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    username: Connecting = None
+    password: Credential = None
+    db: Annotated[int | None, Key(ge=0, connection=True)] = None
     tls: Tls = False
     tls_ca: TlsCa = None
     tls_cert: TlsCert = None
@@ -62,77 +60,50 @@ class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=
 class RedisSinkOptions(
     RedisConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The sink's keys."""
+    """The sink's keys.
 
-    stream_key: Annotated[str, Key("The stream that each event goes to.", template=True)] = (
-        DEFAULT_STREAM_KEY
-    )
+    stream_key: The stream that each event goes to.
+    maxlen: Trim each stream to about so many entries while adding; none by default, since what is
+        trimmed before it is read is lost.
+    max_message_bytes: The most bytes of one entry, fields and names together; a lower limit of the
+        server for one value is found by itself.
+    wait_replicas: How many replicas must have received an event before it counts as accepted.
+    """
+
+    stream_key: Annotated[str, Key(template=True)] = DEFAULT_STREAM_KEY
     routing: Routing = {}
-    maxlen: Annotated[
-        int | None,
-        Key(
-            "Trim each stream to about so many entries while adding; none by default, since what is"
-            " trimmed before it is read is lost.",
-            ge=1,
-        ),
-    ] = None
-    max_message_bytes: Annotated[
-        int,
-        Key(
-            "The most bytes of one entry, fields and names together; a lower limit of the server"
-            " for one value is found by itself.",
-            ge=1,
-        ),
-    ] = _DEFAULT_MESSAGE_BYTES
-    wait_replicas: Annotated[
-        int,
-        Key("How many replicas must have received an event before it counts as accepted.", ge=0),
-    ] = 0
+    maxlen: Positive | None = None
+    max_message_bytes: Positive = _DEFAULT_MESSAGE_BYTES
+    wait_replicas: Annotated[int, Key(ge=0)] = 0
     format: Format = "envelope"
 
 
 class RedisSourceOptions(
     RedisConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
-    """The source's keys."""
+    """The source's keys.
 
-    stream_key: Annotated[str, Key("The stream, made where it is missing.")]
-    group_name: Annotated[
-        str | None,
-        Key("The consumer group, made where it is missing; by default named after the pipeline."),
-    ] = None
-    consumer_name: Annotated[
-        str | None, Key("Our name in the group, by default the pipeline's too.")
-    ] = None
-    start_id: Annotated[
-        str,
-        Key(
-            "Where a new group begins: `0` for everything there is, `$` for what comes later, or an"
-            " entry id."
-        ),
-    ] = "0"
-    block_ms: Annotated[
-        int, Key("How long a poll waits for entries, in milliseconds.", ge=1, le=MAX_BLOCK_MS)
-    ] = MAX_BLOCK_MS
-    count: Annotated[
-        int | None,
-        Key("The most entries of one read, by default the pipeline's batch size.", ge=1),
-    ] = None
-    claim_idle_ms: Annotated[
-        int,
-        Key(
-            "After how many milliseconds without a sign of life the entries of another consumer are"
-            " claimed.",
-            ge=1000,
-        ),
-    ] = 60_000
-    payload_field: Annotated[
-        str,
-        Key(
-            "The field of somebody else's entry that holds the JSON; an entry without it is read as"
-            " one object of all its fields."
-        ),
-    ] = "payload"
+    stream_key: The stream, made where it is missing.
+    group_name: The consumer group, made where it is missing; by default named after the pipeline.
+    consumer_name: Our name in the group, by default the pipeline's too.
+    start_id: Where a new group begins: `0` for everything there is, `$` for what comes later, or an
+        entry id.
+    block_ms: How long a poll waits for entries, in milliseconds.
+    count: The most entries of one read, by default the pipeline's batch size.
+    claim_idle_ms: After how many milliseconds without a sign of life the entries of another
+        consumer are claimed.
+    payload_field: The field of somebody else's entry that holds the JSON; an entry without it is
+        read as one object of all its fields.
+    """
+
+    stream_key: str
+    group_name: str | None = None
+    consumer_name: str | None = None
+    start_id: str = "0"
+    block_ms: Annotated[int, Key(ge=1, le=MAX_BLOCK_MS)] = MAX_BLOCK_MS
+    count: Positive | None = None
+    claim_idle_ms: Annotated[int, Key(ge=1000)] = 60_000
+    payload_field: str = "payload"
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -9,7 +9,16 @@ from urllib.parse import urlsplit
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import Format, Key, Routing, TimeoutMs, TlsInsecure, TlsKey
+from relay.options import (
+    Connecting,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TimeoutMs,
+    TlsInsecure,
+    TlsKey,
+)
 
 DEFAULT_SUBJECT = "pgtrickle.{stream_table}.{op}"
 DEFAULT_GROUP = "{key}"
@@ -26,135 +35,76 @@ _REGION_IN_HOST = re.compile(
 
 
 class SqsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What sink and source have in common."""
+    """What sink and source have in common.
 
-    type: Annotated[str, Key("`sqs`.")]
-    queue_url: Annotated[
-        str,
-        Key(
-            "The queue as SQS names it, such as"
-            " `https://sqs.eu-central-1.amazonaws.com/1234/orders`.",
-            schemes=_SCHEMES,
-            connection=True,
-        ),
-    ]
-    region: Annotated[
-        str | None,
-        Key(
-            "The region that requests are signed for; by default the one in the URL, else the one"
-            " of the AWS settings around the relay.",
-            connection=True,
-        ),
-    ] = None
-    endpoint_url: Annotated[
-        str | None,
-        Key(
-            "Where requests are sent, by default the scheme and host of `queue_url`.",
-            schemes=_SCHEMES,
-            connection=True,
-        ),
-    ] = None
+    type: `sqs`.
+    queue_url: The queue as SQS names it, such as
+        `https://sqs.eu-central-1.amazonaws.com/1234/orders`.
+    region: The region that requests are signed for; by default the one in the URL, else the one of
+        the AWS settings around the relay.
+    endpoint_url: Where requests are sent, by default the scheme and host of `queue_url`.
+    access_key_id: Who we are, with `secret_access_key`; without both the AWS chain is asked:
+        environment, shared files, container, instance.
+    secret_access_key: The secret key, with `access_key_id`.
+    session_token: The token of temporary credentials, with the other two.
+    tls_ca: PEM file of the authority that signed the server's certificate, by default the public
+        ones.
+    tls_cert: PEM file of our certificate.
+    max_in_flight: The most calls in flight.
+    """
+
+    type: str
+    queue_url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    region: Connecting = None
+    endpoint_url: Annotated[str | None, Key(schemes=_SCHEMES, connection=True)] = None
     access_key_id: Annotated[
-        str | None,
-        Key(
-            "Who we are, with `secret_access_key`; without both the AWS chain is asked:"
-            " environment, shared files, container, instance.",
-            secret=True,
-            connection=True,
-            needs="secret_access_key",
-        ),
+        str | None, Key(secret=True, connection=True, needs="secret_access_key")
     ] = None
     secret_access_key: Annotated[
-        str | None,
-        Key(
-            "The secret key, with `access_key_id`.",
-            secret=True,
-            connection=True,
-            needs="access_key_id",
-        ),
+        str | None, Key(secret=True, connection=True, needs="access_key_id")
     ] = None
     session_token: Annotated[
-        str | None,
-        Key(
-            "The token of temporary credentials, with the other two.",
-            secret=True,
-            connection=True,
-            needs="access_key_id",
-        ),
+        str | None, Key(secret=True, connection=True, needs="access_key_id")
     ] = None
-    tls_ca: Annotated[
-        str | None,
-        Key(
-            "PEM file of the authority that signed the server's certificate, by default the public"
-            " ones.",
-            connection=True,
-            excludes=("tls_insecure",),
-        ),
-    ] = None
+    tls_ca: Annotated[str | None, Key(connection=True, excludes=("tls_insecure",))] = None
     tls_cert: Annotated[
-        str | None,
-        Key(
-            "PEM file of our certificate.",
-            connection=True,
-            needs="tls_key",
-            excludes=("tls_insecure",),
-        ),
+        str | None, Key(connection=True, needs="tls_key", excludes=("tls_insecure",))
     ] = None
     tls_key: TlsKey = None
     tls_insecure: TlsInsecure = False
     timeout_ms: TimeoutMs = 10_000
-    max_in_flight: Annotated[int, Key("The most calls in flight.", ge=1)] = 8
+    max_in_flight: Positive = 8
 
 
 class SqsSinkOptions(SqsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sink's keys."""
+    """The sink's keys.
 
-    message_group_id: Annotated[
-        str | None,
-        Key(
-            "The message group of each event; on a FIFO queue by default `{key}`, on a standard"
-            " queue none unless it is set (SQS then shares the queue fairly among groups).",
-            template=True,
-        ),
-    ] = None
-    subject_template: Annotated[
-        str, Key("The subject that an event bears in its metadata.", template=True)
-    ] = DEFAULT_SUBJECT
+    message_group_id: The message group of each event; on a FIFO queue by default `{key}`, on a
+        standard queue none unless it is set (SQS then shares the queue fairly among groups).
+    subject_template: The subject that an event bears in its metadata.
+    max_message_bytes: The most bytes of one message, body and attributes together; by default what
+        the queue allows, which is never exceeded.
+    """
+
+    message_group_id: Annotated[str | None, Key(template=True)] = None
+    subject_template: Annotated[str, Key(template=True)] = DEFAULT_SUBJECT
     routing: Routing = {}
-    max_message_bytes: Annotated[
-        int | None,
-        Key(
-            "The most bytes of one message, body and attributes together; by default what the queue"
-            " allows, which is never exceeded.",
-            ge=1,
-            le=MOST_BYTES,
-        ),
-    ] = None
+    max_message_bytes: Annotated[int | None, Key(ge=1, le=MOST_BYTES)] = None
     format: Format = "envelope"
 
 
 class SqsSourceOptions(SqsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The source's keys."""
+    """The source's keys.
 
-    visibility_timeout: Annotated[
-        int,
-        Key(
-            "How many seconds a message that was received stays hidden from others; it is extended"
-            " while the message is worked on.",
-            ge=1,
-            le=_LONGEST_VISIBILITY_S,
-        ),
-    ] = 30
-    wait_time_seconds: Annotated[
-        int,
-        Key(
-            "How long a receive waits for messages. A longer wait means fewer calls for an idle"
-            " queue; closing waits at most 3 seconds for it, and what a longer one is still given"
-            " is hidden until the visibility timeout has run out.",
-            ge=1,
-            le=_LONGEST_WAIT_S,
-        ),
-    ] = 2
+    visibility_timeout: How many seconds a message that was received stays hidden from others; it is
+        extended while the message is worked on.
+    wait_time_seconds: How long a receive waits for messages. A longer wait means fewer calls for an
+        idle queue; closing waits at most 3 seconds for it, and what a longer one is still given is
+        hidden until the visibility timeout has run out.
+    """
+
+    visibility_timeout: Annotated[int, Key(ge=1, le=_LONGEST_VISIBILITY_S)] = 30
+    wait_time_seconds: Annotated[int, Key(ge=1, le=_LONGEST_WAIT_S)] = 2
 
 
 class Target(msgspec.Struct, frozen=True):

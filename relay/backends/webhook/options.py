@@ -10,7 +10,18 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.options import Format, Key, Routing, TlsCert, TlsInsecure, TlsKey
+from relay.options import (
+    Connecting,
+    ConnectingFlag,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 SignatureScheme = Literal["hmac-sha256", "github", "stripe", "svix"]
 
@@ -21,138 +32,93 @@ _SCHEMES = ("http", "https")
 
 
 class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sink's keys. Authentication is one of ``bearer_token`` and ``username``."""
+    """The sink's keys. Authentication is one of ``bearer_token`` and ``username``.
 
-    type: Annotated[str, Key("`webhook`.")]
-    url: Annotated[
-        str,
-        Key(
-            "`http://` or `https://`; a user and password in it are sent as basic authentication.",
-            schemes=_SCHEMES,
-            connection=True,
-        ),
-    ]
-    method: Annotated[Literal["POST", "PUT", "PATCH"], Key("Of the request.")] = "POST"
-    headers: Annotated[Mapping[str, str], Key("Sent with every request.", connection=True)] = {}
-    timeout_ms: Annotated[
-        int, Key("How long one request may take until its answer begins.", ge=1)
-    ] = 30_000
-    batch_mode: Annotated[bool, Key("Arrays, or a request for each message.")] = True
-    max_in_flight: Annotated[
-        int, Key("The most requests in flight without `batch_mode`.", ge=1)
-    ] = 16
-    retry_on_status: Annotated[
-        Sequence[int],
-        Key(
-            "Statuses that say nothing about the messages.",
-            ge=_FIRST_ERROR_STATUS,
-            le=_LAST_STATUS,
-        ),
-    ] = (408, 425, 429, 500, 502, 503, 504)
-    max_body_bytes: Annotated[
-        int, Key("The largest body; an array is cut at a megabyte anyway.", ge=1)
-    ] = 10 * 1024 * 1024
-    bearer_token: Annotated[
-        str | None,
-        Key(
-            "Sent as `Authorization: Bearer`.",
-            secret=True,
-            connection=True,
-            excludes=("username",),
-        ),
-    ] = None
-    username: Annotated[
-        str | None,
-        Key("Basic authentication, with `password`.", connection=True, needs="password"),
-    ] = None
-    password: Annotated[
-        str | None,
-        Key(
-            "Basic authentication, with `username`.",
-            secret=True,
-            connection=True,
-            needs="username",
-        ),
-    ] = None
-    hmac_secret: Annotated[
-        str | None,
-        Key(
-            "Signs each request by Standard Webhooks; `whsec_` and base64.",
-            secret=True,
-            connection=True,
-        ),
-    ] = None
-    tls: Annotated[bool, Key("Refuse a URL that is not `https`.", connection=True)] = False
-    tls_ca: Annotated[str | None, Key("PEM file of the receiver's authority.", connection=True)] = (
-        None
+    type: `webhook`.
+    url: `http://` or `https://`; a user and password in it are sent as basic authentication.
+    method: Of the request.
+    headers: Sent with every request.
+    timeout_ms: How long one request may take until its answer begins.
+    batch_mode: Arrays, or a request for each message.
+    max_in_flight: The most requests in flight without `batch_mode`.
+    retry_on_status: Statuses that say nothing about the messages.
+    max_body_bytes: The largest body; an array is cut at a megabyte anyway.
+    bearer_token: Sent as `Authorization: Bearer`.
+    username: Basic authentication, with `password`.
+    password: Basic authentication, with `username`.
+    hmac_secret: Signs each request by Standard Webhooks; `whsec_` and base64.
+    tls: Refuse a URL that is not `https`.
+    tls_ca: PEM file of the receiver's authority.
+    subject_template: The subject that a message bears.
+    """
+
+    type: str
+    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    method: Literal["POST", "PUT", "PATCH"] = "POST"
+    headers: Annotated[Mapping[str, str], Key(connection=True)] = {}
+    timeout_ms: Positive = 30_000
+    batch_mode: bool = True
+    max_in_flight: Positive = 16
+    retry_on_status: Annotated[Sequence[int], Key(ge=_FIRST_ERROR_STATUS, le=_LAST_STATUS)] = (
+        408,
+        425,
+        429,
+        500,
+        502,
+        503,
+        504,
     )
+    max_body_bytes: Positive = 10 * 1024 * 1024
+    bearer_token: Annotated[
+        str | None, Key(secret=True, connection=True, excludes=("username",))
+    ] = None
+    username: Annotated[str | None, Key(connection=True, needs="password")] = None
+    password: Annotated[str | None, Key(secret=True, connection=True, needs="username")] = None
+    hmac_secret: Credential = None
+    tls: ConnectingFlag = False
+    tls_ca: Connecting = None
     tls_cert: TlsCert = None
     tls_key: TlsKey = None
     tls_insecure: TlsInsecure = False
-    subject_template: Annotated[str, Key("The subject that a message bears.", template=True)] = (
-        "{stream_table}.{op}"
-    )
+    subject_template: Annotated[str, Key(template=True)] = "{stream_table}.{op}"
     routing: Routing = {}
     format: Format = "envelope"
 
 
 class WebhookSourceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The source's keys. A certificate makes it a TLS server."""
+    """The source's keys. A certificate makes it a TLS server.
 
-    type: Annotated[str, Key("`webhook`.")]
-    listen_addr: Annotated[
-        str,
-        Key("`host:port`, `[v6]:port`, or `:port` for every address.", connection=True),
-    ]
-    path: Annotated[str, Key("Where requests are sent to, from `/` on.")] = "/"
-    auth_header: Annotated[
-        str | None,
-        Key(
-            "The header of `auth_value`; `Authorization` by default.",
-            connection=True,
-            needs="auth_value",
-        ),
-    ] = None
-    auth_value: Annotated[
-        str | None,
-        Key("The text that the header `auth_header` must have.", secret=True, connection=True),
-    ] = None
-    signature: Annotated[
-        SignatureScheme | None,
-        Key("How requests are signed, with `hmac_secret`.", connection=True, needs="hmac_secret"),
-    ] = None
-    signature_header: Annotated[
-        str | None,
-        Key("Where `hmac-sha256` finds the signature.", connection=True, needs="signature"),
-    ] = None
-    signature_tolerance_s: Annotated[
-        int,
-        Key("How old or early a signed request may be, in seconds; `stripe` and `svix`.", ge=1),
-    ] = 300
-    hmac_secret: Annotated[
-        str | None,
-        Key("The secret of `signature`.", secret=True, connection=True, needs="signature"),
-    ] = None
-    max_body_bytes: Annotated[
-        int,
-        Key("Larger bodies are refused, as are arrays of more than 100,000 elements.", ge=1),
-    ] = 10 * 1024 * 1024
-    answer_timeout_ms: Annotated[
-        int, Key("A request that is not settled by then is answered 503.", ge=1)
-    ] = 10_000
-    tls: Annotated[bool, Key("Insist on TLS.", connection=True)] = False
-    tls_ca: Annotated[
-        str | None,
-        Key("PEM file of the authority whose certificates senders must show.", connection=True),
-    ] = None
-    tls_cert: Annotated[
-        str | None,
-        Key(
-            "PEM file of the server's certificate; makes it a TLS server.",
-            connection=True,
-            needs="tls_key",
-        ),
-    ] = None
+    type: `webhook`.
+    listen_addr: `host:port`, `[v6]:port`, or `:port` for every address.
+    path: Where requests are sent to, from `/` on.
+    auth_header: The header of `auth_value`; `Authorization` by default.
+    auth_value: The text that the header `auth_header` must have.
+    signature: How requests are signed, with `hmac_secret`.
+    signature_header: Where `hmac-sha256` finds the signature.
+    signature_tolerance_s: How old or early a signed request may be, in seconds; `stripe` and
+        `svix`.
+    hmac_secret: The secret of `signature`.
+    max_body_bytes: Larger bodies are refused, as are arrays of more than 100,000 elements.
+    answer_timeout_ms: A request that is not settled by then is answered 503.
+    tls: Insist on TLS.
+    tls_ca: PEM file of the authority whose certificates senders must show.
+    tls_cert: PEM file of the server's certificate; makes it a TLS server.
+    """
+
+    type: str
+    listen_addr: Annotated[str, Key(connection=True)]
+    path: str = "/"
+    auth_header: Annotated[str | None, Key(connection=True, needs="auth_value")] = None
+    auth_value: Credential = None
+    signature: Annotated[SignatureScheme | None, Key(connection=True, needs="hmac_secret")] = None
+    signature_header: Annotated[str | None, Key(connection=True, needs="signature")] = None
+    signature_tolerance_s: Positive = 300
+    hmac_secret: Annotated[str | None, Key(secret=True, connection=True, needs="signature")] = None
+    max_body_bytes: Positive = 10 * 1024 * 1024
+    answer_timeout_ms: Positive = 10_000
+    tls: ConnectingFlag = False
+    tls_ca: Connecting = None
+    tls_cert: Annotated[str | None, Key(connection=True, needs="tls_key")] = None
     tls_key: TlsKey = None
 
 
