@@ -16,10 +16,11 @@ from relay.errors import ConfigurationError
 from relay.events import Direction, Event, PipelineDescribed
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
+from relay.options import declared_keys
 from relay.pipeline import Pipeline
 from relay.pipeline_config import PipelineConfig, pace_of, parse_config, with_profile
 from relay.postgres import Database
-from relay.registry import build_sink, build_source, source_runs_everywhere
+from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
 
@@ -151,7 +152,8 @@ class Assembly:
             for name, profile in self._settings.backends.items()
             if name == options.get("profile")
         }
-        return with_profile(role, type_, resolved, profiles) | {"type": type_}
+        declared = declared_keys(options_of(role, type_))
+        return with_profile(role, type_, resolved, profiles, declared) | {"type": type_}
 
 
 def _transform(direction: Direction, config: PipelineConfig, sink: Sink) -> Transform:

@@ -16,6 +16,7 @@ from relay.errors import CatalogError, ConfigurationError
 from relay.events import Direction
 from relay.message import RelayMessage, op_named
 from relay.postgres import Database, leaving_nothing
+from relay.settings import schema_identifier
 
 CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
@@ -65,7 +66,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Before and behind a call of a function that its owner can change at any time; parameters 1 to 3.
-INBOX_IS_INTACT = "pgtrickle.relay_inbox_is_intact($1, $2, $3)"
+INBOX_IS_INTACT = "relay_inbox_is_intact($1, $2, $3)"
 
 
 class InboxDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +142,7 @@ class Catalog:
     def __init__(self, database: Database, group_id: str) -> None:
         self._database = database
         self._group_id = group_id
+        self._schema = schema_identifier(database.settings.schema)
         self._text: DatabaseText | None = None
 
     @property
@@ -151,7 +153,7 @@ class Catalog:
     async def version(self) -> str:
         """The catalog's version. Raises `CatalogMissing` where there is none."""
         row = await self._database.fetch_row(
-            "reading the catalog's version", "select pgtrickle.relay_schema_version() as version"
+            "reading the catalog's version", "select relay_schema_version() as version"
         )
         return "" if row is None else str(row["version"])
 
@@ -159,7 +161,7 @@ class Catalog:
         """All pipelines, enabled or not."""
         rows = await self._database.fetch(
             "reading the pipelines",
-            "select name, direction, enabled, config from pgtrickle.list_relay_configs()",
+            "select name, direction, enabled, config from list_relay_configs()",
         )
         return [
             PipelineRow(
@@ -190,16 +192,16 @@ class Catalog:
     async def inbox(self, name: str, schema: str | None = None) -> InboxDescription:
         """An inbox. Raises `ConfigurationError` where there is none, or where it is broken."""
         row = await self._database.fetch_row(
-            "looking up the inbox", "select * from pgtrickle.relay_inbox($1, $2)", name, schema
+            "looking up the inbox", "select * from relay_inbox($1, $2)", name, schema
         )
         if row is None:
             raise CatalogError(f"the catalog does not know the inbox {name}")
         if row["problem"] is not None:
             raise ConfigurationError(
                 f"inbox {name} is broken: {row['problem']}",
-                remedy=f"select pgtrickle.enable_inbox_tracking('{name}', …), again"
+                remedy=f"select {self._schema}.enable_inbox_tracking('{name}', …), again"
                 if row["adopted"]
-                else f"select pgtrickle.drop_inbox('{name}'), and create it again",
+                else f"select {self._schema}.drop_inbox('{name}'), and create it again",
             )
         return msgspec.convert(dict(row), InboxDescription)
 
@@ -208,7 +210,7 @@ class Catalog:
         return await self._one(
             Claim,
             "claiming the pipeline",
-            "select * from pgtrickle.relay_claim($1, $2, $3, $4)",
+            "select * from relay_claim($1, $2, $3, $4)",
             self._group_id,
             pipeline,
             outbox_table,
@@ -230,7 +232,7 @@ class Catalog:
         """
         await self._database.execute(
             "committing the offset",
-            "select pgtrickle.relay_commit($1, $2, $3, $4, $5, $6, $7)",
+            "select relay_commit($1, $2, $3, $4, $5, $6, $7)",
             self._group_id,
             pipeline,
             epoch,
@@ -244,7 +246,7 @@ class Catalog:
         """Set the position anywhere and remove the gaps: the outbox was made again."""
         await self._database.execute(
             "resetting the offset",
-            "select pgtrickle.relay_commit($1, $2, $3, $4, p_is_reset => true)",
+            "select relay_commit($1, $2, $3, $4, p_is_reset => true)",
             self._group_id,
             pipeline,
             epoch,
@@ -255,7 +257,7 @@ class Catalog:
         """Give up ownership; harmless when it was lost already."""
         await self._database.execute(
             "releasing the pipeline",
-            "select pgtrickle.relay_release($1, $2, $3)",
+            "select relay_release($1, $2, $3)",
             self._group_id,
             pipeline,
             epoch,
@@ -265,7 +267,7 @@ class Catalog:
         """A source's own remembered position, as JSON."""
         row = await self._database.fetch_row(
             "reading the cursor",
-            "select pgtrickle.relay_cursor_get($1, $2, $3) as cursor",
+            "select relay_cursor_get($1, $2, $3) as cursor",
             self._group_id,
             pipeline,
             cursor_key,
@@ -276,7 +278,7 @@ class Catalog:
         """Remember a source's own position. Raises `OwnershipLost`."""
         await self._database.execute(
             "committing the cursor",
-            "select pgtrickle.relay_cursor_set($1, $2, $3, $4, $5)",
+            "select relay_cursor_set($1, $2, $3, $4, $5)",
             self._group_id,
             pipeline,
             epoch,
@@ -288,7 +290,7 @@ class Catalog:
         """Ask publishers to notify: this relay is idle on that outbox, for so long at most."""
         await self._database.execute(
             "going to sleep",
-            "select pgtrickle.relay_sleep($1, $2, $3)",
+            "select relay_sleep($1, $2, $3)",
             outbox_table,
             sleeper,
             seconds,
@@ -297,14 +299,14 @@ class Catalog:
     async def wake(self, outbox_table: str, sleeper: str) -> None:
         """Spare publishers the notification: this relay is polling by itself."""
         await self._database.execute(
-            "waking up", "select pgtrickle.relay_sleep($1, $2)", outbox_table, sleeper
+            "waking up", "select relay_sleep($1, $2)", outbox_table, sleeper
         )
 
     async def rows_consumed(self, outbox_table: str, outbox_id: int) -> None:
         """Tell the outbox that a claim check was fetched completely."""
         await self._database.execute(
             "reporting a consumed claim check",
-            "select pgtrickle.outbox_rows_consumed($1, $2)",
+            "select outbox_rows_consumed($1, $2)",
             outbox_table,
             outbox_id,
         )
@@ -312,7 +314,7 @@ class Catalog:
     async def swept_outboxes(self) -> list[str]:
         """The outboxes that relays have to sweep, whoever reads them."""
         rows = await self._database.fetch(
-            "listing the outboxes", "select pgtrickle.relay_swept_outboxes() as outbox_table"
+            "listing the outboxes", "select relay_swept_outboxes() as outbox_table"
         )
         return [row["outbox_table"] for row in rows]
 
@@ -320,7 +322,7 @@ class Catalog:
         """Remove rows that are past retention and delivered; returns how many."""
         row = await self._database.fetch_row(
             "sweeping the outbox",
-            "select pgtrickle.relay_sweep_outbox($1, $2) as swept",
+            "select relay_sweep_outbox($1, $2) as swept",
             outbox_table,
             max_rows,
         )
@@ -354,7 +356,7 @@ class Catalog:
         messages = [message for message, _ in stored]
         row = await self._database.fetch_row(
             "writing dead letters",
-            "select pgtrickle.relay_dead_letter($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13) as ids",
+            "select relay_dead_letter($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13) as ids",
             self._group_id,
             pipeline,
             direction,
@@ -378,7 +380,7 @@ class Catalog:
         """Dead letters of a pipeline for which a retry was asked."""
         rows = await self._database.fetch(
             "taking dead letters",
-            "select * from pgtrickle.relay_dlq_take($1, $2, $3)",
+            "select * from relay_dlq_take($1, $2, $3)",
             self._group_id,
             pipeline,
             max_rows,
@@ -388,7 +390,7 @@ class Catalog:
     async def settle_dead_letters(self, ids: Sequence[int]) -> None:
         """These were delivered: remove them."""
         await self._database.execute(
-            "settling dead letters", "select pgtrickle.relay_dlq_settle($1)", list(ids)
+            "settling dead letters", "select relay_dlq_settle($1)", list(ids)
         )
 
     async def fail_dead_letters(
@@ -398,7 +400,7 @@ class Catalog:
         text = await self._database_text()
         await self._database.execute(
             "recording failed retries",
-            "select pgtrickle.relay_dlq_fail($1, $2, $3)",
+            "select relay_dlq_fail($1, $2, $3)",
             [letter.id for letter in letters],
             [text.printable(error) for error in errors],
             [letter.attempts for letter in letters],
@@ -407,7 +409,7 @@ class Catalog:
     async def put_back(self, ids: Sequence[int]) -> None:
         """Ask for a retry of these: what condemned them was an outage."""
         await self._database.execute(
-            "putting back dead letters", "select pgtrickle.relay_dlq_put_back($1)", list(ids)
+            "putting back dead letters", "select relay_dlq_put_back($1)", list(ids)
         )
 
     async def lag(self, pipelines: Sequence[str]) -> list[Lag]:
@@ -415,7 +417,7 @@ class Catalog:
         rows = await self._database.fetch(
             "measuring lag",
             "select pipeline, last_change_id, max_outbox_id, lag_rows, oldest_unsent_at,"
-            " pending_gaps, worker_id from pgtrickle.relay_lag($1, $2)",
+            " pending_gaps, worker_id from relay_lag($1, $2)",
             self._group_id,
             list(pipelines),
         )
@@ -425,7 +427,7 @@ class Catalog:
         """How many dead letters each pipeline has."""
         rows = await self._database.fetch(
             "counting dead letters",
-            "select pipeline, entries from pgtrickle.relay_dlq_stats()",
+            "select pipeline, entries from relay_dlq_stats()",
         )
         return {row["pipeline"]: row["entries"] for row in rows}
 
@@ -434,7 +436,7 @@ class Catalog:
         text = await self._database_text()
         await self._database.execute(
             "reporting to the fleet",
-            "select pgtrickle.relay_report($1, $2, $3)",
+            "select relay_report($1, $2, $3)",
             self._group_id,
             worker_id,
             text.printable_json(report),
@@ -444,7 +446,7 @@ class Catalog:
         """Leave the fleet."""
         await self._database.execute(
             "leaving the fleet",
-            "select pgtrickle.relay_retire($1, $2)",
+            "select relay_retire($1, $2)",
             self._group_id,
             worker_id,
         )

@@ -29,7 +29,7 @@ import asyncpg
 import msgspec
 
 from relay.errors import CatalogError, MigrationRefused, NotConnected
-from relay.settings import DEFAULT_SCHEMA
+from relay.settings import DEFAULT_SCHEMA, schema_identifier
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -195,11 +195,8 @@ class _Migrator:
 
 def filled(text: str, schema: str) -> str:
     """SQL text with the schema in it: ``@schema@`` as identifier, ``@schema_name@`` as literal."""
-    identifier = '"' + schema.replace('"', '""') + '"'
-    if re.fullmatch(rf"{DEFAULT_SCHEMA}[a-z0-9_]*", schema):
-        identifier = schema
     literal = "'" + schema.replace("'", "''") + "'"
-    return text.replace("@schema_name@", literal).replace("@schema@", identifier)
+    return text.replace("@schema_name@", literal).replace("@schema@", schema_identifier(schema))
 
 
 async def catalog_version(connection: Connection, schema: str = DEFAULT_SCHEMA) -> str | None:
@@ -239,7 +236,7 @@ async def uninstall(connection: Connection, *, schema: str = DEFAULT_SCHEMA) -> 
             async with connection.transaction():
                 await connection.execute(f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s'")
                 await connection.execute("set local search_path = pg_catalog, pg_temp")
-                functions = await connection.fetch(_BESIDE, filled("@schema@", schema))
+                functions = await connection.fetch(_BESIDE, schema_identifier(schema))
                 await connection.execute(filled("drop schema @schema@ cascade", schema))
                 for function in functions:
                     try:

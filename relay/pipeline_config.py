@@ -7,80 +7,92 @@ nothing is believed here either.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from relay import __version__
 from relay.errors import ConfigurationError
 from relay.events import Direction
-from relay.options import parse_options
+from relay.options import Key, Positive, parse_options
 from relay.settings import RelaySettings
 
 CONFIG_VERSION = 1
-
-# What says where a backend is and who we are to it. It comes from a profile as a whole or from
-# the row as a whole: a row that could aim a profile's credentials at an endpoint of its own would
-# give them away.
-CONNECTION_KEYS = frozenset(
-    {
-        *("url", "brokers", "region", "endpoint_url", "queue_url", "listen_addr"),
-        *("user", "username", "password", "token", "creds_file", "nkey_seed", "db", "vhost"),
-        *("sasl_mechanism", "sasl_username", "sasl_password"),
-        *("access_key_id", "secret_access_key", "session_token", "role_arn"),
-        *("auth_header", "auth_value", "bearer_token", "hmac_secret", "headers"),
-        *("signature", "signature_header"),
-        *("sslmode", "sslrootcert", "sslcert", "sslkey"),
-        *("tls", "tls_ca", "tls_cert", "tls_key", "tls_insecure", "client"),
-    }
-)
-
 
 # The catalog accepts these for releases in which relays of a group compete for one outbox. Until
 # they do, such a pipeline would run with other guarantees than its row asks for.
 _NOT_AVAILABLE = ("parallelism", "visibility_seconds")
 
-# Keys that mean something in one direction only, and would be without effect in the other.
-_KEYS_OF: Mapping[Direction, frozenset[str]] = {
-    "forward": frozenset(
-        {
-            *("start", "on_reset", "collapse_updates", "snapshot_markers"),
-            *("dedup_namespace", "key_columns"),
-        }
-    ),
-    "reverse": frozenset({"dedup_key_from", "event_type_from", "columns"}),
-}
-
 
 class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline. Keys that are None take the default of the runtime settings."""
+    """One pipeline. Keys that are None take the default of the runtime settings.
 
-    config_version: int = CONFIG_VERSION
+    config_version: Version of the configuration's shape; filled in.
+    source_type: Filled in from `source.type`.
+    source: Where events come from.
+    sink_type: Filled in from `sink.type`.
+    sink: Where events go.
+    description: A note for people. The relay does not read it.
+    batch_size: Most messages in a batch.
+    poll_interval_ms: First pause after an empty poll. It doubles up to 1 s; a notification ends it
+        at once.
+    prefetch: Polled batches that may wait while one is published. Of an outbox the rows of one more
+        are read ahead.
+    max_attempts: Attempts of a message that fails transiently, before it becomes a dead letter.
+        Without it the relay never gives up.
+    retry_initial_ms: First wait after a failure. Waits double and are jittered.
+    retry_max_ms: Longest wait after a failure.
+    breaker_threshold: Rejections in a row, without one success, after which the pipeline is
+        suspended and probes.
+    ordering: `strict`: no event of a key overtakes another, also under retries. `pipelined`: faster
+        on hot keys. Read by the sinks of brokers and webhooks; inboxes and files are always strict.
+    allow_plaintext_secrets: Accept a secret that is not a reference.
+    start: Where a new position starts. `latest`: behind what is visible when the pipeline is set;
+        transactions open at that moment are still delivered.
+    on_reset: What to do when the position lies beyond the outbox, which was created again or
+        restored.
+    parallelism: Slots of a consumer group. Not available in this version: leave it out.
+    visibility_seconds: Length of a consumer group's lease, in seconds. Not available in this
+        version: leave it out.
+    collapse_updates: Send the delete and the insert of one key in one outbox row as one `update`.
+        Needs a key.
+    snapshot_markers: Frame a full refresh with `snapshot_begin` and `snapshot_end`.
+    dedup_namespace: Goes in front of every dedup key. Set it where several databases, or several
+        pipelines of one outbox, feed one deduplicating destination.
+    key_columns: Columns whose values are the `key`; the primary key of the table otherwise.
+    dedup_key_from: Where the dedup key comes from, see [Rules](#rules); what the source says
+        otherwise.
+    event_type_from: Where the event type comes from, see [Rules](#rules); the message's subject
+        otherwise.
+    columns: Inbox field to rule, see [Rules](#rules).
+    """
+
+    config_version: Annotated[int, Key(ge=1, le=CONFIG_VERSION)] = CONFIG_VERSION
     source_type: str
     source: Mapping[str, object]
     sink_type: str
     sink: Mapping[str, object]
     description: str = ""
-    batch_size: int | None = None
-    poll_interval_ms: int | None = None
-    prefetch: int | None = None
-    max_attempts: int | None = None
-    retry_initial_ms: int | None = None
-    retry_max_ms: int | None = None
-    breaker_threshold: int | None = None
+    batch_size: Annotated[int | None, Key(ge=1, le=100000)] = None
+    poll_interval_ms: Annotated[int | None, Key(ge=1, le=3600000)] = None
+    prefetch: Annotated[int | None, Key(ge=0, le=8)] = None
+    max_attempts: Positive | None = None
+    retry_initial_ms: Annotated[int | None, Key(ge=1, le=86400000)] = None
+    retry_max_ms: Annotated[int | None, Key(ge=1, le=86400000)] = None
+    breaker_threshold: Positive | None = None
     ordering: Literal["strict", "pipelined"] | None = None
     allow_plaintext_secrets: bool = False
-    start: Literal["earliest", "latest"] = "earliest"
-    on_reset: Literal["earliest", "latest", "fail"] = "fail"
-    parallelism: int = 1
-    visibility_seconds: int = 30
-    collapse_updates: bool = False
-    snapshot_markers: bool = False
-    dedup_namespace: str = ""
-    key_columns: Sequence[str] | None = None
-    dedup_key_from: str | None = None
-    event_type_from: str | None = None
-    columns: Mapping[str, str] | None = None
+    start: Annotated[Literal["earliest", "latest"], Key(only="forward")] = "earliest"
+    on_reset: Annotated[Literal["earliest", "latest", "fail"], Key(only="forward")] = "fail"
+    parallelism: Annotated[int, Key(ge=1, le=64, only="forward")] = 1
+    visibility_seconds: Annotated[int, Key(ge=1, le=604800, only="forward")] = 30
+    collapse_updates: Annotated[bool, Key(only="forward")] = False
+    snapshot_markers: Annotated[bool, Key(only="forward")] = False
+    dedup_namespace: Annotated[str, Key(only="forward")] = ""
+    key_columns: Annotated[Sequence[str] | None, Key(only="forward")] = None
+    dedup_key_from: Annotated[str | None, Key(only="reverse")] = None
+    event_type_from: Annotated[str | None, Key(only="reverse")] = None
+    columns: Annotated[Mapping[str, str] | None, Key(only="reverse")] = None
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,23 +109,18 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_config(direction: Direction, config: Mapping[str, object]) -> PipelineConfig:
     """Type one catalog row. Raises `ConfigurationError` in the user's words."""
-    parsed = parse_options(config, PipelineConfig, path="")
-    _refuse_what_is_not_available(config, parsed.source)
-    if parsed.config_version != CONFIG_VERSION:
+    version = config.get("config_version", CONFIG_VERSION)
+    if str(version) != str(CONFIG_VERSION):
         raise ConfigurationError(
-            f"config_version {parsed.config_version} is not one this version can read",
+            f"config_version {version} is not one this version can read",
             remedy="upgrade pgtrickle-relay",
         )
+    parsed = parse_options(config, PipelineConfig, path="", kind=direction)
+    _refuse_what_is_not_available(config, parsed.source)
     if direction == "forward" and parsed.source_type != "outbox":
         raise ConfigurationError("source_type of a forward pipeline must be outbox")
     if direction == "reverse" and parsed.sink_type != "pg-inbox":
         raise ConfigurationError("sink_type of a reverse pipeline must be pg-inbox")
-    other: Direction = "reverse" if direction == "forward" else "forward"
-    strange = sorted(_KEYS_OF[other] & config.keys())
-    if strange:
-        raise ConfigurationError(
-            f"{strange[0]} belongs to {other} pipelines", remedy="leave it out"
-        )
     return parsed
 
 
@@ -132,27 +139,20 @@ def _refuse_what_is_not_available(
 
 
 def pace_of(config: PipelineConfig, defaults: RelaySettings) -> Pace:
-    """The pipeline's pace. Raises `ConfigurationError` for values that make no sense."""
+    """The pipeline's pace. Raises `ConfigurationError` where it is one that makes no sense."""
 
-    def own(name: str, value: int | None, default: int) -> int:
-        if value is not None and value < (0 if name == "prefetch" else 1):
-            raise ConfigurationError(f"{name} must be positive, but is {value}")
-        return default if value is None else value
+    def own(name: str) -> int:
+        value = getattr(config, name)
+        return int(getattr(defaults, name) if value is None else value)
 
     pace = Pace(
-        batch_size=own("batch_size", config.batch_size, defaults.batch_size),
-        poll_interval_s=own("poll_interval_ms", config.poll_interval_ms, defaults.poll_interval_ms)
-        / 1000,
-        prefetch=own("prefetch", config.prefetch, defaults.prefetch),
-        max_attempts=None
-        if config.max_attempts is None
-        else own("max_attempts", config.max_attempts, config.max_attempts),
-        retry_initial_s=own("retry_initial_ms", config.retry_initial_ms, defaults.retry_initial_ms)
-        / 1000,
-        retry_max_s=own("retry_max_ms", config.retry_max_ms, defaults.retry_max_ms) / 1000,
-        breaker_threshold=own(
-            "breaker_threshold", config.breaker_threshold, defaults.breaker_threshold
-        ),
+        batch_size=own("batch_size"),
+        poll_interval_s=own("poll_interval_ms") / 1000,
+        prefetch=own("prefetch"),
+        max_attempts=config.max_attempts,
+        retry_initial_s=own("retry_initial_ms") / 1000,
+        retry_max_s=own("retry_max_ms") / 1000,
+        breaker_threshold=own("breaker_threshold"),
     )
     if pace.retry_max_s < pace.retry_initial_s:
         raise ConfigurationError("retry_max_ms must not be below retry_initial_ms")
@@ -164,19 +164,24 @@ def with_profile(
     type_: str,
     options: Mapping[str, object],
     profiles: Mapping[str, Mapping[str, object]],
+    declared: Mapping[str, Key],
 ) -> dict[str, object]:
     """The options with their connection profile merged in; ``role`` is ``source`` or ``sink``.
 
-    Raises `ConfigurationError` for an unknown profile, one of another type, or a row that adds
-    connection keys of its own to a profile's.
+    ``declared`` are the keys of that backend. Where it is, and who we are to it, comes from a
+    profile as a whole or from the row as a whole: a row that could aim a profile's credentials at
+    an endpoint of its own would give them away. Raises `ConfigurationError` for that, for an
+    unknown profile and for one of another type.
     """
     merged = {name: value for name, value in options.items() if name != "profile"}
     name = options.get("profile")
     if name is None:
-        if "client" in merged:
-            raise ConfigurationError(
-                f"{role}.client belongs into a profile", remedy="add it to backends.<name>.client"
-            )
+        for key in merged:
+            if key in declared and declared[key].profile_only:
+                raise ConfigurationError(
+                    f"{role}.{key} belongs into a profile",
+                    remedy=f"add it to backends.<name>.{key}",
+                )
         return merged
     profile = profiles.get(str(name))
     if profile is None:
@@ -188,7 +193,7 @@ def with_profile(
         raise ConfigurationError(
             f"{role}.profile {name!r} is of type {profile.get('type')!r}, the {role} of {type_!r}"
         )
-    mixed = sorted(CONNECTION_KEYS & merged.keys())
+    mixed = sorted(key for key in merged if key in declared and declared[key].connection)
     if mixed:
         raise ConfigurationError(
             f"{role}.{mixed[0]} can't be combined with the profile {name!r}",

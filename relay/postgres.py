@@ -32,7 +32,7 @@ from relay.errors import (
 )
 from relay.network import not_connected
 from relay.secrets import mask_urls
-from relay.settings import PostgresSettings
+from relay.settings import PostgresSettings, schema_identifier
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -354,16 +354,12 @@ def _server_settings(settings: PostgresSettings, purpose: str) -> dict[str, str]
     # The keepalives are the server's: they let it notice that a relay is gone and free its locks.
     return {
         "application_name": f"{settings.application_name} {purpose}"[:63],
-        "search_path": f"pg_catalog, {_quoted(settings.schema)}",
+        "search_path": f"pg_catalog, {schema_identifier(settings.schema)}",
         "default_transaction_isolation": "read committed",
         "idle_in_transaction_session_timeout": "60000",
         "timezone": "UTC",
         **_KEEPALIVE,
     }
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 async def _prepare(connection: Connection | PooledConnection) -> None:

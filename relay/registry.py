@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Protocol, cast
 
+import msgspec
+
 from relay.context import BackendContext
 from relay.contracts import Sink, Source
 from relay.errors import ConfigurationError, DriverMissing
@@ -47,6 +49,8 @@ EXTRAS: Mapping[str, str] = {
 
 
 class _Buildable(Protocol):
+    __name__: str
+
     def from_options(self, options: Mapping[str, object], context: BackendContext) -> object: ...
 
 
@@ -58,6 +62,17 @@ def build_sink(type_: str, options: Mapping[str, object], context: BackendContex
 def build_source(type_: str, options: Mapping[str, object], context: BackendContext) -> Source:
     """The source of that type. Raises `ConfigurationError`, `DriverMissing`."""
     return cast("Source", _resolve(SOURCES, "source", type_).from_options(options, context))
+
+
+def options_of(role: str, type_: str) -> type[msgspec.Struct]:
+    """The struct that declares a backend's keys. Raises as `build_source` does.
+
+    By convention it is called ``NatsSinkOptions`` for the class ``NatsSink``, in ``options``.
+    """
+    table = SINKS if role == "sink" else SOURCES
+    name = _resolve(table, role, type_).__name__
+    module = importlib.import_module(f"{table[type_].partition(':')[0]}.options")
+    return cast("type[msgspec.Struct]", getattr(module, f"{name}Options"))
 
 
 def source_runs_everywhere(type_: str) -> bool:

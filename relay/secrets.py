@@ -16,14 +16,30 @@ import msgspec
 from relay.errors import SecretUnresolved
 
 DEFAULT_FILE_ROOTS = ("/run/secrets", "/var/run/secrets", "/etc/pgtrickle-relay/secrets")
+DEFAULT_ENV_ALLOW = ("RELAY_*",)
 OWN_PREFIX = "PGTRICKLE_RELAY_"
 MASK = "******"
 
-_REFERENCE = re.compile(r"\$\{(env|file):([^}]+)\}")
-_SECRET_KEY = re.compile(
-    r"password|passwd|token|secret|access_key|seed|credential|authorization|auth_value|cookie|api[-_]?key|private_key",
-    re.IGNORECASE,
+# Patterns that PostgreSQL reads too (``scripts/key_rules.py``). A secret's name by what is in it,
+# and what a header or a URL's parameter is called besides.
+_SENSITIVE = (
+    "password|passwd|token|secret|access_key|seed|credential|authorization|auth_value|cookie"
+    "|api[-_]?key|private_key"
 )
+_SHORT_NAME = "key|auth|sig|signature|session|jwt|pwd|pass|code"
+SECRET_HEADER = rf"\.headers\.(.*({_SENSITIVE}).*|(.*[-_])?({_SHORT_NAME}))$"
+_PARAMETER = rf"([^?&;=\s]*({_SENSITIVE})[^?&;=\s]*|{_SHORT_NAME})"
+# What is left of a text without references: a password in a URL, a token in a user's place, or a
+# parameter, of a query or of libpq's keywords.
+SECRET_IN_URL = (
+    r"://[^/@\s:]*:[^/@\s]+@|(nats|tls|https?)://[^/?#@\s:]+@"
+    rf"|(^|[?&;\s]){_PARAMETER}(\s*=|\s+=\s+)'?[^&;'\s]"
+)
+REFERENCES_ONLY = r"^$|^((bearer|basic|token|apikey) +)?(\$\{(env|file):[^}]+\})+$"
+
+_REFERENCE = re.compile(r"\$\{(env|file):([^}]+)\}")
+_SECRET_KEY = re.compile(rf"({_SENSITIVE})[^.]*$|{SECRET_HEADER}", re.IGNORECASE)
+_QUERY_SECRET = re.compile(rf"(?<=[?&;])({_PARAMETER}=)([^&;#\s]+)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)@")
 _SHORTEST_MASKED = 4
 
@@ -37,12 +53,12 @@ class SecretPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     file_roots: Sequence[str] = DEFAULT_FILE_ROOTS
-    env_allow: Sequence[str] | None = None
+    env_allow: Sequence[str] | None = DEFAULT_ENV_ALLOW
     is_operator: bool = False
 
 
 # What the runtime settings themselves may refer to: whoever writes them runs the process.
-OPERATOR = SecretPolicy(file_roots=("/",), is_operator=True)
+OPERATOR = SecretPolicy(file_roots=("/",), env_allow=None, is_operator=True)
 
 
 class Secrets:
@@ -126,9 +142,9 @@ def references(value: object) -> list[str]:
     return []
 
 
-def is_secret_key(name: str) -> bool:
-    """True for a key under which a secret is expected."""
-    return _SECRET_KEY.search(name) is not None
+def is_secret_key(path: str) -> bool:
+    """True for a key, with the keys around it in front, under which a secret is expected."""
+    return _SECRET_KEY.search(path) is not None
 
 
 def masked(value: object, name: str = "") -> object:
@@ -137,7 +153,7 @@ def masked(value: object, name: str = "") -> object:
     A reference is not a secret and stays readable.
     """
     if isinstance(value, Mapping):
-        return {key: masked(inner, str(key)) for key, inner in value.items()}
+        return {key: masked(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [masked(inner, name) for inner in value]
     if not isinstance(value, str) or not value:
@@ -148,11 +164,14 @@ def masked(value: object, name: str = "") -> object:
 
 
 def mask_urls(text: str) -> str:
-    """The text with the password of every URL in it masked."""
+    """The text with the password of every URL in it masked, and its secret parameters."""
 
     def replace(found: re.Match[str]) -> str:
         if _REFERENCE.fullmatch(found[2]):
             return found[0]
         return f"{found[1]}:{MASK}@"
 
-    return _URL_PASSWORD.sub(replace, text)
+    def replace_parameter(found: re.Match[str]) -> str:
+        return found[0] if _REFERENCE.fullmatch(found[4]) else f"{found[1]}{MASK}"
+
+    return _QUERY_SECRET.sub(replace_parameter, _URL_PASSWORD.sub(replace, text))

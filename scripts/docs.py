@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Writes the generated parts of docs/RELAY.md and docs/SQL.md.
+"""Writes the generated parts of docs/RELAY.md and docs/SQL.md, and sql/functions/50_key_rules.sql.
 
     scripts/docs.py            rewrite what is stale
     scripts/docs.py --check    change nothing, exit 1 and name what is stale
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. What it
-says comes from the settings and option structs with their docstrings, the comments in ``conf``,
-the metrics, the errors and the SQL files: whoever changes one of these changes the reference. A
-key that none of them explains is explained in `WORDS`; one that nobody explains is an error.
+says comes from the declarations of the keys, the metrics, the errors and the SQL files: whoever
+changes one of these changes the reference. A key without a declaration is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -24,23 +24,13 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import msgspec  # noqa: E402 - the checkout's own modules come first
+import key_rules  # noqa: E402 - the checkout's own modules come first
+import msgspec  # noqa: E402
 
 from relay import cli, errors, metrics, registry, settings, template, wire  # noqa: E402
-from relay.backends.files.options import FileSinkOptions, FileSourceOptions  # noqa: E402
-from relay.backends.inbox.options import InboxSinkOptions  # noqa: E402
-from relay.backends.kafka.options import KafkaSinkOptions, KafkaSourceOptions  # noqa: E402
-from relay.backends.nats.options import NatsSinkOptions, NatsSourceOptions  # noqa: E402
-from relay.backends.outbox.source import OutboxSourceOptions  # noqa: E402
-from relay.backends.rabbitmq.options import (  # noqa: E402
-    RabbitSinkOptions,
-    RabbitSourceOptions,
-)
-from relay.backends.redis.options import RedisSinkOptions, RedisSourceOptions  # noqa: E402
-from relay.backends.sqs.options import SqsSinkOptions, SqsSourceOptions  # noqa: E402
-from relay.backends.webhook.options import WebhookSinkOptions, WebhookSourceOptions  # noqa: E402
+from relay.options import Key, declared_keys  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
 
 NOTHING = "-"
@@ -48,194 +38,6 @@ GENERATED = ("docs/RELAY.md", "docs/SQL.md")
 
 _HELP_COLUMNS = "96"
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
-
-# The words of keys that their docstring mentions only in passing, or explains for several at once.
-WORDS: Mapping[str, str] = {
-    "postgres.sslmode": "TLS, as libpq spells it; wins over the same parameter inside the URL.",
-    "postgres.sslrootcert": "CA file, as libpq spells it; wins over the URL.",
-    "postgres.sslcert": "Client certificate file, as libpq spells it; wins over the URL.",
-    "postgres.sslkey": "Client key file, as libpq spells it; wins over the URL.",
-    "postgres.application_name": "Shown in `pg_stat_activity`, followed by what the connection does"
-    " (`work`, `lock`, `listen`, `migrate`).",
-    "postgres.connect_timeout_s": "How long connecting may take, and waiting for a connection of"
-    " the pool.",
-    "postgres.command_timeout_s": "How long one statement may take.",
-    "log.format": "`text` for people, `json` for machines. Logs go to standard error.",
-    "log.level": "The least severe level that is written. `debug` names every batch.",
-    "metrics.enabled": "Whether there is an HTTP server.",
-    "ui.mode": "`tui` shows the status view, where standard input and output are a terminal.",
-    "ui.refresh_ms": "How often the view is drawn again.",
-    "relay.batch_size": "Most messages in a batch; a pipeline's own key wins.",
-    "relay.batch_bytes": "About the most payload bytes in a batch.",
-    "relay.prefetch": "Polled batches that may wait while one is published; a pipeline's own key"
-    " wins.",
-    "relay.poll_interval_ms": "First pause after an empty poll; a pipeline's own key wins.",
-    "relay.retry_initial_ms": "First wait after a failure; a pipeline's own key wins.",
-    "relay.retry_max_ms": "Longest wait after a failure; a pipeline's own key wins.",
-    "relay.breaker_threshold": "Rejections in a row, without one success, after which the sink"
-    " counts as broken; a pipeline's own key wins.",
-    "backends": "Named connection profiles, see [Profiles](#profiles).",
-    "config.config_version": "Version of the configuration's shape; filled in.",
-    "config.source_type": "Filled in from `source.type`.",
-    "config.source": "Where events come from.",
-    "config.sink_type": "Filled in from `sink.type`.",
-    "config.sink": "Where events go.",
-    "config.description": "A note for people. The relay does not read it.",
-    "config.batch_size": "Most messages in a batch.",
-    "config.poll_interval_ms": "First pause after an empty poll. It doubles up to 1 s; a"
-    " notification ends it at once.",
-    "config.prefetch": "Polled batches that may wait while one is published. Of an outbox the rows"
-    " of one more are read ahead.",
-    "config.max_attempts": "Attempts of a message that fails transiently, before it becomes a dead"
-    " letter. Without it the relay never gives up.",
-    "config.retry_initial_ms": "First wait after a failure. Waits double and are jittered.",
-    "config.retry_max_ms": "Longest wait after a failure.",
-    "config.breaker_threshold": "Rejections in a row, without one success, after which the pipeline"
-    " is suspended and probes.",
-    "config.ordering": "`strict`: no event of a key overtakes another, also under retries."
-    " `pipelined`: faster on hot keys. Read by the sinks of brokers and webhooks; inboxes and files"
-    " are always strict.",
-    "config.allow_plaintext_secrets": "Accept a secret that is not a reference.",
-    "config.start": "Where a new position starts. `latest`: behind what is visible when the"
-    " pipeline is set; transactions open at that moment are still delivered.",
-    "config.on_reset": "What to do when the position lies beyond the outbox, which was made anew or"
-    " restored.",
-    "config.parallelism": "Slots of a consumer group. Not available in this version: leave it out.",
-    "config.visibility_seconds": "Length of a consumer group's lease, in seconds. Not available in"
-    " this version: leave it out.",
-    "config.collapse_updates": "Send the delete and the insert of one key in one outbox row as one"
-    " `update`. Needs a key.",
-    "config.snapshot_markers": "Frame a full refresh with `snapshot_begin` and `snapshot_end`.",
-    "config.dedup_namespace": "Goes in front of every dedup key. Set it where several databases, or"
-    " several pipelines of one outbox, feed one deduplicating destination.",
-    "config.key_columns": "Columns whose values are the `key`; the primary key of the table"
-    " otherwise.",
-    "config.dedup_key_from": "Where the dedup key comes from, see [Rules](#rules); what the source"
-    " says otherwise.",
-    "config.event_type_from": "Where the event type comes from, see [Rules](#rules); the message's"
-    " subject otherwise.",
-    "config.columns": "Inbox field to rule, see [Rules](#rules).",
-    "outbox.type": "`outbox`; may be left out.",
-    "outbox.outbox": "The table, or the outbox table. Required.",
-    "outbox.consumer_group": "Null for a reader of its own. Not available in this version: the"
-    " catalog accepts a group, and the relay refuses to run the pipeline.",
-    "nats.type": "`nats`.",
-    "nats.url": "`nats://host:port` or `tls://host:port`, several separated by commas. Required"
-    " unless a profile brings it.",
-    "nats.user": "User name, with `password`.",
-    "nats.password": "Password, with `user`.",
-    "nats.token": "Token, instead of user and password.",
-    "nats.creds_file": "Path of a credentials file on the relay's machine.",
-    "nats.nkey_seed": "The NKey seed itself, as a secret reference.",
-    "nats.tls": "Refuse a server that offers no TLS.",
-    "nats.tls_ca": "PEM file of the authority; implies `tls`.",
-    "nats.tls_cert": "PEM file of the client certificate; implies `tls`.",
-    "nats.tls_key": "PEM file of the client key; implies `tls`.",
-    "nats.tls_insecure": "Accept any server certificate.",
-    "nats.subject_template": "The subject of each event.",
-    "nats.routing": "Other templates by event type or op.",
-    "nats.create_stream": "Make `stream` where it is missing: on file storage, for the constant"
-    " beginning of the templates. A stream that exists is never changed.",
-    "nats.duplicate_window_s": "Duplicate window, in seconds, of a stream that the relay makes.",
-    "nats.max_in_flight": "Messages under way without acknowledgement, at most.",
-    "nats.ack_timeout_ms": "How long to go on without a single acknowledgement.",
-    "nats.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "kafka.type": "`kafka`.",
-    "kafka.sasl_mechanism": "How to log in; `SCRAM-SHA-512` unless something else is said.",
-    "kafka.sasl_username": "User name, with `sasl_password`.",
-    "kafka.sasl_password": "Password, with `sasl_username`.",
-    "kafka.tls": "Speak TLS.",
-    "kafka.tls_ca": "PEM file of the authority; implies `tls`.",
-    "kafka.tls_cert": "PEM file of the client certificate; implies `tls`.",
-    "kafka.tls_key": "PEM file of the client key; implies `tls`.",
-    "kafka.tls_insecure": "Accept any server certificate.",
-    "kafka.topic_template": "Where each event goes, a template, instead of `topic`.",
-    "kafka.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "rabbitmq.type": "`rabbitmq`.",
-    "rabbitmq.username": "User name, with `password`.",
-    "rabbitmq.password": "Password, with `username`.",
-    "rabbitmq.vhost": "The virtual host.",
-    "rabbitmq.tls": "Speak TLS whatever the scheme of `url`.",
-    "rabbitmq.tls_ca": "PEM file of the authority; implies `tls`.",
-    "rabbitmq.tls_cert": "PEM file of the client certificate; implies `tls`, and logs in where"
-    " there is no user.",
-    "rabbitmq.tls_key": "PEM file of the client key; implies `tls`.",
-    "rabbitmq.tls_insecure": "Accept any server certificate.",
-    "rabbitmq.exchange_type": "Of an exchange that `declare_exchange` makes, by default `topic`.",
-    "rabbitmq.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "redis.type": "`redis`.",
-    "redis.username": "User name of an ACL user, with `password`.",
-    "redis.password": "Password; alone, that of the default user.",
-    "redis.db": "Number of the database.",
-    "redis.tls": "Speak TLS whatever the scheme of `url`.",
-    "redis.tls_ca": "PEM file of the authority; implies `tls`.",
-    "redis.tls_cert": "PEM file of the client certificate; implies `tls`.",
-    "redis.tls_key": "PEM file of the client key; implies `tls`.",
-    "redis.tls_insecure": "Accept any server certificate.",
-    "redis.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "sqs.type": "`sqs`.",
-    "sqs.endpoint_url": "Where requests are sent, by default the scheme and host of `queue_url`.",
-    "sqs.tls_ca": "PEM file of the authority that signed the server's certificate, by default the"
-    " public ones.",
-    "sqs.access_key_id": "Who we are, with `secret_access_key`; without both the AWS chain is"
-    " asked: environment, shared files, container, instance.",
-    "sqs.secret_access_key": "The secret key, with `access_key_id`.",
-    "sqs.session_token": "The token of temporary credentials, with the other two.",
-    "sqs.tls_cert": "PEM file of the client certificate, with `tls_key`.",
-    "sqs.tls_key": "PEM file of the client key, with `tls_cert`.",
-    "sqs.tls_insecure": "Accept any server certificate.",
-    "sqs.routing": "Other subjects by event type or op.",
-    "sqs.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "webhook-sink.type": "`webhook`.",
-    "webhook-sink.bearer_token": "Sent as `Authorization: Bearer`.",
-    "webhook-sink.username": "Basic authentication, with `password`.",
-    "webhook-sink.password": "Basic authentication, with `username`.",
-    "webhook-sink.hmac_secret": "Signs each request by Standard Webhooks; `whsec_…` or any text.",
-    "webhook-sink.tls": "Refuse a URL that is not `https`.",
-    "webhook-sink.tls_ca": "PEM file of the receiver's authority.",
-    "webhook-sink.tls_cert": "PEM file of our certificate.",
-    "webhook-sink.tls_key": "PEM file of our key.",
-    "webhook-sink.tls_insecure": "Accept any certificate of the receiver.",
-    "webhook-sink.subject_template": "The subject that a message bears.",
-    "webhook-sink.routing": "Other templates by event type or op.",
-    "webhook-sink.format": "`envelope`, `payload` or `cloudevents`, see [Formats](#formats).",
-    "webhook-source.type": "`webhook`.",
-    "webhook-source.auth_header": "The header of `auth_value`; `Authorization` by default.",
-    "webhook-source.hmac_secret": "The secret of `signature`.",
-    "webhook-source.signature_header": "Where `hmac-sha256` finds the signature.",
-    "webhook-source.signature_tolerance_s": "How old or early a signed request may be, in seconds;"
-    " `stripe` and `svix`.",
-    "webhook-source.answer_timeout_ms": "A request that is not settled by then is answered 503.",
-    "webhook-source.max_body_bytes": "Larger bodies are refused, as are arrays of more than 100,000"
-    " elements.",
-    "webhook-source.tls": "Insist on TLS.",
-    "webhook-source.tls_ca": "PEM file of the authority whose certificates senders must show.",
-    "webhook-source.tls_cert": "PEM file of the server's certificate; makes it a TLS server.",
-    "webhook-source.tls_key": "PEM file of the server's key.",
-    "file-sink.type": "`file` or `stdout`.",
-    "file-sink.subject_template": "The event's subject.",
-    "file-sink.routing": "Other templates by event type or op.",
-    "file-source.type": "`file` or `stdin`.",
-    "pg-inbox.type": "`pg-inbox`.",
-    "pg-inbox.schema": "Narrows the search for `inbox`; the schema of `inbox_table`, `pgtrickle` by"
-    " default.",
-    "pg-inbox.inbox_table": "A table of a database that needs no catalog, with columns of our names"
-    " and a unique index on `event_id`. Either this or `inbox`.",
-    "pg-inbox.inbox": "The name given to `create_inbox` or `enable_inbox_tracking`, looked up in"
-    " the catalog of the database it is in.",
-    "pg-inbox.url": "Another database, as a libpq URL or keywords; without it the relay's own.",
-    "pg-inbox.sslmode": "TLS for `url`, as libpq spells it.",
-    "pg-inbox.sslrootcert": "CA file for `url`.",
-    "pg-inbox.sslcert": "Client certificate file for `url`.",
-    "pg-inbox.sslkey": "Client key file for `url`.",
-    "pg-inbox.columns": "Inbox field to rule, see [Rules](#rules); wins, field by field, over the"
-    " pipeline's `columns`.",
-    "pg-inbox.source": "Text of the `source` column; the stream table otherwise, or the pipeline's"
-    " name where there is none.",
-    "pg-inbox.subject_template": "The event type in a forward pipeline, `{stream_table}.{op}` by"
-    " default. A reverse pipeline has `event_type_from` instead.",
-    "pg-inbox.routing": "Other templates by event type or op, in a forward pipeline.",
-}
 
 # What people call, by topic; everything else is the relay's own business.
 SQL_TOPICS: Mapping[str, Sequence[str]] = {
@@ -324,36 +126,27 @@ class Unexplained(Exception):
 # ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Key:
-    """One row of a reference table."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-
-
-def keys_of(struct: type[msgspec.Struct], topic: str, prefix: str = "") -> Iterator[Key]:
-    """The keys of a struct with their words. Raises `Unexplained`."""
-    explained = explanations(struct)
+def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[Key, Sequence[str]]]:
+    """Each key's declaration and its row of a table. Raises `Unexplained`."""
+    declared = declared_keys(struct)
     for field in msgspec.structs.fields(struct):
-        name = field.encode_name
-        words = WORDS.get(f"{topic}.{name}") or explained.get(name)
-        if words is None:
-            raise Unexplained(f"nothing explains {topic}.{name}")
-        yield Key(f"{prefix}{name}", type_words(field.type), _default(field), words)
-
-
-def explanations(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """What the docstrings of a struct and of those it extends say about single keys."""
-    found: dict[str, str] = {}
-    for known in reversed(struct.__mro__):
-        text = " ".join((known.__doc__ or "").split())
-        for item, words in _found_with_rest(_ITEM, text):
-            for name in re.findall(r"``(\w+)``(?: \([^)]*\))?(?:, | and |$)", item[1]):
-                found[name] = _sentence(words)
-    return found
+        key = declared[field.encode_name]
+        if not key.meaning:
+            raise Unexplained(f"nothing explains {struct.__name__}.{field.name}")
+        type_ = type_words(field.type)
+        if key.ge is not None and key.le != key.ge:
+            type_ += f" {key.ge} to {key.le}" if key.le is not None else f" from {key.ge}"
+        if key.template or key.secret:
+            type_ = type_.replace("text", "template" if key.template else "secret")
+        default = _default(field)
+        if key.required or key.required_unless:
+            default = (
+                f"required without `{key.required_unless}`" if key.required_unless else "required"
+            )
+        words = (
+            f"{key.meaning} For `{key.only}` only." if key.only in registry.SINKS else key.meaning
+        )
+        yield key, (f"`{prefix}{field.encode_name}`", type_, default, words)
 
 
 def _found_with_rest(pattern: re.Pattern[str], text: str) -> Iterator[tuple[re.Match[str], str]]:
@@ -362,33 +155,6 @@ def _found_with_rest(pattern: re.Pattern[str], text: str) -> Iterator[tuple[re.M
     ends = [*(match.start() for match in matches[1:]), len(text)]
     for match, end in zip(matches, ends[: len(matches)], strict=True):
         yield match, text[match.end() : end]
-
-
-_ITEM = re.compile(r"(?:^|(?<=\. ))((?:``\w+``(?: \((?:[^()`]|``[^`]*``)*\))?(?:, | and )?)+): ")
-
-
-def conf_comments() -> dict[str, str]:
-    """The comment above each key of the packaged settings, by dotted path."""
-    found: dict[str, str] = {}
-    for path in ("config", "postgres/default", "log/text", "metrics/default", "ui/none"):
-        section = [] if path == "config" else [path.partition("/")[0]]
-        comment: list[str] = []
-        group = ""
-        for line in (ROOT / "conf" / f"{path}.yaml").read_text(encoding="utf-8").splitlines():
-            stripped = line.strip()
-            key = re.match(r"( *)(\w+):", line)
-            if stripped.startswith("#"):
-                comment.append(stripped.lstrip("# "))
-            elif key is None:
-                comment = []
-            else:
-                if not key[1]:
-                    group = key[2]
-                name = [*section, key[2]] if section or not key[1] else [group, key[2]]
-                if comment:
-                    found[".".join(name)] = _sentence(" ".join(comment))
-                comment = []
-    return found
 
 
 def type_words(annotation: object) -> str:
@@ -404,9 +170,9 @@ def type_words(annotation: object) -> str:
     if annotation in _TYPE_WORDS:
         return _TYPE_WORDS[annotation]
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "object"
+        return "object" if arguments[1] is object else f"object of {type_words(arguments[1])}s"
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return "list of texts"
+        return f"list of {_TYPE_WORDS[arguments[0]]}s"
     raise Unexplained(f"no words for the type {annotation}")
 
 
@@ -439,17 +205,8 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _sentence(words: str) -> str:
-    words = words.strip().replace("``", "`")
-    words = words.rstrip(".,;")
-    return f"{words[:1].upper()}{words[1:]}."
-
-
-def _table(keys: Sequence[Key]) -> str:
-    return _rows(
-        ("key", "type", "default", "meaning"),
-        [(f"`{key.name}`", key.type, key.default, key.meaning) for key in keys],
-    )
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return _rows(("key", "type", "default", "meaning"), rows)
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -467,83 +224,36 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def settings_part() -> str:
-    comments = conf_comments()
-    keys: list[Key] = []
+    rows: list[Sequence[str]] = []
     for field in msgspec.structs.fields(settings.Settings):
-        section = field.type
-        if not (isinstance(section, type) and issubclass(section, msgspec.Struct)):
-            keys.append(Key(field.name, "object", "empty", WORDS[field.name]))
-            continue
-        explained = explanations(section)
-        for inner in msgspec.structs.fields(section):
-            path = f"{field.name}.{inner.name}"
-            words = WORDS.get(path) or comments.get(path) or explained.get(inner.name)
-            if words is None:
-                raise Unexplained(f"nothing explains {path}")
-            keys.append(Key(path, type_words(inner.type), _default(inner), words))
-    return _table(keys)
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            rows += [row for _, row in keys_of(field.type, f"{field.name}.")]
+        else:
+            words = declared_keys(settings.Settings)[field.name].meaning
+            rows.append((f"`{field.name}`", "object", "empty", words))
+    return _table(rows)
 
 
 def pipeline_part() -> str:
-    rules = _pipeline_rules()
-    rows: list[tuple[str, ...]] = []
+    rows = []
     defaults = {field.name: field for field in msgspec.structs.fields(settings.RelaySettings)}
-    for key in keys_of(PipelineConfig, "config"):
-        rule = rules[key.name]
-        default = key.default
-        if default == NOTHING and key.name in defaults:
-            default = f"{_default(defaults[key.name])} (`relay.{key.name}`)"
-        type_ = key.type
-        if rule.range:
-            type_ = f"{type_} {rule.range}"
-        rows.append((f"`{key.name}`", rule.direction, type_, default, key.meaning))
-    if missing := rules.keys() - {row[0].strip("`") for row in rows}:
-        raise Unexplained(f"the catalog knows keys that the relay does not: {sorted(missing)}")
+    for key, (shown, type_, default, words) in keys_of(PipelineConfig):
+        name = shown.strip("`")
+        if default == NOTHING and name in defaults:
+            default = f"{_default(defaults[name])} (`relay.{name}`)"
+        rows.append((shown, key.only or "both", type_, default, words))
     return _rows(("key", "pipelines", "type", "default", "meaning"), rows)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    direction: str
-    range: str
+def backend_parts() -> Iterator[tuple[str, Callable[[], str]]]:
+    """A table for each class of the registry, called after the last type that it serves."""
+    for role, types_ in (("sink", registry.SINKS), ("source", registry.SOURCES)):
+        for type_ in {target: type_ for type_, target in types_.items()}.values():
+            yield f"{type_}-{role}", functools.partial(options_part, role, type_)
 
 
-def _pipeline_rules() -> dict[str, _Rule]:
-    text = (ROOT / "sql/functions/51_config_rules.sql").read_text(encoding="utf-8")
-    rules = {}
-    for direction, key, type_, lowest, highest in re.findall(
-        r"^        \((null|'forward'|'reverse'), '(\w+)', '(\w+)', (\w+), (\w+), .*\),?$",
-        text,
-        re.MULTILINE,
-    ):
-        range_ = ""
-        if type_ == "integer" and key != "config_version":
-            range_ = f"from {lowest}" if highest == "null" else f"{lowest} to {highest}"
-        both = "both" if direction == "null" else direction.strip("'")
-        rules[key] = _Rule(both, range_)
-    return rules
-
-
-def options_part(struct: type[msgspec.Struct], topic: str) -> Callable[[], str]:
-    def part() -> str:
-        return _table(list(keys_of(struct, topic)))
-
-    return part
-
-
-def nats_part(struct: type[msgspec.Struct]) -> Callable[[], str]:
-    common = {field.name for field in msgspec.structs.fields(struct.__mro__[1])}
-
-    def part() -> str:
-        keys = list(keys_of(struct, "nats"))
-        return _table([key for key in keys if key.name not in common])
-
-    return part
-
-
-def nats_connection_part() -> str:
-    struct = NatsSinkOptions.__mro__[1]
-    return _table(list(keys_of(struct, "nats")))
+def options_part(role: str, type_: str) -> str:
+    return _table([row for _, row in keys_of(registry.options_of(role, type_))])
 
 
 # ---------------------------------------------------------------------------
@@ -786,14 +496,11 @@ def relations(functions: Sequence[SqlFunction]) -> Relations:
     own: dict[str, set[str]] = {}
     calls: dict[str, set[str]] = {}
     for function in functions:
-        raised = set(re.findall(r"errcode = '(RL\d{3})'", function.body))
-        if re.search(r"pgtrickle\.relay_refuse\(", function.body):
-            raised.add("RL013" if "'RL013'" in function.body else "RL010")
+        raised = set(re.findall(r"'(RL\d{3})'", function.body))
         own.setdefault(function.name, set()).update(raised)
         code = _QUOTED.sub("''", re.sub(r"--.*", "", function.body))
         called = set(re.findall(r"pgtrickle\.(\w+)\(", code)) & names
-        calls.setdefault(function.name, set()).update(called - {function.name, "relay_refuse"})
-    own["relay_refuse"] = set()
+        calls.setdefault(function.name, set()).update(called - {function.name})
     for name, codes in _RAISED_BY_TRIGGERS.items():
         own[name] |= codes
     codes_of: dict[str, frozenset[str]] = {}
@@ -861,23 +568,7 @@ def _item(function: SqlFunction, known: Relations) -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "settings": settings_part,
     "pipeline": pipeline_part,
-    "outbox": options_part(OutboxSourceOptions, "outbox"),
-    "nats-connection": nats_connection_part,
-    "nats-sink": nats_part(NatsSinkOptions),
-    "nats-source": nats_part(NatsSourceOptions),
-    "file-sink": options_part(FileSinkOptions, "file-sink"),
-    "file-source": options_part(FileSourceOptions, "file-source"),
-    "pg-inbox": options_part(InboxSinkOptions, "pg-inbox"),
-    "kafka-sink": options_part(KafkaSinkOptions, "kafka"),
-    "kafka-source": options_part(KafkaSourceOptions, "kafka"),
-    "rabbitmq-sink": options_part(RabbitSinkOptions, "rabbitmq"),
-    "rabbitmq-source": options_part(RabbitSourceOptions, "rabbitmq"),
-    "redis-sink": options_part(RedisSinkOptions, "redis"),
-    "redis-source": options_part(RedisSourceOptions, "redis"),
-    "sqs-sink": options_part(SqsSinkOptions, "sqs"),
-    "sqs-source": options_part(SqsSourceOptions, "sqs"),
-    "webhook-sink": options_part(WebhookSinkOptions, "webhook-sink"),
-    "webhook-source": options_part(WebhookSourceOptions, "webhook-source"),
+    **dict(backend_parts()),
     "templates": templates_part,
     "metadata": metadata_part,
     "envelope": envelope_part,
@@ -903,7 +594,7 @@ def regenerated(text: str) -> str:
 
 
 def stale_documents() -> dict[Path, str]:
-    """What would be written to each document that is not up to date. Raises `Unexplained`."""
+    """What would be written to each file that is not up to date. Raises `Unexplained`."""
     stale = {}
     for name in GENERATED:
         path = ROOT / name
@@ -911,6 +602,9 @@ def stale_documents() -> dict[Path, str]:
         fresh = regenerated(text)
         if fresh != text:
             stale[path] = fresh
+    rules = ROOT / key_rules.NAME
+    if not rules.exists() or rules.read_text(encoding="utf-8") != key_rules.rules_file():
+        stale[rules] = key_rules.rules_file()
     return stale
 
 

@@ -27,7 +27,7 @@ from relay.demo.tally import Summary, count_arrivals, inbox_rows, stored_in_stre
 from relay.errors import ConfigurationError, Outage, RelayError
 from relay.events import BatchPublished, Event, PipelineState, StateChanged
 from relay.postgres import Connection, connect, postgres_errors
-from relay.settings import PostgresSettings, Settings
+from relay.settings import PostgresSettings, Settings, schema_identifier
 from relay.status import OwnRelay, StatusView, can_show
 
 FORWARD, REVERSE, STREAM = "orders-to-jetstream", "jetstream-to-inbox", "orders"
@@ -102,7 +102,11 @@ class _Demo:
         async with contextlib.AsyncExitStack() as opened:
             # Applications and users like any other: nothing of these connections is the relay's.
             with postgres_errors("connecting"):
-                connection = await asyncpg.connect(self._settings.postgres.url)
+                schema = schema_identifier(self._settings.postgres.schema)
+                connection = await asyncpg.connect(
+                    self._settings.postgres.url,
+                    server_settings={"search_path": f"public, {schema}"},
+                )
                 opened.push_async_callback(connection.close)
                 shop_connection = await asyncpg.connect(self._settings.postgres.url)
                 opened.push_async_callback(shop_connection.close)
@@ -130,10 +134,10 @@ class _Demo:
         """What a user would type, in this order, while the relay is up already."""
         await shop.open()
         with postgres_errors("setting the demo up"):
-            await connection.execute("select pgtrickle.enable_outbox('orders', 8760)")
-            await connection.execute("select pgtrickle.create_inbox('order_inbox')")
+            await connection.execute("select enable_outbox('orders', 8760)")
+            await connection.execute("select create_inbox('order_inbox')")
             await connection.execute(
-                "select pgtrickle.set_relay_outbox($1, 'orders', null, $2)",
+                "select set_relay_outbox($1, 'orders', null, $2)",
                 FORWARD,
                 self._nats(create_stream=True),
             )
@@ -141,7 +145,7 @@ class _Demo:
         await self._seen.running(FORWARD)
         with postgres_errors("setting the demo up"):
             await connection.execute(
-                "select pgtrickle.set_relay_inbox($1, 'order_inbox', $2)",
+                "select set_relay_inbox($1, 'order_inbox', $2)",
                 REVERSE,
                 self._nats(subject="pgtrickle.orders.>"),
             )
@@ -176,8 +180,7 @@ class _Demo:
         """What was paused in the view must run for its events to arrive."""
         with postgres_errors("resuming the pipelines"):
             await connection.execute(
-                "select pgtrickle.enable_relay(name)"
-                " from pgtrickle.list_relay_configs() where not enabled"
+                "select enable_relay(name) from list_relay_configs() where not enabled"
             )
 
     async def _summary(self, shop: Shop, connection: Connection) -> Summary:

@@ -11,7 +11,7 @@ from relay.postgres import Connection, postgres_errors
 _COUNT = """
 with expected as (
     select 'outbox_orders:' || o.id || ':' || n as event_id, o.xmin as written_in
-    from pgtrickle.outbox_orders as o
+    from outbox_orders as o
     cross join lateral generate_series(0, o.inserted_count + o.deleted_count - 1) as n
 ), arrived as (
     select
@@ -19,7 +19,7 @@ with expected as (
         extract(epoch from
             pg_xact_commit_timestamp(i.xmin) - pg_xact_commit_timestamp(e.written_in)) * 1000 as ms
     from expected as e
-    left join pgtrickle.order_inbox as i using (event_id)
+    left join order_inbox as i using (event_id)
 )
 select
     count(event_id) as received,
@@ -27,7 +27,7 @@ select
         filter (where event_id is not null) as latency_ms
 from arrived
 """
-_ROWS = "select count(*) from pgtrickle.order_inbox"
+_ROWS = "select count(*) from order_inbox"
 
 
 class Percentiles(msgspec.Struct, frozen=True, kw_only=True):

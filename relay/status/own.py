@@ -29,21 +29,17 @@ class OwnRelay:
 
     async def pause(self, pipeline: str) -> None:
         """Disable it, as any user would."""
-        await self._database.execute(
-            "pausing the pipeline", "select pgtrickle.disable_relay($1)", pipeline
-        )
+        await self._database.execute("pausing the pipeline", "select disable_relay($1)", pipeline)
 
     async def resume(self, pipeline: str) -> None:
         """Enable it, as any user would."""
-        await self._database.execute(
-            "resuming the pipeline", "select pgtrickle.enable_relay($1)", pipeline
-        )
+        await self._database.execute("resuming the pipeline", "select enable_relay($1)", pipeline)
 
     async def retry_dead_letters(self, pipeline: str) -> int:
         """Ask for another try of all its dead letters; gives their number."""
         row = await self._database.fetch_row(
             "retrying dead letters",
-            "select pgtrickle.relay_dlq_retry_all($1) as requested",
+            "select relay_dlq_retry_all($1) as requested",
             pipeline,
         )
         return 0 if row is None else int(row["requested"])

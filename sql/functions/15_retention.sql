@@ -1,32 +1,5 @@
 -- Retention: nobody else sweeps an outbox.
 
-create or replace function @schema@.relay_bound_outbox(p_outbox_table text)
-returns table (
-    outbox_table text,
-    outbox_relation text,
-    delta_relation text,
-    pgt_id uuid,
-    retention_hours integer,
-    sequence_cache bigint,
-    last_id bigint,
-    max_id bigint,
-    swept_through bigint
-)
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select
-        o.outbox_table, o.outbox_relation, o.delta_relation, s.pgt_id, o.retention_hours,
-        o.sequence_cache, o.last_id, o.max_id, o.swept_through
-    from @schema@.relay_outbox_of(p_outbox_table, null) as o
-    join @schema@.relay_outbox_settings as s on s.outbox_table_name = o.outbox_table
-$$;
-
-comment on function @schema@.relay_bound_outbox(text) is
-    'What groups, positions and retention know of the outbox that they are bound to. RL003 where it is gone.';
-
 create or replace function @schema@.relay_outbox_readers(p_outbox_table text)
 returns table (
     relay_group_id text,
@@ -95,7 +68,7 @@ begin
     if not found then
         return 0;
     end if;
-    select * into v_outbox from @schema@.relay_bound_outbox(swept_table);
+    select * into v_outbox from @schema@.relay_outbox_of(swept_table);
 
     -- One statement, so that a row is seen in exactly one place, whoever moves it meanwhile: ahead
     -- of a reader, in one of its gaps, in the hands of a consumer, given back, or settled.
@@ -143,11 +116,11 @@ begin
     using swept_table, batch_rows, make_interval(hours => v_outbox.retention_hours);
 
     if v_deleted_rows > 0 then
-        update @schema@.relay_outbox_settings as s
-        set swept_through = greatest(s.swept_through, v_highest_id)
-        where s.outbox_table_name = swept_table;
         update @schema@.pgt_outbox_config as c
-        set last_drained_at = now(), last_drained_count = v_deleted_rows
+        set
+            swept_through = greatest(c.swept_through, v_highest_id),
+            last_drained_at = now(),
+            last_drained_count = v_deleted_rows
         where c.outbox_table_name = swept_table;
     end if;
     return v_deleted_rows;

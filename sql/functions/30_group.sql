@@ -35,7 +35,7 @@ security invoker
 as $$
 begin
     if not @schema@.relay_group_create(
-        name, (select o.outbox_table from @schema@.relay_outbox(outbox) as o), auto_offset_reset)
+        name, @schema@.relay_outbox_named(outbox), auto_offset_reset)
     then
         raise exception using
             errcode = 'RL023',
@@ -74,26 +74,26 @@ begin
             message = format('consumer group "%s" can''t start at %L', v_group, v_start),
             hint = 'A name has 1 to 200 characters; a group starts at ''earliest'' or at ''latest''.';
     end if;
-    select * into v_outbox from @schema@.relay_bound_outbox(p_outbox_table);
+    select * into v_outbox from @schema@.relay_outbox_of(p_outbox_table);
     if v_outbox.sequence_cache > 1 then
         raise exception using
             errcode = 'RL005',
             message = format('outbox "%s" hands out ids in blocks of %s',
-                v_outbox.outbox_table, v_outbox.sequence_cache),
+                p_outbox_table, v_outbox.sequence_cache),
             detail = 'Ids drawn from a cached block are older than the lock that tells who may still use them.',
             hint = format('alter table %s alter column id set cache 1;', v_outbox.outbox_relation);
     end if;
 
     insert into @schema@.relay_groups (group_name, outbox_table_name, pgt_id, auto_offset_reset)
-    values (v_group, v_outbox.outbox_table, v_outbox.pgt_id, v_start)
+    values (v_group, p_outbox_table, v_outbox.pgt_id, v_start)
     on conflict (group_name) do nothing;
     v_is_new := found;
     g := @schema@.relay_group_find(v_group, true);
-    if g.outbox_table_name <> v_outbox.outbox_table then
+    if g.outbox_table_name <> p_outbox_table then
         raise exception using
             errcode = 'RL023',
             message = format('consumer group "%s" exists and reads outbox "%s", not "%s"',
-                v_group, g.outbox_table_name, v_outbox.outbox_table),
+                v_group, g.outbox_table_name, p_outbox_table),
             hint = 'Choose another name, or drop the group first.';
     end if;
     if v_is_new and v_start = 'latest' then
@@ -123,7 +123,7 @@ as $$
 declare
     v_outbox record;
 begin
-    select * into v_outbox from @schema@.relay_bound_outbox(p_outbox);
+    select * into v_outbox from @schema@.relay_outbox_of(p_outbox);
     execute format(
         $query$
         select
@@ -291,7 +291,7 @@ begin
             hint = 'A named consumer leases 1 to 100000 rows of 1 byte or more for 1 to 604800 seconds (a week).';
     end if;
     g := @schema@.relay_group_find("group", true);
-    select * into v_outbox from @schema@.relay_bound_outbox(g.outbox_table_name);
+    select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if v_outbox.last_id < g.frontier then
         raise exception using
             errcode = 'RL005',
@@ -819,7 +819,7 @@ declare
 begin
     g := @schema@.relay_group_find("group", true);
     perform @schema@.consumer_heartbeat("group", consumer);
-    select * into v_outbox from @schema@.relay_bound_outbox(g.outbox_table_name);
+    select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if new_offset not between 0 and v_outbox.last_id then
         raise exception using
             errcode = '22023',
@@ -913,7 +913,7 @@ begin
         (select count(*) from @schema@.relay_group_gaps as p where p.group_id = g.group_id),
         (select count(*) from @schema@.relay_group_returned as r where r.group_id = g.group_id)
     from @schema@.relay_group_consumers as c
-    cross join @schema@.relay_bound_outbox(g.outbox_table_name) as o
+    cross join @schema@.relay_outbox_of(g.outbox_table_name) as o
     where c.group_id = g.group_id
     order by c.consumer_id;
 end

@@ -25,8 +25,6 @@ $$;
 comment on function @schema@.relay_base_type(oid) is
     'Runs as its caller. The type below all domains.';
 
-revoke all on function @schema@.relay_base_type(oid) from public;
-
 -- ---------------------------------------------------------------------------
 -- What is generated, and whether it still stands
 -- ---------------------------------------------------------------------------
@@ -147,8 +145,6 @@ $$;
 
 comment on function @schema@.relay_inbox_parts(@schema@.relay_inboxes) is
     'Runs as its caller. The functions and views beside the table of an inbox, as they are made and as they are compared.';
-
-revoke all on function @schema@.relay_inbox_parts(@schema@.relay_inboxes) from public;
 
 create or replace function @schema@.relay_inbox_problems(p_inbox @schema@.relay_inboxes)
 returns setof text
@@ -288,8 +284,6 @@ $$;
 comment on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) is
     'Runs as its caller. Why a table does not fit as an inbox, or does so no longer: its kind, columns, types, key, policies, and the functions beside it.';
 
-revoke all on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) from public;
-
 create or replace function @schema@.relay_inbox_is_intact(p_table oid, p_function oid, p_version text)
 returns boolean
 language plpgsql
@@ -346,8 +340,6 @@ $$;
 
 comment on function @schema@.relay_inbox_is_intact(oid, oid, text) is
     'Runs as its caller. RL034 unless the function beside an inbox is the one that relay_inbox looked at, and nothing that this transaction wrote waits for the commit to run with the caller''s rights.';
-
-revoke all on function @schema@.relay_inbox_is_intact(oid, oid, text) from public;
 
 -- ---------------------------------------------------------------------------
 -- Making
@@ -485,8 +477,6 @@ $$;
 comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, text, name[]) is
     'Runs as its caller, whose DDL is the proof that they may. Make the functions and views beside the table of an inbox, and register it.';
 
-revoke all on function @schema@.relay_build_inbox(@schema@.relay_inboxes, text, name[]) from public;
-
 create or replace function @schema@.relay_register_inbox(p_inbox @schema@.relay_inboxes, p_operation text)
 returns void
 language plpgsql
@@ -572,8 +562,6 @@ $$;
 comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes, text) is
     'Definer, since nobody but the catalog''s owner writes the catalog. Registers an inbox after comparing all that stands beside its table, for whoever proves with a comment on its function to be the owner.';
 
-revoke all on function @schema@.relay_register_inbox(@schema@.relay_inboxes, text) from public;
-
 -- ---------------------------------------------------------------------------
 -- Finding
 -- ---------------------------------------------------------------------------
@@ -604,8 +592,6 @@ $$;
 
 comment on function @schema@.relay_find_inbox(text, text) is
     'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; RL030 where there is none.';
-
-revoke all on function @schema@.relay_find_inbox(text, text) from public;
 
 create or replace function @schema@.relay_inbox(inbox text default null, schema text default null)
 returns table (
@@ -664,8 +650,6 @@ $$;
 comment on function @schema@.relay_inbox(text, text) is
     'Definer, since nobody but the catalog''s owner reads the catalog. How to write one inbox, or each: the functions beside its table, the fields they take in their order, and what is wrong with it, null where nothing is. RL030 where there is none.';
 
-revoke all on function @schema@.relay_inbox(text, text) from public;
-
 -- ---------------------------------------------------------------------------
 -- Removing
 -- ---------------------------------------------------------------------------
@@ -716,8 +700,6 @@ $$;
 comment on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) is
     'Runs as its caller. Drop the functions and views beside an inbox, and its table if so asked.';
 
-revoke all on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) from public;
-
 create or replace function @schema@.relay_forget_inbox(p_inbox text, p_operation text, p_cascade boolean)
 returns void
 language plpgsql
@@ -732,7 +714,7 @@ begin
     if i.inbox_schema = @schema_name@ then
         if exists (
             select from pg_class as c
-            where c.relname = i.inbox_table and c.relnamespace = to_regnamespace(@schema_name@)
+            where c.relname = i.inbox_table and c.relnamespace = to_regnamespace(quote_ident(@schema_name@))
                 and (c.relowner <> current_user::regrole or c.relkind not in ('r', 'p'))
         ) then
             raise exception using
@@ -757,8 +739,6 @@ $$;
 
 comment on function @schema@.relay_forget_inbox(text, text, boolean) is
     'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others for whoever proves with a comment on its function to be the owner.';
-
-revoke all on function @schema@.relay_forget_inbox(text, text, boolean) from public;
 
 create or replace function @schema@.relay_remove_inbox(
     p_inbox @schema@.relay_inboxes,
@@ -798,8 +778,6 @@ $$;
 comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, text, boolean, boolean) is
     'Runs as its caller, whose comment on a function of their own is the proof that they may.';
 
-revoke all on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, text, boolean, boolean) from public;
-
 -- ---------------------------------------------------------------------------
 -- What people call
 -- ---------------------------------------------------------------------------
@@ -826,7 +804,7 @@ declare
 begin
     if schema = @schema_name@ and current_user <> (
         select pg_get_userbyid(c.relowner) from pg_class as c
-        where c.relname = 'relay_inboxes' and c.relnamespace = to_regnamespace(@schema_name@))
+        where c.relname = 'relay_inboxes' and c.relnamespace = to_regnamespace(quote_ident(@schema_name@)))
     then
         perform @schema@.relay_create_inbox(
             inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers);
@@ -900,8 +878,6 @@ $$;
 comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
     'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
 
-revoke all on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) from public;
-
 create or replace function @schema@.relay_create_inbox(
     p_inbox text,
     p_max_retries integer,
@@ -924,8 +900,6 @@ $$;
 
 comment on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) is
     'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
-
-revoke all on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) from public;
 
 -- No search_path of its own: the table's name means what it means to the caller.
 create or replace function @schema@.enable_inbox_tracking(
@@ -999,8 +973,6 @@ $$;
 comment on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) is
     'Runs as its caller. Make a table of the caller an inbox, with columns of other names where said; again after the table was changed. RL032 lists all that does not fit. The table stays the caller''s: it is never dropped.';
 
-revoke all on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) from public;
-
 create or replace function @schema@.disable_inbox_tracking(inbox_name text)
 returns void
 language plpgsql
@@ -1023,8 +995,6 @@ $$;
 
 comment on function @schema@.disable_inbox_tracking(text) is
     'Runs as its caller. Forget an inbox and drop the functions and views beside it; the table and its messages stay.';
-
-revoke all on function @schema@.disable_inbox_tracking(text) from public;
 
 create or replace function @schema@.drop_inbox(
     inbox_name text,
@@ -1059,8 +1029,6 @@ $$;
 
 comment on function @schema@.drop_inbox(text, boolean, boolean) is
     'Runs as its caller. Drop an inbox with its messages, functions and views; never an adopted table (RL033).';
-
-revoke all on function @schema@.drop_inbox(text, boolean, boolean) from public;
 
 create or replace function @schema@.inbox_status(name text default null)
 returns table (
@@ -1121,8 +1089,6 @@ $$;
 comment on function @schema@.inbox_status(text) is
     'Runs as its caller. State of one inbox, or of all: healthy, degraded (there are dead letters) or broken, with the reason. Counts their messages.';
 
-revoke all on function @schema@.inbox_status(text) from public;
-
 create or replace function @schema@.inbox_health(name text)
 returns jsonb
 language sql
@@ -1135,8 +1101,6 @@ $$;
 
 comment on function @schema@.inbox_health(text) is
     'Runs as its caller. The row of inbox_status as one object.';
-
-revoke all on function @schema@.inbox_health(text) from public;
 
 -- No search_path of its own: triggers of the table see the caller's.
 create or replace function @schema@.relay_mark_inbox(
@@ -1183,8 +1147,6 @@ $$;
 comment on function @schema@.relay_mark_inbox(text, text[], text, text) is
     'Runs as its caller, with nothing but the caller''s own rights on the table. Makes messages processed, failed or pending; returns how many.';
 
-revoke all on function @schema@.relay_mark_inbox(text, text[], text, text) from public;
-
 create or replace function @schema@.replay_inbox_messages(name text, event_ids text[])
 returns integer
 language sql
@@ -1196,8 +1158,6 @@ $$;
 
 comment on function @schema@.replay_inbox_messages(text, text[]) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Make messages pending again, processed or dead; returns how many.';
-
-revoke all on function @schema@.replay_inbox_messages(text, text[]) from public;
 
 create or replace function @schema@.inbox_mark_processed(name text, event_ids text[])
 returns integer
@@ -1211,8 +1171,6 @@ $$;
 comment on function @schema@.inbox_mark_processed(text, text[]) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Messages were processed; returns how many there were.';
 
-revoke all on function @schema@.inbox_mark_processed(text, text[]) from public;
-
 create or replace function @schema@.inbox_mark_processed(name text, event_id text)
 returns boolean
 language sql
@@ -1225,8 +1183,6 @@ $$;
 comment on function @schema@.inbox_mark_processed(text, text) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. One message was processed; false where there is none of this id.';
 
-revoke all on function @schema@.inbox_mark_processed(text, text) from public;
-
 create or replace function @schema@.inbox_mark_failed(name text, event_id text, error text)
 returns boolean
 language sql
@@ -1238,5 +1194,3 @@ $$;
 
 comment on function @schema@.inbox_mark_failed(text, text, text) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Processing a message failed: counts a retry and keeps the error. After max_retries it is in the dead-letter view instead of the pending one.';
-
-revoke all on function @schema@.inbox_mark_failed(text, text, text) from public;

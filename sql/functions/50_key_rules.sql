@@ -337,5 +337,3 @@ $rules$;
 
 comment on function @schema@.relay_key_rules() is
     'Keys of pipelines and of each backend''s sink and source, with what holds for them.';
-
-revoke all on function @schema@.relay_key_rules() from public;

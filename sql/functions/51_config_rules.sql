@@ -25,8 +25,6 @@ $$;
 comment on function @schema@.relay_nearest(text, text[]) is
     'The candidate that a mistyped word may have meant, by the pairs of letters they share; null where none is near.';
 
-revoke all on function @schema@.relay_nearest(text, text[]) from public;
-
 create or replace function @schema@.relay_check_value(p_path text, p_rule jsonb, p_value jsonb, p_plaintext boolean)
 returns text[]
 language plpgsql
@@ -88,8 +86,6 @@ $$;
 comment on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) is
     'What is wrong with a value, or inside it. Shows it only where it can be no secret.';
 
-revoke all on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) from public;
-
 create or replace function @schema@.relay_check_keys(p_role text, p_rules jsonb, p_options jsonb, p_plaintext boolean)
 returns text[]
 language plpgsql
@@ -143,8 +139,6 @@ $$;
 comment on function @schema@.relay_check_keys(text, jsonb, jsonb, boolean) is
     'What is wrong with the keys of a source or sink object, or of the pipeline itself.';
 
-revoke all on function @schema@.relay_check_keys(text, jsonb, jsonb, boolean) from public;
-
 create or replace function @schema@.relay_validate_config(p_direction text, p_config jsonb)
 returns void
 language plpgsql
@@ -195,5 +189,3 @@ $$;
 
 comment on function @schema@.relay_validate_config(text, jsonb) is
     'Check a pipeline''s configuration by itself, forward or reverse: keys, types, templates (RL010) and plaintext secrets (RL013). What it refers to is not looked up. Definer: reads nothing but its arguments and our own rules.';
-
-revoke all on function @schema@.relay_validate_config(text, jsonb) from public;

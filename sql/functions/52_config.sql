@@ -395,8 +395,9 @@ begin
                     -- In a schema of others only its owner creates tables.
                     raise;
                 end if;
-                perform @schema@.relay_create_inbox(
-                    v_inbox, p_max_retries, p_schedule, p_with_dead_letter, p_retention_hours);
+                perform @schema@.create_inbox(
+                    v_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, true,
+                    p_retention_hours);
         end;
     end if;
     insert into @schema@.relay_inbox_config as c (name, enabled, config)

@@ -105,7 +105,7 @@ as $$
 declare
     v_outbox record;
 begin
-    select * into v_outbox from @schema@.relay_bound_outbox(p_outbox_table);
+    select * into v_outbox from @schema@.relay_outbox_of(p_outbox_table);
     return query execute format(
         $query$
         select

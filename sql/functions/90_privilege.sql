@@ -17,11 +17,35 @@ declare
         -- What capture functions call, as the owner of their table.
         'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_omit', 'relay_has_rows_below',
         -- What reads or writes an outbox with its caller's own rights on it.
-        'outbox_status', 'relay_outbox_details', 'outbox_publish', 'relay_publish', 'relay_publish_target'
+        'outbox_status', 'relay_outbox_details', 'outbox_publish', 'relay_publish', 'relay_publish_target',
+        'inbox_mark_processed', 'inbox_mark_failed', 'replay_inbox_messages', 'relay_mark_inbox', 'relay_find_inbox'
     ];
     publisher_functions constant text[] := array['relay_create_stream', 'relay_drop_stream'];
     relay_functions constant text[] := array[
-        'relay_outbox_of', 'outbox_rows_consumed', 'relay_note_drained', 'relay_sleep', 'relay_capture_problems'
+        -- outboxes
+        'relay_outbox_of', 'outbox_rows_consumed', 'relay_note_drained', 'relay_sleep', 'relay_capture_problems',
+        'relay_sweep_outbox', 'relay_swept_outboxes',
+        -- pipelines
+        'set_relay_outbox', 'set_relay_inbox', 'relay_set_forward', 'relay_object', 'enable_relay', 'disable_relay',
+        'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',
+        -- positions
+        'relay_claim', 'relay_commit', 'relay_release', 'relay_forget_group', 'relay_cursor_get', 'relay_cursor_set',
+        'relay_lag',
+        -- consumer groups
+        'create_consumer_group', 'drop_consumer_group', 'poll_outbox', 'commit_offset', 'extend_lease',
+        'consumer_heartbeat', 'seek_offset', 'consumer_lag', 'relay_group_create', 'relay_group_release',
+        -- dead letters
+        'relay_dead_letter', 'relay_dlq_list', 'relay_dlq_retry', 'relay_dlq_retry_all', 'relay_dlq_purge',
+        'relay_dlq_stats', 'relay_dlq_take', 'relay_dlq_settle', 'relay_dlq_fail', 'relay_dlq_put_back',
+        -- the fleet
+        'relay_report', 'relay_retire', 'relay_fleet',
+        -- inboxes, and what runs as the caller inside them
+        'relay_inbox', 'relay_inbox_is_intact', 'create_inbox', 'enable_inbox_tracking', 'disable_inbox_tracking',
+        'drop_inbox', 'inbox_status', 'inbox_health', 'relay_base_type',
+        'relay_inbox_parts', 'relay_inbox_problems',
+        'relay_build_inbox', 'relay_drop_inbox_parts', 'relay_remove_inbox',
+        -- definer halves of these, which look before they act
+        'relay_create_inbox', 'relay_register_inbox', 'relay_forget_inbox'
     ];
     found record;
 begin

@@ -176,46 +176,6 @@ comment on table @schema@.relay_group_consumers is
 comment on column @schema@.relay_group_consumers.newest_lease is
     'Lease of the newest poll, null when that was empty: all that commit_offset may settle.';
 
--- The names of pg_trickle 0.28 are views over the tables above.
-
-create view @schema@.pgt_consumer_groups as
-select
-    g.group_name,
-    g.outbox_table_name as outbox_name,
-    g.auto_offset_reset,
-    g.watermark,
-    g.frontier,
-    g.created_at
-from @schema@.relay_groups as g;
-comment on view @schema@.pgt_consumer_groups is
-    'Consumer groups; watermark as of the last poll.';
-
-create view @schema@.pgt_consumer_offsets as
-select
-    g.group_name,
-    c.consumer_id,
-    g.watermark as committed_offset,
-    c.last_heartbeat_at
-from @schema@.relay_group_consumers as c
-join @schema@.relay_groups as g using (group_id);
-comment on view @schema@.pgt_consumer_offsets is
-    'Consumers; the offset is the group''s, since a group has one position.';
-
-create view @schema@.pgt_consumer_leases as
-select
-    g.group_name,
-    l.consumer_id,
-    l.lease_token,
-    l.outbox_ids[1] as batch_start,
-    l.outbox_ids[cardinality(l.outbox_ids)] as batch_end,
-    cardinality(l.outbox_ids) as row_count,
-    l.leased_at,
-    l.expires_at
-from @schema@.relay_group_leases as l
-join @schema@.relay_groups as g using (group_id);
-comment on view @schema@.pgt_consumer_leases is
-    'Rows in the hands of consumers, by lease.';
-
 -- ---------------------------------------------------------------------------
 -- Inbox
 -- ---------------------------------------------------------------------------
@@ -255,26 +215,3 @@ comment on column @schema@.relay_inboxes.schedule is
     'Kept for pg_trickle, where it says how often the views are refreshed; ordinary views need none.';
 comment on column @schema@.relay_inboxes.retention_hours is
     'Processed messages are kept so long; null: for ever.';
-
-do $create$
-begin
-    if to_regclass('@schema@.pgt_inbox_config') is null then
-        create view @schema@.pgt_inbox_config as
-        select
-            i.inbox_name,
-            i.inbox_schema,
-            i.inbox_table,
-            i.adopted,
-            i.max_retries,
-            i.schedule,
-            i.with_dead_letter,
-            i.with_stats,
-            i.retention_hours,
-            i.columns,
-            i.created_at
-        from @schema@.relay_inboxes as i;
-        comment on view @schema@.pgt_inbox_config is
-            'Inboxes under the name that pg_trickle 0.28 uses.';
-    end if;
-end
-$create$;

@@ -138,7 +138,7 @@ def test_references_stay_literal_and_secrets_are_masked() -> None:
         ("log.level=loud", "log.level: invalid enum value 'loud' (use one of debug, info"),
         ("relay.batch_size=abc", "relay.batch_size: expected `int`"),
         ("relay.batch_size=0", "relay.batch_size must be above 0"),
-        ("relay.prefetch=-1", "relay.prefetch must not be below 0"),
+        ("relay.prefetch=-1", "relay.prefetch must not be negative"),
         ("relay.max_pipelines=0", "relay.max_pipelines must be at least 1"),
         ("relay.retry_max_ms=1", "relay.retry_max_ms must not be below"),
         ("relay.group_id=[", "no viable alternative"),

@@ -23,7 +23,12 @@ from tests.effects.relay_at_work import BOUND_S, AtWork, Catalog, at_work, lines
 from tests.servers.finding import free_port
 from tests.servers.postgres import Database
 
-NATS_SECRET = {"type": "nats", "url": "nats://127.0.0.1:1", "user": "u", "password": "${env:PASS}"}
+NATS_SECRET = {
+    "type": "nats",
+    "url": "nats://127.0.0.1:1",
+    "user": "u",
+    "password": "${env:RELAY_PASS}",
+}
 
 
 @pytest.fixture
@@ -248,13 +253,19 @@ async def test_a_pipeline_without_progress_is_stalled_after_so_long(catalog: Cat
 async def test_a_reference_to_a_variable_obeys_the_allow_list(catalog: Catalog) -> None:
     await catalog.orders()
     await catalog.forward("p", NATS_SECRET)
-    environment = {"PASS": "hunter2"}
+    await catalog.forward("q", {**NATS_SECRET, "password": "${env:OTHER}"})
+    environment = {"RELAY_PASS": "hunter2", "OTHER": "hunter2"}
 
-    closed = SecretSettings(env_allow=("RELAY_*",))
+    async with at_work(catalog.dsn, environment=environment) as relay:
+        await relay.heard.until(lambda: relay.reasons("q") != [])
+        assert "is not on the allow-list" in relay.reasons("q")[0]
+        await relay.until_state("p", PipelineState.RETRYING)
+        assert relay.reasons("p") == []
+    closed = SecretSettings(env_allow=("OTH*",))
     async with at_work(catalog.dsn, environment=environment, secrets=closed) as relay:
         await relay.heard.until(lambda: relay.reasons("p") != [])
         assert "is not on the allow-list" in relay.reasons("p")[0]
-    opened = SecretSettings(env_allow=("PA*",))
+    opened = SecretSettings(env_allow=None)
     async with at_work(catalog.dsn, environment=environment, secrets=opened) as relay:
         await relay.until_state("p", PipelineState.RETRYING)
         assert relay.reasons("p") == []

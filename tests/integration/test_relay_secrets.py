@@ -65,15 +65,15 @@ async def test_secrets_are_nowhere_in_logs_answers_reports_and_settings(
     in_file.write_text(f"{FILE_PASSWORD}\n")
     template = {"subject_template": "secrets.{op}", "stream": "secrets", "create_stream": True}
     sinks = {
-        "good": {"url": nats.url, "user": "relay", "password": "${env:RIGHT}"},
-        "wrong": {"url": nats.url, "user": "relay", "password": "${env:WRONG}"},
+        "good": {"url": nats.url, "user": "relay", "password": "${env:RELAY_RIGHT}"},
+        "wrong": {"url": nats.url, "user": "relay", "password": "${env:RELAY_WRONG}"},
         "file": {"url": nats.url, "user": "relay", "password": f"${{file:{in_file}}}"},
-        "in-url": {"url": nats.url.replace("://", "://relay:${env:WRONG}@")},
-        "away": {"url": f"nats://relay:${{env:RIGHT}}@127.0.0.1:{free_port()}"},
+        "in-url": {"url": nats.url.replace("://", "://relay:${env:RELAY_WRONG}@")},
+        "away": {"url": f"nats://relay:${{env:RELAY_RIGHT}}@127.0.0.1:{free_port()}"},
     }
     for name, keys in sinks.items():
         await world.forward(name, {"type": "nats", **keys, **template})
-    remote = _with_password(world.member_dsn, "${env:REMOTE}")
+    remote = _with_password(world.member_dsn, "${env:RELAY_REMOTE}")
     await world.forward("remote", {"type": "pg-inbox", "url": remote, "inbox_table": "arrived"})
     settings = (
         f"secrets.file_roots=[{world.directory}]",
@@ -83,9 +83,9 @@ async def test_secrets_are_nowhere_in_logs_answers_reports_and_settings(
     )
     environment = {
         "DB_PASSWORD": DATABASE_PASSWORD,
-        "RIGHT": NATS_PASSWORD,
-        "WRONG": WRONG_PASSWORD,
-        "REMOTE": REMOTE_PASSWORD,
+        "RELAY_RIGHT": NATS_PASSWORD,
+        "RELAY_WRONG": WRONG_PASSWORD,
+        "RELAY_REMOTE": REMOTE_PASSWORD,
     }
     dsn = _with_password(world.member_dsn, "${env:DB_PASSWORD}")
 

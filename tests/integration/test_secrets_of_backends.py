@@ -7,7 +7,6 @@ A new backend is an entry in `SINKS_WITH_SECRET` and `SOURCES_WITH_SECRET` each,
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,8 @@ import asyncpg
 import msgspec
 import pytest
 
-from relay.options import known_keys
-from relay.pipeline_config import CONNECTION_KEYS
-from relay.registry import SINKS, SOURCES
+from relay.options import declared_keys
+from relay.registry import SINKS, SOURCES, options_of
 from tests.contract.kafka_far_side import FarSide
 from tests.contract.sqs_far_side import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
@@ -243,11 +241,11 @@ async def test_no_secret_is_seen_whether_it_is_right_or_wrong(
 ) -> None:
     sink, source = SINKS_WITH_SECRET[type_], SOURCES_WITH_SECRET.get(type_)
     for name in ("right", "wrong"):
-        reference = f"${{env:SHOP_{name.upper()}}}"
+        reference = f"${{env:RELAY_{name.upper()}}}"
         await world.forward(name, {"type": type_, **sink.keys(address, reference)})
     profile = {"type": type_, **sink.keys(address, WRONG)}
     settings = ("log.level=debug", f"+backends.main={_as_override(profile)}")
-    environment = {"SHOP_RIGHT": RIGHT, "SHOP_WRONG": WRONG}
+    environment = {"RELAY_RIGHT": RIGHT, "RELAY_WRONG": WRONG}
 
     relay = await world.relay(*settings, environment=environment)
     await world.until_state(relay, "right", "running")
@@ -256,7 +254,7 @@ async def test_no_secret_is_seen_whether_it_is_right_or_wrong(
         # Now that the sink has made what it reads.
         for name in ("right", "wrong"):
             where = f"{LOOPBACK}:{free_port()}" if type_ == "webhook" else address
-            keys = source.keys(where, f"${{env:SHOP_{name.upper()}}}")
+            keys = source.keys(where, f"${{env:RELAY_{name.upper()}}}")
             await world.reverse(f"{name}-in", {"type": type_, **keys}, "received")
         await world.until_state(relay, "right-in", "running")
         state = "running" if type_ == "webhook" else "failed"
@@ -287,15 +285,9 @@ async def test_no_secret_is_seen_whether_it_is_right_or_wrong(
     ],
 )
 def test_what_a_row_may_say_beside_a_profile_is_known(role: str, name: str) -> None:
-    table = SINKS if role == "sink" else SOURCES
-    module = importlib.import_module(f"{table[name].partition(':')[0]}.options")
-    (options,) = (
-        member
-        for member_name, member in vars(module).items()
-        if member_name.endswith(f"{role.title()}Options")
-    )
+    declared = declared_keys(options_of(role, name))
 
-    beside = set(known_keys(options)) - CONNECTION_KEYS - {"type"}
+    beside = {key for key, rule in declared.items() if not rule.connection} - {"type"}
 
     assert beside == set(BESIDE_A_PROFILE[f"{role}:{name}"].split())
 

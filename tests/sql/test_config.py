@@ -221,14 +221,27 @@ WRONG_SINKS = [
     (nats(subject_template="a{"), "brace without its partner", "{{"),
     (nats(subject_template=""), "sink.subject_template is empty", "default"),
     (nats(routing={"insert": "{nope}"}), "sink.routing.insert has an unknown variable", "Known"),
-    (nats(routing={"insert": 5}), "sink.routing is of type object", "template"),
-    (nats(max_in_flight="many"), "sink.max_in_flight is a text", "a number"),
+    (nats(routing={"insert": 5}), "sink.routing.insert is of type number", "template"),
+    (nats(max_in_flight="many"), "sink.max_in_flight is a text", "a whole number"),
     (nats(create_stream="perhaps"), "sink.create_stream is a text", "true or false"),
-    (nats(client={"x": 1}), "sink.client can't be set here", "profile"),
+    ('{"type": "kafka", "client": {"x": 1}}', "sink.client can't be set here", "profile"),
     ('{"type": "nats", "profile": "n", "url": "nats://h"}', "can't be combined", "as a whole"),
     ('{"type": "file"}', "sink.output is missing", "file"),
     ('{"type": "kafka", "brokers": "h"}', "sink.topic or sink.topic_template is missing", ""),
     ('["stdout"]', "sink is of type array", "an object"),
+    (nats(format="avro"), "sink.format is 'avro'", "envelope or payload or cloudevents"),
+    (nats(max_in_flight=-5), "sink.max_in_flight is -5", "from 1 on"),
+    (nats(max_in_flight="-5"), "sink.max_in_flight is -5", "from 1 on"),
+    (nats(url="http://h:4222"), "sink.url is a text that does not fit", "nats:// or tls://"),
+    (nats(url="nats://a, http://b"), "sink.url is a text that does not fit", "nats:// or tls://"),
+    (nats(type="redis"), "sink.url is a text that does not fit", "redis:// or rediss://"),
+    ('{"type": "webhook", "url": "h/x"}', "sink.url is a text", "http:// or https://"),
+    ('{"type": "webhook", "url": "http://h", "retry_on_status": [200]}', "is 200", "400 to 599"),
+    ('{"type": "pg-inbox", "inbox": "a", "inbox_table": "b"}', "both inbox and inbox_table", ""),
+    ('{"type": "rabbitmq", "url": "amqp://h"}', "exchange or sink.routing_key_template", "one of"),
+    ('{"type": "stdout", "output": "/tmp/x"}', "sink.output is not a known key", "content"),
+    (nats(user="u"), "sink.user needs password", "both"),
+    (nats(stream=5), "sink.stream is of type number", "a text"),
 ]
 
 
@@ -245,7 +258,7 @@ WRONG_KEYS: list[tuple[dict[str, object], str]] = [
     ({"batch_sise": 5}, "batch_sise is not a known key"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"batch_size": "x"}, "batch_size is a text"),
-    ({"batch_size": 1.5}, "batch_size is of type number"),
+    ({"batch_size": 1.5}, "batch_size is 1.5"),
     ({"prefetch": 9}, "prefetch is 9"),
     ({"ordering": "loose"}, "ordering is 'loose'"),
     ({"start": "now"}, "start is 'now'"),
@@ -255,8 +268,8 @@ WRONG_KEYS: list[tuple[dict[str, object], str]] = [
     ({"parallelism": 2}, "parallelism needs a consumer group"),
     ({"retry_initial_ms": 5, "retry_max_ms": 4}, "retry_max_ms is less"),
     ({"config_version": 2}, "config_version is 2"),
-    ({"source_type": "nats"}, "source_type of a forward pipeline is outbox"),
-    ({"sink_type": "nats"}, "sink_type is nats, but sink.type is stdout"),
+    ({"source_type": "nats"}, "source_type is 'nats'"),
+    ({"sink_type": "nats"}, "sink.type is 'stdout'"),
     ({"source": {"outbox": "events", "grp": "x"}}, "source.grp is not a known key"),
     ({"source": {}}, "source.outbox is missing"),
 ]
@@ -270,6 +283,27 @@ def test_a_wrong_pipeline_key_is_refused(db: Session) -> None:
         assert message in said.message_primary, keys
 
 
+def test_a_configuration_that_is_none_is_refused_by_the_one_function_that_may_be_called(
+    db: Session,
+) -> None:
+    check = "select pgtrickle.relay_validate_config(%s, %s::jsonb)"
+    db.run("set role pgtrickle_relay")
+    for direction, config, code in (
+        (None, None, "22023"),
+        ("sideways", "{}", "22023"),
+        ("forward", None, "RL010"),
+        ("forward", "null", "RL010"),
+        ("reverse", "[]", "RL010"),
+        ("forward", '{"source": null, "sink": null}', "RL010"),
+    ):
+        with db.refused(code):
+            db.run(check, direction, config)
+    db.run(check, "forward", forward(source_type="outbox", sink_type="stdout"))
+    for helper in ("relay_key_rules()", "relay_check_keys('sink', '{}', '{}', true)"):
+        with db.refused("42501"):
+            db.run(f"select pgtrickle.{helper}")
+
+
 def test_good_configurations_of_every_backend_pass(db: Session) -> None:
     forward_sinks = [
         nats(subject_template="a.{{x}}.{payload.customer.id}.{op}", routing={"insert": "{key}"}),
@@ -278,7 +312,7 @@ def test_good_configurations_of_every_backend_pass(db: Session) -> None:
         ' "retry_on_status": [429]}',
         '{"type": "redis", "url": "redis://h", "stream_key": "{stream_table}", "maxlen": "1000"}',
         '{"type": "sqs", "queue_url": "https://q", "region": "eu",'
-        ' "secret_access_key": "${env:K}"}',
+        ' "access_key_id": "${env:I}", "secret_access_key": "${env:K}"}',
         '{"type": "rabbitmq", "url": "amqp://u:${env:P}@h", "exchange": "e", "mandatory": true}',
         '{"type": "pg-inbox", "url": "postgres://h/d", "inbox": "x"}',
         '{"type": "file", "output": "/tmp/x", "format": "csv", "rotate_bytes": 10}',
@@ -304,7 +338,21 @@ PLAINTEXT = [
     '{"type": "nats", "url": "nats://u:hunter2@h"}',
     '{"type": "webhook", "url": "https://h", "headers": {"Authorization": "Bearer hunter2"}}',
     '{"type": "webhook", "url": "https://h", "hmac_secret": "hunter2"}',
-    '{"type": "sqs", "queue_url": "https://q", "secret_access_key": "hunter2"}',
+    '{"type": "sqs", "queue_url": "https://q", "access_key_id": "${env:I}",'
+    ' "secret_access_key": "hunter2"}',
+    nats(token="hunter2${env:X}"),
+    nats(token="${env:X}hunter2"),
+    '{"type": "nats", "url": "nats://hunter2@h"}',
+    '{"type": "nats", "url": "nats://a,nats://u:hunter2${env:X}@h"}',
+    '{"type": "webhook", "url": "http://h/?token=hunter2"}',
+    '{"type": "webhook", "url": "http://h/?a=b&api_key=hunter2${env:X}"}',
+    '{"type": "webhook", "url": "https://hunter2@h/"}',
+    '{"type": "webhook", "url": "https://h", "headers": {"X-Key": "hunter2"}}',
+    '{"type": "webhook", "url": "https://h", "headers": {"x-api-key": "hunter2"}}',
+    '{"type": "webhook", "url": "https://h", "headers": {"Cookie": "session=hunter2"}}',
+    '{"type": "webhook", "url": "https://h", "headers": {"X-A": "hunter2 ${env:X}", "X-Auth":'
+    ' "hunter2 ${env:X}"}}',
+    '{"type": "pg-inbox", "inbox": "i", "url": "host=h password=hunter2"}',
 ]
 
 
@@ -319,12 +367,21 @@ def test_a_plaintext_secret_is_refused_and_not_repeated_in_the_error(db: Session
         db.run(FORWARD_CONFIG, forward(sink=json.loads(sink), allow_plaintext_secrets=True))
 
 
-def test_a_reference_inside_a_longer_text_is_no_plaintext_secret(db: Session) -> None:
-    db.run(
-        FORWARD,
-        "p",
+def test_a_reference_is_no_plaintext_secret(db: Session) -> None:
+    for sink in (
         '{"type": "webhook", "url": "https://h", "headers": {"Authorization": "Bearer ${env:T}"}}',
-    )
+        '{"type": "webhook", "url": "https://u:${env:P}@h/?token=${env:T}&partition=5"}',
+        '{"type": "webhook", "url": "https://h:443/tokens/x", "headers": {"X-Keyboard": "a"}}',
+        nats(url="nats://a:1,nats://u:${file:/run/secrets/p}@h", max_in_flight="${env:N}"),
+        nats(url="${env:URL}", format="${env:F}", tls="${env:T}", subject_template="${env:S}.{op}"),
+        '{"type": "pg-inbox", "inbox": "i", "url": "host=h password=\'${env:P}\' sslkey=/k"}',
+    ):
+        db.run(FORWARD, "p", sink)
+
+
+def test_a_pipeline_s_own_keys_are_no_references(db: Session) -> None:
+    with db.refused("RL010"):
+        db.run(FORWARD_CONFIG, forward(batch_size="${env:N}"))
 
 
 def test_a_pipeline_into_an_inbox_of_this_database_needs_that_inbox(db: Session) -> None:

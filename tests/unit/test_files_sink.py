@@ -376,7 +376,7 @@ async def test_a_link_that_was_put_in_place_later_is_not_followed_out(tmp_path: 
         ({"type": "stdout"}, "does not go with type stdout"),
         ({"type": "stdout", "output": None, "rotate_bytes": 1}, "rotate_bytes does not go"),
         ({"format": "csv", "content": "payload"}, "sink.content does not go with format csv"),
-        ({"rotate_keep": 3}, "sink.rotate_bytes is not"),
+        ({"rotate_keep": 3}, "sink.rotate_keep needs rotate_bytes"),
         ({"rotate_bytes": 0}, "sink.rotate_bytes"),
         ({"format": "xml"}, "sink.format"),
         ({"ouput": "x"}, "did you mean output"),

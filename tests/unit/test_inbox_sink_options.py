@@ -27,11 +27,11 @@ def sink(options: Mapping[str, object], direction: Direction = "forward") -> Inb
 @pytest.mark.parametrize(
     "options,said",
     [
-        ({}, "either inbox or inbox_table"),
-        ({"inbox": "a", "inbox_table": "b"}, "either inbox or inbox_table"),
+        ({}, "needs inbox or inbox_table"),
+        ({"inbox": "a", "inbox_table": "b"}, "has both inbox and inbox_table"),
         ({"inbox": "a", "url": " "}, "sink.url is empty"),
-        ({"inbox": "a", "sslmode": "require"}, "no sink.url"),
-        ({"inbox": "a", "sslrootcert": "/ca.pem"}, "no sink.url"),
+        ({"inbox": "a", "sslmode": "require"}, "sslmode needs url"),
+        ({"inbox": "a", "sslrootcert": "/ca.pem"}, "sslrootcert needs url"),
         ({"inbox": "a", "url": "postgresql://h", "sslmode": "sometimes"}, "sink.sslmode"),
         ({"inbox": "a", "inbx_table": "b"}, "did you mean inbox_table"),
         ({"inbox": "a", "columns": {"event_idd": "subject"}}, "did you mean event_id"),

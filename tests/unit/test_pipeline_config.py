@@ -8,7 +8,9 @@ import pytest
 
 from relay.errors import ConfigurationError
 from relay.events import Direction
-from relay.pipeline_config import CONNECTION_KEYS, Pace, pace_of, parse_config, with_profile
+from relay.options import declared_keys
+from relay.pipeline_config import Pace, pace_of, parse_config, with_profile
+from relay.registry import SINKS, SOURCES, options_of
 from relay.settings import RelaySettings
 
 FORWARD: Mapping[str, object] = {
@@ -27,6 +29,15 @@ REVERSE: Mapping[str, object] = {
 PROFILES: Mapping[str, Mapping[str, object]] = {
     "main": {"type": "nats", "url": "nats://profile", "password": "p", "user": "u"}
 }
+
+
+def merge(
+    role: str,
+    type_: str,
+    options: Mapping[str, object],
+    profiles: Mapping[str, Mapping[str, object]] = PROFILES,
+) -> Mapping[str, object]:
+    return with_profile(role, type_, options, profiles, declared_keys(options_of(role, type_)))
 
 
 @pytest.mark.parametrize("direction,row", [("forward", FORWARD), ("reverse", REVERSE)])
@@ -151,20 +162,20 @@ def test_what_a_row_says_wins_over_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "key,value",
+    "key,value,said",
     [
-        ("batch_size", 0),
-        ("poll_interval_ms", 0),
-        ("prefetch", -1),
-        ("max_attempts", 0),
-        ("retry_initial_ms", 0),
-        ("retry_max_ms", -5),
-        ("breaker_threshold", 0),
+        ("batch_size", 0, "from 1 to 100000"),
+        ("poll_interval_ms", 0, "from 1 to 3600000"),
+        ("prefetch", -1, "from 0 to 8"),
+        ("max_attempts", 0, "at least 1"),
+        ("retry_initial_ms", 0, "from 1 to 86400000"),
+        ("retry_max_ms", -5, "from 1 to 86400000"),
+        ("breaker_threshold", 0, "at least 1"),
     ],
 )
-def test_a_pace_that_makes_no_sense_is_refused(key: str, value: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"{key} must be positive"):
-        pace_of(parse_config("forward", {**FORWARD, key: value}), RelaySettings())
+def test_a_pace_that_makes_no_sense_is_refused(key: str, value: int, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{key} must be {said}, but is {value}"):
+        parse_config("forward", {**FORWARD, key: value})
 
 
 def test_a_longest_wait_below_the_first_is_refused() -> None:
@@ -175,19 +186,30 @@ def test_a_longest_wait_below_the_first_is_refused() -> None:
 
 
 def test_a_profile_brings_the_connection_and_the_row_the_rest() -> None:
-    merged = with_profile("sink", "nats", {"profile": "main", "subject_template": "a"}, PROFILES)
+    merged = merge("sink", "nats", {"profile": "main", "subject_template": "a"})
 
     assert merged == {**PROFILES["main"], "subject_template": "a"}
 
 
 def test_without_a_profile_the_row_stands_alone() -> None:
-    assert with_profile("sink", "nats", {"url": "nats://row"}, PROFILES) == {"url": "nats://row"}
+    assert merge("sink", "nats", {"url": "nats://row"}) == {"url": "nats://row"}
 
 
-@pytest.mark.parametrize("key", sorted(CONNECTION_KEYS))
-def test_a_row_can_not_aim_the_credentials_of_a_profile_elsewhere(key: str) -> None:
-    with pytest.raises(ConfigurationError, match="come from a profile as a whole"):
-        with_profile("sink", "nats", {"profile": "main", key: "x"}, PROFILES)
+def test_a_row_can_not_aim_the_credentials_of_a_profile_elsewhere() -> None:
+    tried = 0
+    for role, table in (("sink", SINKS), ("source", SOURCES)):
+        for type_ in table:
+            for key, rule in declared_keys(options_of(role, type_)).items():
+                if rule.connection:
+                    tried += 1
+                    with pytest.raises(ConfigurationError, match="come from a profile as a whole"):
+                        merge(role, type_, {"profile": type_, key: "x"}, {type_: {"type": type_}})
+    assert tried > 100
+
+
+def test_settings_of_a_client_library_stand_in_profiles_only() -> None:
+    with pytest.raises(ConfigurationError, match="client belongs into a profile"):
+        merge("sink", "kafka", {"client": {"client_id": "x"}})
 
 
 @pytest.mark.parametrize(
@@ -196,4 +218,4 @@ def test_a_row_can_not_aim_the_credentials_of_a_profile_elsewhere(key: str) -> N
 )
 def test_a_profile_that_does_not_fit_is_named(profile: str, type_: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
-        with_profile("sink", type_, {"profile": profile}, PROFILES)
+        merge("sink", type_, {"profile": profile})

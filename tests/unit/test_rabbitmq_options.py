@@ -41,7 +41,7 @@ def make_source(**keys: object) -> RabbitSource:
         ({"exchnage": "x"}, "did you mean exchange"),
         ({"exchange": ""}, "exchange is missing"),
         ({"exchange": "x" * 256}, "the limit is 255 bytes"),
-        ({"exchange_type": "fanout"}, "set declare_exchange"),
+        ({"exchange_type": "fanout"}, "needs declare_exchange"),
         (
             {"exchange": "", "declare_exchange": True, "routing_key_template": "q"},
             "declare_exchange needs a name",
@@ -49,7 +49,7 @@ def make_source(**keys: object) -> RabbitSource:
         ({"max_in_flight": 0}, "max_in_flight must be at least 1"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1"),
         ({"confirm_timeout_ms": 0}, "confirm_timeout_ms must be at least 1"),
-        ({"format": "xml"}, "unknown format"),
+        ({"format": "xml"}, "use one of envelope, payload, cloudevents"),
         ({"routing_key_template": "a.{sream_table}"}, "did you mean {stream_table}"),
         ({"routing": {"x": "y" * 256}}, "more than 255 bytes"),
     ],
@@ -68,8 +68,8 @@ def test_a_wrong_sink_key_is_said_in_words(keys: dict[str, object], words: str) 
         ({"queue": ""}, "queue is empty"),
         ({"queue": "q" * 256}, "the limit is 255 bytes"),
         ({"que": "a"}, "did you mean queue"),
-        ({"prefetch_count": 0}, "prefetch_count must be at least 1"),
-        ({"prefetch_count": 65536}, "prefetch_count must be at most 65535"),
+        ({"prefetch_count": 0}, "prefetch_count must be from 1 to 65535"),
+        ({"prefetch_count": 65536}, "prefetch_count must be from 1 to 65535"),
         ({"exclusive": "perhaps"}, "exclusive"),
     ],
 )

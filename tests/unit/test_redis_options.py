@@ -44,9 +44,9 @@ def make_source(**keys: object) -> RedisSource:
         ({"maxlen": 0}, "maxlen must be at least 1"),
         ({"max_message_bytes": 0}, "max_message_bytes must be at least 1"),
         ({"wait_replicas": -1}, "wait_replicas must not be negative"),
-        ({"format": "xml"}, "unknown format"),
+        ({"format": "xml"}, "use one of envelope, payload, cloudevents"),
         ({"stream_key": "a:{sream_table}"}, "did you mean {stream_table}"),
-        ({"stream_key": ""}, "template is empty"),
+        ({"stream_key": ""}, "stream_key is empty"),
         ({"routing": {"x": " "}}, "template is empty"),
     ],
 )

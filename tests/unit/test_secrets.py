@@ -12,10 +12,10 @@ from relay.secrets import OPERATOR, SecretPolicy, Secrets, masked, references
 
 def test_references_are_resolved_wherever_they_stand(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret\n")
-    secrets = Secrets(SecretPolicy(file_roots=[str(tmp_path)]), {"PASSWORD": "hunter2"})
+    secrets = Secrets(SecretPolicy(file_roots=[str(tmp_path)]), {"RELAY_PASSWORD": "hunter2"})
 
     resolved = secrets.resolve(
-        {"url": "nats://u:${env:PASSWORD}@h", "list": [f"${{file:{tmp_path}/token}}"], "n": 3}
+        {"url": "nats://u:${env:RELAY_PASSWORD}@h", "list": [f"${{file:{tmp_path}/token}}"], "n": 3}
     )
 
     assert resolved == {"url": "nats://u:hunter2@h", "list": ["s3cret"], "n": 3}
@@ -46,6 +46,17 @@ def test_a_reference_that_leads_nowhere_is_named(reference: str, said: str) -> N
     assert "value-of-other" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "PATH", "relay_token", "MY_RELAY_TOKEN"])
+def test_without_an_allow_list_of_its_own_a_pipeline_reaches_names_of_the_relay_only(
+    name: str,
+) -> None:
+    secrets = Secrets(SecretPolicy(), {name: "hunter2", "RELAY_TOKEN": "x"})
+
+    with pytest.raises(SecretUnresolved, match="allow-list"):
+        secrets.resolve(f"${{env:{name}}}")
+    assert secrets.resolve("${env:RELAY_TOKEN}") == "x"
+
+
 def test_a_path_can_not_climb_out_of_its_root(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -74,8 +85,8 @@ def test_the_operator_reaches_everything() -> None:
 
 
 def test_what_was_resolved_is_masked_in_any_text() -> None:
-    secrets = Secrets(SecretPolicy(), {"A": "hunter2", "B": "hunter2-longer"})
-    secrets.resolve(["${env:A}", "${env:B}"])
+    secrets = Secrets(SecretPolicy(), {"RELAY_A": "hunter2", "RELAY_B": "hunter2-longer"})
+    secrets.resolve(["${env:RELAY_A}", "${env:RELAY_B}"])
 
     text = secrets.mask("hunter2 and hunter2-longer and amqp://u:other@h")
 
@@ -91,6 +102,10 @@ def test_a_structure_is_shown_without_its_secrets() -> None:
             "ref": "postgresql://u:${env:PW}@h/d",
             "inner": [{"sasl_password": "hunter2", "batch_size": 3}],
             "nkey_seed": "",
+            "headers": {"X-Key": "hunter2", "x-api-key": "hunter2", "X-Keyboard": "a"},
+            "hook": "https://h/?token=hunter2&page=5&sig=${env:SIG}",
+            "stream_key": "orders",
+            "tls_key": "/etc/key.pem",
         }
     )
 
@@ -101,6 +116,10 @@ def test_a_structure_is_shown_without_its_secrets() -> None:
         "ref": "postgresql://u:${env:PW}@h/d",
         "inner": [{"sasl_password": "******", "batch_size": 3}],
         "nkey_seed": "",
+        "headers": {"X-Key": "******", "x-api-key": "******", "X-Keyboard": "a"},
+        "hook": "https://h/?token=******&page=5&sig=${env:SIG}",
+        "stream_key": "orders",
+        "tls_key": "/etc/key.pem",
     }
 
 

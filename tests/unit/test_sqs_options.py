@@ -38,14 +38,14 @@ def make_source(**keys: object) -> SqsSource:
         ({"secret_access_key": "a"}, "access_key_id and secret_access_key together"),
         ({"session_token": "a"}, "session_token needs"),
         ({"tls_cert": "a.pem"}, "tls_cert and tls_key together"),
-        ({"tls_insecure": True, "tls_ca": "a.pem"}, "leave tls_insecure out"),
+        ({"tls_insecure": True, "tls_ca": "a.pem"}, "both tls_ca and tls_insecure"),
         ({"timeout_ms": 0}, "timeout_ms must be at least 1"),
         ({"max_in_flight": 0}, "max_in_flight must be at least 1"),
         ({"max_message_bytes": 0}, "max_message_bytes must be from 1 to 1048576"),
         ({"max_message_bytes": 2_000_000}, "max_message_bytes must be from 1 to 1048576"),
         ({"message_group_id": ""}, "message_group_id is empty"),
         ({"message_group_id": "{kee}"}, "did you mean {key}"),
-        ({"format": "xml"}, "unknown format"),
+        ({"format": "xml"}, "use one of envelope, payload, cloudevents"),
     ],
 )
 def test_a_wrong_sink_key_is_said_in_words(keys: dict[str, object], words: str) -> None:

@@ -109,23 +109,8 @@ class FileSink:
 
 
 def _check(options: FileSinkOptions) -> None:
-    if options.type == "file" and not options.output:
-        raise ConfigurationError("sink.output is missing", remedy="name the file to write")
-    if options.type == "stdout" and options.output is not None:
-        raise ConfigurationError(
-            "sink.output does not go with type stdout", remedy="use type file for a file"
-        )
     if options.format == "csv" and options.content is not None:
         raise ConfigurationError(
             "sink.content does not go with format csv",
             remedy="the columns of csv are fixed; use jsonl or json_pretty",
-        )
-    if options.rotate_bytes is None and options.rotate_keep is not None:
-        raise ConfigurationError(
-            "sink.rotate_keep is set, but sink.rotate_bytes is not",
-            remedy="say at which size a file is rotated",
-        )
-    if options.type == "stdout" and options.rotate_bytes is not None:
-        raise ConfigurationError(
-            "sink.rotate_bytes does not go with type stdout", remedy="use type file for a file"
         )

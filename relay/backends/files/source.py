@@ -17,7 +17,7 @@ from relay.backends.files.options import FileSourceOptions
 from relay.backends.files.stdin import StdinSource
 from relay.context import BackendContext
 from relay.contracts import Batch, Source
-from relay.errors import ConfigurationError, EndOfInput, NotConnected, PositionLost, RelayError
+from relay.errors import EndOfInput, NotConnected, PositionLost, RelayError
 from relay.options import parse_options
 
 IDLE_POLL_S = 1.0
@@ -55,9 +55,7 @@ class FileSource:
         parsed = parse_options(options, FileSourceOptions, path="source")
         if parsed.type == "stdin":
             return StdinSource.from_parsed(parsed, context)
-        if not parsed.input:
-            raise ConfigurationError("source.input is missing", remedy="name the file to read")
-        return cls(parsed, str(allowed_path(parsed.input, context.file_roots)), context)
+        return cls(parsed, str(allowed_path(parsed.input or "", context.file_roots)), context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:

@@ -136,7 +136,6 @@ class StdinSource:
     @classmethod
     def from_parsed(cls, options: FileSourceOptions, context: BackendContext) -> Self:
         """A source on the process's own stdin. Raises `ConfigurationError`."""
-        _check(options)
         return cls(options, STDIN, context)
 
     @property
@@ -232,15 +231,3 @@ class StdinSource:
 
 def _taken(undelivered: deque[Entry], max_rows: int) -> list[Entry]:
     return [undelivered.popleft() for _ in range(min(max_rows, len(undelivered)))]
-
-
-def _check(options: FileSourceOptions) -> None:
-    if options.input is not None:
-        raise ConfigurationError(
-            "source.input does not go with type stdin", remedy="use type file for a file"
-        )
-    if options.follow:
-        raise ConfigurationError(
-            "source.follow does not go with type stdin",
-            remedy="leave it out: stdin is read until its writer closes it",
-        )

@@ -15,7 +15,6 @@ from relay.catalog import INBOX_IS_INTACT, InboxDescription
 from relay.errors import AuthenticationRefused, ConfigurationError, DestinationMissing
 from relay.postgres import Database
 
-DEFAULT_SCHEMA = "pgtrickle"
 REQUIRED_FIELDS = ("event_id", "payload")
 DOCUMENT_TYPES = ("jsonb", "json", "text", "character varying", "bytea")
 
@@ -101,7 +100,7 @@ async def table_named(database: Database, table: str, schema: str | None) -> Inb
     row = await database.fetch_row(
         _DOING,
         "select format('%I.%I', $1::text, $2::text) as relation",
-        schema or DEFAULT_SCHEMA,
+        schema or database.settings.schema,
         table,
     )
     relation = table if row is None else str(row["relation"])

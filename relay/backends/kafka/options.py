@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from relay.errors import ConfigurationError
+from relay.options import (
+    ConnectingFlag,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TimeoutMs,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
@@ -18,33 +30,39 @@ DEFAULT_PORT = 9092
 CLIENT_KEYS: Mapping[str, type] = {"client_id": str, "max_idle_ms": int}
 
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/@\[\]]+))(?::(?P<port>\d+))?")
-_SCHEME = re.compile(r"^(kafka|plaintext|ssl|sasl_plaintext|sasl_ssl)://", re.IGNORECASE)
+_SCHEMES = ("kafka", "plaintext", "ssl", "sasl_plaintext", "sasl_ssl")
+_SCHEME = re.compile(rf"^({'|'.join(_SCHEMES)})://", re.IGNORECASE)
 
 
 class KafkaConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What sink and source have in common.
 
-    ``brokers``: ``host:9092``, several separated by commas or as a list; one that answers is
-    enough. ``sasl_mechanism``: ``PLAIN``, ``SCRAM-SHA-256`` or ``SCRAM-SHA-512``, by default
-    ``SCRAM-SHA-512`` where a user is given; ``sasl_username``, ``sasl_password``. ``tls`` speaks
-    TLS; ``tls_ca``, ``tls_cert`` and ``tls_key`` are paths of PEM files and imply it;
-    ``tls_insecure`` accepts any certificate. ``request_timeout_ms``: how long to wait for an
-    answer, in milliseconds, default 30000. ``client``: settings of the client library's
-    connections (``client_id``, ``max_idle_ms``); in a profile only.
+    type: `kafka`.
+    brokers: `host:9092`, several separated by commas or as a list; one that answers is enough.
+    sasl_mechanism: How to log in; `SCRAM-SHA-512` where a user is given.
+    sasl_username: User name, with `sasl_password`.
+    sasl_password: Password, with `sasl_username`.
+    tls: Speak TLS.
+    client: Settings of the client library's connections (`client_id`, `max_idle_ms`); in a profile
+        only.
     """
 
     type: str
-    brokers: str | Sequence[str]
-    sasl_mechanism: SaslMechanism | None = None
-    sasl_username: str | None = None
-    sasl_password: str | None = None
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_insecure: bool = False
-    request_timeout_ms: int = 30_000
-    client: Mapping[str, object] = {}
+    brokers: Annotated[str | Sequence[str], Key(schemes=("", *_SCHEMES), connection=True)]
+    sasl_mechanism: Annotated[SaslMechanism | None, Key(connection=True, needs="sasl_username")] = (
+        None
+    )
+    sasl_username: Annotated[str | None, Key(connection=True, needs="sasl_password")] = None
+    sasl_password: Annotated[
+        str | None, Key(secret=True, connection=True, needs="sasl_username")
+    ] = None
+    tls: ConnectingFlag = False
+    tls_ca: TlsCa = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
+    request_timeout_ms: TimeoutMs = 30_000
+    client: Annotated[Mapping[str, object], Key(connection=True, profile_only=True)] = {}
 
 
 class KafkaSinkOptions(
@@ -52,28 +70,31 @@ class KafkaSinkOptions(
 ):
     """The sink's keys.
 
-    ``topic``: where all events go, or ``topic_template``: where each event goes, a template; one
-    of the two. ``routing``: other topic templates by event type or op. ``key_template``: the
-    record key, which decides the partition; by default the dedup key, which spreads events over
-    all partitions. ``{key}`` keeps the events of an entity in one partition, in order.
-    ``acks``: ``all`` (every in-sync replica, the default) or ``1`` (the leader alone, which can
-    lose what it accepted, and is not idempotent). ``compression``: ``gzip``, ``snappy``, ``lz4``
-    or ``zstd``, by default none. ``linger_ms``: how long a publish that would not fill a request
-    waits, so that what is written meanwhile goes out together in the next one; default 0.
-    ``max_request_size``: the most bytes of one record with its batch, default 1048576; a lower
-    limit of the topic is found by itself. ``format``: ``envelope``, ``payload`` or
-    ``cloudevents``.
+    topic: Where all events go.
+    topic_template: Where each event goes, instead of `topic`.
+    key_template: The record key, which decides the partition; by default the dedup key, which
+        spreads events over all partitions. `{key}` keeps the events of an entity in one partition,
+        in order.
+    acks: `all`: every in-sync replica. `1`: the leader alone, which can lose what it accepted, and
+        is not idempotent.
+    compression: How batches are compressed.
+    linger_ms: How long a publish that would not fill a request waits, so that what is written
+        meanwhile goes out together in the next one.
+    max_request_size: The most bytes of one record with its batch; a lower limit of the topic is
+        found by itself.
     """
 
-    topic: str | None = None
-    topic_template: str | None = None
-    routing: Mapping[str, str] = {}
-    key_template: str | None = None
+    topic: Annotated[
+        str | None, Key(required_unless="topic_template", excludes=("topic_template",))
+    ] = None
+    topic_template: Annotated[str | None, Key(template=True)] = None
+    routing: Routing = {}
+    key_template: Annotated[str | None, Key(template=True)] = None
     acks: Literal["all", "1"] = "all"
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "none"
-    linger_ms: int = 0
-    max_request_size: int = 1024 * 1024
-    format: str = "envelope"
+    linger_ms: Annotated[int, Key(ge=0)] = 0
+    max_request_size: Positive = 1024 * 1024
+    format: Format = "envelope"
 
 
 class KafkaSourceOptions(
@@ -81,17 +102,16 @@ class KafkaSourceOptions(
 ):
     """The source's keys.
 
-    ``topic``: one topic, or a list. ``group_id``: the consumer group, by default named after the
-    pipeline. ``group_instance_id``: our name in it, by default the pipeline's too, so that whoever
-    runs the pipeline next has its partitions at once; empty for none. ``auto_offset_reset``: where
-    a partition begins that the group has never read: ``earliest`` (the default) or ``latest``.
-    ``on_position_lost``: what to do when retention or a new topic took the position away: ``fail``
-    (the default), ``earliest`` or ``latest``. ``isolation_level``: ``read_committed`` (the
-    default: what a transaction aborted is left out) or ``read_uncommitted``.
-    ``session_timeout_ms``: after how many milliseconds without a sign of life our partitions go to
-    others, default 30000. ``rebalance_timeout_ms``: how long what is out may take when others
-    join, default 60000. ``fetch_max_bytes``: the most bytes that one fetch asks of a broker,
-    default 8 MiB.
+    topic: One topic, or a list.
+    group_id: The consumer group, by default named after the pipeline.
+    group_instance_id: Our name in the group, by default the pipeline's too, so that whoever runs
+        the pipeline next has its partitions at once; empty for none.
+    auto_offset_reset: Where a partition begins that the group has never read.
+    on_position_lost: What to do when retention or a new topic took the position away.
+    isolation_level: `read_committed` leaves out what a transaction aborted.
+    session_timeout_ms: Without a heartbeat for so long, our partitions go to others.
+    rebalance_timeout_ms: How long what is in flight may take when others join.
+    fetch_max_bytes: The most bytes that one fetch asks of a broker.
     """
 
     topic: str | Sequence[str]
@@ -100,9 +120,9 @@ class KafkaSourceOptions(
     auto_offset_reset: Literal["earliest", "latest"] = "earliest"
     on_position_lost: Literal["fail", "earliest", "latest"] = "fail"
     isolation_level: Literal["read_committed", "read_uncommitted"] = "read_committed"
-    session_timeout_ms: int = 30_000
-    rebalance_timeout_ms: int = 60_000
-    fetch_max_bytes: int = 8 * 1024 * 1024
+    session_timeout_ms: Positive = 30_000
+    rebalance_timeout_ms: Positive = 60_000
+    fetch_max_bytes: Positive = 8 * 1024 * 1024
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -140,13 +160,6 @@ def mechanism_of(options: KafkaConnectionOptions) -> SaslMechanism | None:
 def check_connection(options: KafkaConnectionOptions, path: str) -> None:
     """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
     addresses_of(options, path)
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigurationError(f"{path} needs tls_cert and tls_key together")
-    if (options.sasl_username is None) != (options.sasl_password is None):
-        raise ConfigurationError(f"{path} needs sasl_username and sasl_password together")
-    if options.sasl_mechanism is not None and options.sasl_username is None:
-        raise ConfigurationError(f"{path}.sasl_mechanism needs sasl_username and sasl_password")
-    check_at_least(path, 1, request_timeout_ms=options.request_timeout_ms)
     for name, value in options.client.items():
         kind = CLIENT_KEYS.get(name)
         if kind is None:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
 
 from relay.errors import ConfigurationError
+from relay.options import (
+    ConnectingFlag,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    Template,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 DeliverPolicy = Literal["all", "last", "new", "last_per_subject"]
 
 _DEFAULT_PORT = 4222
+_SCHEMES = ("nats", "tls")
 _NAME_INVALID = re.compile(r"[\s.*>/\\\x00-\x1f\x7f]")
 _NAME_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _LONGEST_DURABLE = 64
@@ -23,47 +37,56 @@ _LONGEST_DURABLE = 64
 class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What sink and source have in common.
 
-    ``url``: ``nats://host:port`` or ``tls://host:port``, several separated by commas; a user and
-    password in it are percent-decoded. Authentication is one of ``user`` with ``password``,
-    ``token``, ``creds_file`` (path of a credentials file) and ``nkey_seed`` (the seed itself).
-    ``tls`` refuses a server that offers no TLS; ``tls_ca``, ``tls_cert`` and ``tls_key`` are paths
-    of PEM files and imply it; ``tls_insecure`` accepts any certificate.
+    type: `nats`.
+    url: `nats://host:port` or `tls://host:port`, several separated by commas; a user and password
+        in it are percent-decoded.
+    user: User name, with `password`.
+    password: Password, with `user`.
+    token: Token, instead of user and password.
+    creds_file: Path of a credentials file on the relay's machine.
+    nkey_seed: The NKey seed itself.
+    tls: Refuse a server that offers no TLS.
     """
 
     type: str
-    url: str
-    user: str | None = None
-    password: str | None = None
-    token: str | None = None
-    creds_file: str | None = None
-    nkey_seed: str | None = None
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_insecure: bool = False
+    url: Annotated[str, Key(schemes=(*_SCHEMES, ""), connection=True)]
+    user: Annotated[
+        str | None,
+        Key(connection=True, needs="password", excludes=("token", "creds_file", "nkey_seed")),
+    ] = None
+    password: Annotated[str | None, Key(secret=True, connection=True, needs="user")] = None
+    token: Annotated[
+        str | None, Key(secret=True, connection=True, excludes=("creds_file", "nkey_seed"))
+    ] = None
+    creds_file: Annotated[str | None, Key(connection=True, excludes=("nkey_seed",))] = None
+    nkey_seed: Credential = None
+    tls: ConnectingFlag = False
+    tls_ca: TlsCa = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
 
 
 class NatsSinkOptions(NatsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sink's keys.
 
-    ``subject_template``: where each event goes. ``routing``: other templates by event type or op.
-    ``stream``: the only stream that may store the events; without it whichever stream listens on
-    the subject does. ``create_stream``: make ``stream`` where it is missing, on file storage, for
-    the constant beginning of the templates, with ``duplicate_window_s`` seconds of deduplication.
-    ``max_in_flight``: messages without acknowledgement at a time. ``ack_timeout_ms``: how long to
-    go on without a single acknowledgement, in milliseconds. ``format``: ``envelope``, ``payload``
-    or ``cloudevents``.
+    stream: The only stream that may store the events; without it whichever stream listens on the
+        subject does.
+    create_stream: Make `stream` where it is missing: on file storage, for the constant beginning of
+        the templates. A stream that exists is never changed.
+    duplicate_window_s: Duplicate window, in seconds, of a stream that the relay makes.
+    max_in_flight: The most messages without acknowledgement.
+    ack_timeout_ms: How long to go on without a single acknowledgement.
     """
 
-    subject_template: str = "pgtrickle.{stream_table}.{op}"
-    routing: Mapping[str, str] = {}
+    subject_template: Template = "pgtrickle.{stream_table}.{op}"
+    routing: Routing = {}
     stream: str | None = None
-    create_stream: bool = False
-    duplicate_window_s: int = 120
-    max_in_flight: int = 4096
-    ack_timeout_ms: int = 5000
-    format: str = "envelope"
+    create_stream: Annotated[bool, Key(needs="stream")] = False
+    duplicate_window_s: Positive = 120
+    max_in_flight: Positive = 4096
+    ack_timeout_ms: Positive = 5000
+    format: Format = "envelope"
 
 
 class NatsSourceOptions(
@@ -71,20 +94,21 @@ class NatsSourceOptions(
 ):
     """The source's keys.
 
-    ``subject``: what to consume, wildcards allowed. ``stream``: where it is stored; found by the
-    subject when absent. ``durable_name``: the consumer, by default named after the pipeline.
-    ``deliver_policy``: where a consumer that is made anew begins. ``ack_wait_seconds``: after how
-    long without a sign of life the server delivers a message again. ``max_deliver``: how often the
-    server delivers a message at most, -1 without limit; beyond it the server drops the message
-    from the consumer without telling anybody.
+    subject: What to consume, wildcards allowed.
+    stream: Where it is stored; found by the subject when absent.
+    durable_name: The consumer, by default named after the pipeline.
+    deliver_policy: Where a new consumer begins.
+    ack_wait_seconds: After how long without a sign of life the server delivers a message again.
+    max_deliver: How often the server delivers a message at most, -1 without limit; beyond it the
+        server drops the message from the consumer without telling anybody.
     """
 
     subject: str
     stream: str | None = None
     durable_name: str | None = None
     deliver_policy: DeliverPolicy = "all"
-    ack_wait_seconds: float = 30.0
-    max_deliver: int = -1
+    ack_wait_seconds: Annotated[float, Key(ge=1)] = 30.0
+    max_deliver: Annotated[int, Key(ge=-1)] = -1
 
 
 class NatsServer(msgspec.Struct, frozen=True):
@@ -111,21 +135,8 @@ def servers_of(urls: str, path: str) -> Sequence[NatsServer]:
 
 
 def check_connection(options: NatsConnectionOptions, path: str) -> None:
-    """Raise `ConfigurationError` for keys that contradict each other."""
+    """Raise `ConfigurationError` for an address that is none."""
     servers_of(options.url, path)
-    given = [
-        name
-        for name in ("user", "token", "creds_file", "nkey_seed")
-        if getattr(options, name) is not None
-    ]
-    if len(given) > 1:
-        raise ConfigurationError(
-            f"{path} has both {' and '.join(given)}", remedy="choose one kind of authentication"
-        )
-    if (options.user is None) != (options.password is None):
-        raise ConfigurationError(f"{path} needs user and password together")
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigurationError(f"{path} needs tls_cert and tls_key together")
 
 
 def check_name(name: str, path: str) -> None:
@@ -152,7 +163,7 @@ def _server(url: str, path: str) -> NatsServer:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port, parts = None, None, urlsplit("")
-    if not host or parts.scheme not in ("nats", "tls"):
+    if not host or parts.scheme not in _SCHEMES:
         raise ConfigurationError(
             f"{path}.url is not a NATS address",
             remedy="write nats://host:4222 or tls://host:4222, several separated by commas",

@@ -24,6 +24,7 @@ import msgspec
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader
 from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
 from relay.backends.outbox.gap import PositionDelta
+from relay.backends.outbox.options import OutboxSourceOptions
 from relay.backends.outbox.reader import CommitOrderReader, Round, standby
 from relay.backends.outbox.row import OutboxRows
 from relay.backends.outbox.wakefulness import Wakefulness
@@ -42,20 +43,6 @@ CLOSE_TIMEOUT_S: Final = 2.0
 _log = logging.getLogger(__name__)
 
 OnReset = Literal["earliest", "latest", "fail"]
-
-
-class OutboxSourceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The ``source`` object of a forward pipeline.
-
-    ``outbox``: the stream table, as it was named when the pipeline was set. ``outbox_table``: the
-    outbox that this meant then, which is read whatever is called so now. ``consumer_group``: null
-    for one reader.
-    """
-
-    outbox: str
-    outbox_table: str | None = None
-    type: str = "outbox"
-    consumer_group: str | None = None
 
 
 class OutboxReading(msgspec.Struct, frozen=True, kw_only=True):

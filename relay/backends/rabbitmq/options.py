@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from relay.errors import ConfigurationError
+from relay.options import (
+    Connecting,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TimeoutMs,
+    Tls,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 from relay.tls import client_context
 
 DEFAULT_EXCHANGE_TYPE = "topic"
@@ -26,25 +40,26 @@ class RabbitConnectionOptions(
 ):
     """What sink and source have in common.
 
-    ``url``: ``amqp://host:5672/vhost`` or ``amqps://`` for TLS; a user, a password and a virtual
-    host in it are percent-decoded. ``username``, ``password`` and ``vhost`` (default ``/``) may
-    stand beside it instead; without a user it is ``guest``, unless there is a client certificate,
-    which then logs in by itself (``EXTERNAL``). ``tls`` speaks TLS whatever the scheme; ``tls_ca``,
-    ``tls_cert`` and ``tls_key`` are paths of PEM files and imply it; ``tls_insecure`` accepts any
-    certificate. ``timeout_ms``: how long to wait for an answer, in milliseconds, default 10000.
+    type: `rabbitmq`.
+    url: `amqp://host:5672/vhost`, or `amqps://` for TLS; a user, a password and a virtual host in
+        it are percent-decoded.
+    username: User name, with `password`; without one `guest`, unless there is a client certificate,
+        which then logs in by itself.
+    password: Password, with `username`.
+    vhost: The virtual host, `/` by default.
     """
 
     type: str
-    url: str
-    username: str | None = None
-    password: str | None = None
-    vhost: str | None = None
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_insecure: bool = False
-    timeout_ms: int = 10_000
+    url: Annotated[str, Key(schemes=tuple(_PORTS), connection=True)]
+    username: Connecting = None
+    password: Credential = None
+    vhost: Connecting = None
+    tls: Tls = False
+    tls_ca: TlsCa = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
+    timeout_ms: TimeoutMs = 10_000
 
 
 class RabbitSinkOptions(
@@ -52,28 +67,28 @@ class RabbitSinkOptions(
 ):
     """The sink's keys.
 
-    ``exchange``: where events are published; without it the broker's own, which hands an event to
-    the queue that is named like its routing key. ``routing_key_template``: the routing key of each
-    event; required where there is no ``exchange``. ``routing``: other templates by event type or
-    op. ``declare_exchange``: make the exchange where it is missing, durable, of ``exchange_type``
-    (default ``topic``). ``mandatory``: an event that no queue takes is an error (the default),
-    instead of being dropped by the broker. ``max_in_flight``: events without confirmation at a
-    time. ``max_message_bytes``: the most bytes of one body; by default what a broker of that
-    version takes (16 MiB from 4.0 on, 128 MiB before), and never more than it says it does.
-    ``confirm_timeout_ms``: how long to go on without a single confirmation, in milliseconds,
-    default 30000. ``format``: ``envelope``, ``payload`` or ``cloudevents``.
+    exchange: Where events are published; without it the broker's own, which hands an event to the
+        queue that is named like its routing key.
+    exchange_type: Of an exchange that `declare_exchange` makes, by default `topic`.
+    routing_key_template: The routing key of each event.
+    declare_exchange: Make the exchange where it is missing, durable.
+    mandatory: An event that no queue takes is an error, instead of being dropped by the broker.
+    max_in_flight: The most events without confirmation.
+    max_message_bytes: The most bytes of one body; by default what a broker of that version takes
+        (16 MiB from 4.0 on, 128 MiB before), and never more than it says it does.
+    confirm_timeout_ms: How long to go on without a single confirmation.
     """
 
-    exchange: str = ""
-    exchange_type: str | None = None
-    routing_key_template: str = DEFAULT_ROUTING_KEY
-    routing: Mapping[str, str] = {}
-    declare_exchange: bool = False
+    exchange: Annotated[str, Key(required_unless="routing_key_template")] = ""
+    exchange_type: Annotated[str | None, Key(needs="declare_exchange")] = None
+    routing_key_template: Annotated[str, Key(template=True)] = DEFAULT_ROUTING_KEY
+    routing: Routing = {}
+    declare_exchange: Annotated[bool, Key(needs="exchange")] = False
     mandatory: bool = True
-    max_in_flight: int = 4096
-    max_message_bytes: int | None = None
-    confirm_timeout_ms: int = 30_000
-    format: str = "envelope"
+    max_in_flight: Positive = 4096
+    max_message_bytes: Positive | None = None
+    confirm_timeout_ms: Positive = 30_000
+    format: Format = "envelope"
 
 
 class RabbitSourceOptions(
@@ -81,16 +96,17 @@ class RabbitSourceOptions(
 ):
     """The source's keys.
 
-    ``queue``: what to consume. ``declare_queue``: make it where it is missing, durable.
-    ``prefetch_count``: how many messages the broker sends ahead of their acknowledgement, at most
-    65535, by default four batches and at least 1000. ``exclusive``: be the queue's only consumer
-    (the default), which keeps its order across a lost connection; ``false`` shares the queue with
-    other consumers.
+    queue: What to consume.
+    declare_queue: Make the queue where it is missing, durable.
+    prefetch_count: How many messages the broker sends ahead of their acknowledgement; by default
+        four batches and at least 1000.
+    exclusive: Be the queue's only consumer, which keeps its order across a lost connection; `false`
+        shares the queue with other consumers.
     """
 
     queue: str
     declare_queue: bool = False
-    prefetch_count: int | None = None
+    prefetch_count: Annotated[int | None, Key(ge=1, le=MAX_PREFETCH)] = None
     exclusive: bool = True
 
 
@@ -168,10 +184,7 @@ def tls_context_of(options: RabbitConnectionOptions, path: str) -> ssl.SSLContex
 def check_connection(options: RabbitConnectionOptions, path: str) -> None:
     """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
     endpoint = endpoint_of(options, path)
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigurationError(f"{path} needs tls_cert and tls_key together")
     check_name(endpoint.vhost, f"{path}.vhost")
-    check_at_least_one(path, timeout_ms=options.timeout_ms)
 
 
 def check_at_least_one(path: str, **values: int | None) -> None:

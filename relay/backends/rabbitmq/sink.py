@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Self, cast
+from typing import Self
 
 from pamqp import commands
 
@@ -102,7 +102,7 @@ class RabbitSink:
             render=compile_routing(
                 parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
             ),
-            encoder=Encoder(cast("wire.Format", parsed.format), namespace=context.dedup_namespace),
+            encoder=Encoder(parsed.format, namespace=context.dedup_namespace),
             ordering=ordering,
             name=f"pgtrickle-relay {context.pipeline}",
         )

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from relay.errors import ConfigurationError
+from relay.options import (
+    Connecting,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TimeoutMs,
+    Tls,
+    TlsCa,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 MAX_BLOCK_MS = 1000
 DEFAULT_STREAM_KEY = "pgtrickle:{stream_table}"
 
 _DEFAULT_PORT = 6379
+_SCHEMES = ("redis", "rediss")
 _DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _ID = re.compile(r"\$|\d{1,20}(-\d{1,20})?")
 
@@ -21,24 +36,25 @@ _ID = re.compile(r"\$|\d{1,20}(-\d{1,20})?")
 class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What sink and source have in common.
 
-    ``url``: ``redis://host:6379/db`` or ``rediss://`` for TLS; a user and password in it are
-    percent-decoded. ``username``, ``password`` and ``db`` (default 0) may stand beside it instead;
-    a password alone is the default user's. ``tls`` speaks TLS whatever the scheme; ``tls_ca``,
-    ``tls_cert`` and ``tls_key`` are paths of PEM files and imply it; ``tls_insecure`` accepts any
-    certificate. ``timeout_ms``: how long to wait for an answer, in milliseconds, default 10000.
+    type: `redis`.
+    url: `redis://host:6379/db`, or `rediss://` for TLS; a user and password in it are
+        percent-decoded.
+    username: User name of an ACL user, with `password`.
+    password: Password; alone, that of the default user.
+    db: Number of the database.
     """
 
     type: str
-    url: str
-    username: str | None = None
-    password: str | None = None
-    db: int | None = None
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_insecure: bool = False
-    timeout_ms: int = 10_000
+    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    username: Connecting = None
+    password: Credential = None
+    db: Annotated[int | None, Key(ge=0, connection=True)] = None
+    tls: Tls = False
+    tls_ca: TlsCa = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
+    timeout_ms: TimeoutMs = 10_000
 
 
 class RedisSinkOptions(
@@ -46,21 +62,20 @@ class RedisSinkOptions(
 ):
     """The sink's keys.
 
-    ``stream_key``: the stream that each event goes to, a template. ``routing``: other templates by
-    event type or op. ``maxlen``: trim each stream to about so many entries while adding; none by
-    default, since what is trimmed before it is read is lost. ``max_message_bytes``: the most bytes
-    of one entry, fields and names together, default 64 MiB; a lower limit of the server for one
-    value is found by itself. ``wait_replicas``: how many replicas must have received an event
-    before it counts as accepted, default 0. ``format``: ``envelope``, ``payload`` or
-    ``cloudevents``.
+    stream_key: The stream that each event goes to.
+    maxlen: Trim each stream to about so many entries while adding; none by default, since what is
+        trimmed before it is read is lost.
+    max_message_bytes: The most bytes of one entry, fields and names together; a lower limit of the
+        server for one value is found by itself.
+    wait_replicas: How many replicas must have received an event before it counts as accepted.
     """
 
-    stream_key: str = DEFAULT_STREAM_KEY
-    routing: Mapping[str, str] = {}
-    maxlen: int | None = None
-    max_message_bytes: int = _DEFAULT_MESSAGE_BYTES
-    wait_replicas: int = 0
-    format: str = "envelope"
+    stream_key: Annotated[str, Key(template=True)] = DEFAULT_STREAM_KEY
+    routing: Routing = {}
+    maxlen: Positive | None = None
+    max_message_bytes: Positive = _DEFAULT_MESSAGE_BYTES
+    wait_replicas: Annotated[int, Key(ge=0)] = 0
+    format: Format = "envelope"
 
 
 class RedisSourceOptions(
@@ -68,24 +83,26 @@ class RedisSourceOptions(
 ):
     """The source's keys.
 
-    ``stream_key``: the stream, made where it is missing. ``group_name``: the consumer group, made
-    where it is missing; by default named after the pipeline. ``consumer_name``: our name in it, by
-    default the pipeline's too. ``start_id``: where a group that is made anew begins: ``0`` for
-    everything there is (the default), ``$`` for what comes later, or an entry id. ``block_ms``:
-    how long a poll waits for entries, 1 to 1000 milliseconds, default 1000. ``count``: the most
-    entries of one read, by default the pipeline's batch size. ``claim_idle_ms``: after how many
-    milliseconds without a sign of life the entries of another consumer are claimed, default 60000.
-    ``payload_field``: the field of somebody else's entry that holds the JSON, default ``payload``;
-    an entry without it is read as one object of all its fields.
+    stream_key: The stream, made where it is missing.
+    group_name: The consumer group, made where it is missing; by default named after the pipeline.
+    consumer_name: Our name in the group, by default the pipeline's too.
+    start_id: Where a new group begins: `0` for everything there is, `$` for what comes later, or an
+        entry id.
+    block_ms: How long a poll waits for entries, in milliseconds.
+    count: The most entries of one read, by default the pipeline's batch size.
+    claim_idle_ms: After how many milliseconds without a sign of life the entries of another
+        consumer are claimed.
+    payload_field: The field of somebody else's entry that holds the JSON; an entry without it is
+        read as one object of all its fields.
     """
 
     stream_key: str
     group_name: str | None = None
     consumer_name: str | None = None
     start_id: str = "0"
-    block_ms: int = MAX_BLOCK_MS
-    count: int | None = None
-    claim_idle_ms: int = 60_000
+    block_ms: Annotated[int, Key(ge=1, le=MAX_BLOCK_MS)] = MAX_BLOCK_MS
+    count: Positive | None = None
+    claim_idle_ms: Annotated[int, Key(ge=1000)] = 60_000
     payload_field: str = "payload"
 
 
@@ -115,7 +132,7 @@ def endpoint_of(options: RedisConnectionOptions, path: str) -> Endpoint:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise wrong from None
-    if parts.scheme not in ("redis", "rediss") or not host:
+    if parts.scheme not in _SCHEMES or not host:
         raise wrong
     if parts.query or parts.fragment:
         raise ConfigurationError(
@@ -153,11 +170,6 @@ def endpoint_of(options: RedisConnectionOptions, path: str) -> Endpoint:
 def check_connection(options: RedisConnectionOptions, path: str) -> None:
     """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
     endpoint_of(options, path)
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigurationError(f"{path} needs tls_cert and tls_key together")
-    if options.db is not None and options.db < 0:
-        raise ConfigurationError(f"{path}.db must not be negative")
-    check_at_least_one(path, timeout_ms=options.timeout_ms)
 
 
 def check_at_least_one(path: str, **values: int | None) -> None:

@@ -4,90 +4,122 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from relay.errors import ConfigurationError
+from relay.options import (
+    Connecting,
+    ConnectingFlag,
+    Credential,
+    Format,
+    Key,
+    Positive,
+    Routing,
+    TlsCert,
+    TlsInsecure,
+    TlsKey,
+)
 
 SignatureScheme = Literal["hmac-sha256", "github", "stripe", "svix"]
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIRST_ERROR_STATUS = 400
 _LAST_STATUS = 599
+_SCHEMES = ("http", "https")
 
 
 class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sink's keys.
+    """The sink's keys. Authentication is one of ``bearer_token`` and ``username``.
 
-    ``url``: ``http://`` or ``https://``; a user and password in it are sent as basic
-    authentication. ``method``: of the request. ``headers``: sent with every request.
-    ``timeout_ms``: for one request until its answer begins. ``batch_mode``: arrays, or a request
-    for each message. ``max_in_flight``: requests at a time without ``batch_mode``.
-    ``retry_on_status``: statuses of 400 and above that say nothing about the messages.
-    ``max_body_bytes``: the largest body; an array is cut at a megabyte anyway.
-
-    Authentication is one of ``bearer_token`` and ``username`` with ``password``. ``hmac_secret``:
-    ``whsec_`` and base64, signs requests by Standard Webhooks. ``tls`` refuses a URL without TLS;
-    ``tls_ca``, ``tls_cert`` and ``tls_key`` are paths of PEM files; ``tls_insecure`` accepts any
-    certificate. ``subject_template`` and ``routing``: the subject that a message bears. ``format``:
-    ``envelope``, ``payload`` or ``cloudevents``.
+    type: `webhook`.
+    url: `http://` or `https://`; a user and password in it are sent as basic authentication.
+    method: Of the request.
+    headers: Sent with every request.
+    timeout_ms: How long one request may take until its answer begins.
+    batch_mode: Arrays, or a request for each message.
+    max_in_flight: The most requests in flight without `batch_mode`.
+    retry_on_status: Statuses that say nothing about the messages.
+    max_body_bytes: The largest body; an array is cut at a megabyte anyway.
+    bearer_token: Sent as `Authorization: Bearer`.
+    username: Basic authentication, with `password`.
+    password: Basic authentication, with `username`.
+    hmac_secret: Signs each request by Standard Webhooks; `whsec_` and base64.
+    tls: Refuse a URL that is not `https`.
+    tls_ca: PEM file of the receiver's authority.
+    subject_template: The subject that a message bears.
     """
 
     type: str
-    url: str
+    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
     method: Literal["POST", "PUT", "PATCH"] = "POST"
-    headers: Mapping[str, str] = {}
-    timeout_ms: int = 30_000
+    headers: Annotated[Mapping[str, str], Key(connection=True)] = {}
+    timeout_ms: Positive = 30_000
     batch_mode: bool = True
-    max_in_flight: int = 16
-    retry_on_status: Sequence[int] = (408, 425, 429, 500, 502, 503, 504)
-    max_body_bytes: int = 10 * 1024 * 1024
-    bearer_token: str | None = None
-    username: str | None = None
-    password: str | None = None
-    hmac_secret: str | None = None
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_insecure: bool = False
-    subject_template: str = "{stream_table}.{op}"
-    routing: Mapping[str, str] = {}
-    format: str = "envelope"
+    max_in_flight: Positive = 16
+    retry_on_status: Annotated[Sequence[int], Key(ge=_FIRST_ERROR_STATUS, le=_LAST_STATUS)] = (
+        408,
+        425,
+        429,
+        500,
+        502,
+        503,
+        504,
+    )
+    max_body_bytes: Positive = 10 * 1024 * 1024
+    bearer_token: Annotated[
+        str | None, Key(secret=True, connection=True, excludes=("username",))
+    ] = None
+    username: Annotated[str | None, Key(connection=True, needs="password")] = None
+    password: Annotated[str | None, Key(secret=True, connection=True, needs="username")] = None
+    hmac_secret: Credential = None
+    tls: ConnectingFlag = False
+    tls_ca: Connecting = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
+    subject_template: Annotated[str, Key(template=True)] = "{stream_table}.{op}"
+    routing: Routing = {}
+    format: Format = "envelope"
 
 
 class WebhookSourceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The source's keys.
+    """The source's keys. A certificate makes it a TLS server.
 
-    ``listen_addr``: ``host:port``, ``[v6]:port``, or ``:port`` for every address. ``path``: where
-    requests are sent to, from ``/`` on. ``auth_value``: the text that the header ``auth_header``,
-    by default ``Authorization``, must have. ``signature``: how requests are signed, with
-    ``hmac_secret``; ``signature_header``: where ``hmac-sha256`` finds it;
-    ``signature_tolerance_s``: how old or early a signed request may be, in seconds, for ``stripe``
-    and ``svix``. ``max_body_bytes``: larger bodies are refused, as are arrays of more than 100,000
-    elements. ``answer_timeout_ms``: after how long a request that is not settled is answered 503.
-
-    ``tls_cert`` and ``tls_key`` are paths of PEM files and make it a TLS server, which ``tls``
-    insists on; with ``tls_ca`` senders must show a certificate of that authority.
+    type: `webhook`.
+    listen_addr: `host:port`, `[v6]:port`, or `:port` for every address.
+    path: Where requests are sent to, from `/` on.
+    auth_header: The header of `auth_value`; `Authorization` by default.
+    auth_value: The text that the header `auth_header` must have.
+    signature: How requests are signed, with `hmac_secret`.
+    signature_header: Where `hmac-sha256` finds the signature.
+    signature_tolerance_s: How old or early a signed request may be, in seconds; `stripe` and
+        `svix`.
+    hmac_secret: The secret of `signature`.
+    max_body_bytes: Larger bodies are refused, as are arrays of more than 100,000 elements.
+    answer_timeout_ms: A request that is not settled by then is answered 503.
+    tls: Insist on TLS.
+    tls_ca: PEM file of the authority whose certificates senders must show.
+    tls_cert: PEM file of the server's certificate; makes it a TLS server.
     """
 
     type: str
-    listen_addr: str
+    listen_addr: Annotated[str, Key(connection=True)]
     path: str = "/"
-    auth_header: str | None = None
-    auth_value: str | None = None
-    signature: SignatureScheme | None = None
-    signature_header: str | None = None
-    signature_tolerance_s: int = 300
-    hmac_secret: str | None = None
-    max_body_bytes: int = 10 * 1024 * 1024
-    answer_timeout_ms: int = 10_000
-    tls: bool = False
-    tls_ca: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
+    auth_header: Annotated[str | None, Key(connection=True, needs="auth_value")] = None
+    auth_value: Credential = None
+    signature: Annotated[SignatureScheme | None, Key(connection=True, needs="hmac_secret")] = None
+    signature_header: Annotated[str | None, Key(connection=True, needs="signature")] = None
+    signature_tolerance_s: Positive = 300
+    hmac_secret: Annotated[str | None, Key(secret=True, connection=True, needs="signature")] = None
+    max_body_bytes: Positive = 10 * 1024 * 1024
+    answer_timeout_ms: Positive = 10_000
+    tls: ConnectingFlag = False
+    tls_ca: Connecting = None
+    tls_cert: Annotated[str | None, Key(connection=True, needs="tls_key")] = None
+    tls_key: TlsKey = None
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -113,7 +145,7 @@ def target_of(options: WebhookSinkOptions) -> Target:
         host, port = parts.hostname, parts.port
     except ValueError:
         parts, host, port = urlsplit(""), None, None
-    if parts.scheme not in ("http", "https") or not host or not options.url.isprintable():
+    if parts.scheme not in _SCHEMES or not host or not options.url.isprintable():
         raise ConfigurationError(
             "sink.url is not an HTTP address", remedy="write https://host/path"
         )
@@ -134,28 +166,10 @@ def check_sink(options: WebhookSinkOptions, target: Target) -> None:
         raise ConfigurationError(
             "sink.tls is set, but sink.url is without TLS", remedy="write https://"
         )
-    _check_positive("sink", options, "timeout_ms", "max_in_flight", "max_body_bytes")
-    _check_pair("sink", options.tls_cert, options.tls_key)
-    if (options.username is None) != (options.password is None):
-        raise ConfigurationError("sink needs username and password together")
-    given = [
-        name
-        for name, value in (
-            ("bearer_token", options.bearer_token),
-            ("username", options.username),
-            ("a user in the url", target.username),
-        )
-        if value is not None
-    ]
-    if len(given) > 1:
+    if target.username is not None and (options.bearer_token or options.username) is not None:
         raise ConfigurationError(
-            f"sink has both {' and '.join(given)}", remedy="choose one kind of authentication"
+            "sink has a user in the url and another authentication", remedy="choose one"
         )
-    for status in options.retry_on_status:
-        if not _FIRST_ERROR_STATUS <= status <= _LAST_STATUS:
-            raise ConfigurationError(
-                f"sink.retry_on_status has {status}", remedy="list statuses from 400 to 599"
-            )
     for name, value in options.headers.items():
         if not _TOKEN.fullmatch(name) or not value.isprintable() or not value.isascii():
             raise ConfigurationError(
@@ -166,10 +180,6 @@ def check_sink(options: WebhookSinkOptions, target: Target) -> None:
 
 def check_source(options: WebhookSourceOptions) -> None:
     """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
-    _check_positive(
-        "source", options, "max_body_bytes", "answer_timeout_ms", "signature_tolerance_s"
-    )
-    _check_pair("source", options.tls_cert, options.tls_key)
     if options.tls_cert is None and (options.tls or options.tls_ca is not None):
         raise ConfigurationError(
             "source asks for TLS without a certificate", remedy="set tls_cert and tls_key"
@@ -178,12 +188,8 @@ def check_source(options: WebhookSourceOptions) -> None:
         raise ConfigurationError(
             f"source.path {options.path!r} is not a path", remedy="for example /hooks/orders"
         )
-    if options.auth_header is not None and options.auth_value is None:
-        raise ConfigurationError("source.auth_header needs auth_value")
     if options.auth_value == "":
         raise ConfigurationError("source.auth_value is empty: anybody could send that")
-    if (options.signature is None) != (options.hmac_secret is None):
-        raise ConfigurationError("source needs signature and hmac_secret together")
     if options.signature_header is not None and options.signature != "hmac-sha256":
         raise ConfigurationError(
             "source.signature_header belongs to the signature hmac-sha256",
@@ -209,16 +215,3 @@ def listen_address(addr: str) -> tuple[str | None, int]:
 def address_of(host: str, port: int) -> str:
     """``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_positive(
-    role: str, options: WebhookSinkOptions | WebhookSourceOptions, *names: str
-) -> None:
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ConfigurationError(f"{role}.{name} must be at least 1")
-
-
-def _check_pair(role: str, certificate: str | None, key: str | None) -> None:
-    if (certificate is None) != (key is None):
-        raise ConfigurationError(f"{role} needs tls_cert and tls_key together")
