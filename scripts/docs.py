@@ -30,6 +30,7 @@ import key_rules  # noqa: E402 - the checkout's own modules come first
 import msgspec  # noqa: E402
 
 from relay import cli, errors, metrics, registry, settings, template, wire  # noqa: E402
+from relay.migrate import filled  # noqa: E402
 from relay.options import Key, declared_keys  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
 
@@ -43,11 +44,12 @@ _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end: \2 -->)", r
 SQL_TOPICS: Mapping[str, Sequence[str]] = {
     "sql-outbox": (
         "enable_outbox",
+        "repair_outbox",
         "disable_outbox",
         "outbox_publish",
         "outbox_status",
         "outbox_rows_consumed",
-        "relay_uncaptured_partitions",
+        "relay_capture_problems",
     ),
     "sql-pipeline": (
         "set_relay_outbox",
@@ -91,9 +93,8 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
     ),
     "sql-fleet": ("relay_lag", "relay_fleet", "relay_forget_group", "relay_schema_version"),
     "sql-working": (
-        "relay_outbox",
+        "relay_outbox_of",
         "relay_sleep",
-        "relay_wake",
         "relay_sweep_outbox",
         "relay_claim",
         "relay_commit",
@@ -423,7 +424,7 @@ def sql_functions() -> list[SqlFunction]:
     """All functions of ``sql/functions``, in the order of their definition."""
     found: list[SqlFunction] = []
     for path in sorted((ROOT / "sql/functions").glob("*.sql")):
-        text = path.read_text(encoding="utf-8")
+        text = _sql(path)
         comments = {
             (name, _spaced(types_)): _unquoted(words)
             for name, types_, words in re.findall(
@@ -513,12 +514,15 @@ def relations(functions: Sequence[SqlFunction]) -> Relations:
         below = {code for reached_name in reached for code in own[reached_name]}
         codes_of[name] = frozenset(below - _CAUGHT.get(name, set()))
     callers: dict[str, str] = {}
-    for path in sorted((ROOT / "sql/functions").glob("9*_privilege*.sql")):
-        for grant in re.findall(
-            r"select pgtrickle\.relay_grant_execute\((.*?)\);", _without_comments(path), re.DOTALL
-        ):
-            grantee, *granted = re.findall(r"'(\w+)'", grant)
-            callers.update(dict.fromkeys(granted, grantee))
+    grants = _without_comments(ROOT / "sql/functions/90_privilege.sql")
+    for kind, grantee in (
+        ("relay", "pgtrickle_relay"),
+        ("publisher", "pgtrickle_publisher"),
+        ("public", "public"),
+    ):
+        found = re.search(rf"{kind}_functions constant text\[\] := array\[(.*?)\];", grants, re.DOTALL)
+        granted = re.findall(r"'(\w+)'", found[1]) if found else []
+        callers.update(dict.fromkeys(granted, grantee))
     return Relations(codes_of, callers)
 
 
@@ -526,7 +530,11 @@ _QUOTED = re.compile(r"'(?:[^']|'')*'")
 
 
 def _without_comments(path: Path) -> str:
-    return re.sub(r"--.*", "", path.read_text(encoding="utf-8"))
+    return re.sub(r"--.*", "", _sql(path))
+
+
+def _sql(path: Path) -> str:
+    return filled(path.read_text(encoding="utf-8"), settings.DEFAULT_SCHEMA)
 
 
 _CALLER_WORDS = {

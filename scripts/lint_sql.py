@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = "pgtrickle"
+SCHEMA = "@schema@"
 COMMENTED = ("table", "view", "function", "procedure", "type", "trigger", "index")
 ATTRIBUTES = {
     "language": 0,
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     | (?P<dollar>\$(?P<tag>[a-z_A-Z0-9]*)\$.*?\$(?P=tag)\$)
     | (?P<string>[eE]?'(?:[^']|'')*')
     | (?P<quoted>"(?:[^"]|"")*")
-    | (?P<word>[A-Za-z_\u0080-\uffff][\w$]*)
+    | (?P<word>@schema(?:_name)?@|[A-Za-z_\u0080-\uffff][\w$]*)
     | (?P<other>::|:=|=>|\d[\w.]*|.)
     """,
     re.VERBOSE | re.DOTALL,
@@ -134,6 +134,8 @@ def _layout(text: str) -> Iterator[Finding]:
 
 def _letter_case(found: Iterable[Token]) -> Iterator[Finding]:
     for token in found:
+        if token.kind == "string" and "@schema" in token.text:
+            yield Finding(token.line, "schema", "the schema's name is put in by format, not by text")
         if token.kind == "word" and token.text != token.text.lower():
             yield Finding(token.line, "case", f"{token.text} is not in lower case")
 

@@ -314,6 +314,7 @@ as $rules$
 "both": {
     "type": {"is": "word", "pattern": "^(outbox)$", "must": "outbox"},
     "outbox": {"is": "text", "required": true},
+    "outbox_table": {"is": "text"},
     "consumer_group": {"is": "text"}
 }},
 "stdin": {

@@ -123,7 +123,7 @@ class TestOutboxSource(SourceContract):
         address = urlsplit(migrated_database.dsn)
         proxy = await tcp_proxy(address.hostname or "", address.port or 0)
         connection = await asyncpg.connect(migrated_database.dsn)
-        await connection.execute("select pgtrickle.enable_outbox('fed', capture => false)")
+        await connection.execute("select pgtrickle.enable_outbox('fed', capture => 'none')")
         await connection.close()
         relay = RelayDatabase(PostgresSettings(url=proxy.url(migrated_database.dsn)))
         await relay.open()

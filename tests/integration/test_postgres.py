@@ -635,7 +635,7 @@ async def _reverse_pipeline(database: Database) -> None:
 
 async def _lost_lease(database: Database) -> None:
     for statement in (
-        "select pgtrickle.enable_outbox('events', capture => false)",
+        "select pgtrickle.enable_outbox('events', capture => 'none')",
         "select pgtrickle.create_consumer_group('g', 'events', 'earliest')",
         "select pgtrickle.extend_lease('g', 'nobody')",
     ):
@@ -644,7 +644,7 @@ async def _lost_lease(database: Database) -> None:
 
 async def _unsafe(database: Database) -> None:
     for statement in (
-        "select pgtrickle.enable_outbox('events', capture => false)",
+        "select pgtrickle.enable_outbox('events', capture => 'none')",
         "alter table pgtrickle.outbox_events alter column id set cache 20",
         "select pgtrickle.create_consumer_group('g', 'events')",
     ):

@@ -185,7 +185,7 @@ async def test_competing_consumers_settle_each_committed_row_exactly_once(
     dsn, seen, ended = migrated_database.dsn, History(), asyncio.Event()
     dice = random.Random(seed)
     async with connected(dsn) as setup, connected(dsn) as open_writer:
-        await setup.execute("select pgtrickle.enable_outbox('events', capture => false)")
+        await setup.execute("select pgtrickle.enable_outbox('events', capture => 'none')")
         await setup.execute("select pgtrickle.relay_group_create($1, $2)", GROUP, OUTBOX)
         staying_open = open_writer.transaction()
         await staying_open.start()

@@ -22,7 +22,7 @@ NATS_SOURCE = '{"type": "nats", "url": "nats://h:4222", "subject": "a.>"}'
 @pytest.fixture
 def db(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
-        opened.run("select pgtrickle.enable_outbox('events', capture => false)")
+        opened.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         yield opened
 
 
@@ -121,7 +121,7 @@ def test_a_consumer_group_is_made_with_its_pipeline(db: Session) -> None:
         db.value("select outbox_table_name from pgtrickle.relay_groups where group_name = 'g'")
         == "outbox_events"
     )
-    db.run("select pgtrickle.enable_outbox('others', capture => false)")
+    db.run("select pgtrickle.enable_outbox('others', capture => 'none')")
     with db.refused("RL023"):
         db.run("select pgtrickle.set_relay_outbox('q', 'others', 'g', %s::jsonb)", STDOUT)
 

@@ -22,7 +22,7 @@ FAIL = "select pgtrickle.relay_dlq_fail(%s::bigint[], %s::text[], %s::integer[])
 @pytest.fixture
 def db(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
-        opened.run("select pgtrickle.enable_outbox('events', capture => false)")
+        opened.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         opened.run(
             "select pgtrickle.set_relay_outbox('p', 'events', null, '{\"type\": \"stdout\"}')"
         )

@@ -13,7 +13,7 @@ from tests.sql.outbox_session import Session, session
 @pytest.fixture
 def db(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
-        opened.run("select pgtrickle.enable_outbox('events', capture => false)")
+        opened.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         yield opened
 
 
@@ -321,7 +321,7 @@ def test_consumer_lag_shows_the_shared_position_and_who_is_alive(db: Session) ->
 
 def test_each_mistake_has_its_own_error(db: Session) -> None:
     db.run("select pgtrickle.create_consumer_group('g', 'events')")
-    db.run("select pgtrickle.enable_outbox('other', capture => false)")
+    db.run("select pgtrickle.enable_outbox('other', capture => 'none')")
 
     with db.refused("RL022") as said:
         db.run("select pgtrickle.poll_outbox('nobody', 'one')")

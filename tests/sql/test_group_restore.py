@@ -28,7 +28,7 @@ def test_after_a_dump_and_restore_groups_and_pipelines_go_on_where_they_were(
     with server.migrated_database() as old, server.database() as new:
         with session(old.dsn) as db, session(old.dsn) as writer:
             for outbox in ("first", "events"):
-                db.run("select pgtrickle.enable_outbox(%s, capture => false)", outbox)
+                db.run("select pgtrickle.enable_outbox(%s, capture => 'none')", outbox)
             for number in range(10):
                 db.run(
                     "select pgtrickle.create_consumer_group(%s, 'events', 'earliest')", f"g{number}"
@@ -83,7 +83,7 @@ def test_an_outbox_that_was_made_again_loses_no_row_of_its_group(
     any_postgres_server: PostgresServer, ids_go_on: bool
 ) -> None:
     with any_postgres_server.migrated_database() as created, session(created.dsn) as db:
-        db.run("select pgtrickle.enable_outbox('events', capture => false)")
+        db.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         db.run("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")
         write(db, 3)
         assert poll(db) == [1, 2, 3]
@@ -91,7 +91,7 @@ def test_an_outbox_that_was_made_again_loses_no_row_of_its_group(
         db.run("select pgtrickle.disable_outbox('events')")
         if not ids_go_on:
             db.run("delete from pgtrickle.relay_outbox_high_water")
-        db.run("select pgtrickle.enable_outbox('events', capture => false)")
+        db.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         write(db, 4)
 
         assert poll(db) == ([4, 5, 6, 7] if ids_go_on else [1, 2, 3, 4])

@@ -72,7 +72,7 @@ STATE = (
 def db(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
         opened.run(
-            "select pgtrickle.enable_outbox('events', retention_hours => 0, capture => false)"
+            "select pgtrickle.enable_outbox('events', retention_hours => 0, capture => 'none')"
         )
         opened.run("insert into pgtrickle.outbox_events (payload) values ('{}'), ('{}'), ('{}')")
         opened.run(

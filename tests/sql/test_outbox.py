@@ -27,7 +27,7 @@ def test_a_missing_table_is_an_error_that_says_what_to_do(db: Session) -> None:
     for name in ("nowhere", "no.where", "Orders", "a.b.c.d", "", "'", '"', "x" * 200, "🐘"):
         with db.refused("RL001") as said:
             db.run("select pgtrickle.enable_outbox(%s)", name)
-        assert "capture => false" in said.message_hint
+        assert "capture => 'none'" in said.message_hint
     with db.refused("RL001"):
         db.run("select pgtrickle.enable_outbox(null)")
 
@@ -190,7 +190,7 @@ def test_an_outbox_survives_its_table_and_can_be_disabled_by_who_enabled_it(
 
 
 def test_publishing_writes_rows_headers_and_claim_checks(db: Session) -> None:
-    db.value("select pgtrickle.enable_outbox('billing events', capture => false)")
+    db.value("select pgtrickle.enable_outbox('billing events', capture => 'none')")
 
     assert (
         db.value(
@@ -217,7 +217,7 @@ def test_publishing_writes_rows_headers_and_claim_checks(db: Session) -> None:
         " where row_num in (0, 1001) order by 1"
     ) == [(0, "INSERT", 1), (1001, "DELETE", "gone")]
     with db.refused("RL002"):
-        db.run("select pgtrickle.enable_outbox('billing events', capture => false)")
+        db.run("select pgtrickle.enable_outbox('billing events', capture => 'none')")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_notifying_can_be_switched_off_for_an_outbox(db: Session) -> None:
 
 
 def test_sweeping_deletes_only_what_is_old_and_behind_every_reader(orders: Session) -> None:
-    orders.run("select pgtrickle.enable_outbox('old', capture => false)")
+    orders.run("select pgtrickle.enable_outbox('old', capture => 'none')")
     orders.run("insert into pgtrickle.outbox_old (payload) select '{}' from generate_series(1, 20)")
     orders.run(
         "update pgtrickle.outbox_old set created_at = now() - interval '25 hours' where id <= 15"

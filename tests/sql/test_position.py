@@ -22,7 +22,7 @@ CLAIM = (
 @pytest.fixture
 def db(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
-        opened.run("select pgtrickle.enable_outbox('events', capture => false)")
+        opened.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         yield opened
 
 

@@ -123,9 +123,9 @@ def test_a_publisher_publishes_and_enables_streams_without_a_table(db: Session) 
     db.new_role("relay_publisher_login", "pgtrickle_publisher")
     db.run("set role relay_owner_b")
     with db.refused("RL004"):
-        db.run("select pgtrickle.enable_outbox('events', capture => false)")
+        db.run("select pgtrickle.enable_outbox('events', capture => 'none')")
     db.run("set role relay_publisher_login")
-    db.run("select pgtrickle.enable_outbox('events', capture => false)")
+    db.run("select pgtrickle.enable_outbox('events', capture => 'none')")
 
     assert db.value("select pgtrickle.outbox_publish('events', '[1]')") == 1
     with db.refused("42501"):

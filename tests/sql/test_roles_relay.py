@@ -24,7 +24,7 @@ def owner(any_migrated_database: Database) -> Iterator[Session]:
     with session(any_migrated_database.dsn) as opened:
         opened.new_role(MEMBER, "pgtrickle_relay")
         opened.new_role(STRANGER)
-        opened.run("select pgtrickle.enable_outbox('events', capture => false)")
+        opened.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         opened.run("""select pgtrickle.outbox_publish('events', '[{"a": 1}]')""")
         yield opened
 
