@@ -42,7 +42,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select
         t.tgrelid, t.oid, t.tgname, t.tgtype::integer, t.tgfoid,
-        convert_from(substring(t.tgargs from 1 for greatest(position('\000'::bytea in t.tgargs) - 1, 0)), 'SQL_ASCII'),
+        convert_from(substring(t.tgargs from 1 for greatest(position(decode('00', 'hex') in t.tgargs) - 1, 0)), 'SQL_ASCII'),
         t.tgenabled in ('O', 'A'),
         t.tgparentid <> 0,
         has_column_privilege(p.proowner, d.refobjid, 'payload', 'insert with grant option')

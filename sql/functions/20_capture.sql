@@ -108,6 +108,7 @@ declare
     );
     field record;
     object text := $literal$'{}'::jsonb$literal$;
+    pairs integer := 0;
 begin
     for field in
         select
@@ -122,19 +123,25 @@ begin
             and not a.attisdropped
             -- PostgreSQL hides virtual columns from triggers: absent is better than wrong.
             and a.attgenerated <> 'v'
-            and (a.attname not like '\_\_pgt\_%' or a.attname = '__pgt_row_id')
+            and (not starts_with(a.attname, '__pgt_') or a.attname = '__pgt_row_id')
         order by a.attnum
     loop
         if field.is_omitted then
-            object := format('@schema@.relay_omit(%s, %L, %L)', object, field.attname, 'owner');
+            object := format('%I.relay_omit(%s, %L, %L)', @schema_name@, object, field.attname, 'owner');
+            pairs := 0;
         elsif is_guarded then
-            object := format('@schema@.relay_put(%s, %L, r.%I, %L)',
-                object, field.attname, field.attname, field.is_plain);
+            object := format('%1$I.relay_put(%2$s, %3$L, r.%3$I, %4$L)',
+                @schema_name@, object, field.attname, field.is_plain);
         else
-            object := format('%s || jsonb_build_object(%L, %s)', object, field.attname, case
-                when field.is_plain then format('r.%I', field.attname)
-                else format('case num_nulls(r.%1$I) when 0 then format(''%%s'', r.%1$I) end', field.attname)
-            end);
+            -- A call takes 100 arguments at most.
+            object := case pairs % 50
+                when 0 then object || ' || jsonb_build_object('
+                else left(object, -1) || ', '
+            end || format(
+                case when field.is_plain then '%1$L, r.%1$I)'
+                else '%1$L, case num_nulls(r.%1$I) when 0 then format(''%%s'', r.%1$I) end)' end,
+                field.attname);
+            pairs := pairs + 1;
         end if;
     end loop;
     return object;
@@ -257,6 +264,7 @@ as $$
                         and (
                             a.atttypid >= 16384 and not %I.relay_is_plain(a.atttypid, tg_relid)
                             or a.attgenerated = 'v'
+                            or starts_with(a.attname, '__pgt_') and a.attname <> '__pgt_row_id'
                         )
                         and not a.attisdropped
                 )
@@ -294,9 +302,9 @@ as $$
         begin
             begin
                 if tg_op = 'DELETE' then
-                    select record_image_eq(row(%1$s), row(%3$s)) into is_first from old_rows as r limit 1;
+                    select record_image_eq(row(%1$s), row(%3$s)) into is_first from old_rows as r where %5$s limit 1;
                 else
-                    select record_image_eq(row(%2$s), row(%3$s)) into is_first from new_rows as r limit 1;
+                    select record_image_eq(row(%2$s), row(%3$s)) into is_first from new_rows as r where %5$s limit 1;
                 end if;
             exception
                 when others then
@@ -306,8 +314,12 @@ as $$
                         string_agg(format('($1).%%I', k), ', '), string_agg(format('r.%%I', k), ', '),
                         case tg_op when 'DELETE' then 'old_rows' else 'new_rows' end)
                     into is_first_sql
-                    from unnest(%4$I.relay_primary_key(tg_relid)) as k;
-                    if tg_op = 'DELETE' then
+                    from unnest(%4$I.relay_primary_key(tg_relid)) as k
+                    where %5$s
+                    having count(*) > 0;
+                    if is_first_sql is null then
+                        null;
+                    elsif tg_op = 'DELETE' then
                         execute is_first_sql into is_first using old;
                     else
                         execute is_first_sql into is_first using new;
@@ -316,12 +328,15 @@ as $$
             if not is_first then
                 return null;
             end if;
+            -- Rows of a table that lost its primary key can't be told apart.
+            is_each := is_first is null;
         end;
     end if;$piece$,
         string_agg(format('old.%I', k), ', '),
         string_agg(format('new.%I', k), ', '),
         string_agg(format('r.%I', k), ', '),
-        @schema_name@
+        @schema_name@,
+        'exists (select from pg_index as k where k.indrelid = tg_relid and k.indisprimary and k.indimmediate)'
     ) else '' end
     from unnest(first_by) as k
 $$;
@@ -348,7 +363,7 @@ as $$
         $source$
 -- pgtrickle-relay capture, layout 1
 #variable_conflict use_variable
-begin%1$s
+%1$s
     begin
         if %2$s = 'INSERT' then%3$s
         elsif tg_op = 'UPDATE' then%4$s
@@ -477,18 +492,19 @@ begin
 end;
 end
 $source$,
-        case when capture = 'row' then @schema@.relay_capture_first(first_by) else '' end,
+        case when capture = 'row' then format(E'declare\n    is_each boolean := tg_argv[0] = %L;\nbegin%s',
+            'each', @schema@.relay_capture_first(first_by)) else 'begin' end,
         -- A row that is told by itself has no transition tables.
-        case when capture = 'row' then $if$tg_argv[0] = 'each' then null; elsif tg_op$if$ else 'tg_op' end,
+        case when capture = 'row' then 'is_each then null; elsif tg_op' else 'tg_op' end,
         @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema_name@,
         outbox_table,
         claim_check_rows,
-        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'new_rows' end$sql$
+        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'new_rows' end$sql$
             else quote_literal('new_rows') end,
-        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'old_rows' end$sql$
+        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'old_rows' end$sql$
             else quote_literal('old_rows') end,
         case when capture = 'row' then ' using new' else '' end,
         case when capture = 'row' then ' using old' else '' end,

@@ -58,24 +58,30 @@ stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+    with recursive changed as (
+        select f.member, false as is_changed_in_turn from @schema@.relay_family(relation) as f
+        union
+        -- What foreign keys change in turn, before the statement is told.
+        select k.conrelid, true
+        from changed as c
+        join pg_constraint as k on k.confrelid = c.member
+        where k.contype = 'f' and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd'))
+    )
     select case when exists (
         select
-        from @schema@.relay_family(relation) as f
-        join pg_trigger as t on t.tgrelid = f.member
-        left join pg_constraint as k on k.oid = t.tgconstraint and k.contype = 'f'
-        where t.tgtype & 1 <> 0
-            and t.tgtype & 66 = 0
-            and t.tgname not like '!pgtrickle\_%'
-            and (
-                not t.tgisinternal
-                -- A foreign key of the table to itself that changes its rows in turn.
-                or (k.conrelid = k.confrelid and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd')))
-            )
+        from changed as c
+        left join pg_trigger as t
+            on t.tgrelid = c.member and not t.tgisinternal and not starts_with(t.tgname, '!pgtrickle_')
+        where case
+            when c.is_changed_in_turn
+            then t.oid is not null or c.member in (select f.member from @schema@.relay_family(relation) as f)
+            else t.tgtype & 67 = 1
+        end
     ) then 'row' else 'statement' end
 $$;
 
 comment on function @schema@.relay_capture_mode(oid) is
-    'How the changes of a table keep their order: row where triggers after each row could change it before the statement is told.';
+    'How the changes of a table keep their order: row where triggers after each row, or what foreign keys change in turn, could change it before the statement is told.';
 
 create or replace function @schema@.relay_wanted_triggers(relation oid, mode text, outbox_table text)
 returns table (target oid, trigger_name text, trigger_type integer, argument text, definition text)
@@ -110,7 +116,10 @@ as $$
                 -- PostgreSQL has no transition tables for the row triggers of the others.
                 when f.kind = 'r' and not f.is_child
                     and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
-                    and exists (select from pg_index as i where i.indrelid = relation and i.indisprimary)
+                    and exists (
+                        select from pg_index as i
+                        where i.indrelid = relation and i.indisprimary and i.indimmediate
+                    )
                 then 'first'
                 else 'each'
             end as argument
@@ -279,7 +288,9 @@ as $$
         when p.proowner <> c.relowner then format('the capture function belongs to %I, the table to %I',
             pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner))
         -- The key that marks the first row of a statement may have been renamed since.
-        when regexp_replace(p.prosrc, 'record_image_eq\([^\n]*', '', 'g') <> regexp_replace(source, 'record_image_eq\([^\n]*', '', 'g') then 'the capture function is not the one that the relay makes'
+        when regexp_replace(p.prosrc, '(?n)record_image_eq[(].*', '', 'g')
+            <> regexp_replace(source, '(?n)record_image_eq[(].*', '', 'g')
+        then 'the capture function is not the one that the relay makes'
         when not (
             p.prosecdef
             and p.provolatile = 'v'
@@ -995,8 +1006,11 @@ begin
     returning c.* into settings;
     if to_regclass(outbox_relation) is not null then
         execute format('lock table %s in access exclusive mode', outbox_relation);
-        -- A notification of this very transaction would keep the table from being dropped.
-        execute format('set constraints %I.relay_notify immediate', @schema_name@);
+        if settings.notify then
+            -- A notification of this very transaction would keep the table from being dropped.
+            execute format('set constraints %I.relay_notify immediate', @schema_name@);
+            execute format('set constraints %I.relay_notify deferred', @schema_name@);
+        end if;
         select coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
         into last_id
         from pg_sequence as q
@@ -1130,6 +1144,7 @@ language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on
 as $$
     with outbox as (
         select c.outbox_table_name, c.stream_table, c.stream_schema, c.capture, c.key_columns, r.captured,

@@ -33,7 +33,7 @@ begin
         where n.nspname = @schema_name@
             and p.proname <> 'relay_apply'
             -- Those of single inboxes have grants of their own.
-            and p.proname not like 'pgtrickle\_%'
+            and not starts_with(p.proname, 'pgtrickle_')
     loop
         execute format('revoke all on function %s from public', found.signature);
         if found.name = any (public_functions) then
