@@ -229,8 +229,9 @@ begin
     if not found or outbox_oid is null then
         raise exception using
             errcode = 'RL003',
-            message = format('there is no outbox %s', quote_nullable(relay_outbox_of.outbox_table)),
-            detail = case when found then 'Its table was dropped by hand.' end,
+            message = format(
+                case when found then 'the table of outbox %s was dropped by hand' else 'there is no outbox %s' end,
+                quote_nullable(relay_outbox_of.outbox_table)),
             hint = format('select %I.enable_outbox(%s)', @schema_name@,
                 coalesce(quote_literal(stream_table), '<stream table>'));
     end if;

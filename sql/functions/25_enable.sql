@@ -96,7 +96,7 @@ as $$
         e.bit + case w.level when 'row' then 1 else 0 end,
         w.argument,
         format(
-            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function %%s(%L)',
+            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function ',
             n.name, e.event, f.member::regclass,
             case
                 when e.event = 'truncate' or w.argument = 'each' then ''
@@ -104,7 +104,7 @@ as $$
                 when e.event = 'delete' then 'referencing old table as old_rows'
                 else 'referencing old table as old_rows new table as new_rows'
             end,
-            w.level, format('%I.%I', @schema_name@, outbox_table), w.argument
+            w.level, format('%I.%I', @schema_name@, outbox_table)
         )
     from @schema@.relay_family(relation) as f
     cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as e (event, bit)
@@ -137,7 +137,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_wanted_triggers(oid, text, text) is
-    'The triggers that capture a table into an outbox. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
+    'The triggers that capture a table into an outbox, up to the function. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
 
 create or replace function @schema@.relay_capture_settings(as_stored boolean)
 returns text
@@ -340,7 +340,7 @@ begin
         steps := steps + 1;
     end loop;
     for step in
-        select format(w.definition, format('%I.%I', n.nspname, p.proname))
+        select w.definition || format('%I.%I(%L)', n.nspname, p.proname, w.argument)
         from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
         cross join pg_proc as p
         join pg_namespace as n on n.oid = p.pronamespace
