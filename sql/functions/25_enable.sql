@@ -296,7 +296,7 @@ as $$
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
             and p.prorettype = 'trigger'::regtype
-            and @schema@.relay_capture_settings(true) = (
+            and @schema@.relay_capture_settings(true) is not distinct from (
                 select string_agg(lower(split_part(c, '=', 1)) || '=' || split_part(c, '=', 2), ' ' order by place)
                 from unnest(p.proconfig) with ordinality as s (c, place))
         ) then 'the capture function runs with other settings than those that the relay gives it'
