@@ -180,7 +180,7 @@ class _Migrator:
                 ):
                     await self._connection.execute(statement)
                 answer = await self._connection.fetchval(
-                    self._filled("select @schema@.relay_apply($1, $2)::text"),
+                    self._filled("select @schema@.relay_apply($1::text, $2::text)::text"),
                     self._filled(statements),
                     self._filled(_STATE),
                 )
@@ -275,7 +275,7 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
 
     It makes the same checks, takes the same lock, and records the same versions and checksums.
     """
-    opening = f"begin;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n"
+    opening = f"begin isolation level read committed;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n"
     opening += _packaged("prologue.sql")
     closing = "drop function @schema@.relay_apply(text, text);\ncommit;"
     parts = [
@@ -291,9 +291,9 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
         body = _applied(opening, file.text + _record_statement(file), closing)
         if file.kind is StepKind.MIGRATION:
             parts += [
-                f"{opening}\nselect @schema@.relay_apply('', $ask$select to_jsonb(not exists ("
+                f"{opening}\nselect @schema@.relay_apply(''::text, $ask$select to_jsonb(not exists ("
                 "select from @schema@.relay_migrations as m where m.filename ="
-                f" {_literal(file.name)}))$ask$) as is_pending \\gset\n{closing}",
+                f" {_literal(file.name)}))$ask$::text) as is_pending \\gset\n{closing}",
                 f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
             ]
         else:
@@ -303,8 +303,10 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
 
 
 def _applied(opening: str, statements: str, closing: str) -> str:
-    applying = f"select @schema@.relay_apply($relay_file${statements}$relay_file$);"
-    return f"{opening}\n{applying}\n{closing}"
+    return (
+        f"{opening}\nselect @schema@.relay_apply($relay_file${statements}$relay_file$::text,"
+        f" 'select null::jsonb'::text);\n{closing}"
+    )
 
 
 _RECORDS = """
@@ -333,7 +335,7 @@ select jsonb_build_object(
             join pg_namespace as n on n.oid = p.pronamespace
             where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
                 -- Those of single inboxes come and go.
-                and p.proname not like 'pgtrickle\\_%'
+                and not starts_with(p.proname, 'pgtrickle_')
             union all
             select concat_ws(' ', n.nspacl,
                 (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r

@@ -520,7 +520,9 @@ def relations(functions: Sequence[SqlFunction]) -> Relations:
         ("publisher", "pgtrickle_publisher"),
         ("public", "public"),
     ):
-        found = re.search(rf"{kind}_functions constant text\[\] := array\[(.*?)\];", grants, re.DOTALL)
+        found = re.search(
+            rf"{kind}_functions constant text\[\] := array\[(.*?)\];", grants, re.DOTALL
+        )
         granted = re.findall(r"'(\w+)'", found[1]) if found else []
         callers.update(dict.fromkeys(granted, grantee))
     return Relations(codes_of, callers)

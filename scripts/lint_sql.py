@@ -135,7 +135,9 @@ def _layout(text: str) -> Iterator[Finding]:
 def _letter_case(found: Iterable[Token]) -> Iterator[Finding]:
     for token in found:
         if token.kind == "string" and "@schema" in token.text:
-            yield Finding(token.line, "schema", "the schema's name is put in by format, not by text")
+            yield Finding(
+                token.line, "schema", "the schema's name is put in by format, not by text"
+            )
         if token.kind == "word" and token.text != token.text.lower():
             yield Finding(token.line, "case", f"{token.text} is not in lower case")
 

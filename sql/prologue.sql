@@ -75,6 +75,16 @@ begin
         end if;
     end if;
     owner_role := coalesce(owner_role, current_user);
+    if owner_role not in ('pgtrickle_owner', current_user, session_user) and exists (
+        select from pg_roles as m
+        join pg_roles as o on o.rolname = owner_role
+        where m.rolname = current_user and m.rolsuper and not o.rolsuper
+    ) then
+        raise exception using
+            errcode = 'object_not_in_prerequisite_state',
+            message = format('schema %I belongs to %I, for whom a superuser runs nothing', @schema_name@, owner_role),
+            hint = format('let %I migrate, or give the relay another schema with postgres.schema', owner_role);
+    end if;
 
     select string_agg(format('%I', m.rolname), ', ' order by m.rolname)
     into suspect
@@ -91,12 +101,13 @@ begin
     if exists (
         select from pg_roles as r
         where r.rolname = 'pgtrickle_owner'
-            and (r.rolsuper or r.rolcanlogin or r.rolcreaterole or r.rolcreatedb or r.rolreplication or r.rolbypassrls)
+            and (r.rolsuper or r.rolcanlogin or r.rolcreaterole or r.rolcreatedb or r.rolreplication or r.rolbypassrls
+                or exists (select from pg_auth_members as a where a.member = r.oid))
     ) then
         raise exception using
             errcode = 'object_not_in_prerequisite_state',
             message = 'role pgtrickle_owner has rights of its own: it is the owner of the schema and nothing else',
-            hint = 'alter role pgtrickle_owner nosuperuser nologin nocreaterole nocreatedb noreplication nobypassrls';
+            hint = 'alter role pgtrickle_owner nosuperuser nologin nocreaterole nocreatedb noreplication nobypassrls, and revoke every role from it';
     end if;
 
     if not exists (select from pg_namespace as n where n.nspname = @schema_name@) then
@@ -135,7 +146,36 @@ begin
                 message = format('%I may not act as %I, which owns the relay catalog', current_user, owner_role),
                 hint = format('grant %I to %I', owner_role, current_user);
     end;
-    create function @schema@.relay_apply(statements text, question text default 'select null::jsonb')
+    if not is_first then
+        -- What follows reads and writes it with the owner's rights, whose deferred triggers would run
+        -- with those of the session. The lock keeps it as it is from here on.
+        execute format('lock table %I.relay_migrations in share update exclusive mode', @schema_name@);
+        if exists (
+            select
+            from pg_class as c
+            join pg_namespace as n on n.oid = c.relnamespace
+            where n.nspname = @schema_name@ and c.relname = 'relay_migrations' and (
+                c.relkind <> 'r' or c.relrowsecurity
+                or exists (select from pg_trigger as t where t.tgrelid = c.oid)
+                or exists (select from pg_rewrite as r where r.ev_class = c.oid)
+                or exists (select from pg_inherits as i where c.oid in (i.inhrelid, i.inhparent))
+                or exists (select from pg_constraint as k where k.conrelid = c.oid and k.contype not in ('p', 'n'))
+                or exists (select from pg_attribute as a where a.attrelid = c.oid and a.atttypid >= 16384)
+                or exists (
+                    select from pg_index as i
+                    where i.indrelid = c.oid and not (i.indisprimary and i.indexprs is null and 16384 > all (i.indclass)))
+                or exists (
+                    select from pg_attrdef as f
+                    where f.adrelid = c.oid and pg_get_expr(f.adbin, f.adrelid) <> 'now()')
+            )
+        ) then
+            raise exception using
+                errcode = 'object_not_in_prerequisite_state',
+                message = format('%I.relay_migrations is not the table that migrate made', @schema_name@),
+                hint = format('undo what was done to it, and find out who has the rights of %I', owner_role);
+        end if;
+    end if;
+    create function @schema@.relay_apply(statements text, question text)
     returns jsonb
     language plpgsql
     volatile

@@ -42,7 +42,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select
         t.tgrelid, t.oid, t.tgname, t.tgtype::integer, t.tgfoid,
-        convert_from(substring(t.tgargs from 1 for greatest(position('\000'::bytea in t.tgargs) - 1, 0)), 'SQL_ASCII'),
+        convert_from(substring(t.tgargs from 1 for greatest(position(decode('00', 'hex') in t.tgargs) - 1, 0)), 'SQL_ASCII'),
         t.tgenabled in ('O', 'A'),
         t.tgparentid <> 0,
         has_column_privilege(p.proowner, d.refobjid, 'payload', 'insert with grant option')
@@ -229,8 +229,9 @@ begin
     if not found or outbox_oid is null then
         raise exception using
             errcode = 'RL003',
-            message = format('there is no outbox %s', quote_nullable(relay_outbox_of.outbox_table)),
-            detail = case when found then 'Its table was dropped by hand.' end,
+            message = format(
+                case when found then 'the table of outbox %s was dropped by hand' else 'there is no outbox %s' end,
+                quote_nullable(relay_outbox_of.outbox_table)),
             hint = format('select %I.enable_outbox(%s)', @schema_name@,
                 coalesce(quote_literal(stream_table), '<stream table>'));
     end if;

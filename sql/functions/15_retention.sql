@@ -75,7 +75,7 @@ begin
     execute format(
         $sweep$
         with readers as materialized (
-            select * from @schema@.relay_outbox_readers($1)
+            select * from %3$I.relay_outbox_readers($1)
         ), oldest as materialized (
             select o.id, o.created_at
             from %1$s as o
@@ -94,7 +94,7 @@ begin
                     where r.start_gaps @> a.id
                         or a.id <= (
                             select g.last_id
-                            from @schema@.relay_pending_gaps as g
+                            from %3$I.relay_pending_gaps as g
                             where g.relay_group_id = r.relay_group_id
                                 and g.pipeline_id = r.pipeline_id
                                 and g.first_id <= a.id
@@ -102,7 +102,7 @@ begin
                             limit 1)
                         or a.id <= (
                             select g.last_id
-                            from @schema@.relay_group_gaps as g
+                            from %3$I.relay_group_gaps as g
                             where g.group_id = r.group_id and g.first_id <= a.id
                             order by g.first_id desc
                             limit 1))
@@ -111,7 +111,7 @@ begin
             delete from %2$s as d using swept as s where d.outbox_id = s.id
         )
         select count(*), max(s.id) from swept as s
-        $sweep$, v_outbox.outbox_relation, v_outbox.delta_relation)
+        $sweep$, v_outbox.outbox_relation, v_outbox.delta_relation, @schema_name@)
     into v_deleted_rows, v_highest_id
     using swept_table, batch_rows, make_interval(hours => v_outbox.retention_hours);
 

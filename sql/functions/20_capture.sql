@@ -110,6 +110,7 @@ declare
     );
     field record;
     object text := $literal$'{}'::jsonb$literal$;
+    pairs integer := 0;
 begin
     for field in
         select
@@ -125,16 +126,23 @@ begin
             and not a.attisdropped
             -- PostgreSQL hides virtual columns from triggers: absent is better than wrong.
             and a.attgenerated <> 'v'
-            and (a.attname not like '\_\_pgt\_%' or a.attname = '__pgt_row_id')
+            and (not starts_with(a.attname, '__pgt_') or a.attname = '__pgt_row_id')
         order by a.attnum
     loop
         if field.is_omitted then
             object := format('%I.relay_omit(%s, %L, %L)', @schema_name@, object, field.attname, 'owner');
+            pairs := 0;
         elsif is_guarded or not field.is_simple then
-            object := format('%I.relay_put(%s, %L, r.%I, %L)',
-                @schema_name@, object, field.attname, field.attname, field.is_plain);
+            object := format('%1$I.relay_put(%2$s, %3$L, r.%3$I, %4$L)',
+                @schema_name@, object, field.attname, field.is_plain);
+            pairs := 0;
         else
-            object := format('%s || jsonb_build_object(%L, r.%I)', object, field.attname, field.attname);
+            -- A call takes 100 arguments at most.
+            object := case pairs % 50
+                when 0 then object || ' || jsonb_build_object('
+                else left(object, -1) || ', '
+            end || format('%1$L, r.%1$I)', field.attname);
+            pairs := pairs + 1;
         end if;
     end loop;
     return object;
@@ -232,7 +240,7 @@ as $$
         and t.typname not in ('money', '_money')
         and t.typname !~ '^_?reg'
         and a.attgenerated <> 'v'
-        and a.attname not like '\_\_pgt\_%'
+        and not starts_with(a.attname, '__pgt_')
     ), false)
     from @schema@.relay_family(@schema@.relay_captured_table(outbox_table)) as f
     join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
@@ -268,7 +276,7 @@ as $$
                         and a.attnum > 0
                         and not a.attisdropped
                         and (not %1$I.relay_is_plain(a.atttypid, tg_relid)
-                            or a.attgenerated = 'v' or a.attname like '\_\_pgt\_%%')
+                            or a.attgenerated = 'v' or starts_with(a.attname, '__pgt_'))
                 )
                 offset 0
             ) as c
@@ -314,9 +322,9 @@ as $$
         begin
             begin
                 if tg_op = 'DELETE' then
-                    select record_image_eq(row(%1$s), row(%3$s)) into is_first from old_rows as r limit 1;
+                    select record_image_eq(row(%1$s), row(%3$s)) into is_first from old_rows as r where %5$s limit 1;
                 else
-                    select record_image_eq(row(%2$s), row(%3$s)) into is_first from new_rows as r limit 1;
+                    select record_image_eq(row(%2$s), row(%3$s)) into is_first from new_rows as r where %5$s limit 1;
                 end if;
             exception
                 when others then
@@ -326,8 +334,12 @@ as $$
                         string_agg(format('($1).%%I', k), ', '), string_agg(format('r.%%I', k), ', '),
                         case tg_op when 'DELETE' then 'old_rows' else 'new_rows' end)
                     into is_first_sql
-                    from unnest(%4$I.relay_primary_key(tg_relid)) as k;
-                    if tg_op = 'DELETE' then
+                    from unnest(%4$I.relay_primary_key(tg_relid)) as k
+                    where %5$s
+                    having count(*) > 0;
+                    if is_first_sql is null then
+                        null;
+                    elsif tg_op = 'DELETE' then
                         execute is_first_sql into is_first using old;
                     else
                         execute is_first_sql into is_first using new;
@@ -336,12 +348,15 @@ as $$
             if not is_first then
                 return null;
             end if;
+            -- Rows of a table that lost its primary key can't be told apart.
+            is_each := is_first is null;
         end;
     end if;$piece$,
         string_agg(format('old.%I', k), ', '),
         string_agg(format('new.%I', k), ', '),
         string_agg(format('r.%I', k), ', '),
-        @schema_name@
+        @schema_name@,
+        'exists (select from pg_index as k where k.indrelid = tg_relid and k.indisprimary and k.indimmediate)'
     ) else '' end
     from unnest(first_by) as k
 $$;
@@ -368,7 +383,7 @@ as $$
         $source$
 -- pgtrickle-relay capture, layout 1
 #variable_conflict use_variable
-begin%1$s
+%1$s
     begin
         if %2$s = 'INSERT' then%3$s
         elsif tg_op = 'UPDATE' then%4$s
@@ -497,18 +512,19 @@ begin
 end;
 end
 $source$,
-        case when capture = 'row' then @schema@.relay_capture_first(first_by) else '' end,
+        case when capture = 'row' then format(E'declare\n    is_each boolean := tg_argv[0] = %L;\nbegin%s',
+            'each', @schema@.relay_capture_first(first_by)) else 'begin' end,
         -- A row that is told by itself has no transition tables.
-        case when capture = 'row' then $if$tg_argv[0] = 'each' then null; elsif tg_op$if$ else 'tg_op' end,
+        case when capture = 'row' then 'is_each then null; elsif tg_op' else 'tg_op' end,
         @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
         @schema_name@,
         outbox_table,
         claim_check_rows,
-        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'new_rows' end$sql$
+        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'new_rows' end$sql$
             else quote_literal('new_rows') end,
-        case when capture = 'row' then $sql$case tg_argv[0] when 'each' then '(select ($1).*)' else 'old_rows' end$sql$
+        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'old_rows' end$sql$
             else quote_literal('old_rows') end,
         case when capture = 'row' then ' using new' else '' end,
         case when capture = 'row' then ' using old' else '' end,

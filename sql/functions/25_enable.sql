@@ -58,24 +58,30 @@ stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+    with recursive changed as (
+        select f.member, false as is_changed_in_turn from @schema@.relay_family(relation) as f
+        union
+        -- What foreign keys change in turn, before the statement is told.
+        select k.conrelid, true
+        from changed as c
+        join pg_constraint as k on k.confrelid = c.member
+        where k.contype = 'f' and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd'))
+    )
     select case when exists (
         select
-        from @schema@.relay_family(relation) as f
-        join pg_trigger as t on t.tgrelid = f.member
-        left join pg_constraint as k on k.oid = t.tgconstraint and k.contype = 'f'
-        where t.tgtype & 1 <> 0
-            and t.tgtype & 66 = 0
-            and t.tgname not like '!pgtrickle\_%'
-            and (
-                not t.tgisinternal
-                -- A foreign key of the table to itself that changes its rows in turn.
-                or (k.conrelid = k.confrelid and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd')))
-            )
+        from changed as c
+        left join pg_trigger as t
+            on t.tgrelid = c.member and not t.tgisinternal and not starts_with(t.tgname, '!pgtrickle_')
+        where case
+            when c.is_changed_in_turn
+            then t.oid is not null or c.member in (select f.member from @schema@.relay_family(relation) as f)
+            else t.tgtype & 67 = 1
+        end
     ) then 'row' else 'statement' end
 $$;
 
 comment on function @schema@.relay_capture_mode(oid) is
-    'How the changes of a table keep their order: row where triggers after each row could change it before the statement is told.';
+    'How the changes of a table keep their order: row where triggers after each row, or what foreign keys change in turn, could change it before the statement is told.';
 
 create or replace function @schema@.relay_wanted_triggers(relation oid, mode text, outbox_table text)
 returns table (target oid, trigger_name text, trigger_type integer, argument text, definition text)
@@ -90,7 +96,7 @@ as $$
         e.bit + case w.level when 'row' then 1 else 0 end,
         w.argument,
         format(
-            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function %%s(%L)',
+            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function ',
             n.name, e.event, f.member::regclass,
             case
                 when e.event = 'truncate' or w.argument = 'each' then ''
@@ -98,7 +104,7 @@ as $$
                 when e.event = 'delete' then 'referencing old table as old_rows'
                 else 'referencing old table as old_rows new table as new_rows'
             end,
-            w.level, format('%I.%I', @schema_name@, outbox_table), w.argument
+            w.level, format('%I.%I', @schema_name@, outbox_table)
         )
     from @schema@.relay_family(relation) as f
     cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as e (event, bit)
@@ -110,7 +116,10 @@ as $$
                 -- PostgreSQL has no transition tables for the row triggers of the others.
                 when f.kind = 'r' and not f.is_child
                     and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
-                    and exists (select from pg_index as i where i.indrelid = relation and i.indisprimary)
+                    and exists (
+                        select from pg_index as i
+                        where i.indrelid = relation and i.indisprimary and i.indimmediate
+                    )
                 then 'first'
                 else 'each'
             end as argument
@@ -128,7 +137,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_wanted_triggers(oid, text, text) is
-    'The triggers that capture a table into an outbox. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
+    'The triggers that capture a table into an outbox, up to the function. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
 
 create or replace function @schema@.relay_capture_settings(as_stored boolean)
 returns text
@@ -278,13 +287,15 @@ as $$
         when p.proowner <> c.relowner then format('the capture function belongs to %I, the table to %I',
             pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner))
         -- The key that marks the first row of a statement may have been renamed since.
-        when regexp_replace(p.prosrc, 'record_image_eq\([^\n]*', '', 'g') <> regexp_replace(source, 'record_image_eq\([^\n]*', '', 'g') then 'the capture function is not the one that the relay makes'
+        when regexp_replace(p.prosrc, '(?n)record_image_eq[(].*', '', 'g')
+            <> regexp_replace(source, '(?n)record_image_eq[(].*', '', 'g')
+        then 'the capture function is not the one that the relay makes'
         when not (
             p.prosecdef
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
             and p.prorettype = 'trigger'::regtype
-            and @schema@.relay_capture_settings(true) = (
+            and @schema@.relay_capture_settings(true) is not distinct from (
                 select string_agg(lower(split_part(c, '=', 1)) || '=' || split_part(c, '=', 2), ' ' order by place)
                 from unnest(p.proconfig) with ordinality as s (c, place))
         ) then 'the capture function runs with other settings than those that the relay gives it'
@@ -328,7 +339,7 @@ begin
         steps := steps + 1;
     end loop;
     for step in
-        select format(w.definition, format('%I.%I', n.nspname, p.proname))
+        select w.definition || format('%I.%I(%L)', n.nspname, p.proname, w.argument)
         from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
         cross join pg_proc as p
         join pg_namespace as n on n.oid = p.pronamespace
@@ -1130,6 +1141,7 @@ language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on
 as $$
     with outbox as (
         select c.outbox_table_name, c.stream_table, c.stream_schema, c.capture, c.key_columns, r.captured,

@@ -51,15 +51,20 @@ declare
 begin
     grant usage on schema @schema@ to public;
     for found in
-        select p.oid::regprocedure as signature, p.proname::text as name
+        select p.oid::regprocedure as signature, p.proname::text as name, (
+                -- Default privileges may have given it to others.
+                select string_agg(distinct quote_ident(pg_get_userbyid(a.grantee)), ', ')
+                from aclexplode(p.proacl) as a
+                where a.grantee not in (0, p.proowner)
+            ) as others
         from pg_proc as p
         join pg_namespace as n on n.oid = p.pronamespace
         where n.nspname = @schema_name@
             and p.proname <> 'relay_apply'
             -- Those of single inboxes have grants of their own.
-            and p.proname not like 'pgtrickle\_%'
+            and not starts_with(p.proname, 'pgtrickle_')
     loop
-        execute format('revoke all on function %s from public', found.signature);
+        execute format('revoke all on function %s from %s', found.signature, concat_ws(', ', 'public', found.others));
         if found.name = any (public_functions) then
             execute format('grant execute on function %s to public', found.signature);
         end if;

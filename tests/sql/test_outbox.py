@@ -41,8 +41,10 @@ def test_enabling_twice_and_disabling_what_is_not_enabled_are_errors(orders: Ses
         orders.run("select pgtrickle.disable_outbox('orders')")
     assert said.message_hint == "select pgtrickle.enable_outbox('orders')"
     orders.run("select pgtrickle.disable_outbox('orders', if_exists => true)")
+    with orders.refused("RL003"):
+        orders.run("select pgtrickle.relay_outbox_of('outbox_orders')")
     for call in (
-        "relay_outbox('orders')",
+        "repair_outbox('orders')",
         "outbox_status('orders')",
         "outbox_rows_consumed('orders', 1)",
         "outbox_publish('orders', '[1]')",
@@ -65,44 +67,50 @@ def test_an_unknown_key_column_is_refused(db: Session) -> None:
     assert "nope" in said.message_primary
 
 
-def test_relay_outbox_tells_a_reader_everything(orders: Session) -> None:
+def test_relay_outbox_of_gives_a_reader_everything(orders: Session) -> None:
     orders.run("insert into orders values (1, 'pen'); ")
     orders.run("insert into orders values (2, 'ink')")
-    oid = orders.value("select 'pgtrickle.outbox_orders'::regclass::oid::int")
 
-    for name in ("orders", "public.orders", "outbox_orders", "pgtrickle.outbox_orders"):
-        assert orders.rows(
-            "select outbox_table, outbox_relation, outbox_oid::int, stream_table, delta_relation,"
-            " delta_style, key_columns, has_headers, retention_hours, sequence_cache, last_id,"
-            " max_id, swept_through from pgtrickle.relay_outbox(%s)",
-            name,
-        ) == [
-            (
-                "outbox_orders",
-                "pgtrickle.outbox_orders",
-                oid,
-                "orders",
-                "pgtrickle.outbox_delta_rows_orders",
-                "row_op",
-                ["id"],
-                True,
-                24,
-                1,
-                2,
-                2,
-                0,
-            )
-        ]
+    [row] = orders.rows(
+        "select outbox_relation, outbox_oid = outbox_relation::regclass, stream_table,"
+        " delta_relation, key_columns, retention_hours, sequence_cache, last_id, max_id,"
+        " swept_through, pgt_id = (select distinct pgt_id from pgtrickle.outbox_orders)"
+        " from pgtrickle.relay_outbox_of('outbox_orders')"
+    )
+    outbox, delta = "pgtrickle.outbox_orders", "pgtrickle.outbox_delta_rows_orders"
+    assert row == (outbox, True, "orders", delta, ["id"], 24, 1, 2, 2, 0, True)
+
+
+def test_an_outbox_is_found_by_its_name_or_its_tables_read_like_any_name(orders: Session) -> None:
+    orders.run('create schema "Shop"; create table "Shop"."Or.ders" (id int primary key)')
+    quoted = orders.value('select pgtrickle.enable_outbox(\'"Shop"."Or.ders"\')')
+    orders.run("insert into orders values (1, 'pen')")
+
+    for name in ("orders", "public.orders", "ORDERS", "outbox_orders", "pgtrickle.outbox_orders"):
+        assert orders.value("select pgtrickle.relay_outbox_named(%s)", name) == "outbox_orders"
+        status = orders.value("select pgtrickle.outbox_status(%s)", name)
+        assert status.items() >= {
+            "enabled": True, "stream_table": "orders", "outbox_table": "outbox_orders",
+            "captured_table": "public.orders", "row_count": 1, "claim_check_count": 0,
+            "capture": "auto", "key_columns": ["id"], "retention_hours": 24, "notify": True,
+        }.items()  # fmt: skip
+        assert status["oldest_row"] == status["newest_row"]
+    for name in ('"Shop"."Or.ders"', '"outbox_Or.ders"', 'pgtrickle."outbox_Or.ders"'):
+        assert orders.value("select pgtrickle.relay_outbox_named(%s)", name) == quoted
+    for name in ("Shop.Or.ders", '"Or.ders"x', '"', "a.b.c.d", "shop.orders", '"Orders"', ""):
+        with orders.refused("RL003"):
+            orders.run("select pgtrickle.relay_outbox_named(%s)", name)
 
 
 def test_the_key_is_the_primary_key_in_its_order_or_what_was_said(db: Session) -> None:
     db.run('create table a (x int, "Y" int, primary key ("Y", x)); create table b (x int, z int)')
-    db.run(
-        "select pgtrickle.enable_outbox('a'), pgtrickle.enable_outbox('b', key_columns => '{z}')"
-    )
+    db.run("create table c (id int, name text, primary key (id) include (name))")
+    db.run("create table st (a int, __pgt_row_id bigint)")
+    db.run("select pgtrickle.enable_outbox(t) from unnest('{a,c,st}'::text[]) as t")
+    db.run("select pgtrickle.enable_outbox('b', key_columns => '{z}')")
 
-    assert db.value("select key_columns from pgtrickle.relay_outbox('a')") == ["Y", "x"]
-    assert db.value("select key_columns from pgtrickle.relay_outbox('b')") == ["z"]
+    keys = db.rows("select stream_table, key_columns from pgtrickle.pgt_outbox_config order by 1")
+    assert keys == [("a", ["Y", "x"]), ("b", ["z"]), ("c", ["id"]), ("st", ["__pgt_row_id"])]
 
 
 def test_awkward_names_work_everywhere(db: Session) -> None:
@@ -115,7 +123,7 @@ def test_awkward_names_work_everywhere(db: Session) -> None:
 
         assert outbox == f"outbox_{name}"
         [relation, stream] = db.rows(
-            "select outbox_relation, stream_table from pgtrickle.relay_outbox(%s)", quoted
+            "select outbox_relation, stream_table from pgtrickle.relay_outbox_of(%s)", outbox
         )[0]
         assert stream == name
         assert db.value(f"select payload -> 'inserted' from {relation}") == [{"id": 1}]
@@ -141,10 +149,8 @@ def test_long_names_are_cut_to_63_bytes_and_collisions_get_a_digest(db: Session)
         assert cut.endswith(f"_{digest}")
         assert len(cut.encode()) <= 63
     for name, outbox in zip((first, second, long_one, long_two), outboxes, strict=True):
-        assert (
-            db.value("select outbox_table from pgtrickle.relay_outbox(%s)", f'"{name}"') == outbox
-        )
-        assert db.value("select max_id from pgtrickle.relay_outbox(%s)", outbox) == 1
+        assert db.value("select pgtrickle.relay_outbox_named(%s)", f'"{name}"') == outbox
+        assert db.value("select max_id from pgtrickle.relay_outbox_of(%s)", outbox) == 1
 
 
 def test_tables_of_one_name_in_two_schemas_have_outboxes_of_their_own(orders: Session) -> None:
@@ -153,13 +159,11 @@ def test_tables_of_one_name_in_two_schemas_have_outboxes_of_their_own(orders: Se
     orders.run("insert into shop.orders values (1)")
 
     assert outbox.startswith("outbox_orders_")
-    assert orders.value("select outbox_table from pgtrickle.relay_outbox('shop.orders')") == outbox
-    assert orders.value("select outbox_table from pgtrickle.relay_outbox('orders')") == (
-        "outbox_orders"
-    )
+    assert orders.value("select pgtrickle.relay_outbox_named('shop.orders')") == outbox
+    assert orders.value("select pgtrickle.relay_outbox_named('orders')") == "outbox_orders"
     orders.run("set search_path = pg_catalog")
     with orders.refused("RL003") as said:
-        orders.run("select pgtrickle.relay_outbox('orders')")
+        orders.run("select pgtrickle.relay_outbox_named('orders')")
     assert "outbox_orders" in said.message_detail
 
 
@@ -171,12 +175,14 @@ def test_ids_of_an_outbox_enabled_again_continue_above_the_old_ones(orders: Sess
     assert orders.value("select count(*) from pg_trigger where tgrelid = 'orders'::regclass") == 0
 
     orders.run("select pgtrickle.enable_outbox('orders')")
-    assert orders.rows("select last_id, max_id from pgtrickle.relay_outbox('orders')") == [(2, 0)]
+    assert orders.rows(
+        "select last_id, max_id from pgtrickle.relay_outbox_of('outbox_orders')"
+    ) == [(2, 0)]
     orders.run("insert into orders values (3, 'cup')")
     assert orders.value("select id from pgtrickle.outbox_orders") == 3
     orders.run("select pgtrickle.disable_outbox('orders')")
     orders.run("select pgtrickle.enable_outbox('orders')")
-    assert orders.value("select last_id from pgtrickle.relay_outbox('orders')") == 3
+    assert orders.value("select last_id from pgtrickle.relay_outbox_of('outbox_orders')") == 3
 
 
 def test_an_outbox_survives_its_table_and_can_be_disabled_by_who_enabled_it(
@@ -184,7 +190,7 @@ def test_an_outbox_survives_its_table_and_can_be_disabled_by_who_enabled_it(
 ) -> None:
     orders.run("insert into orders values (1, 'pen'); drop table orders")
 
-    assert orders.value("select max_id from pgtrickle.relay_outbox('orders')") == 1
+    assert orders.value("select max_id from pgtrickle.relay_outbox_of('outbox_orders')") == 1
     orders.run("select pgtrickle.disable_outbox('orders')")
     assert orders.value("select count(*) from pgtrickle.pgt_outbox_config") == 0
 
@@ -242,7 +248,7 @@ def test_publishers_notify_only_while_a_relay_sleeps(orders: Session) -> None:
     orders.run("select pgtrickle.relay_sleep('outbox_orders', 'relay 1', 60)")
     orders.run("insert into orders values (2, 'ink')")
     assert heard() == ["outbox_orders"]
-    orders.run("select pgtrickle.relay_wake('outbox_orders', 'relay 1')")
+    orders.run("select pgtrickle.relay_sleep('outbox_orders', 'relay 1')")
     orders.run("insert into orders values (3, 'cup')")
     assert heard() == []
     orders.run("select pgtrickle.relay_sleep('outbox_orders', 'relay 1', -1)")
@@ -301,9 +307,9 @@ def test_sweeping_deletes_only_what_is_old_and_behind_every_reader(orders: Sessi
     orders.run("delete from pgtrickle.relay_pending_gaps")
     orders.run("update pgtrickle.relay_consumer_offsets set last_change_id = 20")
     assert orders.value("select pgtrickle.relay_sweep_outbox('outbox_old')") == 7
-    assert orders.rows("select swept_through, last_id from pgtrickle.relay_outbox('old')") == [
-        (15, 20)
-    ]
+    assert orders.rows(
+        "select swept_through, last_id from pgtrickle.relay_outbox_of('outbox_old')"
+    ) == [(15, 20)]
     assert orders.value("select pgtrickle.outbox_status('old') -> 'last_drained_count'") == 7
 
 
@@ -323,6 +329,35 @@ def test_consumed_rows_stay_for_other_pipelines(orders: Session) -> None:
     assert orders.value("select last_drained_at from pgtrickle.pgt_outbox_config") is not None
 
 
+def test_settings_that_make_no_sense_are_refused_and_null_opens_nothing(db: Session) -> None:
+    db.run("create table t (id int)")
+    for settings in (
+        "capture => null", "capture => 'x'", "retention_hours => null", "retention_hours => -1",
+        "notify => null", "claim_check_rows => null", "claim_check_rows => -1",
+        "claim_check_bytes => null", "claim_check_bytes => 134217729",
+    ):  # fmt: skip
+        for name in ("t", "a stream"):
+            with db.refused("22023"):
+                db.run(f"select pgtrickle.enable_outbox('{name}', {settings})")
+    for name in (None, ""):
+        with db.refused("RL001"):
+            db.run("select pgtrickle.enable_outbox(%s, capture => 'none')", name)
+    for call in ("disable_outbox(null)", "repair_outbox(null)", "outbox_status(null)"):
+        with db.refused("RL001" if "repair" in call else "RL003"):
+            db.run(f"select pgtrickle.{call}")
+    db.run("select pgtrickle.disable_outbox(null, true), pgtrickle.relay_cut_name(null, 1)")
+    assert db.value("select count(*) from pgtrickle.pgt_outbox_config") == 0
+
+
+def test_an_outbox_that_was_just_written_or_never_notifies_can_be_disabled(db: Session) -> None:
+    for notify in ("false", "true"):
+        db.run("create table st (id int primary key)")
+        db.run(f"select pgtrickle.enable_outbox('st', notify => {notify})")
+        db.run("begin; insert into st values (1); select pgtrickle.disable_outbox('st'); commit")
+        db.run("drop table st")
+    assert db.value("select count(*) from pgtrickle.pgt_outbox_config") == 0
+
+
 def test_a_prepared_transaction_can_write_while_nobody_sleeps(
     any_postgres_server: PostgresServer, orders: Session
 ) -> None:
@@ -331,7 +366,7 @@ def test_a_prepared_transaction_can_write_while_nobody_sleeps(
     orders.run("begin; insert into orders values (1, 'pen'); prepare transaction 'relay test'")
     orders.run("commit prepared 'relay test'")
 
-    assert orders.value("select max_id from pgtrickle.relay_outbox('orders')") == 1
+    assert orders.value("select max_id from pgtrickle.relay_outbox_of('outbox_orders')") == 1
 
 
 def _same_database(opened: Session) -> str:
