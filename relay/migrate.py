@@ -143,24 +143,27 @@ class _Migrator:
     ) -> MigrationReport:
         state = await self._apply(_RECORDS + _check_of_records(), "reading what was applied")
         before = _highest([version for _, version in state.files.values()])
-        functions = [file for file in _files() if file.kind is StepKind.FUNCTIONS]
-        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == _fingerprint(state)
         steps: list[MigrationStep] = []
-        for file in _files():
-            is_pending = (
-                not are_current if file.kind is StepKind.FUNCTIONS else file.name not in state.files
-            )
+        functions = _functions()
+        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == _fingerprint(state)
+        for file in _migrations():
+            is_pending = file.name not in state.files
             if is_pending:
-                if file.kind is StepKind.MIGRATION:
-                    are_current = False
+                are_current = False
                 await self._apply(file.text + _record_statement(file), f"applying {file.name}")
             steps.append(MigrationStep(file.name, file.kind, is_pending))
             on_step(steps[-1])
         if not are_current:
-            state = await self._apply("", "reading the functions")
-            await self._apply(
-                _record(_FUNCTIONS, _fingerprint(state), functions[-1].version), "recording them"
+            # All in one transaction: nobody may call a new one before its rights are settled.
+            state = await self._apply(
+                "".join(file.text for file in functions), "defining the functions"
             )
+            await self._apply(
+                _record(_FUNCTIONS, _fingerprint(state), _newest_version()), "recording them"
+            )
+        for file in functions:
+            steps.append(MigrationStep(file.name, file.kind, not are_current))
+            on_step(steps[-1])
         return MigrationReport(
             version_before=before,
             version_after=_newest_version(),
@@ -275,8 +278,10 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
 
     It makes the same checks, takes the same lock, and records the same versions and checksums.
     """
-    opening = f"begin isolation level read committed;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n"
-    opening += _packaged("prologue.sql")
+    opening = (
+        "begin isolation level read committed;\n"
+        f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n{_packaged('prologue.sql')}"
+    )
     closing = "drop function @schema@.relay_apply(text, text);\ncommit;"
     parts = [
         "-- The relay catalog, for psql -f. Can be run again at any time.",
@@ -287,17 +292,15 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
         "reset lock_timeout;",
         _applied(opening, _RECORDS + _check_of_records(), closing),
     ]
-    for file in _files():
+    for file in _migrations():
         body = _applied(opening, file.text + _record_statement(file), closing)
-        if file.kind is StepKind.MIGRATION:
-            parts += [
-                f"{opening}\nselect @schema@.relay_apply(''::text, $ask$select to_jsonb(not exists ("
-                "select from @schema@.relay_migrations as m where m.filename ="
-                f" {_literal(file.name)}))$ask$::text) as is_pending \\gset\n{closing}",
-                f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
-            ]
-        else:
-            parts.append(f"-- {file.name}\n{body}")
+        parts += [
+            f"{opening}\nselect @schema@.relay_apply(''::text, $ask$select to_jsonb(not exists"
+            " (select from @schema@.relay_migrations as m where m.filename ="
+            f" {_literal(file.name)}))$ask$::text) as is_pending \\gset\n{closing}",
+            f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
+        ]
+    parts.append(_applied(opening, "".join(file.text for file in _functions()), closing))
     parts.append(f"select pg_catalog.pg_advisory_unlock({LOCK_KEY});")
     return filled("\n\n".join(parts) + "\n", schema)
 
@@ -350,7 +353,7 @@ select jsonb_build_object(
 
 def _fingerprint(state: _State) -> str:
     """What was applied and what stands there: the same as recorded, and nothing is to do."""
-    texts = [state.functions, *(f.checksum for f in _files() if f.kind is StepKind.FUNCTIONS)]
+    texts = [state.functions, *(file.checksum for file in _functions())]
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
@@ -434,9 +437,7 @@ $preconditions$;
 def _check_of_records() -> str:
     """SQL that refuses a newer catalog, and a migration that is not the one recorded."""
     known = ",\n            ".join(
-        f"({_literal(file.name)}, {_literal(file.checksum)})"
-        for file in _files()
-        if file.kind is StepKind.MIGRATION
+        f"({_literal(file.name)}, {_literal(file.checksum)})" for file in _migrations()
     )
     newest = ", ".join(map(str, _version_key(_newest_version())))
     return f"""
@@ -501,29 +502,29 @@ def _literal(text: str) -> str:
 
 
 @cache
-def _files() -> tuple[_SqlFile, ...]:
-    """All files in the order in which they are applied."""
-    migrations = sorted(
-        (
-            _SqlFile(path.name, StepKind.MIGRATION, _target_version(path.name), _text(path))
-            for path in _sql_directory().joinpath("migrations").iterdir()
-            if path.name.endswith(".sql")
-        ),
-        key=lambda file: _version_key(file.version),
-    )
-    functions = sorted(
-        (
-            _SqlFile(path.name, StepKind.FUNCTIONS, migrations[-1].version, _text(path))
-            for path in _sql_directory().joinpath("functions").iterdir()
-            if path.name.endswith(".sql")
-        ),
-        key=lambda file: file.name,
-    )
-    return (*migrations, *functions)
+def _migrations() -> tuple[_SqlFile, ...]:
+    """The files that are applied once, in their order."""
+    files = [
+        _SqlFile(path.name, StepKind.MIGRATION, _target_version(path.name), _text(path))
+        for path in _sql_directory().joinpath("migrations").iterdir()
+        if path.name.endswith(".sql")
+    ]
+    return tuple(sorted(files, key=lambda file: _version_key(file.version)))
+
+
+@cache
+def _functions() -> tuple[_SqlFile, ...]:
+    """The files that are applied whenever something changed, in their order."""
+    files = [
+        _SqlFile(path.name, StepKind.FUNCTIONS, _newest_version(), _text(path))
+        for path in _sql_directory().joinpath("functions").iterdir()
+        if path.name.endswith(".sql")
+    ]
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
 def _newest_version() -> str:
-    return _files()[-1].version
+    return _migrations()[-1].version
 
 
 def _target_version(filename: str) -> str:

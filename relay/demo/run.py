@@ -33,7 +33,7 @@ from relay.status import OwnRelay, StatusView, can_show
 FORWARD, REVERSE, STREAM = "orders-to-jetstream", "jetstream-to-inbox", "orders"
 
 _DATABASE = "demo"
-_TOKEN = "DEMO_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
+_TOKEN = "RELAY_DEMO_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 _PROGRESS_EVERY_S = 1.0
 _START_TIMEOUT_S = 30.0
 _PATIENCE_S = 15.0

@@ -26,7 +26,7 @@ from scripts.benchmark.bare_nats import BareNats, connected
 from scripts.benchmark.server import free_port, stopped
 
 STREAM: Final = "bench"
-NATS_TOKEN: Final = "BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
+NATS_TOKEN: Final = "RELAY_BENCH_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
 START_TIMEOUT_S: Final = 30.0
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[2]

@@ -417,13 +417,16 @@ begin
         exit when not found;
         with slice as (
             delete from @schema@.relay_group_gaps as p
-            where p.group_id = p_group_id
-                and p.first_id in (
-                    select s.first_id
-                    from @schema@.relay_group_gaps as s
-                    where s.cohort_id = v_cohort.cohort_id
-                    order by s.first_id
-                    limit c_slice)
+            where p.cohort_id = v_cohort.cohort_id
+                and p.first_id <= (
+                    select max(s.first_id)
+                    from (
+                        select g.first_id
+                        from @schema@.relay_group_gaps as g
+                        where g.cohort_id = v_cohort.cohort_id
+                        order by g.first_id
+                        limit c_slice
+                    ) as s)
             returning p.first_id, p.last_id
         )
         select range_agg(int8range(s.first_id, s.last_id, '[]')) into v_gaps from slice as s;

@@ -435,6 +435,7 @@ begin
             from pg_proc as p
             cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
             where p.proname = f.part_name and p.pronamespace = v_schema and a.grantee <> p.proowner
+                and pg_get_function_identity_arguments(p.oid) = f.arguments
         loop
             execute format('revoke all on %s from %s', f.part, v_role);
         end loop;
@@ -442,7 +443,7 @@ begin
             execute format('grant execute on %s to pgtrickle_relay', f.part);
         end if;
         if f.purpose = 'receive' then
-            v_receive := (select p.oid from pg_proc as p where p.proname = f.part_name and p.pronamespace = v_schema);
+            v_receive := format('%I.%I(%s)', i.inbox_schema, f.part_name, f.arguments)::regprocedure;
         end if;
     end loop;
     for v_role in
@@ -499,8 +500,10 @@ begin
         i.parts := coalesce(i.parts, '{}');
         v_problems := array(select p from @schema@.relay_inbox_problems(i) as p) || array(
             select format('function %I is executable by others', p.proname)
-            from jsonb_each_text(i.parts) as w
-            join pg_proc as p on p.proname = w.value and p.pronamespace = v_schema
+            from @schema@.relay_inbox_parts(i) as w
+            join pg_proc as p
+                on p.proname = w.part_name and p.pronamespace = v_schema
+                and pg_get_function_identity_arguments(p.oid) = w.arguments
             cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
             where a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
             union all
@@ -545,6 +548,9 @@ begin
         delete from @schema@.relay_inboxes as r where r.inbox_name = i.inbox_name;
     end if;
     i.created_at := now();
+    i.parts := i.parts || (
+        select jsonb_build_object('arguments', w.arguments)
+        from @schema@.relay_inbox_parts(i) as w where w.purpose = 'receive');
     insert into @schema@.relay_inboxes select i.*;
 exception
     when unique_violation then
@@ -726,6 +732,7 @@ begin
         select from pg_proc as p
         where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
             and p.proname = i.parts ->> 'receive'
+            and pg_get_function_identity_arguments(p.oid) = i.parts ->> 'arguments'
             and obj_description(p.oid, 'pg_proc') is distinct from v_proof
     ) then
         raise exception using
@@ -757,8 +764,8 @@ declare
         select p.oid from pg_proc as p
         where p.pronamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
             and p.proname = p_inbox.parts ->> 'receive'
-            and p_inbox.inbox_schema <> @schema_name@
-        limit 1);
+            and pg_get_function_identity_arguments(p.oid) = p_inbox.parts ->> 'arguments'
+            and p_inbox.inbox_schema <> @schema_name@);
     v_part text := obj_description(v_receive, 'pg_proc');
 begin
     if v_receive is not null then

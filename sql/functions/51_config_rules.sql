@@ -1,4 +1,4 @@
--- Applies relay_key_rules to what a pipeline is set to. Checks return message, hint and error code.
+-- Applies relay_key_rules to a pipeline. Checks return what is wrong: message, hint, error code.
 
 create or replace function @schema@.relay_nearest(p_word text, p_candidates text[])
 returns text
@@ -43,7 +43,7 @@ declare
     v_is text;
     v_problem text[];
 begin
-    if p_path ~ '\.' and v_text ~ '^\$\{(env|file):[^}]+\}$' then
+    if p_value is null or (p_path ~ '\.' and v_text ~ '^\$\{(env|file):[^}]+\}$') then
         return null;
     elsif not v_rule -> 'kinds' ? v_kind then
         v_is := case v_kind when 'string' then 'a text that does not fit' else 'of type ' || v_kind end;
@@ -55,8 +55,7 @@ begin
             select p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
         ) as e (path, value)
         where v_rule ? 'of'
-        order by problem
-        limit 1;
+        order by problem limit 1;
         return v_problem;
     elsif v_text !~ (v_rule ->> 'pattern') then
         v_is := case when v_rule ->> 'is' = 'word' then quote_literal(v_text) when v_kind = 'string' then 'a text that does not fit' else v_text end;
@@ -101,14 +100,14 @@ declare
     r record;
 begin
     for r in
-        select o.key, o.value, p_rules -> o.key as rule, v_prefix || o.key as path, @schema@.relay_nearest(o.key, v_known) as near
+        select o.key, o.value, p_rules -> o.key as rule, v_prefix || o.key as path,
+            case when not p_rules ? o.key then @schema@.relay_nearest(o.key, v_known) end as near
         from jsonb_each(p_options) as o
         order by o.key
     loop
         v_problem := case
             when r.rule ? 'refused' then array[format('%s %s', r.path, r.rule #>> '{refused,0}'), r.rule #>> '{refused,1}']
-            when r.rule is not null and r.value <> 'null' then @schema@.relay_check_value(r.path, r.rule, r.value, p_plaintext)
-            when r.rule is not null then null
+            when p_rules ? r.key then @schema@.relay_check_value(r.path, r.rule, nullif(r.value, 'null'), p_plaintext)
             when r.near is not null then array[r.path || ' is not a known key', format('Did you mean %s?', r.near)]
             when v_prefix = '' then array[r.key || ' is not a key of the pipeline itself', 'Does it belong into the source or sink object?']
             else array[r.path || ' is not a known key', format('Known are %s.', array_to_string(v_known, ', '))]
@@ -122,13 +121,14 @@ begin
     loop
         v_problem := case
             when r.rule ?| array['required', 'required_unless'] and not array[r.key, r.other] && v_given then
-                array[concat_ws(' or ', r.path, v_prefix || r.other) || ' is missing', format('The %s needs one of them; a profile brings endpoint and credentials.', p_role)]
+                array[concat_ws(' or ', r.path, v_prefix || r.other) || ' is missing', format('The %s needs it%s.',
+                    concat_ws(' ', p_options ->> 'type', p_role), case r.other when 'profile' then '; a profile brings endpoint and credentials' end)]
+            when r.rule ? 'connection' and p_options ? r.key and 'profile' = any (v_given) then
+                array[r.path || ' can''t be combined with a profile', 'Endpoint, credentials and TLS come from a profile as a whole.']
             when r.key <> all (v_given) then null
             when r.needs <> all (v_given) then array[format('%s needs %s', r.path, r.needs), 'Set both, or neither.']
             when r.rule -> 'excludes' ?| v_given then
-                array[format('%s has both %s and %s', p_role, r.key, r.rule #>> '{excludes,0}'), 'Leave one of them out.']
-            when r.rule ? 'connection' and 'profile' = any (v_given) then
-                array[r.path || ' can''t be combined with a profile', 'Endpoint, credentials and TLS come from a profile as a whole.']
+                array[format('%s has both %s and %s', p_role, r.key, (select x from unnest(v_given) as x where r.rule -> 'excludes' ? x limit 1)), 'Leave one of them out.']
         end;
         exit when v_problem is not null;
     end loop;

@@ -146,7 +146,7 @@ begin
     where d.id = any (ids)
     on conflict do nothing;
     perform pg_notify(
-        format('%s_relay_config', @schema_name@),
+        @schema@.relay_channel('pgtrickle_relay_config'),
         json_build_object(
             'direction', case n.direction
                 when 'forward' then 'relay_outbox_config' else 'relay_inbox_config'

@@ -210,7 +210,7 @@ comment on column @schema@.relay_inboxes.columns is
 comment on column @schema@.relay_inboxes.policies is
     'bypassed: the owner accepts that row-level security does not hold for what is received.';
 comment on column @schema@.relay_inboxes.parts is
-    'Names of the functions (receive, count, sweep) and views (pending, dlq, stats) that stand beside the table.';
+    'Names of the functions (receive, count, sweep) and views (pending, dlq, stats) that stand beside the table, and the arguments of receive.';
 comment on column @schema@.relay_inboxes.schedule is
     'Kept for pg_trickle, where it says how often the views are refreshed; ordinary views need none.';
 comment on column @schema@.relay_inboxes.retention_hours is

@@ -235,6 +235,24 @@ def test_a_function_that_stands_under_the_name_already_is_left_alone(
     )
 
 
+def test_an_overload_of_another_is_in_nobodys_way(
+    boss: Session, alice: Session, mallory: Session
+) -> None:
+    alice.run(ADOPT)
+    mallory.run(
+        "create function app.receive_mine(int) returns bigint language sql as 'select 0::bigint';"
+        " comment on function app.receive_mine(int) is"
+        " 'Part of inbox mine, made by pgtrickle-relay.'"
+    )
+
+    assert boss.value("select status from pgtrickle.inbox_status('mine')") == "healthy"
+    alice.run(ADOPT)
+    alice.run("select pgtrickle.disable_inbox_tracking('mine')")
+
+    assert inboxes(boss) == []
+    assert boss.value("select count(*) from pg_proc where proname = 'receive_mine'") == 1
+
+
 def test_default_privileges_open_the_functions_to_nobody(
     boss: Session, alice: Session, mallory: Session
 ) -> None:

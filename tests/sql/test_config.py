@@ -226,6 +226,8 @@ WRONG_SINKS = [
     (nats(create_stream="perhaps"), "sink.create_stream is a text", "true or false"),
     ('{"type": "kafka", "client": {"x": 1}}', "sink.client can't be set here", "profile"),
     ('{"type": "nats", "profile": "n", "url": "nats://h"}', "can't be combined", "as a whole"),
+    ('{"type": "nats", "profile": "n", "tls": false}', "can't be combined", "as a whole"),
+    ('{"type": "nats", "profile": "n", "url": null}', "can't be combined", "as a whole"),
     ('{"type": "file"}', "sink.output is missing", "file"),
     ('{"type": "kafka", "brokers": "h"}', "sink.topic or sink.topic_template is missing", ""),
     ('["stdout"]', "sink is of type array", "an object"),
@@ -238,9 +240,14 @@ WRONG_SINKS = [
     ('{"type": "webhook", "url": "h/x"}', "sink.url is a text", "http:// or https://"),
     ('{"type": "webhook", "url": "http://h", "retry_on_status": [200]}', "is 200", "400 to 599"),
     ('{"type": "pg-inbox", "inbox": "a", "inbox_table": "b"}', "both inbox and inbox_table", ""),
-    ('{"type": "rabbitmq", "url": "amqp://h"}', "exchange or sink.routing_key_template", "one of"),
+    (
+        '{"type": "rabbitmq", "url": "amqp://h"}',
+        "exchange or sink.routing_key_template",
+        "rabbitmq",
+    ),
     ('{"type": "stdout", "output": "/tmp/x"}', "sink.output is not a known key", "content"),
     (nats(user="u"), "sink.user needs password", "both"),
+    (nats(token="${env:T}", nkey_seed="${env:S}"), "sink has both token and nkey_seed", "out"),
     (nats(stream=5), "sink.stream is of type number", "a text"),
 ]
 

@@ -187,6 +187,21 @@ def test_a_rolled_back_id_does_not_hold_the_watermark(db: Session, other: Sessio
     assert watermark(db) == 2
 
 
+def test_an_id_that_was_rolled_back_before_the_poll_is_decided_by_the_next(db: Session) -> None:
+    db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
+    db.run("begin")
+    write(db)
+    db.run("rollback")
+    write(db)
+    token, rows = poll(db, "one")
+    settle(db, "one", token)
+    undecided = watermark(db)
+
+    assert poll(db, "one") == ("", [])
+
+    assert (rows, undecided, watermark(db)) == ([2], 0, 2)
+
+
 def test_a_prepared_transaction_is_waited_for(db: Session, other: Session) -> None:
     if db.value("show max_prepared_transactions") == "0":
         pytest.skip("this server has no prepared transactions")

@@ -48,8 +48,8 @@ class Case:
 
 
 @pytest.fixture
-def db(any_migrated_database: Database) -> Iterator[Session]:
-    with session(any_migrated_database.dsn) as opened:
+def db(migrated_database: Database) -> Iterator[Session]:
+    with session(migrated_database.dsn) as opened:
         opened.run(
             """
             create function pg_temp.refusal(direction text, config jsonb) returns text

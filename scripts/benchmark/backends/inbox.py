@@ -9,7 +9,7 @@ from scripts.benchmark.backends import Destination, Stretch
 from scripts.benchmark.inbox import Inbox
 from scripts.benchmark.surroundings import Surroundings, migrated_database
 
-_URL = "BENCH_INBOX_URL"
+_URL = "RELAY_BENCH_INBOX_URL"
 _INBOX = "arrived"
 
 

@@ -40,7 +40,7 @@ _MOST_EVENTS: Final = 3_000
 _CALLS_AT_ONCE: Final = 8
 _PER_CALL: Final = 10
 _SILENCE_S: Final = 30.0
-_KEY_ID, _SECRET = "BENCH_SQS_KEY_ID", "BENCH_SQS_SECRET"
+_KEY_ID, _SECRET = "RELAY_BENCH_SQS_KEY_ID", "RELAY_BENCH_SQS_SECRET"
 # The server trusts whatever it is given.
 _ANY: Final = "any"
 _REPOSITORY: Final = Path(__file__).resolve().parents[3]
