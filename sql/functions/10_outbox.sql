@@ -287,6 +287,7 @@ as $$
     select jsonb_build_object(
         'enabled', true,
         'stream_table', c.stream_table,
+        'stream_schema', c.stream_schema,
         'outbox_table', c.outbox_table_name,
         'captured_table', @schema@.relay_captured_table(c.outbox_table_name)::regclass,
         'capture', c.capture,

@@ -1092,7 +1092,7 @@ begin
         execute format('drop function %s', function_id::regprocedure);
     elsif has_function_privilege(format('%I.relay_remove_outbox(text)', @schema_name@), 'execute') then
         perform @schema@.relay_remove_outbox(outbox_table);
-    elsif @schema@.relay_outbox_details(outbox_table) ->> 'is_stream' = 'true' then
+    elsif @schema@.relay_outbox_details(outbox_table) ->> 'stream_schema' is null then
         perform @schema@.relay_drop_stream(outbox_table);
     else
         raise exception using

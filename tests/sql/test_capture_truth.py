@@ -94,8 +94,9 @@ def test_a_value_that_json_cannot_hold_is_left_out_and_named(db: Session) -> Non
     for rows in (3, 1500):
         db.run(
             "insert into t select n, case n when 2 then %s else '1' end::json"
-            f" from generate_series(1, {rows}) as n; delete from t", next(iter(bad))
+            f" from generate_series(1, {rows}) as n", next(iter(bad))
         )  # fmt: skip
+        db.run("delete from t")
     [small, _, large, _] = events(db)[-4:]
     whole = [row for row in small["inserted"] if "pgtrickle_omitted" not in row]
     assert [(row["id"], row["d"]) for row in whole] == [(1, 1), (3, 1)]
@@ -322,7 +323,7 @@ def test_triggers_that_were_switched_off_or_came_later_are_problems_and_mended(d
         ("alter table t disable trigger all", "is disabled"),
         ('drop trigger "!pgtrickle_{}_update" on t', "is missing"),
         ("alter function pgtrickle_capture_t() reset all", "other settings"),
-        ("alter function pgtrickle_capture_t() set timezone = 'x'", "other settings"),
+        ("alter function pgtrickle_capture_t() set timezone = 'Asia/Tokyo'", "other settings"),
         ("alter function pgtrickle_capture_t() security invoker", "other settings"),
         ("grant execute on function pgtrickle_capture_t() to public", "may be executed by others"),
         (f"create or replace function pgtrickle_capture_t() {nothing}", "not the one"),

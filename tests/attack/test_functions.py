@@ -1,0 +1,83 @@
+"""Every function that others may call is on the security page, with what it runs as."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.attack.conftest import Scene
+
+PAGE = Path(__file__).parents[2] / "docs" / "SECURITY-MODEL.md"
+FUNCTIONS = """
+    select p.proname::text, p.proowner::regrole::text, p.prosecdef,
+        coalesce(array_to_string(p.proconfig, '; '), ''),
+        coalesce((select string_agg(distinct case a.grantee when 0 then 'public' else
+            regexp_replace(a.grantee::regrole::text, '^pgtrickle_', '') end, ', ')
+            from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+            where a.grantee <> p.proowner), ''),
+        l.lanname::text, p.prosrc
+    from pg_proc as p join pg_language as l on l.oid = p.prolang
+    where p.pronamespace = 'pgtrickle'::regnamespace
+    order by 1
+"""
+PINNED = "search_path=pg_catalog, pg_temp"
+# A caller's names are read as in the caller's own statements; each only passes them on.
+WITHOUT_SEARCH_PATH = {
+    "relay_relation", "relay_outbox_named", "outbox_rows_consumed", "outbox_status",
+    "relay_notify_outbox", "outbox_publish", "enable_outbox", "repair_outbox", "disable_outbox",
+}  # fmt: skip
+
+
+def rows_of_page() -> dict[str, tuple[str, str]]:
+    """Function to who may execute it and whom it runs as."""
+    found = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (\w+) \| \S.* \|$", PAGE.read_text(), re.M)
+    assert len({name for name, *_ in found}) == len(found)
+    return {name: (who, runs_as) for name, who, runs_as in found}
+
+
+def test_every_function_that_others_may_execute_is_explained(scene: Scene) -> None:
+    page = rows_of_page()
+    seen = {
+        name: (grants, "owner" if is_definer else "caller")
+        for name, _, is_definer, _, grants, *_ in scene.admin.rows(FUNCTIONS)
+        if grants
+    }
+    assert seen == {name: page.get(name) for name in seen}, "docs/SECURITY-MODEL.md explains it"
+    assert set(page) - set(seen) == set(), "docs/SECURITY-MODEL.md explains what is not there"
+
+
+def test_functions_belong_to_the_owner_and_fix_where_names_are_looked_up(scene: Scene) -> None:
+    for name, owner, is_definer, settings, *_ in scene.admin.rows(FUNCTIONS):
+        assert owner == "pgtrickle_owner", name
+        is_pinned = PINNED in settings
+        assert is_pinned or (name in WITHOUT_SEARCH_PATH and not is_definer), name
+
+
+def test_functions_without_a_search_path_qualify_every_name(scene: Scene) -> None:
+    for name, _, _, _, _, language, source in scene.admin.rows(FUNCTIONS):
+        if name in WITHOUT_SEARCH_PATH:
+            assert language == "plpgsql"
+            code = re.sub(r"--.*|'(?:[^']|'')*'", "", source)
+            calls = set(re.findall(r"(?<![.\w])(\w+)\(", code)) - {"operator"}
+            assert calls == set(), name
+            # Operators too, but for those of boolean, := and =>.
+            assert re.findall(r"(?<![:=<>(])\s(?:=|<>|<|>|<=|>=|\|\||->>?|::|[-+*/])\s", code) == []
+
+
+def test_tables_of_the_catalog_are_closed_and_outboxes_open_to_few(scene: Scene) -> None:
+    open_to = scene.admin.rows(
+        "select c.relname::text, a.grantee::regrole::text, string_agg(a.privilege_type, ' ' order by 1)"
+        " from pg_class as c, aclexplode(c.relacl) as a where c.relnamespace ="
+        " 'pgtrickle'::regnamespace and a.grantee <> c.relowner and relkind <> 'S' group by 1, 2"
+    )
+    assert sorted(open_to) == [
+        (table, role, right)
+        for table in ("outbox_delta_rows_orders", "outbox_orders")
+        for role, right in (
+            ("alice", "INSERT SELECT" if "delta" in table else "SELECT"),
+            ("pgtrickle_relay", "SELECT"),
+        )
+    ]
+    create = "select has_schema_privilege(%s, 'pgtrickle', 'create')"
+    for role in ("alice", "mallory", "a_relay", "a_publisher", "dbo"):
+        assert not scene.admin.value(create, role)
