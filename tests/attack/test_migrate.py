@@ -80,10 +80,14 @@ def run_script(scene: Scene, directory: Path) -> int:
 def prepare(scene: Scene) -> None:
     run(scene.database.dsn)
     scene.admin.run(f"set role mallory; {LOOT}; reset role")
-    scene.admin.run(f"create function m.t() {RETURNS_TRIGGER}; alter function m.t() owner to mallory")
+    scene.admin.run(
+        f"create function m.t() {RETURNS_TRIGGER}; alter function m.t() owner to mallory"
+    )
     scene.admin.run("grant usage on schema m to pgtrickle_owner")
     # So that there is something to do.
-    scene.admin.run("update pgtrickle.relay_migrations set checksum = 'old' where filename = 'functions'")
+    scene.admin.run(
+        "update pgtrickle.relay_migrations set checksum = 'old' where filename = 'functions'"
+    )
 
 
 @pytest.mark.parametrize("trick", OWNERS_TRICKS)

@@ -34,8 +34,13 @@ def test_a_cast_to_json_runs_as_the_owner_of_its_table_only(scene: Scene) -> Non
             alice.run(f"set search_path = al; create table t (id int primary key, {shape})")
             alice.run("select pgtrickle.enable_outbox('al.t')")
             value = {"[": "'{x}'", "d": "'x'", "c": "row('x')::al.c", "s": "'[x,x]'"}
-            literal = "array[row('x')::al.c]" if shape == "e c[]" else value.get(
-                shape[-2] if shape.endswith("]") and shape[-3] != "c" else shape[-1], "'x'")
+            literal = (
+                "array[row('x')::al.c]"
+                if shape == "e c[]"
+                else value.get(
+                    shape[-2] if shape.endswith("]") and shape[-3] != "c" else shape[-1], "'x'"
+                )
+            )
             literal = "'{x}'" if shape == "e m.evil[]" else literal
             alice.run(f"insert into t values (1, {literal}); update t set id = 2")
             # By the way around bad values and by the delta table too.
@@ -135,7 +140,9 @@ def test_nobody_chooses_an_id_or_a_time_and_nobody_but_publishers_publish(scene:
     with scene.as_role("a_publisher") as publisher:
         publisher.run("select pgtrickle.enable_outbox('events', capture => 'none')")
         assert publisher.value("select pgtrickle.outbox_publish('events', '[1]')") == 1
-    scene.admin.run("grant insert, select on al.orders to public; grant usage on schema al to public")
+    scene.admin.run(
+        "grant insert, select on al.orders to public; grant usage on schema al to public"
+    )
     for role, outbox in (("alice", "orders"), ("a_publisher", "events"), ("a_relay", "events")):
         with scene.as_role(role) as writer:
             refused(
@@ -143,8 +150,12 @@ def test_nobody_chooses_an_id_or_a_time_and_nobody_but_publishers_publish(scene:
                 *(
                     f"insert into pgtrickle.outbox_{outbox} ({column}) overriding system value"
                     f" values ({value})"
-                    for column, value in (("id", "7"), ("created_at", "now()"), ("pgt_id", "null"),
-                                          ("refresh_id", "gen_random_uuid()"))  # fmt: skip
+                    for column, value in (
+                        ("id", "7"),
+                        ("created_at", "now()"),
+                        ("pgt_id", "null"),
+                        ("refresh_id", "gen_random_uuid()"),
+                    )  # fmt: skip
                 ),
                 f"update pgtrickle.outbox_{outbox} set payload = '{{}}'",
                 f"delete from pgtrickle.outbox_{outbox}",

@@ -150,7 +150,14 @@ def test_events_folded_by_key_are_the_table(any_postgres_server: PostgresServer,
                             )
                             db.run(done[-1])
                 except psycopg.Error as error:
-                    assert error.sqlstate in {"23505", "23503", "27000", "21000", "55006", "0A000"}, error
+                    assert error.sqlstate in {
+                        "23505",
+                        "23503",
+                        "27000",
+                        "21000",
+                        "55006",
+                        "0A000",
+                    }, error
                     done.append(f"-- {error.sqlstate}")
                 for table in "tu":
                     truth = {
