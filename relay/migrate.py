@@ -145,7 +145,7 @@ class _Migrator:
         before = _highest([version for _, version in state.files.values()])
         steps: list[MigrationStep] = []
         functions = _functions()
-        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == _fingerprint(state)
+        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == state.functions
         for file in _migrations():
             is_pending = file.name not in state.files
             if is_pending:
@@ -155,11 +155,9 @@ class _Migrator:
             on_step(steps[-1])
         if not are_current:
             # All in one transaction: nobody may call a new one before its rights are settled.
-            state = await self._apply(
-                "".join(file.text for file in functions), "defining the functions"
-            )
             await self._apply(
-                _record(_FUNCTIONS, _fingerprint(state), _newest_version()), "recording them"
+                "".join(file.text for file in functions) + _record_functions(),
+                "defining the functions",
             )
         for file in functions:
             steps.append(MigrationStep(file.name, file.kind, not are_current))
@@ -185,7 +183,7 @@ class _Migrator:
                 answer = await self._connection.fetchval(
                     self._filled("select @schema@.relay_apply($1::text, $2::text)::text"),
                     self._filled(statements),
-                    self._filled(_STATE),
+                    self._filled(_state()),
                 )
                 await self._connection.execute(
                     self._filled("drop function @schema@.relay_apply(text, text)")
@@ -300,7 +298,8 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
             f" {_literal(file.name)}))$ask$::text) as is_pending \\gset\n{closing}",
             f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
         ]
-    parts.append(_applied(opening, "".join(file.text for file in _functions()), closing))
+    functions = "".join(file.text for file in _functions())
+    parts.append(_applied(opening, functions + _record_functions(), closing))
     parts.append(f"select pg_catalog.pg_advisory_unlock({LOCK_KEY});")
     return filled("\n\n".join(parts) + "\n", schema)
 
@@ -323,38 +322,47 @@ comment on table @schema@.relay_migrations is
     'SQL files that were applied, and what the functions then looked like.';
 """
 
-_STATE = """
+
+@cache
+def _fingerprint() -> str:
+    """SQL for what the functions look like: the same as recorded, and nothing is to do."""
+    checksums = " ".join(file.checksum for file in _functions())
+    return f"""
+(
+    select md5(concat_ws(' ', '{checksums}', string_agg(x.said, ' ' order by x.said)))
+    from (
+        select concat_ws(
+            ' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
+            -- Those of single inboxes come and go.
+            and p.proname !~ '^(receive|count|sweep)_'
+        union all
+        select concat_ws(' ', n.nspacl,
+            (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r
+            where r.rolname in ('pgtrickle_relay', 'pgtrickle_publisher')))
+        from pg_namespace as n
+        where n.nspname = @schema_name@
+    ) as x
+)"""
+
+
+def _record_functions() -> str:
+    return _record(_FUNCTIONS, _fingerprint(), _newest_version())
+
+
+@cache
+def _state() -> str:
+    return f"""
 select jsonb_build_object(
     'owner', current_user,
     'files', coalesce(
         (select jsonb_object_agg(m.filename, jsonb_build_array(m.checksum, m.version))
-        from @schema@.relay_migrations as m), '{}'),
-    'functions', (
-        select coalesce(md5(string_agg(x.said, ' ' order by x.said)), '')
-        from (
-            select concat_ws(
-                ' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
-            from pg_proc as p
-            join pg_namespace as n on n.oid = p.pronamespace
-            where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
-                -- Those of single inboxes come and go.
-                and not starts_with(p.proname, 'pgtrickle_')
-            union all
-            select concat_ws(' ', n.nspacl,
-                (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r
-                where r.rolname in ('pgtrickle_relay', 'pgtrickle_publisher')))
-            from pg_namespace as n
-            where n.nspname = @schema_name@
-        ) as x
-    )
+        from @schema@.relay_migrations as m), '{{}}'),
+    'functions', {_fingerprint()}
 )
 """
-
-
-def _fingerprint(state: _State) -> str:
-    """What was applied and what stands there: the same as recorded, and nothing is to do."""
-    texts = [state.functions, *(file.checksum for file in _functions())]
-    return hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
 @contextlib.asynccontextmanager
@@ -484,13 +492,13 @@ $records$;
 def _record_statement(file: _SqlFile) -> str:
     if file.kind is StepKind.FUNCTIONS:
         return ""
-    return _record(file.name, file.checksum, file.version)
+    return _record(file.name, _literal(file.checksum), file.version)
 
 
 def _record(name: str, checksum: str, version: str) -> str:
     return (
         "\ninsert into @schema@.relay_migrations as m (filename, checksum, version)\n"
-        f"values ({_literal(name)}, {_literal(checksum)}, {_literal(version)})\n"
+        f"values ({_literal(name)}, {checksum}, {_literal(version)})\n"
         "on conflict (filename) do update\n"
         "set checksum = excluded.checksum, version = excluded.version, applied_at = now();"
     )

@@ -62,7 +62,7 @@ begin
         where n.nspname = @schema_name@
             and p.proname <> 'relay_apply'
             -- Those of single inboxes have grants of their own.
-            and not starts_with(p.proname, 'pgtrickle_')
+            and p.proname !~ '^(receive|count|sweep)_'
     loop
         execute format('revoke all on function %s from %s', found.signature, concat_ws(', ', 'public', found.others));
         if found.name = any (public_functions) then
