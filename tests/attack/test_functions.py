@@ -30,7 +30,9 @@ WITHOUT_SEARCH_PATH = {
 
 def rows_of_page() -> dict[str, tuple[str, str]]:
     """Function to who may execute it and whom it runs as."""
-    found = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (\w+) \| \S.* \|$", PAGE.read_text(), re.MULTILINE)
+    found = re.findall(
+        r"^\| `(\w+)` \| ([\w, ]+) \| (\w+) \| \S.* \|$", PAGE.read_text(), re.MULTILINE
+    )
     assert len({name for name, *_ in found}) == len(found)
     return {name: (who, runs_as) for name, who, runs_as in found}
 

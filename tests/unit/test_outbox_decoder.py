@@ -38,8 +38,9 @@ def decode(
     by: OutboxDecoder | None = None,
     headers: bytes | None = None,
     is_claim_check: bool = False,
+    key_columns: tuple[str, ...] | None = None,
 ) -> Decoded:
-    row = (7, "r-1", CREATED_AT, 1, 0, is_claim_check, payload, headers)
+    row = (7, "r-1", CREATED_AT, 1, 0, is_claim_check, payload, headers, key_columns)
     return decode_all([row], by=by)
 
 
@@ -68,7 +69,8 @@ def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
 def single_inserts(count: int) -> list[OutboxRow]:
     payload = b'{"v": 1, "deleted": [], "inserted": [{"id": %d}]}'
     return [
-        (number, None, CREATED_AT, 1, 0, False, payload % number, None) for number in range(count)
+        (number, None, CREATED_AT, 1, 0, False, payload % number, None, None)
+        for number in range(count)
     ]
 
 
@@ -101,7 +103,7 @@ def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
     odd: bytes | None, odd_one: int, key_columns: tuple[str, ...]
 ) -> None:
     rows = single_inserts(600)
-    rows[odd_one] = (odd_one, "r", CREATED_AT, 1, 0, False, odd, b'{"a": "b"}')
+    rows[odd_one] = (odd_one, "r", CREATED_AT, 1, 0, False, odd, b'{"a": "b"}', None)
     one = decoder(key_columns=key_columns)
 
     together = decode_all(rows, by=one)
@@ -117,7 +119,7 @@ def test_rows_that_are_decoded_together_come_out_as_each_by_itself(
 @pytest.mark.parametrize("at", [0, 1, 250, 600])
 def test_a_claim_check_ends_what_is_decoded_together(at: int) -> None:
     rows = single_inserts(700)
-    rows[at] = (at, None, CREATED_AT, 1, 0, False, b'{"v": 1, "claim_check": true}', None)
+    rows[at] = (at, None, CREATED_AT, 1, 0, False, b'{"v": 1, "claim_check": true}', None, None)
 
     decoded = decode_all(rows)
 
@@ -206,9 +208,9 @@ def test_a_bare_array_is_read_as_inserted() -> None:
 def test_a_payload_that_cannot_be_read_costs_its_outbox_row_and_no_other(
     payload: bytes | None, said: str
 ) -> None:
-    good = (8, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None)
+    good = (8, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None, None)
 
-    decoded = decode_all([(7, None, None, 1, 0, False, payload, None), good])
+    decoded = decode_all([(7, None, None, 1, 0, False, payload, None, None), good])
 
     (rejected,) = decoded.rejected
     assert said in str(rejected.error)
@@ -252,8 +254,18 @@ def test_a_row_that_nests_too_deep_costs_only_itself() -> None:
 
 
 def test_a_claim_check_is_decoded_alone() -> None:
-    inline = (1, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None)
-    claim = (2, None, None, 5, 1, True, b'{"v":1,"claim_check":true,"full_refresh":true}', None)
+    inline = (1, None, None, 1, 0, False, b'{"v":1,"inserted":[{"id":1}]}', None, None)
+    claim = (
+        2,
+        None,
+        None,
+        5,
+        1,
+        True,
+        b'{"v":1,"claim_check":true,"full_refresh":true}',
+        None,
+        None,
+    )
 
     before, alone = decode_all([inline, claim, inline]), decode_all([claim, inline])
 
@@ -273,3 +285,27 @@ def test_a_document_is_taken_apart_without_recursion() -> None:
     ]
     assert array_elements(b"[ ]") == []
     assert object_members(b'{"a:": {"b": 1}, "c" : [1,2]}') == {"a:": b'{"b": 1}', "c": b"[1,2]"}
+
+
+def test_a_row_that_names_other_key_columns_is_read_by_them_unless_the_pipeline_says_its_own() -> (
+    None
+):
+    renamed = b'{"v": 1, "deleted": [], "inserted": [{"ident": 3, "id": 9}]}'
+    own = OutboxDecoder(
+        outbox_table="outbox_orders",
+        stream_table="orders",
+        key_columns=("id",),
+        follows_renames=False,
+    )
+
+    assert [key for *_, key, _ in shown(decode(renamed, key_columns=("ident",)))] == ["3"]
+    assert [key for *_, key, _ in shown(decode(renamed))] == ["9"]
+    assert [key for *_, key, _ in shown(decode(renamed, key_columns=("ident",), by=own))] == ["9"]
+
+
+def test_the_row_id_of_a_stream_table_is_its_key_and_stays_out_of_the_event() -> None:
+    payload = b'{"v": 1, "deleted": [], "inserted": [{"n": "a", "__pgt_row_id": 17}]}'
+
+    assert shown(decode(payload, by=decoder(key_columns=("__pgt_row_id",)))) == [
+        ("0", "insert", "17", b'{"n":"a"}')
+    ]
