@@ -369,7 +369,7 @@ async def test_a_new_pipeline_on_a_swept_outbox_starts_at_what_is_left_and_resum
 
 async def sweep_first_row(world: OutboxWorld) -> None:
     await world.publisher.execute("delete from pgtrickle.outbox_orders where id = 1")
-    await world.publisher.execute("update pgtrickle.relay_outbox_settings set swept_through = 1")
+    await world.publisher.execute("update pgtrickle.pgt_outbox_config set swept_through = 1")
 
 
 @pytest.mark.shows("error:PositionLost")

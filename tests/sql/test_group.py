@@ -205,7 +205,7 @@ def test_an_id_that_was_rolled_back_before_the_poll_is_decided_by_the_next(db: S
 def test_a_prepared_transaction_is_waited_for(db: Session, other: Session) -> None:
     if db.value("show max_prepared_transactions") == "0":
         pytest.skip("this server has no prepared transactions")
-    db.run("update pgtrickle.relay_outbox_settings set notify = false")
+    db.run("update pgtrickle.pgt_outbox_config set notify = false")
     db.run("select pgtrickle.relay_group_create('g', 'outbox_events')")
     other.run("begin")
     write(other)

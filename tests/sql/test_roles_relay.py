@@ -15,7 +15,7 @@ CATALOG = (
     "relay_pending_gaps", "relay_cursors", "relay_dlq", "relay_workers", "relay_groups",
     "relay_group_gaps", "relay_group_cohorts", "relay_group_leases", "relay_group_returned",
     "relay_group_consumers", "relay_inboxes", "pgt_consumer_groups", "pgt_consumer_offsets",
-    "pgt_consumer_leases", "pgt_inbox_config", "relay_outbox_settings",
+    "pgt_consumer_leases", "pgt_inbox_config", "pgt_outbox_config",
 )  # fmt: skip
 
 
