@@ -95,7 +95,7 @@ class _SqlFile:
 
 
 class _State(msgspec.Struct, frozen=True):
-    """What is recorded in the database, and what its functions look like now."""
+    """What is recorded in the database, and a digest of its functions and of our files now."""
 
     owner: str
     files: Mapping[str, tuple[str, str]]
@@ -143,8 +143,7 @@ class _Migrator:
     ) -> MigrationReport:
         state = await self._apply(_RECORDS + _check_of_records(), "reading what was applied")
         before = _highest([version for _, version in state.files.values()])
-        functions = [file for file in _files() if file.kind is StepKind.FUNCTIONS]
-        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == _fingerprint(state)
+        are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == state.functions
         steps: list[MigrationStep] = []
         for file in _files():
             is_pending = (
@@ -159,10 +158,7 @@ class _Migrator:
             steps.append(MigrationStep(file.name, file.kind, is_pending))
             on_step(steps[-1])
         if not are_current:
-            state = await self._apply("", "reading the functions")
-            await self._apply(
-                _record(_FUNCTIONS, _fingerprint(state), functions[-1].version), "recording them"
-            )
+            await self._apply(_record_of_functions(), "recording the functions")
         return MigrationReport(
             version_before=before,
             version_after=_newest_version(),
@@ -184,7 +180,7 @@ class _Migrator:
                 answer = await self._connection.fetchval(
                     self._filled("select @schema@.relay_apply($1::text, $2::text)::text"),
                     self._filled(statements),
-                    self._filled(_STATE),
+                    self._filled(_state()),
                 )
                 await self._connection.execute(
                     self._filled("drop function @schema@.relay_apply(text, text)")
@@ -248,6 +244,7 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
             ]
         else:
             parts.append(f"-- {file.name}\n{body}")
+    parts.append(_applied(opening, _record_of_functions(), closing))
     parts.append(f"select pg_catalog.pg_advisory_unlock({LOCK_KEY});")
     return filled("\n\n".join(parts) + "\n", schema)
 
@@ -270,37 +267,46 @@ comment on table @schema@.relay_migrations is
     'SQL files that were applied, and what the functions then looked like.';
 """
 
-_STATE = """
+_FUNCTIONS_NOW = """
+    select string_agg(x.said, ' ' order by x.said)
+    from (
+        select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
+            -- Those of single inboxes come and go.
+            and not starts_with(p.proname, 'pgtrickle_')
+        union all
+        select concat_ws(' ', n.nspacl,
+            (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r
+            where r.rolname in ('pgtrickle_relay', 'pgtrickle_publisher')))
+        from pg_namespace as n
+        where n.nspname = @schema_name@
+    ) as x
+"""
+
+
+def _fingerprint() -> str:
+    """SQL for what was applied and what stands there: the same as recorded, nothing is to do."""
+    files = " ".join(f.checksum for f in _files() if f.kind is StepKind.FUNCTIONS)
+    text = f"concat(({_FUNCTIONS_NOW}), {_literal(files)})"
+    return f"encode(sha256(convert_to({text}, 'UTF8')), 'hex')"
+
+
+def _state() -> str:
+    return f"""
 select jsonb_build_object(
     'owner', current_user,
     'files', coalesce(
         (select jsonb_object_agg(m.filename, jsonb_build_array(m.checksum, m.version))
-        from @schema@.relay_migrations as m), '{}'),
-    'functions', (
-        select coalesce(md5(string_agg(x.said, ' ' order by x.said)), '')
-        from (
-            select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
-            from pg_proc as p
-            join pg_namespace as n on n.oid = p.pronamespace
-            where n.nspname = @schema_name@ and p.proname <> 'relay_apply'
-                -- Those of single inboxes come and go.
-                and not starts_with(p.proname, 'pgtrickle_')
-            union all
-            select concat_ws(' ', n.nspacl,
-                (select string_agg(r.rolname, ' ' order by r.rolname) from pg_roles as r
-                where r.rolname in ('pgtrickle_relay', 'pgtrickle_publisher')))
-            from pg_namespace as n
-            where n.nspname = @schema_name@
-        ) as x
-    )
+        from @schema@.relay_migrations as m), '{{}}'),
+    'functions', {_fingerprint()}
 )
 """
 
 
-def _fingerprint(state: _State) -> str:
-    """What was applied and what stands there: the same as recorded, and nothing is to do."""
-    texts = [state.functions, *(f.checksum for f in _files() if f.kind is StepKind.FUNCTIONS)]
-    return hashlib.sha256(" ".join(texts).encode()).hexdigest()
+def _record_of_functions() -> str:
+    return _record(_FUNCTIONS, _fingerprint(), _newest_version())
 
 
 @contextlib.asynccontextmanager
@@ -432,13 +438,13 @@ $records$;
 def _record_statement(file: _SqlFile) -> str:
     if file.kind is StepKind.FUNCTIONS:
         return ""
-    return _record(file.name, file.checksum, file.version)
+    return _record(file.name, _literal(file.checksum), file.version)
 
 
 def _record(name: str, checksum: str, version: str) -> str:
     return (
         "\ninsert into @schema@.relay_migrations as m (filename, checksum, version)\n"
-        f"values ({_literal(name)}, {_literal(checksum)}, {_literal(version)})\n"
+        f"values ({_literal(name)}, {checksum}, {_literal(version)})\n"
         "on conflict (filename) do update\n"
         "set checksum = excluded.checksum, version = excluded.version, applied_at = now();"
     )
