@@ -147,9 +147,7 @@ class _Migrator:
         steps: list[MigrationStep] = []
         for file in _files():
             is_pending = (
-                not are_current
-                if file.kind is StepKind.FUNCTIONS
-                else file.name not in state.files
+                not are_current if file.kind is StepKind.FUNCTIONS else file.name not in state.files
             )
             if is_pending:
                 if file.kind is StepKind.MIGRATION:
@@ -221,8 +219,8 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
 
     It makes the same checks, takes the same lock, and records the same versions and checksums.
     """
-    opening = f"begin isolation level read committed;\nset local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n"
-    opening += _packaged("prologue.sql")
+    opening = "begin isolation level read committed;\n"
+    opening += f"set local lock_timeout = '{STATEMENT_LOCK_WAIT_S}s';\n" + _packaged("prologue.sql")
     closing = "drop function @schema@.relay_apply(text, text);\ncommit;"
     parts = [
         "-- The relay catalog, for psql -f. Can be run again at any time.",
@@ -237,8 +235,8 @@ def migration_script(schema: str = DEFAULT_SCHEMA) -> str:
         body = _applied(opening, file.text + _record_statement(file), closing)
         if file.kind is StepKind.MIGRATION:
             parts += [
-                f"{opening}\nselect @schema@.relay_apply(''::text, $ask$select to_jsonb(not exists ("
-                "select from @schema@.relay_migrations as m where m.filename ="
+                f"{opening}\nselect @schema@.relay_apply(''::text, $ask$select to_jsonb("
+                "not exists (select from @schema@.relay_migrations as m where m.filename ="
                 f" {_literal(file.name)}))$ask$::text) as is_pending \\gset\n{closing}",
                 f"\\if :is_pending\n-- {file.name}\n{body}\n\\endif",
             ]
@@ -270,7 +268,8 @@ comment on table @schema@.relay_migrations is
 _FUNCTIONS_NOW = """
     select string_agg(x.said, ' ' order by x.said)
     from (
-        select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl) as said
+        select concat_ws(' ', p.oid::regprocedure, p.prosrc, p.prosecdef, p.proconfig, p.proacl)
+            as said
         from pg_proc as p
         join pg_namespace as n on n.oid = p.pronamespace
         where n.nspname = @schema_name@ and p.proname <> 'relay_apply'

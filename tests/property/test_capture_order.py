@@ -75,20 +75,26 @@ STATEMENTS = (
 )
 
 
+# Uniqueness, foreign keys, rows changed twice by one statement, triggers that are still pending.
+MAY_FAIL = {"23505", "23503", "27000", "21000", "55006", "0A000"}
+
+
 def make_world(db: Session, dice: random.Random) -> None:
     db.run(TABLES)
     actions = ("cascade", "set null", "no action", "set default")
     for key in KEYS:
         if dice.random() < 0.3:
             db.run(key.format(dice.choice(actions), dice.choice(actions)))
-    for number in range(dice.choice((0, 1, 1, 2, 3))):
+    count = dice.choice((0, 1, 1, 2, 3))
+    for number in range(count):
         event = dice.choice(("insert", "update", "delete"))
         level = dice.choice(("row", "row", "statement"))
         table = dice.choice("ttu")
         row = "old" if event == "delete" else "new"
-        is_deferred = level == "row" and dice.random() < 0.2
-        # Outside of any other trigger, only what comes to an end by itself.
-        deed = dice.choice((DEEDS[0], *DEEDS[2:4]) if is_deferred else DEEDS)
+        # At commit no depth of triggers ends what goes in circles: one trigger, and a guard.
+        is_deferred = level == "row" and count == 1 and dice.random() < 0.4
+        deed = "update w.t set n = n + 1 where id = {row}.id and n < 4"
+        deed = deed if is_deferred else dice.choice(DEEDS)
         deed = deed.format(row=row if level == "row" else "one")
         look = "" if level == "row" else "select min(id) as id into one from w.t;"
         if level == "statement":
@@ -97,7 +103,8 @@ def make_world(db: Session, dice: random.Random) -> None:
         timing = "create constraint trigger" if is_deferred else "create trigger"
         deferred = " deferrable initially deferred" if is_deferred else ""
         db.run(
-            f"create function f{number}() returns trigger language plpgsql as $$ declare one record;"
+            f"create function f{number}() returns trigger language plpgsql as $$"
+            " declare one record;"
             f" begin if pg_trigger_depth() > 3 then return null; end if; {look} {deed};"
             " return null; end $$;"
             f"{timing} {name} after {event} on {table}{deferred} for each {level}"
@@ -151,10 +158,14 @@ def test_events_folded_by_key_are_the_table(any_postgres_server: PostgresServer,
                             )
                             db.run(done[-1])
                 except psycopg.Error as error:
-                    assert error.sqlstate in {"23505", "23503", "27000", "21000", "55006", "0A000"}, error
+                    if error.sqlstate not in MAY_FAIL:
+                        raise
                     done.append(f"-- {error.sqlstate}")
                 for table in "tu":
-                    truth = {row[0]: row[1] for row in db.rows(f"select id, to_jsonb(x) from {table} as x")}
+                    truth = {
+                        row[0]: row[1]
+                        for row in db.rows(f"select id, to_jsonb(x) from {table} as x")
+                    }
                     assert fold(db, f"outbox_{table}") == truth, "\n".join(
                         [f"seed {seed}, interleaving {number}, {table}", *done, *triggers(db)]
                     )

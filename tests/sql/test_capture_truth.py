@@ -35,13 +35,14 @@ SHADOWS = """
     create table hostile.new_rows (id int); create table hostile.old_rows (id int);
     create table hostile.pg_attribute (attrelid int); create table hostile.pg_proc (oid int)
 """
-COLUMNS = (
-    "r c j i d f a e h k n o p q s t w x new_rows old_rows row_list row_count tg_relid tg_op"
-    " tg_argv captured_id new old payload found inserted deleted inserted_rows claim_check_rows"
-    " value object field id is_each is_first max_rows row_json few key_now outbox_id row_num"
-    " headers key_columns current_user user select limit attnum attrelid table_name member"
-    " pgtrickle_omitted"
-).split()
+_WORDS = """
+    r c j i d f a e h k n o p q s t w x new_rows old_rows row_list row_count tg_relid tg_op
+    tg_argv captured_id new old payload found inserted deleted inserted_rows
+    claim_check_rows value object field id is_each is_first max_rows row_json few key_now
+    outbox_id row_num headers key_columns current_user user select limit attnum attrelid
+    table_name member pgtrickle_omitted
+"""
+COLUMNS = _WORDS.split()
 
 
 @pytest.fixture
@@ -107,10 +108,13 @@ def test_a_value_that_json_cannot_hold_is_left_out_and_named(db: Session) -> Non
     whole = [row for row in small["inserted"] if "pgtrickle_omitted" not in row]
     assert [(row["id"], row["d"]) for row in whole] == [(1, 1), (3, 1)]
     assert large == {"v": 1, "claim_check": True, "inserted_count": 1500, "deleted_count": 0}
-    assert db.rows(
-        "select count(*), count(*) filter (where row_data ? 'pgtrickle_omitted')"
-        " from pgtrickle.outbox_delta_rows_t group by outbox_id, row_op"
-    ) == [(1500, 1)] * 2
+    assert (
+        db.rows(
+            "select count(*), count(*) filter (where row_data ? 'pgtrickle_omitted')"
+            " from pgtrickle.outbox_delta_rows_t group by outbox_id, row_op"
+        )
+        == [(1500, 1)] * 2
+    )
 
 
 def test_columns_may_be_called_like_anything_in_the_generated_code(db: Session) -> None:
@@ -182,7 +186,7 @@ ROW = r"""
 def test_what_the_writers_session_has_set_changes_nothing(db: Session) -> None:
     row = ROW.replace("timestamptz '2024-02-30'::date + 0", "'2024-02-29 23:59:59.123456+00'")
     # Read the same under standard_conforming_strings = off.
-    literal = row.replace("'{\"a \\\"b\\\"\"}'", "array['a \"b\"']::mood[]").replace('"\\\'', "'")
+    literal = row.replace('\'{"a \\"b\\""}\'', "array['a \"b\"']::mood[]").replace("\"\\'", "'")
     db.run(SHADOWS)
     db.run(VALUES)
     db.run("select pgtrickle.enable_outbox('v'), set_config('x.y', 'z', false)")
@@ -214,7 +218,7 @@ def test_what_the_writers_session_has_set_changes_nothing(db: Session) -> None:
 @pytest.mark.parametrize(
     "schema, table, role",
     [
-        ('S" %s {x}', 'T"''%1$s to_jsonb(changed.*)', 'R" o\'le'),
+        ('S" %s {x}', 'T"%1$s to_jsonb(changed.*)', 'R" o\'le'),
         ("é" * 31, "ü" * 31 + "x", "ö" * 31),
         ("select", "new_rows", "current_user"),
         ("a.b", "$source$ $$", "\\"),
@@ -264,7 +268,9 @@ def _literal(text: str) -> str:
 
 def test_generated_columns_are_told_as_postgresql_shows_them(db: Session) -> None:
     virtual = ", w int generated always as (i * 3) virtual" if _is_18(db) else ""
-    enabled(db, f"create table t (i int primary key, d int generated always as (i * 2) stored{virtual})")
+    enabled(
+        db, f"create table t (i int primary key, d int generated always as (i * 2) stored{virtual})"
+    )
     db.run("insert into t values (1); update t set i = 2; alter table t alter d drop expression")
     db.run("update t set d = 0")
     assert told(db) == [
@@ -343,7 +349,7 @@ def test_triggers_that_were_switched_off_or_came_later_are_problems_and_mended(d
         "create function g() returns trigger language plpgsql as"
         " 'begin update t set id = id; return new; end';"
         "create trigger g before insert on t for each row execute function g();"
-        "create trigger \" a\" after insert on t for each statement execute function f()"
+        'create trigger " a" after insert on t for each statement execute function f()'
     )
     assert {problem.split(":")[0] for _, problem in problems(db)} == {
         "trigger g runs inside the statement, before capture can see it",
@@ -375,10 +381,7 @@ def test_other_statements_and_what_fails_inside_them(db: Session) -> None:
         " from a returning id) insert into t select id + 10 from b"
     )
     with db.connection.transaction():
-        with pytest.raises(ZeroDivisionError), db.connection.transaction():
-            db.run("insert into t values (50)")
-            raise ZeroDivisionError
-        db.run("insert into t values (51)")
+        db.run("savepoint s; insert into t values (50); rollback to s; insert into t values (51)")
 
     def ids(outbox: str) -> list[int]:
         return [row["id"] for _, rows in told(db, outbox) for row in rows]

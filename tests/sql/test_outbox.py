@@ -83,7 +83,7 @@ def test_relay_outbox_of_gives_a_reader_everything(orders: Session) -> None:
 
 def test_an_outbox_is_found_by_its_name_or_its_tables_read_like_any_name(orders: Session) -> None:
     orders.run('create schema "Shop"; create table "Shop"."Or.ders" (id int primary key)')
-    quoted = orders.value("select pgtrickle.enable_outbox('\"Shop\".\"Or.ders\"')")
+    quoted = orders.value('select pgtrickle.enable_outbox(\'"Shop"."Or.ders"\')')
     orders.run("insert into orders values (1, 'pen')")
 
     for name in ("orders", "public.orders", "ORDERS", "outbox_orders", "pgtrickle.outbox_orders"):
@@ -175,7 +175,9 @@ def test_ids_of_an_outbox_enabled_again_continue_above_the_old_ones(orders: Sess
     assert orders.value("select count(*) from pg_trigger where tgrelid = 'orders'::regclass") == 0
 
     orders.run("select pgtrickle.enable_outbox('orders')")
-    assert orders.rows("select last_id, max_id from pgtrickle.relay_outbox_of('outbox_orders')") == [(2, 0)]
+    assert orders.rows(
+        "select last_id, max_id from pgtrickle.relay_outbox_of('outbox_orders')"
+    ) == [(2, 0)]
     orders.run("insert into orders values (3, 'cup')")
     assert orders.value("select id from pgtrickle.outbox_orders") == 3
     orders.run("select pgtrickle.disable_outbox('orders')")
