@@ -95,7 +95,7 @@ class _SqlFile:
 
 
 class _State(msgspec.Struct, frozen=True):
-    """What is recorded in the database, and what its functions look like now."""
+    """What is recorded in the database, and a digest of its functions and of our files now."""
 
     owner: str
     files: Mapping[str, tuple[str, str]]

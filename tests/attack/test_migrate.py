@@ -1,4 +1,4 @@
-"""migrate runs nothing of a lesser role, whatever was made beforehand or put in the place of ours."""
+"""migrate runs nothing of a lesser role, whatever was made before or put in the place of ours."""
 
 from __future__ import annotations
 
@@ -95,9 +95,8 @@ def test_what_the_catalogs_owner_put_in_the_way_is_refused_unread(
     unmigrated: Scene, trick: str, tmp_path: Path
 ) -> None:
     prepare(unmigrated)
-    unmigrated.admin.run("set role pgtrickle_owner")
-    unmigrated.admin.run("reset role; grant create on schema m to pgtrickle_owner;"
-                         f"set role pgtrickle_owner; {OWNERS_TRICKS[trick]}; reset role")  # fmt: skip
+    unmigrated.admin.run("grant create on schema m to pgtrickle_owner; set role pgtrickle_owner")
+    unmigrated.admin.run(f"{OWNERS_TRICKS[trick]}; reset role")
     unmigrated.admin.run("truncate m.loot")
 
     with pytest.raises(CatalogError, match="is not the table that migrate made"):
@@ -157,9 +156,11 @@ def test_a_schema_of_others_is_not_taken(unmigrated: Scene, made: str, said: str
     "before, after, said",
     [
         ("alter role pgtrickle_owner login", "alter role pgtrickle_owner nologin", "rights of its"),
-        ("alter role pgtrickle_owner superuser", "alter role pgtrickle_owner nosuperuser", "rights"),
-        ("alter role pgtrickle_owner bypassrls", "alter role pgtrickle_owner nobypassrls", "rights"),
-        ("grant alice to pgtrickle_owner", "revoke alice from pgtrickle_owner", "rights of its own"),
+        ("alter role pgtrickle_owner superuser",
+         "alter role pgtrickle_owner nosuperuser", "rights"),
+        ("alter role pgtrickle_owner bypassrls",
+         "alter role pgtrickle_owner nobypassrls", "rights"),
+        ("grant alice to pgtrickle_owner", "revoke alice from pgtrickle_owner", "rights of its"),
         ("grant pgtrickle_owner to mallory with admin option",
          "revoke pgtrickle_owner from mallory cascade", "mallory may give role"),
     ],

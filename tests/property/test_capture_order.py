@@ -75,28 +75,36 @@ STATEMENTS = (
 )
 
 
+# Uniqueness, foreign keys, rows changed twice by one statement, triggers that are still pending.
+MAY_FAIL = {"23505", "23503", "27000", "21000", "55006", "0A000"}
+
+
 def make_world(db: Session, dice: random.Random) -> None:
     db.run(TABLES)
     actions = ("cascade", "set null", "no action", "set default")
     for key in KEYS:
         if dice.random() < 0.3:
             db.run(key.format(dice.choice(actions), dice.choice(actions)))
-    for number in range(dice.choice((0, 1, 1, 2, 3))):
+    count = dice.choice((0, 1, 1, 2, 3))
+    for number in range(count):
         event = dice.choice(("insert", "update", "delete"))
         level = dice.choice(("row", "row", "statement"))
         table = dice.choice("ttu")
         row = "old" if event == "delete" else "new"
-        deed = dice.choice(DEEDS).format(row=row if level == "row" else "one")
+        # At commit no depth of triggers ends what goes in circles: one trigger, and a guard.
+        is_deferred = level == "row" and count == 1 and dice.random() < 0.4
+        deed = "update w.t set n = n + 1 where id = {row}.id and n < 4"
+        deed = deed if is_deferred else dice.choice(DEEDS)
+        deed = deed.format(row=row if level == "row" else "one")
         look = "" if level == "row" else "select min(id) as id into one from w.t;"
         if level == "statement":
             deed = f"if one.id is not null then {deed}; end if"
-        timing = "create trigger"
-        if level == "row" and dice.random() < 0.2:
-            timing = "create constraint trigger"
         name = dice.choice("azAZ_") + str(number)
-        deferred = " deferrable initially deferred" if "constraint" in timing else ""
+        timing = "create constraint trigger" if is_deferred else "create trigger"
+        deferred = " deferrable initially deferred" if is_deferred else ""
         db.run(
-            f"create function f{number}() returns trigger language plpgsql as $$ declare one record;"
+            f"create function f{number}() returns trigger language plpgsql as $$"
+            " declare one record;"
             f" begin if pg_trigger_depth() > 3 then return null; end if; {look} {deed};"
             " return null; end $$;"
             f"{timing} {name} after {event} on {table}{deferred} for each {level}"
@@ -129,7 +137,7 @@ def fold(db: Session, outbox: str) -> dict[int, Any]:
 @pytest.mark.slow
 def test_events_folded_by_key_are_the_table(any_postgres_server: PostgresServer, seed: int) -> None:
     with any_postgres_server.migrated_database() as database, session(database.dsn) as db:
-        db.run("set client_min_messages = error")
+        db.run("set client_min_messages = error; set statement_timeout = '60s'")
         modes = set()
         for number in range(INTERLEAVINGS):
             dice = random.Random(f"{seed} {number}")
@@ -150,14 +158,8 @@ def test_events_folded_by_key_are_the_table(any_postgres_server: PostgresServer,
                             )
                             db.run(done[-1])
                 except psycopg.Error as error:
-                    assert error.sqlstate in {
-                        "23505",
-                        "23503",
-                        "27000",
-                        "21000",
-                        "55006",
-                        "0A000",
-                    }, error
+                    if error.sqlstate not in MAY_FAIL:
+                        raise
                     done.append(f"-- {error.sqlstate}")
                 for table in "tu":
                     truth = {

@@ -35,65 +35,14 @@ SHADOWS = """
     create table hostile.new_rows (id int); create table hostile.old_rows (id int);
     create table hostile.pg_attribute (attrelid int); create table hostile.pg_proc (oid int)
 """
-COLUMNS = [
-    "r",
-    "c",
-    "j",
-    "i",
-    "d",
-    "f",
-    "a",
-    "e",
-    "h",
-    "k",
-    "n",
-    "o",
-    "p",
-    "q",
-    "s",
-    "t",
-    "w",
-    "x",
-    "new_rows",
-    "old_rows",
-    "row_list",
-    "row_count",
-    "tg_relid",
-    "tg_op",
-    "tg_argv",
-    "captured_id",
-    "new",
-    "old",
-    "payload",
-    "found",
-    "inserted",
-    "deleted",
-    "inserted_rows",
-    "claim_check_rows",
-    "value",
-    "object",
-    "field",
-    "id",
-    "is_each",
-    "is_first",
-    "max_rows",
-    "row_json",
-    "few",
-    "key_now",
-    "outbox_id",
-    "row_num",
-    "headers",
-    "key_columns",
-    "current_user",
-    "user",
-    "select",
-    "limit",
-    "attnum",
-    "attrelid",
-    "table_name",
-    "member",
-    "pgtrickle_omitted",
-]
+_WORDS = """
+    r c j i d f a e h k n o p q s t w x new_rows old_rows row_list row_count tg_relid tg_op
+    tg_argv captured_id new old payload found inserted deleted inserted_rows
+    claim_check_rows value object field id is_each is_first max_rows row_json few key_now
+    outbox_id row_num headers key_columns current_user user select limit attnum attrelid
+    table_name member pgtrickle_omitted
+"""
+COLUMNS = _WORDS.split()
 
 
 @pytest.fixture
@@ -432,10 +381,7 @@ def test_other_statements_and_what_fails_inside_them(db: Session) -> None:
         " from a returning id) insert into t select id + 10 from b"
     )
     with db.connection.transaction():
-        with pytest.raises(ZeroDivisionError), db.connection.transaction():
-            db.run("insert into t values (50)")
-            raise ZeroDivisionError
-        db.run("insert into t values (51)")
+        db.run("savepoint s; insert into t values (50); rollback to s; insert into t values (51)")
 
     def ids(outbox: str) -> list[int]:
         return [row["id"] for _, rows in told(db, outbox) for row in rows]
