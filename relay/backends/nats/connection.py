@@ -1,11 +1,5 @@
 """One connection to a NATS server, over nats-py, for many messages at a time.
 
-The client library does what it does well: the handshake, TLS, authentication, pings and single
-requests. For bulk work it makes a future, a message object and a queue entry per message, which
-costs more than all else; so whole chunks of protocol lines are handed to its transport, and what
-arrives for our own inboxes goes straight to a handler. The seams used are those of `_Client` and
-`relay.backends.nats.frame`.
-
 A connection that is lost stays lost: the library's own reconnecting would buffer and replay
 publishes behind the back of the loop, which has to decide what is repeated, and in which order.
 """
@@ -16,27 +10,26 @@ import asyncio
 import contextlib
 import random
 import ssl
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 from nats.aio.client import Client, RawCredentials
-from nats.aio.transport import TcpTransport
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import Error as ClientError
-from nats.errors import NoRespondersError
+from nats.js.manager import JetStreamManager
 
-from relay.backends.nats.acceptance import Acceptances, Accepted
-from relay.backends.nats.errors import (
-    ApiError,
-    mapped,
-    of_exception,
-    of_jetstream,
-    of_server_text,
-)
-from relay.backends.nats.frame import FrameParser, Handler
+from relay.backends.nats.errors import mapped, of_exception, of_server_text
 from relay.backends.nats.options import NatsConnectionOptions, NatsServer, servers_of
-from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    NotConnected,
+    RelayError,
+    TimedOut,
+)
+from relay.tls import client_context
 
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 5.0
@@ -45,62 +38,47 @@ _CLOSE_TIMEOUT_S = 2.0
 _ABORT_TIMEOUT_S = 0.1
 _HEALTH_TIMEOUT_S = 2.0
 _PING_INTERVAL_S = 20
+# By then the library itself has given up a server that does not answer its pings.
+_PONG_TIMEOUT_S = 4 * _PING_INTERVAL_S
 
+# Called with each message that arrives, in order.
+Handler = Callable[[Msg], Awaitable[None]]
 T = TypeVar("T")
 
 
-class _Client(Client):
-    """nats-py's client with its seams: what arrives, what is sent, and when TLS is begun."""
+class LineClient(Client):
+    """nats-py's client with its seams, which are here and nowhere else.
+
+    ``_transport``: `publish` checks, formats and queues each message by itself, at a third of the
+    speed; lines that were made in bulk are written to the transport as they are.
+    ``_process_info``: the library begins TLS only where the server demands it, and would otherwise
+    send the credentials in the clear.
+    ``_process_msg``: at a subject that is not UTF-8, or a header block that is none, the library
+    would stop reading for good, again after each reconnect. A server takes both from anybody.
+    """
 
     def __init__(self, *, is_tls_wanted: bool) -> None:
         super().__init__()
-        self._handlers: dict[int, Handler] = {}
-        self._ps = self._parser = FrameParser(self, self._handlers)
         self._is_tls_wanted = is_tls_wanted
 
-    def listen(self, subject: str, handler: Handler) -> int:
-        self._sid += 1
-        self._handlers[self._sid] = handler
-        self.write(f"SUB {subject}  {self._sid}\r\n".encode())
-        return self._sid
-
-    def expect_acceptances(self, prefix: str, sid: int, accepted: Accepted) -> None:
-        self._parser.acceptances = Acceptances(prefix, sid, accepted)
-
-    def unlisten(self, sid: int) -> None:
-        """Ask the server to send no more; what is on its way still goes to the handler."""
-        self.write(f"UNSUB {sid}\r\n".encode())
-
-    def forget(self, sid: int) -> None:
-        self._handlers.pop(sid, None)
-
-    def write(self, chunk: bytes) -> None:
+    def write(self, lines: Iterable[bytes]) -> None:
+        """Send complete lines of the protocol. Raises `NotConnected`."""
         if self._transport is None or not self.is_connected:
             raise NotConnected("the connection to NATS was lost")
-        self._transport.write(chunk)
+        self._transport.write(b"".join(lines))
 
     async def drain_writes(self) -> None:
+        """Wait while more is written than the server takes."""
         if self._transport is not None:
             await self._transport.drain()  # type: ignore[no-untyped-call]  # untyped in the library
 
     def abort(self) -> None:
-        """Drop the connection without another word."""
+        """Drop the connection without another word; what is not yet sent is thrown away."""
         writer = getattr(self._transport, "_io_writer", None)
-        if isinstance(self._transport, TcpTransport) and writer is not None:
+        if writer is not None:
             writer.transport.abort()
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        handler = self._handlers.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        else:
-            handler(subject, reply, data, headers)
-
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # The library begins TLS only when the server demands it, and would otherwise send the
-        # credentials in the clear.
         if initial_connection and self._is_tls_wanted and not info.get("tls_required"):
             if not info.get("tls_available"):
                 raise ConfigurationError(
@@ -110,17 +88,31 @@ class _Client(Client):
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
 
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        try:
+            return await super()._process_msg(sid, subject, reply, data, headers)
+        except (IndexError, UnicodeDecodeError):
+            readable = subject.decode("utf-8", "replace").encode()
+        try:
+            await super()._process_msg(sid, readable, reply, data, headers)
+        except (IndexError, UnicodeDecodeError):
+            await super()._process_msg(sid, readable, reply, data, b"")
+
 
 class Connection:
     """An open connection. Safe to use from several tasks; ends for good when it is lost."""
 
-    def __init__(self, client: _Client, server: NatsServer) -> None:
+    def __init__(self, client: LineClient, server: NatsServer) -> None:
         self._client = client
         self._server = server
-        self._troubled = asyncio.Event()
         self._loss: RelayError | None = None
+        self._trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked: set[asyncio.Task[Any]] = set()
         self.denied: list[str] = []
         self.on_trouble: Callable[[], None] = lambda: None
+        self.manager = JetStreamManager(client, timeout=REQUEST_TIMEOUT_S)
 
     @property
     def loss(self) -> RelayError | None:
@@ -143,29 +135,29 @@ class Connection:
         """A subject of our own for replies."""
         return self._client.new_inbox()
 
-    def listen(self, subject: str, handler: Handler) -> int:
-        """Hand every message on the subject to the handler, at once and in order."""
-        return self._client.listen(subject, handler)
+    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
+        """Hand every message on the subject to the handler; the next question asked refuses it.
 
-    def listen_for_acceptances(self, prefix: str, handler: Handler, accepted: Accepted) -> None:
-        """Hand what comes to ``prefix`` and a number to the handler; acceptances in bulk.
-
-        For one prefix of a connection, to the end of it.
+        Nothing is dropped, however much waits: what can arrive is limited by what was asked for.
         """
-        subscription = self._client.listen(f"{prefix}*", handler)
-        self._client.expect_acceptances(prefix, subscription, accepted)
+        with mapped(f"subscribing at {self.address}"):
+            return await self._client.subscribe(
+                subject, cb=handler, pending_msgs_limit=0, pending_bytes_limit=0
+            )
 
-    async def unlisten(self, subscription: int) -> None:
-        """End a subscription; when it returns, all that was under way has been handed over."""
-        self._client.unlisten(subscription)
-        try:
-            await self.flush()
-        finally:
-            self._client.forget(subscription)
+    async def publish(self, subject: str, body: bytes, reply: str) -> None:
+        """Send one message after all subscriptions so far. Raises `Outage`."""
+        with mapped("sending to NATS"):
+            await self._client.publish(subject, body, reply=reply)
 
-    def write(self, chunk: bytes) -> None:
+    async def request(self, subject: str, body: bytes, doing: str) -> bytes:
+        """The answer to a request. Raises `Outage`, `AuthenticationRefused`."""
+        request = self._client.request(subject, body, timeout=REQUEST_TIMEOUT_S)
+        return (await self.ask(request, doing)).data
+
+    def write(self, lines: Iterable[bytes]) -> None:
         """Send complete protocol lines. Raises `NotConnected`."""
-        self._client.write(chunk)
+        self._client.write(lines)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait while the server takes our bytes more slowly than they come. Raises `Outage`."""
@@ -173,56 +165,66 @@ class Connection:
             async with asyncio.timeout(timeout_s):
                 await self._client.drain_writes()
 
-    async def flush(self) -> None:
-        """Return when the server has processed all that was written. Raises `Outage`."""
-        with mapped("waiting for NATS"):
-            await self._ask(self._client.flush(timeout=int(REQUEST_TIMEOUT_S)))
+    async def ask(self, request: Coroutine[Any, Any, T], doing: str) -> T:
+        """The result of a call of the client, which by itself would sit out a lost connection.
 
-    async def request(self, subject: str, request: object, into: type[T], doing: str) -> T:
-        """Ask the JetStream API. Raises what the answer says, and `Outage`."""
-        body = b"" if request is None else msgspec.json.encode(request)
-        with mapped(doing):
-            try:
-                reply = await self._ask(
-                    self._client.request(subject, body, timeout=REQUEST_TIMEOUT_S)
-                )
-            except NoRespondersError:
-                raise ConfigurationError(
-                    f"{doing}: JetStream does not answer",
-                    remedy="start the server with JetStream and enable it for this account",
-                ) from None
-            error = msgspec.json.decode(reply.data, type=_Answer).error
-            if error is not None:
-                raise of_jetstream(error, doing)
-            return msgspec.json.decode(reply.data, type=into)
+        A call that took too long is left to itself until the connection is closed: a late answer
+        to a cancelled ping would end the client's reading. Raises `Outage`, `ConfigurationError`.
+        """
+        if self.loss is not None:
+            request.close()
+            raise self.loss
+        asked = asyncio.ensure_future(request)
+        self._asked.add(asked)
+        asked.add_done_callback(self._forget)
+        denied_before = len(self.denied)
+        answer_or_trouble: set[asyncio.Future[Any]] = {asked, self._trouble}
+        await asyncio.wait(
+            answer_or_trouble,
+            timeout=2 * REQUEST_TIMEOUT_S,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if len(self.denied) > denied_before:
+            raise of_server_text(self.denied[-1], doing)
+        if asked.done():
+            with mapped(doing):
+                return asked.result()
+        if self._loss is None:
+            self.abort(TimedOut(f"{doing}: no answer in time"))
+        raise self._loss or NotConnected(doing)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping now."""
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                await self.flush()
+                await self.ask(self._client.rtt(timeout=_PONG_TIMEOUT_S), "asking for a pong")
         except (RelayError, TimeoutError):
             return False
         return True
 
     def abort(self, reason: RelayError) -> None:
         """Drop the connection at once: what is unsettled stays unknown."""
-        if self._loss is None:
-            self._loss = reason
+        self._loss = self._loss or reason
         self._client.abort()
-        self._trouble()
+        self._raise_alarm()
 
-    async def aclose(self) -> None:
-        """Close; never raises, and takes no longer than the bound."""
-        if self._loss is None:
-            self._loss = NotConnected("the connection is closed")
-        await _closed(self._client)
+    async def aclose(self, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Close, by force when a stalled peer does not let us; never raises."""
+        self._loss = self._loss or NotConnected("the connection is closed")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._client.close()
+        except Exception:  # noqa: BLE001 - whatever the library meets while closing, the socket goes
+            self._client.abort()
+        for asked in self._asked:
+            asked.cancel()
+        await asyncio.gather(*self._asked, return_exceptions=True)
 
     async def reported(self, error: Exception) -> None:
         """What the library reports on the side."""
         if "permissions violation" in str(error).lower():
             self.denied.append(str(error))
-            self._trouble()
+            self._raise_alarm()
 
     async def lost(self) -> None:
         """The library gave the connection up."""
@@ -231,36 +233,20 @@ class Connection:
             cause = self._client.last_error
             known = None if cause is None else of_exception(cause, doing)
             self._loss = known or NotConnected(doing)
-        self._trouble()
+        self._raise_alarm()
 
-    def _trouble(self) -> None:
-        self._troubled.set()
+    def _raise_alarm(self) -> None:
+        """Wake all who wait for an answer."""
+        if not self._trouble.done():
+            self._trouble.set_result(None)
+        if self._loss is None:
+            self._trouble = asyncio.get_running_loop().create_future()
         self.on_trouble()
 
-    async def _ask(self, request: Coroutine[Any, Any, T]) -> T:
-        """Await a request of the library, which by itself would sit out a lost connection."""
-        self._troubled.clear()
-        denied_before = len(self.denied)
-        if self.loss is not None:
-            request.close()
-            raise self.loss
-        asking = asyncio.ensure_future(request)
-        troubled = asyncio.ensure_future(self._troubled.wait())
-        try:
-            await asyncio.wait({asking, troubled}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return asking.result()
-        finally:
-            asking.cancel()
-            troubled.cancel()
-            await asyncio.gather(asking, troubled, return_exceptions=True)
-        if len(self.denied) > denied_before:
-            raise of_server_text(self.denied[-1], "NATS refuses")
-        raise self._loss or NotConnected(f"the connection to {self._server.address} was lost")
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    error: ApiError | None = None
+    def _forget(self, asked: asyncio.Task[Any]) -> None:
+        self._asked.discard(asked)
+        if not asked.cancelled():
+            asked.exception()
 
 
 async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Connection:
@@ -271,7 +257,16 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
     """
     servers = list(servers_of(options.url, path))
     random.shuffle(servers)
-    context = _tls_context(options, path)
+    context = None
+    is_wanted = options.tls or options.tls_insecure or options.tls_ca or options.tls_cert
+    if is_wanted or any(server.is_tls for server in servers):
+        context = client_context(
+            path,
+            ca=options.tls_ca,
+            cert=options.tls_cert,
+            key=options.tls_key,
+            is_insecure=options.tls_insecure,
+        )
     for server in servers[:-1]:
         with contextlib.suppress(RelayError):
             return await _connect_to(server, options, context, name=name, path=path)
@@ -286,7 +281,7 @@ async def _connect_to(
     name: str,
     path: str,
 ) -> Connection:
-    client = _Client(is_tls_wanted=context is not None or server.is_tls)
+    client = LineClient(is_tls_wanted=context is not None)
     connection = Connection(client, server)
     reports: list[Exception] = []
 
@@ -318,24 +313,11 @@ async def _connect_to(
                 raise (reports[-1] if reports else NotConnected(doing)) from None
             if not client.is_connected:
                 raise NotConnected(f"{doing}: the server ended the handshake")
-            await client.flush(timeout=CONNECT_TIMEOUT_S)
     except BaseException:
         client.abort()
-        await _closed(client, timeout_s=_ABORT_TIMEOUT_S)
+        await connection.aclose(timeout_s=_ABORT_TIMEOUT_S)
         raise
-    if connection.loss is not None:
-        await _closed(client)
-        raise connection.loss
     return connection
-
-
-async def _closed(client: _Client, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
-    """Close in order, or by force when a stalled peer does not let us."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await client.close()
-    except Exception:  # noqa: BLE001 - whatever the library meets while closing, the socket goes
-        client.abort()
 
 
 def _authentication(
@@ -382,22 +364,3 @@ def _checked_seed(seed: str, path: str) -> str:
     except Exception:  # noqa: BLE001 - nkeys raises errors of several libraries, some with the seed
         raise AuthenticationRefused(f"{path}: the nkey seed is not a valid seed") from None
     return seed
-
-
-def _tls_context(options: NatsConnectionOptions, path: str) -> ssl.SSLContext | None:
-    is_wanted = options.tls or options.tls_insecure or options.tls_ca or options.tls_cert
-    if not is_wanted and not any(server.is_tls for server in servers_of(options.url, path)):
-        return None
-    try:
-        context = ssl.create_default_context(cafile=options.tls_ca)
-        if options.tls_cert is not None:
-            context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"{path}: the TLS files can't be used: {error.strerror or type(error).__name__}",
-            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
-        ) from None
-    if options.tls_insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -30,6 +30,7 @@ from relay.errors import (
     TimedOut,
 )
 from relay.network import not_connected
+from relay.tls import of_tls
 
 # The nearest class of an exception's ancestry decides.
 CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
@@ -150,15 +151,14 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
             f"{doing}: {error.name or 'a module'} is not installed",
             remedy="pip install 'pgtrickle-relay[nats]'",
         )
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConfigurationError(
-            f"{doing}: the server's certificate is not trusted:"
-            f" {getattr(error, 'verify_message', 'it does not verify')}",
-            remedy="point tls_ca at the authority that signed it",
-        )
     if isinstance(error, ssl.SSLError):
-        return _of_tls(error, doing)
+        return of_tls(error, doing)
     number = getattr(error, "err_code", None)
+    if isinstance(error, jetstream.ServiceUnavailableError) and number is None:
+        return ConfigurationError(
+            f"{doing}: JetStream does not answer",
+            remedy="start the server with JetStream and enable it for this account",
+        )
     if isinstance(error, jetstream.APIError) and isinstance(number, int):
         answer = ApiError(error.code or 0, number, error.description or "")
         return of_jetstream(answer, doing)
@@ -221,18 +221,6 @@ def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:
     if code in _REFUSED:
         return AuthenticationRefused
     return MessageRejected if is_publish else ConfigurationError
-
-
-def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
-    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
-    if "certificate" in reason or "unknown ca" in reason:
-        return AuthenticationRefused(
-            f"{doing}: the server refuses our certificate: {reason}",
-            remedy="set tls_cert and tls_key to a certificate that the server trusts",
-        )
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return NotConnected(f"{doing}: TLS was ended by the server")
-    return ConfigurationError(f"{doing}: TLS failed: {reason}")
 
 
 def _words(error: client.Error) -> str:

@@ -17,7 +17,6 @@ from urllib.parse import quote, unquote
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED_STREAM = "Nats-Expected-Stream"
-STATUS_LINE = b"NATS/1.0"
 
 _NAME_ESCAPED = re.compile(r"[^!#$&'*+\-.^_`|~0-9A-Za-z]|\*$")
 _EXTENDED = "UTF-8''"
@@ -36,17 +35,8 @@ def encode(headers: Mapping[str, str], *, message_id: str, fixed: str = "") -> b
     return "".join(lines).encode()
 
 
-def parse(block: bytes | None) -> dict[str, str]:
-    """The headers of a received block as they are on the wire; of a repeated name the last."""
-    if block is None:
-        return {}
-    lines = block.decode("utf-8", "replace").split("\r\n")
-    parts = [line.partition(":") for line in lines[1:] if ":" in line]
-    return {name.strip(): value.strip() for name, _, value in parts}
-
-
 def decode(headers: Mapping[str, str]) -> dict[str, str]:
-    """What `encode` was given, from what `parse` read."""
+    """What `encode` was given, from the headers as they are on the wire."""
     decoded: dict[str, str] = {}
     for name, value in headers.items():
         if name.endswith("*") and value.startswith(_EXTENDED):
@@ -59,15 +49,6 @@ def decode(headers: Mapping[str, str]) -> dict[str, str]:
 def is_plain(value: str) -> bool:
     """True for a text that is written as it is."""
     return value.isprintable() and value.strip() == value
-
-
-def status(block: bytes | None) -> tuple[int, str] | None:
-    """Code and description of a status message of the server, None for an ordinary message."""
-    if block is None or not block.startswith(b"NATS/1.0 "):
-        return None
-    line = block[len(STATUS_LINE) + 1 :].split(b"\r\n", 1)[0]
-    code, _, description = line.decode("utf-8", "replace").partition(" ")
-    return (int(code), description.strip()) if code.isdigit() else None
 
 
 @lru_cache(maxsize=4096)

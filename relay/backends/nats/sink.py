@@ -8,6 +8,7 @@ from typing import Self
 
 import msgspec
 from msgspec import structs
+from nats.aio.msg import Msg
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
@@ -35,7 +36,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.flight import Chunk, Flight
+from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
@@ -46,8 +47,7 @@ ORDERINGS = ("strict", "pipelined")
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
 _CHUNK_MESSAGES = 256
-_MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
-_NO_RESPONDERS = 503
+_NO_RESPONDERS = "503"
 # No stream's name has a blank, so that this is nowhere else in a block of ours.
 _KEY_MARK = "< dedup key >"
 
@@ -91,9 +91,9 @@ class NatsSink:
         self._connection: Connection | None = None
         self._reply_prefix = ""
         self._flight: Flight | None = None
-        # Replies carry a number that never repeats, so that a late one finds no other chunk.
-        self._next_number = 0
-        self._chunks: dict[int, Chunk] = {}
+        # Replies carry a number that never repeats, so that a late one settles no other message.
+        self._first_number = 0
+        self._accepted: list[int] = []
         self._wake = asyncio.Event()
 
     @classmethod
@@ -119,19 +119,16 @@ class NatsSink:
         )
 
     async def connect(self) -> None:
-        """Open anew; find or make the stream where one is named.
+        """Open, or start again when open; find or make the stream where one is named.
 
         Raises `DestinationMissing` where it is neither there nor ours to make.
         """
         await self.aclose()
         connection = await connect(self._options, name=self._name, path="sink")
         try:
-            await self._find_stream(connection)
             inbox = connection.new_inbox()
-            connection.listen_for_acceptances(f"{inbox}.", self._on_reply, self._on_accepted)
-            await connection.flush()
-            if connection.denied:
-                raise of_server_text(connection.denied[-1], "receiving acknowledgements")
+            await connection.subscribe(f"{inbox}.*", self._on_reply)
+            await self._find_stream(connection)
         except BaseException:
             await connection.aclose()
             raise
@@ -140,7 +137,7 @@ class NatsSink:
         self._connection = connection
 
     async def describe(self) -> dict[str, str]:
-        """What there is to know about the far side: server, streams and duplicate windows."""
+        """What there is to know about the broker: server, streams and duplicate windows."""
         connection = self._open()
         if self._options.stream is not None:
             streams = [await jetstream.stream_info(connection, self._options.stream)]
@@ -154,8 +151,8 @@ class NatsSink:
             streams = list({stream.config.name: stream for stream in found}.values())
         described = {"server": connection.address}
         for stream in streams:
-            window_s = stream.config.duplicate_window / jetstream.NANOSECONDS
-            described[f"stream {stream.config.name}"] = f"duplicate window {window_s:g} s"
+            window_s = f"{stream.config.duplicate_window:g} s"
+            described[f"stream {stream.config.name}"] = f"duplicate window {window_s}"
         if not streams:
             described["stream"] = f"none listens on {self._options.subject_template} yet"
         return described
@@ -167,7 +164,7 @@ class NatsSink:
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Publish all; see the package for order and for what counts as accepted.
 
-        A connection that is lost, or silent for ``ack_timeout_ms``, fails what was under way as
+        A connection that is lost, or silent for ``ack_timeout_ms``, fails what was in flight as
         unknown and what was not sent; it is not used again.
         """
         connection = self._open()
@@ -179,13 +176,16 @@ class NatsSink:
                 await self._send(connection, flight)
                 if flight.is_over:
                     break
-                await self._await_replies(connection, flight)
+                await self._await_replies(connection)
+                flight.accept(self._accepted)
+                self._accepted.clear()
                 if connection.loss is not None:
                     flight.fail_all(connection.loss)
                 _fail_denied(flight, connection.denied[denied_before:])
         finally:
             self._flight = None
-            self._chunks.clear()
+            self._first_number += len(messages)
+            self._accepted.clear()
         return PublishResult(failures=flight.failures(), duplicates=flight.duplicates)
 
     async def is_healthy(self) -> bool:
@@ -221,42 +221,28 @@ class NatsSink:
                 ) from None
             await jetstream.create_stream(
                 connection,
-                jetstream.StreamConfig(
-                    name=options.stream,
-                    subjects=covering((options.subject_template, *options.routing.values())),
-                    duplicate_window=options.duplicate_window_s * jetstream.NANOSECONDS,
-                ),
+                options.stream,
+                covering((options.subject_template, *options.routing.values())),
+                duplicate_window_s=options.duplicate_window_s,
             )
 
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
         try:
-            while flight.bytes_under_way < _MAX_BYTES_UNDER_WAY:
-                chunk = Chunk()
-                lines = self._taken(flight, chunk, connection.max_payload)
-                if not chunk.indices:
-                    break
-                # What is written may be answered at once.
-                self._chunks[self._next_number] = chunk
-                self._next_number += 1
-                connection.write(b"".join(lines))
+            while taken := self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES)):
+                connection.write(self._lines(flight, taken, connection.max_payload))
                 await connection.drain(self._ack_timeout_s)
                 await asyncio.sleep(0)
         except Outage as error:
             connection.abort(error)
-            flight.fail_all(error)
 
-    def _taken(self, flight: Flight, chunk: Chunk, max_payload: int) -> list[bytes]:
-        """The lines of the next chunk, with one reply subject for all of its messages.
-
-        A subject that comes for the first time costs the server more than a message.
-        """
+    def _lines(self, flight: Flight, taken: Sequence[int], max_payload: int) -> list[bytes]:
+        """The lines of these messages, each with a reply subject of its own."""
         lines: list[bytes] = []
-        sent, subject_of, block_of = chunk.indices, self._subject, self._block
-        reply = f"{self._reply_prefix}{self._next_number}"
-        indices = self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES))
-        messages = [flight.messages[index] for index in indices]
-        for index, message, body in zip(indices, messages, self._bodies(messages), strict=True):
+        subject_of, block_of, first = self._subject, self._block, self._first_number
+        prefix = self._reply_prefix
+        messages = [flight.messages[index] for index in taken]
+        for index, message, body in zip(taken, messages, self._bodies(messages), strict=True):
             try:
                 if isinstance(body, MessageUndecodable):
                     raise body
@@ -267,8 +253,8 @@ class NatsSink:
                 continue
             head = len(block)
             total = head + len(body)
-            lines += (f"HPUB {subject} {reply} {head} {total}\r\n".encode(), block, body, b"\r\n")
-            sent.append(index)
+            line = f"HPUB {subject} {prefix}{first + index} {head} {total}\r\n"
+            lines += (line.encode(), block, body, b"\r\n")
             flight.weigh(index, total)
         return lines
 
@@ -282,25 +268,21 @@ class NatsSink:
                 return taken[:place]
         return taken
 
-    async def _await_replies(self, connection: Connection, flight: Flight) -> None:
+    async def _await_replies(self, connection: Connection) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
         # Others get their turn, whatever happens here.
         await asyncio.sleep(0)
-        while connection.loss is None and not flight.wants_sender:
-            heard = flight.settled
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(self._ack_timeout_s):
-                    await self._wake.wait()
-                return
-            except TimeoutError:
-                if flight.settled == heard:
-                    connection.abort(
-                        TimedOut(
-                            f"no acknowledgement from {connection.address} within"
-                            f" {self._options.ack_timeout_ms} ms"
-                        )
-                    )
+        try:
+            async with asyncio.timeout(self._ack_timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            connection.abort(
+                TimedOut(
+                    f"no acknowledgement from {connection.address} within"
+                    f" {self._options.ack_timeout_ms} ms"
+                )
+            )
+        self._wake.clear()
 
     def _subject(self, message: RelayMessage) -> str:
         return check_subject(message.subject or self._render(message))
@@ -340,51 +322,23 @@ class NatsSink:
             self._headers_of(message), message_id=message.dedup_key, fixed=self._fixed_headers
         )
 
-    def _on_accepted(self, accepted: Mapping[int, int], duplicates: Mapping[int, int]) -> None:
-        for number, answers in accepted.items():
-            self._answered(number, answers)
-        for number, answers in duplicates.items():
-            self._answered(number, answers, duplicates=answers)
-
-    def _on_reply(self, subject: bytes, _: bytes, body: bytes, block: bytes | None) -> None:
+    async def _on_reply(self, reply: Msg) -> None:
+        """Note what became of one message; `publish` is woken once for all that came together."""
         flight = self._flight
-        number = int(subject[len(self._reply_prefix) :])
-        chunk = self._chunks.get(number)
-        if flight is None or chunk is None:
+        index = int(reply.subject[len(self._reply_prefix) :]) - self._first_number
+        if flight is None or not flight.is_under_way(index):
             return
-        # Of several it may be any; what is told is told of one that was sent alone.
-        publishing_to = self._subject(flight.messages[chunk.indices[0]])
-        is_duplicate = False
-        if block is not None:
-            chunk.error = _of_status(block, publishing_to)
+        self._wake.set()
+        try:
+            acknowledgement = _acknowledgement.decode(reply.data)
+        except msgspec.DecodeError:
+            acknowledgement = _Acknowledgement()
+        if acknowledgement.stream and acknowledgement.error is None:
+            self._accepted.append(index)
+            flight.duplicates += acknowledgement.duplicate
         else:
-            try:
-                acknowledgement = _acknowledgement.decode(body)
-            except msgspec.DecodeError:
-                chunk.error = Outage("the server's acknowledgement can't be read")
-            else:
-                is_duplicate = acknowledgement.duplicate
-                if acknowledgement.error is not None:
-                    chunk.error = of_jetstream(
-                        acknowledgement.error,
-                        f"publishing to {publishing_to!r}",
-                        is_publish=True,
-                    )
-                elif not acknowledgement.stream:
-                    chunk.error = _no_stream(publishing_to)
-        self._answered(number, 1, duplicates=int(is_duplicate))
-
-    def _answered(self, number: int, answers: int, *, duplicates: int = 0) -> None:
-        flight, chunk = self._flight, self._chunks.get(number)
-        if flight is None or chunk is None:
-            return
-        chunk.answers += answers
-        chunk.duplicates += duplicates
-        if chunk.answers >= len(chunk.indices):
-            del self._chunks[number]
-            flight.answered(chunk)
-            if flight.wants_sender:
-                self._wake.set()
+            subject = self._subject(flight.messages[index])
+            flight.fail(index, _refusal(reply, acknowledgement, subject))
 
 
 def _check(options: NatsSinkOptions) -> None:
@@ -407,11 +361,16 @@ def _check(options: NatsSinkOptions) -> None:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
-def _of_status(block: bytes, subject: str) -> RelayError:
-    code, text = wire_headers.status(block) or (0, "")
-    if code == _NO_RESPONDERS:
+def _refusal(reply: Msg, acknowledgement: _Acknowledgement, subject: str) -> RelayError:
+    doing = f"publishing to {subject!r}"
+    if acknowledgement.error is not None:
+        return of_jetstream(acknowledgement.error, doing, is_publish=True)
+    status = (reply.headers or {}).get("Status")
+    if status is None and reply.data:
+        return Outage(f"{doing}: the server's acknowledgement can't be read")
+    if status is None or status == _NO_RESPONDERS:
         return _no_stream(subject)
-    return Outage(f"publishing to {subject!r}: the server answers {code} {text}".rstrip())
+    return Outage(f"{doing}: the server answers {status}")
 
 
 def _no_stream(subject: str) -> DestinationMissing:
@@ -422,13 +381,11 @@ def _no_stream(subject: str) -> DestinationMissing:
 
 
 def _fail_denied(flight: Flight, denied: Sequence[str]) -> None:
-    """End the flight where the server refused to take something: no acknowledgement will come.
+    """Fail what the server refused to take: no acknowledgement will come.
 
     The server names the subject; the client library gives its words in lower case.
     """
     for text in denied:
-        if any(
-            f'publish to "{flight.messages[index].subject.lower()}"' in text
-            for index in flight.under_way()
-        ):
-            flight.fail_all(of_server_text(text, "publishing"))
+        for index in flight.under_way():
+            if f'publish to "{flight.messages[index].subject.lower()}"' in text:
+                flight.fail(index, of_server_text(text, "publishing"))

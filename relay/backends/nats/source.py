@@ -6,18 +6,26 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
+from datetime import UTC, datetime
 from typing import Self
 
 import msgspec
 from msgspec import structs
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.api import (
+    ConsumerConfig,
+    ConsumerInfo,
+    DeliverPolicy,
+    SequenceInfo,
+    StreamInfo,
+)
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
 from relay.backends.nats import jetstream
 from relay.backends.nats.connection import Connection, connect
-from relay.backends.nats.errors import consumer_gone, of_server_text
-from relay.backends.nats.jetstream import ConsumerConfig, StreamInfo
+from relay.backends.nats.errors import consumer_gone
 from relay.backends.nats.options import (
     NatsSourceOptions,
     check_connection,
@@ -54,22 +62,14 @@ _ACK = b"+ACK"
 _NAK = b"-NAK"
 _PROGRESS = b"+WPI"
 
-_NO_RESPONDERS = 503
-_CONFLICT = 409
-_BAD_REQUEST = 400
+# What the server says of a request that it ends, and of one that reached nobody.
+_NO_RESPONDERS = "503"
+_CONFLICT = "409"
+_BAD_REQUEST = "400"
 
+_NANOSECONDS = 1_000_000_000
 _SHORT_REPLY_TOKENS = 9
 _MARKER = wire.TITLE.format.lower()
-
-
-class _Arrived(msgspec.Struct, frozen=True, gc=False):
-    """One delivery, undecoded."""
-
-    sequence: int
-    subject: bytes
-    reply: bytes
-    body: bytes
-    block: bytes | None
 
 
 class _Position(msgspec.Struct, frozen=True):
@@ -79,15 +79,11 @@ class _Position(msgspec.Struct, frozen=True):
     sequences: tuple[int, ...]
 
 
-class _Slot(msgspec.Struct):
-    """An inbox for the answers to one request at a time; ``expected`` is 0 between requests."""
+class _Settling(msgspec.Struct):
+    """Answers to deliveries that the server has not all confirmed yet."""
 
-    inbox: str
-    subscription: int = 0
-    number: int = 0
-    asked: int = 0
-    expected: int = 0
-    ends_at: float = 0.0
+    left: int
+    moved: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
 
 class NatsSource:
@@ -111,15 +107,22 @@ class NatsSource:
         self._opening = 0
         self._stream = ""
         self._stream_epoch = 0
-        self._confirmations = _Confirmations()
         self._confirmation_prefix = ""
-        self._slots: tuple[_Slot, ...] | None = None
+        # By a number that never repeats, which ends the reply subject of each answer.
+        self._unconfirmed: dict[int, _Settling] = {}
+        self._next_answer = 0
+        self._is_consumer_gone = False
+        # What requests are answered to, and how many messages those still are to bring.
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._expected = 0
+        self._request_ends_s = 0.0
         self._is_next_single = False
         # By the monotonic clock, before when nothing is asked for.
         self._pull_from_s = 0.0
-        self._buffer: deque[_Arrived] = deque()
-        # By stream sequence, everything that is buffered or out, with its newest reply subject.
-        self._held: dict[int, bytes] = {}
+        self._buffer: deque[Msg] = deque()
+        # By stream sequence, everything unacknowledged here, with its newest reply subject.
+        self._held: dict[int, str] = {}
         self._failure: RelayError | None = None
         self._wake = asyncio.Event()
         self._is_interrupted = False
@@ -153,7 +156,7 @@ class NatsSource:
         return self._options.ack_wait_seconds / 3
 
     async def connect(self) -> None:
-        """Open anew; find the stream, find or make the consumer, ask back what is unacknowledged.
+        """Open; find the stream, find or make the consumer, ask back what is unacknowledged.
 
         Raises `DestinationMissing` without a stream, and `ConfigurationError` where the consumer
         exists but is not what the keys say.
@@ -161,16 +164,14 @@ class NatsSource:
         await self._close()
         connection = await connect(self._options, name=self._name, path="source")
         try:
-            stream = await self._find_stream(connection)
-            self._stream = stream.config.name
-            self._stream_epoch = int(stream.created.timestamp() * 1_000_000)
-            consumer = await self._find_consumer(connection)
-            self._confirmations = _Confirmations()
             self._confirmation_prefix = f"{connection.new_inbox()}."
-            connection.listen(f"{self._confirmation_prefix}*", self._confirmations.on_reply)
-            await connection.flush()
-            if connection.denied:
-                raise of_server_text(connection.denied[-1], "receiving from NATS")
+            await connection.subscribe(f"{self._confirmation_prefix}*", self._on_confirmation)
+            stream = await self._find_stream(connection)
+            self._stream = stream.config.name or ""
+            created = stream.created or datetime.fromtimestamp(0, UTC)
+            self._stream_epoch = int(created.timestamp() * 1_000_000)
+            consumer = await self._find_consumer(connection)
+            self._is_consumer_gone = False
             connection.on_trouble = self._on_trouble
             await self._reclaim(connection, consumer)
         except BaseException:
@@ -188,7 +189,7 @@ class NatsSource:
         deadline = time.monotonic() + POLL_WAIT_S
         while True:
             connection = self._open()
-            self._pull_ahead(connection)
+            await self._pull_ahead(connection)
             left_s = deadline - time.monotonic()
             if self._buffer or self._is_interrupted or left_s <= 0:
                 break
@@ -197,10 +198,10 @@ class NatsSource:
                 async with asyncio.timeout(left_s):
                     await self._wake.wait()
             except TimeoutError:
-                self._check_slots(connection)
+                self._check_request(connection)
         was_cut_short, self._is_interrupted = self._is_interrupted, False
         batch = self._batch(self._taken(), was_cut_short=was_cut_short)
-        self._pull_ahead(connection)
+        await self._pull_ahead(connection)
         return batch
 
     def interrupt(self) -> None:
@@ -212,7 +213,7 @@ class NatsSource:
         """Acknowledge every message of the batch and wait until the server confirms each."""
         connection = self._open()
         if not self._is_current(batch):
-            raise NotConnected("this batch was handed out before the source was opened anew")
+            raise NotConnected("this batch was handed out before the source was opened again")
         sequences = self._sequences(batch)
         await self._settle(connection, [self._held[one] for one in sequences], _ACK)
         for sequence in sequences:
@@ -221,27 +222,21 @@ class NatsSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Restart the server's clock for this batch and for what is waiting to be polled."""
         connection = self._open()
-        waiting = (arrived.sequence for arrived in self._buffer)
+        waiting = (_sequence_of(message.reply) for message in self._buffer)
         replies = [self._held[one] for one in (*self._sequences(batch), *waiting)]
-        connection.write(b"".join(_published(reply, _PROGRESS) for reply in replies))
+        connection.write(_published(reply, _PROGRESS) for reply in replies)
         await connection.drain(_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
         """Give back this batch and whatever else we hold, so that the order stays.
 
         The server delivers again in the order in which it is given back, and the loop gives back
-        the last of its batches first. Another batch that is out is thereby given back too; to
+        the last of its batches first. Another unacknowledged batch is thereby given back too; to
         acknowledge or reject it does nothing more.
         """
         connection = self._open()
-        if not self._sequences(batch):
-            return
-        await self._stop_pulling(connection)
-        self._buffer.clear()
-        given_back = sorted(self._held)
-        await self._settle(connection, [self._held[one] for one in given_back], _NAK)
-        for sequence in given_back:
-            del self._held[sequence]
+        if self._sequences(batch):
+            await self._give_back(connection)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
@@ -259,16 +254,13 @@ class NatsSource:
             return
         try:
             if connection.loss is None:
-                await self._stop_pulling(connection)
-                replies = [self._held[sequence] for sequence in sorted(self._held)]
-                await self._settle(connection, replies, _NAK)
-                self._held.clear()
+                await self._give_back(connection)
         except RelayError:
             # What could not be given back is asked back on the next connection.
             pass
         finally:
             self._buffer.clear()
-            self._slots = None
+            self._subscription = None
             await connection.aclose()
 
     def _is_current(self, batch: Batch) -> bool:
@@ -309,28 +301,27 @@ class NatsSource:
                 remedy="create one, or correct source.subject",
             )
         if len(found) > 1:
-            names = ", ".join(stream.config.name for stream in found)
+            names = ", ".join(str(stream.config.name) for stream in found)
             raise ConfigurationError(
                 f"several streams store the subject {options.subject!r}: {names}",
                 remedy="choose one with source.stream",
             )
         return found[0]
 
-    async def _find_consumer(self, connection: Connection) -> jetstream.ConsumerInfo:
-        wanted = ConsumerConfig(
-            durable_name=self._durable,
-            ack_policy="explicit",
-            ack_wait=int(self._options.ack_wait_seconds * jetstream.NANOSECONDS),
-            deliver_policy=self._options.deliver_policy,
-            filter_subject=self._options.subject,
-            max_deliver=self._options.max_deliver,
-            max_ack_pending=max(_DEFAULT_ACK_PENDING, 4 * self._batch_size),
-            replay_policy="instant",
-        )
+    async def _find_consumer(self, connection: Connection) -> ConsumerInfo:
+        options = self._options
         found = await jetstream.consumer_info(connection, self._stream, self._durable)
         if found is None:
+            wanted = ConsumerConfig(
+                durable_name=self._durable,
+                ack_wait=options.ack_wait_seconds,
+                deliver_policy=DeliverPolicy(options.deliver_policy),
+                filter_subject=options.subject,
+                max_deliver=options.max_deliver,
+                max_ack_pending=max(_DEFAULT_ACK_PENDING, 4 * self._batch_size),
+            )
             return await jetstream.create_consumer(connection, self._stream, wanted)
-        differences = _differences(found.config, wanted)
+        differences = _differences(found.config, options)
         if differences:
             raise ConfigurationError(
                 f"the consumer {self._durable!r} of stream {self._stream!r} exists with"
@@ -339,7 +330,7 @@ class NatsSource:
             )
         return found
 
-    async def _reclaim(self, connection: Connection, consumer: jetstream.ConsumerInfo) -> None:
+    async def _reclaim(self, connection: Connection, consumer: ConsumerInfo) -> None:
         """Have everything unacknowledged delivered again now, in order and before what is new.
 
         Otherwise the server would sit out ``ack_wait`` on what a lost connection or a killed
@@ -350,96 +341,105 @@ class NatsSource:
         """
         self._held.clear()
         self._pull_from_s = 0.0
-        first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
-        if consumer.num_ack_pending == 0:
+        if not consumer.num_ack_pending:
             return
-        if last - first >= _WIDEST_RECLAIM:
-            # Where others fill the stream, what is ours lies far apart. Once its time has run out
-            # the server delivers it by itself, in order, if nothing new was asked for until then.
+        replies = self._replies_to_all(consumer)
+        if replies is None:
+            # Once its time has run out the server delivers it by itself, in order, if nothing new
+            # was asked for until then.
             wait_s = self._options.ack_wait_seconds + _EXPIRY_MARGIN_S
             self._pull_from_s = time.monotonic() + wait_s
-            return
-        delivery = consumer.delivered.consumer_seq
-        replies = [
-            f"$JS.ACK.{self._stream}.{self._durable}.1.{sequence}.{delivery}.0.0".encode()
-            for sequence in range(first, last + 1)
-        ]
-        await self._settle(connection, replies, _NAK)
+        else:
+            await self._settle(connection, replies, _NAK)
 
-    def _pull_ahead(self, connection: Connection) -> None:
-        """Keep about a batch asked for beyond what is waiting, in at most two requests."""
+    def _replies_to_all(self, consumer: ConsumerInfo) -> Sequence[str] | None:
+        """Where to answer all unacknowledged deliveries; None where they lie too far apart."""
+        nothing = SequenceInfo(0, 0)
+        delivered, settled = consumer.delivered or nothing, consumer.ack_floor or nothing
+        first, last = settled.stream_seq + 1, delivered.stream_seq
+        if last - first >= _WIDEST_RECLAIM:
+            return None
+        head = f"$JS.ACK.{self._stream}.{self._durable}.1."
+        tail = f".{delivered.consumer_seq}.0.0"
+        return [f"{head}{sequence}{tail}" for sequence in range(first, last + 1)]
+
+    async def _pull_ahead(self, connection: Connection) -> None:
+        """Keep about a batch asked for beyond what is waiting.
+
+        One subscription for all requests, so that nothing overtakes on its way to us.
+        """
         if time.monotonic() < self._pull_from_s:
             return
-        if self._slots is None:
-            inbox = connection.new_inbox()
-            self._slots = tuple(self._slot(connection, f"{inbox}.{name}") for name in "ab")
-        expected = sum(slot.expected for slot in self._slots)
-        idle = next((slot for slot in self._slots if not slot.expected), None)
-        if idle is None or len(self._buffer) + expected > self._batch_size // 2:
+        if self._subscription is None:
+            self._inbox, self._expected = f"{connection.new_inbox()}.", 0
+            self._subscription = await connection.subscribe(f"{self._inbox}*", self._on_message)
+        if len(self._buffer) + self._expected > self._batch_size // 2:
             return
         wanted = 1 if self._is_next_single else self._batch_size
-        request = {"batch": wanted, "expires": jetstream.NANOSECONDS}
+        request = {"batch": wanted, "expires": int(POLL_WAIT_S * _NANOSECONDS)}
         if not self._is_next_single:
             request["max_bytes"] = max(self._batch_bytes, 2 * connection.max_payload)
         self._is_next_single = False
-        idle.number += 1
-        idle.expected = idle.asked = wanted
-        idle.ends_at = time.monotonic() + POLL_WAIT_S
-        connection.write(
-            _published(
-                f"{jetstream.API}.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}".encode(),
-                msgspec.json.encode(request),
-                f"{idle.inbox}.{idle.number}",
-            )
+        self._expected += wanted
+        self._request_ends_s = time.monotonic() + POLL_WAIT_S
+        # Behind the subscription, and with the number that the server may say it was left with.
+        await connection.publish(
+            f"{jetstream.API}.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
+            msgspec.json.encode(request),
+            f"{self._inbox}{wanted}",
         )
 
-    def _slot(self, connection: Connection, inbox: str) -> _Slot:
-        slot = _Slot(inbox)
-        slot.subscription = connection.listen(f"{inbox}.*", partial(self._on_message, slot))
-        return slot
-
-    def _check_slots(self, connection: Connection) -> None:
+    def _check_request(self, connection: Connection) -> None:
         """A request that the server should have ended long ago means that nobody is there."""
-        overdue = time.monotonic() - _ANSWER_TIMEOUT_S
-        if any(slot.expected and slot.ends_at < overdue for slot in self._slots or ()):
+        if self._expected and self._request_ends_s < time.monotonic() - _ANSWER_TIMEOUT_S:
             connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
 
-    async def _stop_pulling(self, connection: Connection) -> None:
-        """End our requests; when it returns, nothing more is delivered to us."""
-        slots, self._slots = self._slots, None
-        if slots is None:
-            return
-        for slot in slots:
-            await connection.unlisten(slot.subscription)
-        # The server looks for requests that nobody waits for when it is asked about the consumer.
-        # Left there, the first message given back would be tried on one and end up last.
-        await jetstream.consumer_info(connection, self._stream, self._durable)
+    async def _give_back(self, connection: Connection) -> None:
+        """Negatively acknowledge all that we hold, in order; nothing more is delivered to us."""
+        subscription, self._subscription = self._subscription, None
+        consumer = None
+        if subscription is not None:
+            await connection.ask(
+                subscription.drain(),  # type: ignore[no-untyped-call]  # untyped in the library
+                "ending requests",
+            )
+            # The server looks for requests that nobody waits for when it is asked about the
+            # consumer. Left there, the first message would be tried on one and end up last.
+            consumer = await jetstream.consumer_info(connection, self._stream, self._durable)
+        replies: Sequence[str] = [self._held[sequence] for sequence in sorted(self._held)]
+        # What is given back may be here again before all of it is confirmed.
+        self._held.clear()
+        self._buffer.clear()
+        if consumer is not None and (consumer.num_ack_pending or 0) > len(replies):
+            # Something was on its way to the subscription when it ended.
+            replies = self._replies_to_all(consumer) or replies
+        await self._settle(connection, replies, _NAK)
 
-    def _on_message(
-        self, slot: _Slot, subject: bytes, reply: bytes, body: bytes, block: bytes | None
-    ) -> None:
-        if not reply.startswith(b"$JS.ACK."):
-            self._on_status(slot, subject, block)
+    async def _on_message(self, message: Msg) -> None:
+        if not message.reply.startswith("$JS.ACK."):
+            self._on_status(message)
             return
-        slot.expected = max(0, slot.expected - 1)
-        sequence = _sequence_of(reply)
+        self._expected = max(0, self._expected - 1)
+        sequence = _sequence_of(message.reply)
         is_copy = sequence in self._held
-        self._held[sequence] = reply
+        self._held[sequence] = message.reply
         if not is_copy:
-            self._buffer.append(_Arrived(sequence, subject, reply, body, block))
+            self._buffer.append(message)
             self._wake.set()
 
-    def _on_status(self, slot: _Slot, subject: bytes, block: bytes | None) -> None:
+    def _on_status(self, message: Msg) -> None:
         """The server ends a request: nothing came in time, or it can't go on."""
-        if subject != f"{slot.inbox}.{slot.number}".encode():
+        headers = message.headers or {}
+        code, text = headers.get("Status"), headers.get("Description", "")
+        if code is None or not message.subject.startswith(self._inbox):
             return
-        code, text = wire_headers.status(block) or (0, "")
-        is_untouched = slot.expected == slot.asked
-        slot.expected = 0
+        unanswered = headers.get("Nats-Pending-Messages", str(self._expected))
+        self._expected = max(0, self._expected - int(unanswered))
         if code == _NO_RESPONDERS:
             self._failure = Outage(f"nobody answers for the consumer {self._durable!r}")
         elif code == _CONFLICT and "MaxBytes" in text:
-            self._is_next_single = is_untouched
+            # Not even one message fits: the next one comes by itself, however large it is.
+            self._is_next_single = message.subject == f"{self._inbox}{unanswered}"
         elif code == _CONFLICT and "Consumer Deleted" in text:
             self._failure = consumer_gone(self._stream, self._durable)
         elif code == _CONFLICT and "Batch Completed" not in text:
@@ -449,19 +449,20 @@ class NatsSource:
         self._wake.set()
 
     def _on_trouble(self) -> None:
-        self._confirmations.wake()
+        for settling in self._unconfirmed.values():
+            settling.moved.set()
         self._wake.set()
 
-    def _taken(self) -> list[_Arrived]:
-        taken: list[_Arrived] = []
+    def _taken(self) -> list[Msg]:
+        taken: list[Msg] = []
         size = 0
         while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
-            arrived = self._buffer.popleft()
-            size += len(arrived.body)
-            taken.append(arrived)
+            message = self._buffer.popleft()
+            size += len(message.data)
+            taken.append(message)
         return taken
 
-    def _batch(self, taken: Sequence[_Arrived], *, was_cut_short: bool) -> Batch:
+    def _batch(self, taken: Sequence[Msg], *, was_cut_short: bool) -> Batch:
         if not taken:
             is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
             return Batch(is_end_of_backlog=is_answered and not was_cut_short)
@@ -473,122 +474,95 @@ class NatsSource:
                 messages.append(message)
             else:
                 rejected.append(Rejected(message, error))
+        sequences = tuple(_sequence_of(arrived.reply) for arrived in taken)
         return Batch(
             messages=messages,
             rejected=rejected,
-            position=_Position(self._opening, tuple(one.sequence for one in taken)),
-            checkpoint=f"{self._stream}:{taken[-1].sequence}",
+            position=_Position(self._opening, sequences),
+            checkpoint=f"{self._stream}:{sequences[-1]}",
             is_end_of_backlog=not self._buffer and _is_last(taken[-1].reply),
         )
 
-    def _decoded(self, arrived: _Arrived) -> tuple[RelayMessage, MessageRejected | None]:
-        subject = arrived.subject.decode("utf-8", "replace")
-        token = arrived.reply.decode()
-        headers = wire_headers.parse(arrived.block)
+    def _decoded(self, arrived: Msg) -> tuple[RelayMessage, MessageRejected | None]:
+        headers = arrived.headers or {}
         try:
-            restored = _restored(arrived.body, headers)
+            restored = _restored(arrived.data, headers)
             if restored is not None:
-                return structs.replace(
-                    restored, token=token, subject=restored.subject or subject
-                ), None
-            if not wire.is_json(arrived.body):
-                raise MessageUndecodable(f"the message on {subject!r} is not JSON")
+                subject = restored.subject or arrived.subject
+                return structs.replace(restored, token=arrived.reply, subject=subject), None
+            if not wire.is_json(arrived.data):
+                raise MessageUndecodable(f"the message on {arrived.subject!r} is not JSON")
             error = None
         except MessageRejected as reason:
             error = reason
-        default_key = f"nats:{self._stream}:{self._stream_epoch}:{arrived.sequence}"
+        default_key = f"nats:{self._stream}:{self._stream_epoch}:{_sequence_of(arrived.reply)}"
         plain = RelayMessage(
             dedup_key=headers.get(wire_headers.MESSAGE_ID) or default_key,
-            payload=arrived.body,
-            subject=subject,
+            payload=arrived.data,
+            subject=arrived.subject,
             headers=headers,
-            token=token,
+            token=arrived.reply,
         )
         return plain, error
 
-    async def _settle(self, connection: Connection, replies: Sequence[bytes], verb: bytes) -> None:
+    async def _settle(self, connection: Connection, replies: Sequence[str], verb: bytes) -> None:
         """Answer all deliveries and wait until the server confirms each. Raises `Outage`."""
-        confirmations = self._confirmations
-        numbers = confirmations.expect(len(replies))
-        prefix = self._confirmation_prefix
-        for start in range(0, len(replies), _CHUNK_MESSAGES):
-            chunk = slice(start, start + _CHUNK_MESSAGES)
-            pairs = zip(replies[chunk], numbers[chunk], strict=True)
-            connection.write(
-                b"".join(_published(reply, verb, f"{prefix}{number}") for reply, number in pairs)
-            )
-            await connection.drain(_ANSWER_TIMEOUT_S)
-        await confirmations.all_of(numbers, connection)
-        if confirmations.is_consumer_gone:
-            raise consumer_gone(self._stream, self._durable)
-
-
-class _Confirmations:
-    """Which of our answers to deliveries the server has not confirmed yet, by number."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._unconfirmed: set[int] = set()
-        self._waiters: set[asyncio.Event] = set()
-        self.is_consumer_gone = False
-
-    def expect(self, count: int) -> range:
-        """Numbers for so many answers."""
-        numbers = range(self._next, self._next + count)
-        self._next += count
-        self._unconfirmed.update(numbers)
-        return numbers
-
-    async def all_of(self, numbers: range, connection: Connection) -> None:
-        """Return when all are confirmed. Raises `Outage` when the server goes silent."""
-        moved = asyncio.Event()
-        self._waiters.add(moved)
+        settling = _Settling(left=len(replies))
+        numbers = range(self._next_answer, self._next_answer + len(replies))
+        self._next_answer += len(replies)
+        self._unconfirmed.update(dict.fromkeys(numbers, settling))
         try:
-            while left := self._unconfirmed.intersection(numbers):
+            for start in range(0, len(replies), _CHUNK_MESSAGES):
+                chunk = slice(start, start + _CHUNK_MESSAGES)
+                pairs = zip(replies[chunk], numbers[chunk], strict=True)
+                prefix = self._confirmation_prefix
+                connection.write(
+                    _published(reply, verb, f"{prefix}{number}") for reply, number in pairs
+                )
+                await connection.drain(_ANSWER_TIMEOUT_S)
+            while before := settling.left:
                 if connection.loss is not None:
                     raise connection.loss
-                moved.clear()
+                settling.moved.clear()
                 try:
                     async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                        await moved.wait()
+                        await settling.moved.wait()
                 except TimeoutError:
-                    if len(self._unconfirmed.intersection(numbers)) == len(left):
+                    if settling.left == before:
                         connection.abort(
                             TimedOut(f"{connection.address} does not confirm acknowledgements")
                         )
         finally:
-            self._waiters.discard(moved)
-            self._unconfirmed.difference_update(numbers)
+            for number in numbers:
+                self._unconfirmed.pop(number, None)
+        if self._is_consumer_gone:
+            raise consumer_gone(self._stream, self._durable)
 
-    def on_reply(self, subject: bytes, _: bytes, __: bytes, block: bytes | None) -> None:
-        """The server confirms one answer."""
-        self._unconfirmed.discard(int(subject.rpartition(b".")[2]))
-        status = wire_headers.status(block)
-        if status is not None and status[0] == _NO_RESPONDERS:
-            self.is_consumer_gone = True
-        if not self._unconfirmed or len(self._unconfirmed) % _CHUNK_MESSAGES == 0:
-            self.wake()
-
-    def wake(self) -> None:
-        """Let those who wait look again."""
-        for waiter in self._waiters:
-            waiter.set()
+    async def _on_confirmation(self, confirmation: Msg) -> None:
+        number = int(confirmation.subject.rpartition(".")[2])
+        if (confirmation.headers or {}).get("Status") == _NO_RESPONDERS:
+            self._is_consumer_gone = True
+        settling = self._unconfirmed.pop(number, None)
+        if settling is not None:
+            settling.left -= 1
+            if not settling.left:
+                settling.moved.set()
 
 
-def _published(subject: bytes, body: bytes, reply: str = "") -> bytes:
-    return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply.encode(), len(body), body)
+def _published(subject: str, body: bytes, reply: str = "") -> bytes:
+    return b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(body), body)
 
 
-def _sequence_of(reply: bytes) -> int:
+def _sequence_of(reply: str) -> int:
     """The stream sequence in an acknowledgement subject, in its short and its long form."""
-    tokens = reply.split(b".")
+    tokens = reply.split(".")
     return int(tokens[5] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[7])
 
 
-def _is_last(reply: bytes) -> bool:
+def _is_last(reply: str) -> bool:
     """True where the server had nothing more for the consumer when it delivered this."""
-    tokens = reply.split(b".")
-    return (tokens[8] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[10]) == b"0"
+    tokens = reply.split(".")
+    return (tokens[8] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[10]) == "0"
 
 
 def _restored(body: bytes, headers: Mapping[str, str]) -> RelayMessage | None:
@@ -599,23 +573,17 @@ def _restored(body: bytes, headers: Mapping[str, str]) -> RelayMessage | None:
     return wire.restore(body, wire_headers.decode(own), wire.TITLE)
 
 
-def _differences(found: ConsumerConfig, wanted: ConsumerConfig) -> list[str]:
+def _differences(found: ConsumerConfig, wanted: NatsSourceOptions) -> list[str]:
     """What of an existing consumer contradicts the keys, in words."""
-    differences = []
-    if found.deliver_subject:
-        differences.append("push delivery, not pull")
-    filters = found.filter_subjects or [found.filter_subject]
-    for name, here, there in (
-        ("subject", ", ".join(filters) or ">", wanted.filter_subject),
-        ("ack policy", found.ack_policy, wanted.ack_policy),
+    filters = found.filter_subjects or [found.filter_subject or ">"]
+    compared = (
+        ("subject", ", ".join(filters), wanted.subject),
+        ("ack policy", found.ack_policy, "explicit"),
         ("deliver_policy", found.deliver_policy, wanted.deliver_policy),
-        (
-            "ack_wait_seconds",
-            f"{found.ack_wait / jetstream.NANOSECONDS:g}",
-            f"{wanted.ack_wait / jetstream.NANOSECONDS:g}",
-        ),
+        ("ack_wait_seconds", f"{found.ack_wait or 0:g}", f"{wanted.ack_wait_seconds:g}"),
         ("max_deliver", str(found.max_deliver or -1), str(wanted.max_deliver)),
-    ):
-        if here != there:
-            differences.append(f"{name} {here}, not {there}")
-    return differences
+    )
+    differences = ["push delivery, not pull"] if found.deliver_subject else []
+    return differences + [
+        f"{name} {here}, not {there}" for name, here, there in compared if here != there
+    ]
