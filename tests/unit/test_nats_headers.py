@@ -17,8 +17,8 @@ from tests.contract.surroundings import backend_context
 def test_any_header_comes_back_as_it_was(headers: dict[str, str], message_id: str) -> None:
     block = wire_headers.encode(headers, message_id=message_id)
 
-    lines = block.decode().split("\r\n")[2:-2]
-    on_the_wire = {name: value.strip() for name, _, value in (one.partition(":") for one in lines)}
+    on_the_wire = wire_headers.parse(block)
+    on_the_wire.pop(wire_headers.MESSAGE_ID)
     assert wire_headers.decode(on_the_wire) == headers
 
 
@@ -61,6 +61,21 @@ def test_two_message_ids_that_differ_only_in_line_breaks_stay_different() -> Non
     second = wire_headers.encode({}, message_id="a\rb")
 
     assert first != second
+
+
+def test_what_the_server_says_is_told_from_headers() -> None:
+    assert wire_headers.parse(b"NATS/1.0 503\r\n\r\n") == {"Status": "503", "Description": ""}
+    assert wire_headers.parse(b"NATS/1.0 409 Consumer Deleted\r\nA: b\r\n\r\n") == {
+        "Status": "409",
+        "Description": "Consumer Deleted",
+        "A": "b",
+    }
+    assert wire_headers.parse(b"NATS/1.0\r\nA: 503\r\n\r\n") == {"A": "503"}
+
+
+@pytest.mark.parametrize("block", [b"NATS/1.0", b"NATS/1.0 ", b"XXXX", b"NATS/1.0 \xff", b"\xff"])
+def test_a_block_that_is_none_has_no_headers(block: bytes) -> None:
+    assert wire_headers.parse(block) == {}
 
 
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])

@@ -14,13 +14,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from nats.aio.client import Client, RawCredentials
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as ClientError
+from nats.js.api import StreamInfo
+from nats.js.errors import APIError
 from nats.js.manager import JetStreamManager
 
 from relay.backends.nats.errors import mapped, of_exception, of_server_text
+from relay.backends.nats.headers import parse
 from relay.backends.nats.options import NatsConnectionOptions, NatsServer, servers_of
 from relay.errors import (
     AuthenticationRefused,
@@ -41,9 +44,20 @@ _PING_INTERVAL_S = 20
 # By then the library itself has given up a server that does not answer its pings.
 _PONG_TIMEOUT_S = 4 * _PING_INTERVAL_S
 
-# Called with each message that arrives, in order.
-Handler = Callable[[Msg], Awaitable[None]]
 T = TypeVar("T")
+
+
+class Received(msgspec.Struct, frozen=True, gc=False):
+    """A message as it arrived; ``headers`` are those on the wire, None without."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: dict[str, str] | None
+
+
+# Called with each message that arrives, in order.
+Handler = Callable[[Received], Awaitable[None]]
 
 
 class LineClient(Client):
@@ -53,8 +67,9 @@ class LineClient(Client):
     speed; lines that were made in bulk are written to the transport as they are.
     ``_process_info``: the library begins TLS only where the server demands it, and would otherwise
     send the credentials in the clear.
-    ``_process_msg``: at a subject that is not UTF-8, or a header block that is none, the library
-    would stop reading for good, again after each reconnect. A server takes both from anybody.
+    ``_process_headers``, ``_build_message``: at a subject that is not UTF-8, or a header block that
+    is none, the library stops reading for good, and again after each reconnect. A server takes
+    both from anybody.
     """
 
     def __init__(self, *, is_tls_wanted: bool) -> None:
@@ -88,24 +103,23 @@ class LineClient(Client):
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        try:
-            return await super()._process_msg(sid, subject, reply, data, headers)
-        except (IndexError, UnicodeDecodeError):
-            readable = subject.decode("utf-8", "replace").encode()
-        try:
-            await super()._process_msg(sid, readable, reply, data, headers)
-        except (IndexError, UnicodeDecodeError):
-            await super()._process_msg(sid, readable, reply, data, b"")
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        return parse(headers) if headers else None
+
+    def _build_message(
+        self, _: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Received:
+        return Received(subject.decode("utf-8", "replace"), reply.decode(), data, headers)
 
 
 class Connection:
-    """An open connection. Safe to use from several tasks; ends for good when it is lost."""
+    """An open connection. Safe to use from several tasks; ends for good when it is lost.
+
+    ``manager``: the client's JetStream manager, to be used through `ask`.
+    """
 
     def __init__(self, client: LineClient, server: NatsServer) -> None:
-        self._client = client
+        self.client = client
         self._server = server
         self._loss: RelayError | None = None
         self._trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -117,23 +131,14 @@ class Connection:
     @property
     def loss(self) -> RelayError | None:
         """Why the connection is gone, None while it stands."""
-        if self._loss is None and not self._client.is_connected:
+        if self._loss is None and not self.client.is_connected:
             self._loss = NotConnected(f"the connection to {self._server.address} was lost")
         return self._loss
-
-    @property
-    def max_payload(self) -> int:
-        """The most bytes of headers and body together that the server takes in one message."""
-        return self._client.max_payload
 
     @property
     def address(self) -> str:
         """``host:port`` of the server."""
         return self._server.address
-
-    def new_inbox(self) -> str:
-        """A subject of our own for replies."""
-        return self._client.new_inbox()
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         """Hand every message on the subject to the handler; the next question asked refuses it.
@@ -141,29 +146,18 @@ class Connection:
         Nothing is dropped, however much waits: what can arrive is limited by what was asked for.
         """
         with mapped(f"subscribing at {self.address}"):
-            return await self._client.subscribe(
-                subject, cb=handler, pending_msgs_limit=0, pending_bytes_limit=0
+            return await self.client.subscribe(
+                subject,
+                cb=handler,  # type: ignore[arg-type]  # it gets what `_build_message` makes
+                pending_msgs_limit=0,
+                pending_bytes_limit=0,
             )
-
-    async def publish(self, subject: str, body: bytes, reply: str) -> None:
-        """Send one message after all subscriptions so far. Raises `Outage`."""
-        with mapped("sending to NATS"):
-            await self._client.publish(subject, body, reply=reply)
-
-    async def request(self, subject: str, body: bytes, doing: str) -> bytes:
-        """The answer to a request. Raises `Outage`, `AuthenticationRefused`."""
-        request = self._client.request(subject, body, timeout=REQUEST_TIMEOUT_S)
-        return (await self.ask(request, doing)).data
-
-    def write(self, lines: Iterable[bytes]) -> None:
-        """Send complete protocol lines. Raises `NotConnected`."""
-        self._client.write(lines)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait while the server takes our bytes more slowly than they come. Raises `Outage`."""
         with mapped("sending to NATS"):
             async with asyncio.timeout(timeout_s):
-                await self._client.drain_writes()
+                await self.client.drain_writes()
 
     async def ask(self, request: Coroutine[Any, Any, T], doing: str) -> T:
         """The result of a call of the client, which by itself would sit out a lost connection.
@@ -193,11 +187,25 @@ class Connection:
             self.abort(TimedOut(f"{doing}: no answer in time"))
         raise self._loss or NotConnected(doing)
 
+    async def streams_on(self, subject: str) -> list[StreamInfo]:
+        """The streams that listen on a subject or on a part of a filter.
+
+        Asked here because the client's manager finds only one. Raises what `ask` does.
+        """
+        doing = f"looking for a stream on {subject!r}"
+        body = msgspec.json.encode({"subject": subject})
+        request = self.client.request("$JS.API.STREAM.LIST", body, timeout=REQUEST_TIMEOUT_S)
+        found = msgspec.json.decode((await self.ask(request, doing)).data)
+        with mapped(doing):
+            if "error" in found:
+                raise APIError.from_error(found["error"])
+        return [StreamInfo.from_response(one) for one in found["streams"] or ()]
+
     async def is_healthy(self) -> bool:
         """True when the server answers a ping now."""
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                await self.ask(self._client.rtt(timeout=_PONG_TIMEOUT_S), "asking for a pong")
+                await self.ask(self.client.rtt(timeout=_PONG_TIMEOUT_S), "asking for a pong")
         except (RelayError, TimeoutError):
             return False
         return True
@@ -205,7 +213,7 @@ class Connection:
     def abort(self, reason: RelayError) -> None:
         """Drop the connection at once: what is unsettled stays unknown."""
         self._loss = self._loss or reason
-        self._client.abort()
+        self.client.abort()
         self._raise_alarm()
 
     async def aclose(self, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
@@ -213,9 +221,9 @@ class Connection:
         self._loss = self._loss or NotConnected("the connection is closed")
         try:
             async with asyncio.timeout(timeout_s):
-                await self._client.close()
+                await self.client.close()
         except Exception:  # noqa: BLE001 - whatever the library meets while closing, the socket goes
-            self._client.abort()
+            self.client.abort()
         for asked in self._asked:
             asked.cancel()
         await asyncio.gather(*self._asked, return_exceptions=True)
@@ -230,7 +238,7 @@ class Connection:
         """The library gave the connection up."""
         if self._loss is None:
             doing = f"the connection to {self._server.address} was lost"
-            cause = self._client.last_error
+            cause = self.client.last_error
             known = None if cause is None else of_exception(cause, doing)
             self._loss = known or NotConnected(doing)
         self._raise_alarm()

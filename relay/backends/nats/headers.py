@@ -35,8 +35,23 @@ def encode(headers: Mapping[str, str], *, message_id: str, fixed: str = "") -> b
     return "".join(lines).encode()
 
 
+def parse(block: bytes) -> dict[str, str]:
+    """The headers of a received block as they are on the wire; of a repeated name the last.
+
+    What a server says in the first line is under ``Status`` and ``Description``.
+    """
+    first, *lines = block.decode("utf-8", "replace").split("\r\n")
+    code, _, text = first[len("NATS/1.0") :].strip().partition(" ")
+    headers = {"Status": code, "Description": text} if code.isdigit() else {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    return headers
+
+
 def decode(headers: Mapping[str, str]) -> dict[str, str]:
-    """What `encode` was given, from the headers as they are on the wire."""
+    """What `encode` was given, from what `parse` read."""
     decoded: dict[str, str] = {}
     for name, value in headers.items():
         if name.endswith("*") and value.startswith(_EXTENDED):

@@ -8,12 +8,11 @@ from typing import Self
 
 import msgspec
 from msgspec import structs
-from nats.aio.msg import Msg
+from nats.js.api import StorageType, StreamConfig, StreamInfo
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats import jetstream
-from relay.backends.nats.connection import Connection, connect
+from relay.backends.nats.connection import Connection, Received, connect
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
 from relay.backends.nats.subject import (
@@ -126,7 +125,7 @@ class NatsSink:
         await self.aclose()
         connection = await connect(self._options, name=self._name, path="sink")
         try:
-            inbox = connection.new_inbox()
+            inbox = connection.client.new_inbox()
             await connection.subscribe(f"{inbox}.*", self._on_reply)
             await self._find_stream(connection)
         except BaseException:
@@ -140,13 +139,13 @@ class NatsSink:
         """What there is to know about the broker: server, streams and duplicate windows."""
         connection = self._open()
         if self._options.stream is not None:
-            streams = [await jetstream.stream_info(connection, self._options.stream)]
+            streams = [await self._stream_info(connection, self._options.stream)]
         else:
             templates = (self._options.subject_template, *self._options.routing.values())
             found = [
                 stream
                 for one in dict.fromkeys(map(filter_of, templates))
-                for stream in await jetstream.streams_on(connection, one)
+                for stream in await connection.streams_on(one)
             ]
             streams = list({stream.config.name: stream for stream in found}.values())
         described = {"server": connection.address}
@@ -209,28 +208,36 @@ class NatsSink:
     async def _find_stream(self, connection: Connection) -> None:
         options = self._options
         if options.stream is None:
-            await jetstream.check_enabled(connection)
+            await connection.ask(connection.manager.account_info(), "looking for JetStream")
             return
         try:
-            await jetstream.stream_info(connection, options.stream)
+            await self._stream_info(connection, options.stream)
         except DestinationMissing:
             if not options.create_stream:
                 raise DestinationMissing(
                     f"there is no stream {options.stream!r} on {connection.address}",
                     remedy=f"set create_stream, or run: nats stream add {options.stream}",
                 ) from None
-            await jetstream.create_stream(
-                connection,
-                options.stream,
-                covering((options.subject_template, *options.routing.values())),
-                duplicate_window_s=options.duplicate_window_s,
+            # Harmless when somebody else makes it meanwhile with the same configuration.
+            config = StreamConfig(
+                name=options.stream,
+                subjects=covering((options.subject_template, *options.routing.values())),
+                storage=StorageType.FILE,
+                duplicate_window=options.duplicate_window_s,
             )
+            creating = connection.manager.add_stream(config)
+            await connection.ask(creating, f"creating the stream {options.stream!r}")
+
+    async def _stream_info(self, connection: Connection, name: str) -> StreamInfo:
+        return await connection.ask(
+            connection.manager.stream_info(name), f"looking for the stream {name!r}"
+        )
 
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
         try:
             while taken := self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES)):
-                connection.write(self._lines(flight, taken, connection.max_payload))
+                connection.client.write(self._lines(flight, taken, connection.client.max_payload))
                 await connection.drain(self._ack_timeout_s)
                 await asyncio.sleep(0)
         except Outage as error:
@@ -322,7 +329,7 @@ class NatsSink:
             self._headers_of(message), message_id=message.dedup_key, fixed=self._fixed_headers
         )
 
-    async def _on_reply(self, reply: Msg) -> None:
+    async def _on_reply(self, reply: Received) -> None:
         """Note what became of one message; `publish` is woken once for all that came together."""
         flight = self._flight
         index = int(reply.subject[len(self._reply_prefix) :]) - self._first_number
@@ -361,7 +368,7 @@ def _check(options: NatsSinkOptions) -> None:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
-def _refusal(reply: Msg, acknowledgement: _Acknowledgement, subject: str) -> RelayError:
+def _refusal(reply: Received, acknowledgement: _Acknowledgement, subject: str) -> RelayError:
     doing = f"publishing to {subject!r}"
     if acknowledgement.error is not None:
         return of_jetstream(acknowledgement.error, doing, is_publish=True)

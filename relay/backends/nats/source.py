@@ -11,7 +11,6 @@ from typing import Self
 
 import msgspec
 from msgspec import structs
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import (
     ConsumerConfig,
@@ -23,9 +22,8 @@ from nats.js.api import (
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats import jetstream
-from relay.backends.nats.connection import Connection, connect
-from relay.backends.nats.errors import consumer_gone
+from relay.backends.nats.connection import Connection, Received, connect
+from relay.backends.nats.errors import consumer_gone, mapped
 from relay.backends.nats.options import (
     NatsSourceOptions,
     check_connection,
@@ -120,7 +118,7 @@ class NatsSource:
         self._is_next_single = False
         # By the monotonic clock, before when nothing is asked for.
         self._pull_from_s = 0.0
-        self._buffer: deque[Msg] = deque()
+        self._buffer: deque[Received] = deque()
         # By stream sequence, everything unacknowledged here, with its newest reply subject.
         self._held: dict[int, str] = {}
         self._failure: RelayError | None = None
@@ -164,7 +162,7 @@ class NatsSource:
         await self._close()
         connection = await connect(self._options, name=self._name, path="source")
         try:
-            self._confirmation_prefix = f"{connection.new_inbox()}."
+            self._confirmation_prefix = f"{connection.client.new_inbox()}."
             await connection.subscribe(f"{self._confirmation_prefix}*", self._on_confirmation)
             stream = await self._find_stream(connection)
             self._stream = stream.config.name or ""
@@ -224,7 +222,7 @@ class NatsSource:
         connection = self._open()
         waiting = (_sequence_of(message.reply) for message in self._buffer)
         replies = [self._held[one] for one in (*self._sequences(batch), *waiting)]
-        connection.write(_published(reply, _PROGRESS) for reply in replies)
+        connection.client.write(_published(reply, _PROGRESS) for reply in replies)
         await connection.drain(_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
@@ -287,14 +285,17 @@ class NatsSource:
         options = self._options
         if options.stream is not None:
             try:
-                return await jetstream.stream_info(connection, options.stream)
+                return await connection.ask(
+                    connection.manager.stream_info(options.stream),
+                    f"looking for the stream {options.stream!r}",
+                )
             except DestinationMissing:
                 raise DestinationMissing(
                     f"there is no stream {options.stream!r} on {connection.address}",
                     remedy="create it, or correct source.stream",
                 ) from None
-        await jetstream.check_enabled(connection)
-        found = await jetstream.streams_on(connection, options.subject)
+        await connection.ask(connection.manager.account_info(), "looking for JetStream")
+        found = await connection.streams_on(options.subject)
         if not found:
             raise DestinationMissing(
                 f"no stream stores the subject {options.subject!r}",
@@ -310,7 +311,7 @@ class NatsSource:
 
     async def _find_consumer(self, connection: Connection) -> ConsumerInfo:
         options = self._options
-        found = await jetstream.consumer_info(connection, self._stream, self._durable)
+        found = await self._consumer_info(connection)
         if found is None:
             wanted = ConsumerConfig(
                 durable_name=self._durable,
@@ -320,7 +321,8 @@ class NatsSource:
                 max_deliver=options.max_deliver,
                 max_ack_pending=max(_DEFAULT_ACK_PENDING, 4 * self._batch_size),
             )
-            return await jetstream.create_consumer(connection, self._stream, wanted)
+            creating = connection.manager.add_consumer(self._stream, wanted)
+            return await connection.ask(creating, f"creating the consumer {self._durable!r}")
         differences = _differences(found.config, options)
         if differences:
             raise ConfigurationError(
@@ -328,6 +330,17 @@ class NatsSource:
                 f" {'; '.join(differences)}",
                 remedy="choose another durable_name, correct the keys, or delete the consumer",
             )
+        return found
+
+    async def _consumer_info(self, connection: Connection) -> ConsumerInfo | None:
+        """How far the consumer is, None where there is none."""
+        asking = connection.manager.consumer_info(self._stream, self._durable)
+        try:
+            found: ConsumerInfo = await connection.ask(
+                asking, f"looking for the consumer {self._durable!r}"
+            )
+        except DestinationMissing:
+            return None
         return found
 
     async def _reclaim(self, connection: Connection, consumer: ConsumerInfo) -> None:
@@ -371,23 +384,24 @@ class NatsSource:
         if time.monotonic() < self._pull_from_s:
             return
         if self._subscription is None:
-            self._inbox, self._expected = f"{connection.new_inbox()}.", 0
+            self._inbox, self._expected = f"{connection.client.new_inbox()}.", 0
             self._subscription = await connection.subscribe(f"{self._inbox}*", self._on_message)
         if len(self._buffer) + self._expected > self._batch_size // 2:
             return
         wanted = 1 if self._is_next_single else self._batch_size
         request = {"batch": wanted, "expires": int(POLL_WAIT_S * _NANOSECONDS)}
         if not self._is_next_single:
-            request["max_bytes"] = max(self._batch_bytes, 2 * connection.max_payload)
+            request["max_bytes"] = max(self._batch_bytes, 2 * connection.client.max_payload)
         self._is_next_single = False
         self._expected += wanted
         self._request_ends_s = time.monotonic() + POLL_WAIT_S
         # Behind the subscription, and with the number that the server may say it was left with.
-        await connection.publish(
-            f"{jetstream.API}.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
-            msgspec.json.encode(request),
-            f"{self._inbox}{wanted}",
-        )
+        with mapped("asking for messages"):
+            await connection.client.publish(
+                f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
+                msgspec.json.encode(request),
+                reply=f"{self._inbox}{wanted}",
+            )
 
     def _check_request(self, connection: Connection) -> None:
         """A request that the server should have ended long ago means that nobody is there."""
@@ -405,7 +419,7 @@ class NatsSource:
             )
             # The server looks for requests that nobody waits for when it is asked about the
             # consumer. Left there, the first message would be tried on one and end up last.
-            consumer = await jetstream.consumer_info(connection, self._stream, self._durable)
+            consumer = await self._consumer_info(connection)
         replies: Sequence[str] = [self._held[sequence] for sequence in sorted(self._held)]
         # What is given back may be here again before all of it is confirmed.
         self._held.clear()
@@ -415,7 +429,7 @@ class NatsSource:
             replies = self._replies_to_all(consumer) or replies
         await self._settle(connection, replies, _NAK)
 
-    async def _on_message(self, message: Msg) -> None:
+    async def _on_message(self, message: Received) -> None:
         if not message.reply.startswith("$JS.ACK."):
             self._on_status(message)
             return
@@ -427,7 +441,7 @@ class NatsSource:
             self._buffer.append(message)
             self._wake.set()
 
-    def _on_status(self, message: Msg) -> None:
+    def _on_status(self, message: Received) -> None:
         """The server ends a request: nothing came in time, or it can't go on."""
         headers = message.headers or {}
         code, text = headers.get("Status"), headers.get("Description", "")
@@ -453,8 +467,8 @@ class NatsSource:
             settling.moved.set()
         self._wake.set()
 
-    def _taken(self) -> list[Msg]:
-        taken: list[Msg] = []
+    def _taken(self) -> list[Received]:
+        taken: list[Received] = []
         size = 0
         while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
             message = self._buffer.popleft()
@@ -462,7 +476,7 @@ class NatsSource:
             taken.append(message)
         return taken
 
-    def _batch(self, taken: Sequence[Msg], *, was_cut_short: bool) -> Batch:
+    def _batch(self, taken: Sequence[Received], *, was_cut_short: bool) -> Batch:
         if not taken:
             is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
             return Batch(is_end_of_backlog=is_answered and not was_cut_short)
@@ -483,7 +497,7 @@ class NatsSource:
             is_end_of_backlog=not self._buffer and _is_last(taken[-1].reply),
         )
 
-    def _decoded(self, arrived: Msg) -> tuple[RelayMessage, MessageRejected | None]:
+    def _decoded(self, arrived: Received) -> tuple[RelayMessage, MessageRejected | None]:
         headers = arrived.headers or {}
         try:
             restored = _restored(arrived.data, headers)
@@ -516,7 +530,7 @@ class NatsSource:
                 chunk = slice(start, start + _CHUNK_MESSAGES)
                 pairs = zip(replies[chunk], numbers[chunk], strict=True)
                 prefix = self._confirmation_prefix
-                connection.write(
+                connection.client.write(
                     _published(reply, verb, f"{prefix}{number}") for reply, number in pairs
                 )
                 await connection.drain(_ANSWER_TIMEOUT_S)
@@ -538,7 +552,7 @@ class NatsSource:
         if self._is_consumer_gone:
             raise consumer_gone(self._stream, self._durable)
 
-    async def _on_confirmation(self, confirmation: Msg) -> None:
+    async def _on_confirmation(self, confirmation: Received) -> None:
         number = int(confirmation.subject.rpartition(".")[2])
         if (confirmation.headers or {}).get("Status") == _NO_RESPONDERS:
             self._is_consumer_gone = True
