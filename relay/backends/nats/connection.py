@@ -125,6 +125,7 @@ class Connection:
         self._trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked: set[asyncio.Task[Any]] = set()
         self.denied: list[str] = []
+        self.reported_last: Exception | None = None
         self.on_trouble: Callable[[], None] = lambda: None
         self.manager = JetStreamManager(client, timeout=REQUEST_TIMEOUT_S)
 
@@ -230,6 +231,7 @@ class Connection:
 
     async def reported(self, error: Exception) -> None:
         """What the library reports on the side."""
+        self.reported_last = error
         if "permissions violation" in str(error).lower():
             self.denied.append(str(error))
             self._raise_alarm()
@@ -291,12 +293,6 @@ async def _connect_to(
 ) -> Connection:
     client = LineClient(is_tls_wanted=context is not None)
     connection = Connection(client, server)
-    reports: list[Exception] = []
-
-    async def report(error: Exception) -> None:
-        reports.append(error)
-        await connection.reported(error)
-
     doing = f"connecting to NATS at {server.address}"
     try:
         with mapped(doing):
@@ -312,13 +308,13 @@ async def _connect_to(
                         ping_interval=_PING_INTERVAL_S,
                         tls=context,
                         tls_hostname=server.host,
-                        error_cb=report,
+                        error_cb=connection.reported,
                         closed_cb=connection.lost,
                         **_authentication(options, server, path),
                     )
             except ClientError:
                 # What keeps a server from being reached is reported on the side only.
-                raise (reports[-1] if reports else NotConnected(doing)) from None
+                raise connection.reported_last or NotConnected(doing) from None
             if not client.is_connected:
                 raise NotConnected(f"{doing}: the server ended the handshake")
     except BaseException:

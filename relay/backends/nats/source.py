@@ -54,7 +54,7 @@ _DEFAULT_ACK_PENDING = 1000
 _WIDEST_RECLAIM = 200_000
 # How much later than said the server may notice that the time of a message has run out.
 _EXPIRY_MARGIN_S = 1.0
-_CHUNK_MESSAGES = 500
+_CHUNK_MESSAGES = 4096
 
 _ACK = b"+ACK"
 _NAK = b"-NAK"
@@ -78,10 +78,11 @@ class _Position(msgspec.Struct, frozen=True):
 
 
 class _Settling(msgspec.Struct):
-    """Answers to deliveries that the server has not all confirmed yet."""
+    """Answers to deliveries, and how many of them the server has not confirmed yet."""
 
     left: int
-    moved: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
+    is_over: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
+    is_consumer_gone: bool = False
 
 
 class NatsSource:
@@ -105,11 +106,10 @@ class NatsSource:
         self._opening = 0
         self._stream = ""
         self._stream_epoch = 0
-        self._confirmation_prefix = ""
-        # By a number that never repeats, which ends the reply subject of each answer.
-        self._unconfirmed: dict[int, _Settling] = {}
-        self._next_answer = 0
-        self._is_consumer_gone = False
+        # By the reply subject that the answers of one go share.
+        self._settling: dict[str, _Settling] = {}
+        self._confirmations = ""
+        self._count_settled = 0
         # What requests are answered to, and how many messages those still are to bring.
         self._inbox = ""
         self._subscription: Subscription | None = None
@@ -162,15 +162,14 @@ class NatsSource:
         await self._close()
         connection = await connect(self._options, name=self._name, path="source")
         try:
-            self._confirmation_prefix = f"{connection.client.new_inbox()}."
-            await connection.subscribe(f"{self._confirmation_prefix}*", self._on_confirmation)
+            self._confirmations = connection.client.new_inbox()
+            await connection.subscribe(f"{self._confirmations}.*", self._on_confirmation)
             stream = await self._find_stream(connection)
             self._stream = stream.config.name or ""
             created = stream.created or datetime.fromtimestamp(0, UTC)
             self._stream_epoch = int(created.timestamp() * 1_000_000)
             consumer = await self._find_consumer(connection)
-            self._is_consumer_gone = False
-            connection.on_trouble = self._on_trouble
+            connection.on_trouble = self._wake.set
             await self._reclaim(connection, consumer)
         except BaseException:
             await connection.aclose()
@@ -196,7 +195,9 @@ class NatsSource:
                 async with asyncio.timeout(left_s):
                     await self._wake.wait()
             except TimeoutError:
-                self._check_request(connection)
+                overdue_s = time.monotonic() - self._request_ends_s
+                if self._expected and overdue_s > _ANSWER_TIMEOUT_S:
+                    connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
         was_cut_short, self._is_interrupted = self._is_interrupted, False
         batch = self._batch(self._taken(), was_cut_short=was_cut_short)
         await self._pull_ahead(connection)
@@ -210,7 +211,8 @@ class NatsSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Acknowledge every message of the batch and wait until the server confirms each."""
         connection = self._open()
-        if not self._is_current(batch):
+        position = batch.position
+        if isinstance(position, _Position) and position.opening != self._opening:
             raise NotConnected("this batch was handed out before the source was opened again")
         sequences = self._sequences(batch)
         await self._settle(connection, [self._held[one] for one in sequences], _ACK)
@@ -260,10 +262,6 @@ class NatsSource:
             self._buffer.clear()
             self._subscription = None
             await connection.aclose()
-
-    def _is_current(self, batch: Batch) -> bool:
-        position = batch.position
-        return not isinstance(position, _Position) or position.opening == self._opening
 
     def _sequences(self, batch: Batch) -> list[int]:
         """What of a batch is still ours to answer for."""
@@ -403,11 +401,6 @@ class NatsSource:
                 reply=f"{self._inbox}{wanted}",
             )
 
-    def _check_request(self, connection: Connection) -> None:
-        """A request that the server should have ended long ago means that nobody is there."""
-        if self._expected and self._request_ends_s < time.monotonic() - _ANSWER_TIMEOUT_S:
-            connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
-
     async def _give_back(self, connection: Connection) -> None:
         """Negatively acknowledge all that we hold, in order; nothing more is delivered to us."""
         subscription, self._subscription = self._subscription, None
@@ -460,11 +453,6 @@ class NatsSource:
             self._failure = Outage(f"the server ended our request: {text}")
         elif code == _BAD_REQUEST:
             self._failure = ConfigurationError(f"the server refuses our request: {text}")
-        self._wake.set()
-
-    def _on_trouble(self) -> None:
-        for settling in self._unconfirmed.values():
-            settling.moved.set()
         self._wake.set()
 
     def _taken(self) -> list[Received]:
@@ -521,46 +509,28 @@ class NatsSource:
 
     async def _settle(self, connection: Connection, replies: Sequence[str], verb: bytes) -> None:
         """Answer all deliveries and wait until the server confirms each. Raises `Outage`."""
-        settling = _Settling(left=len(replies))
-        numbers = range(self._next_answer, self._next_answer + len(replies))
-        self._next_answer += len(replies)
-        self._unconfirmed.update(dict.fromkeys(numbers, settling))
-        try:
-            for start in range(0, len(replies), _CHUNK_MESSAGES):
-                chunk = slice(start, start + _CHUNK_MESSAGES)
-                pairs = zip(replies[chunk], numbers[chunk], strict=True)
-                prefix = self._confirmation_prefix
-                connection.client.write(
-                    _published(reply, verb, f"{prefix}{number}") for reply, number in pairs
-                )
-                await connection.drain(_ANSWER_TIMEOUT_S)
-            while before := settling.left:
-                if connection.loss is not None:
-                    raise connection.loss
-                settling.moved.clear()
-                try:
-                    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                        await settling.moved.wait()
-                except TimeoutError:
-                    if settling.left == before:
-                        connection.abort(
-                            TimedOut(f"{connection.address} does not confirm acknowledgements")
-                        )
-        finally:
-            for number in numbers:
-                self._unconfirmed.pop(number, None)
-        if self._is_consumer_gone:
-            raise consumer_gone(self._stream, self._durable)
+        for start in range(0, len(replies), _CHUNK_MESSAGES):
+            chunk = replies[start : start + _CHUNK_MESSAGES]
+            self._count_settled += 1
+            shared = f"{self._confirmations}.{self._count_settled}"
+            settling = self._settling[shared] = _Settling(left=len(chunk))
+            try:
+                connection.client.write(_published(reply, verb, shared) for reply in chunk)
+                await connection.ask(settling.is_over.wait(), "acknowledging")
+            finally:
+                del self._settling[shared]
+            if settling.is_consumer_gone:
+                raise consumer_gone(self._stream, self._durable)
 
     async def _on_confirmation(self, confirmation: Received) -> None:
-        number = int(confirmation.subject.rpartition(".")[2])
-        if (confirmation.headers or {}).get("Status") == _NO_RESPONDERS:
-            self._is_consumer_gone = True
-        settling = self._unconfirmed.pop(number, None)
-        if settling is not None:
-            settling.left -= 1
-            if not settling.left:
-                settling.moved.set()
+        settling = self._settling.get(confirmation.subject)
+        if settling is None:
+            return
+        if confirmation.headers and confirmation.headers.get("Status") == _NO_RESPONDERS:
+            settling.is_consumer_gone = True
+        settling.left -= 1
+        if not settling.left:
+            settling.is_over.set()
 
 
 def _published(subject: str, body: bytes, reply: str = "") -> bytes:
