@@ -236,7 +236,7 @@ class NatsSink:
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
         try:
-            while taken := self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES)):
+            while taken := flight.take_chunk(_CHUNK_MESSAGES, _CHUNK_BYTES):
                 connection.client.write(self._lines(flight, taken, connection.client.max_payload))
                 await connection.drain(self._ack_timeout_s)
                 await asyncio.sleep(0)
@@ -264,16 +264,6 @@ class NatsSink:
             lines += (line.encode(), block, body, b"\r\n")
             flight.weigh(index, total)
         return lines
-
-    def _bounded(self, flight: Flight, taken: Sequence[int]) -> Sequence[int]:
-        """As many of these as make one chunk by their bytes; the others are put back."""
-        size = 0
-        for place, index in enumerate(taken, 1):
-            size += len(flight.messages[index].payload)
-            if size >= _CHUNK_BYTES:
-                flight.put_back(taken[place:])
-                return taken[:place]
-        return taken
 
     async def _await_replies(self, connection: Connection) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
