@@ -76,16 +76,12 @@ class LineClient(Client):
         super().__init__()
         self._is_tls_wanted = is_tls_wanted
 
-    def write(self, lines: Iterable[bytes]) -> None:
-        """Send complete lines of the protocol. Raises `NotConnected`."""
+    async def send(self, lines: Iterable[bytes]) -> None:
+        """Send complete lines of the protocol; waits while the server takes them too slowly."""
         if self._transport is None or not self.is_connected:
             raise NotConnected("the connection to NATS was lost")
         self._transport.write(b"".join(lines))
-
-    async def drain_writes(self) -> None:
-        """Wait while more is written than the server takes."""
-        if self._transport is not None:
-            await self._transport.drain()  # type: ignore[no-untyped-call]  # untyped in the library
+        await self._transport.drain()  # type: ignore[no-untyped-call]  # untyped in the library
 
     def abort(self) -> None:
         """Drop the connection without another word; what is not yet sent is thrown away."""
@@ -118,9 +114,9 @@ class Connection:
     ``manager``: the client's JetStream manager, to be used through `ask`.
     """
 
-    def __init__(self, client: LineClient, server: NatsServer) -> None:
+    def __init__(self, client: LineClient, address: str) -> None:
         self.client = client
-        self._server = server
+        self.address = address
         self._loss: RelayError | None = None
         self._trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked: set[asyncio.Task[Any]] = set()
@@ -133,13 +129,8 @@ class Connection:
     def loss(self) -> RelayError | None:
         """Why the connection is gone, None while it stands."""
         if self._loss is None and not self.client.is_connected:
-            self._loss = NotConnected(f"the connection to {self._server.address} was lost")
+            self._loss = NotConnected(f"the connection to {self.address} was lost")
         return self._loss
-
-    @property
-    def address(self) -> str:
-        """``host:port`` of the server."""
-        return self._server.address
 
     async def subscribe(self, subject: str, handler: Handler) -> Subscription:
         """Hand every message on the subject to the handler; the next question asked refuses it.
@@ -154,11 +145,11 @@ class Connection:
                 pending_bytes_limit=0,
             )
 
-    async def drain(self, timeout_s: float) -> None:
-        """Wait while the server takes our bytes more slowly than they come. Raises `Outage`."""
+    async def send(self, lines: Iterable[bytes], *, timeout_s: float) -> None:
+        """Send complete lines of the protocol. Raises `Outage`, also when it takes too long."""
         with mapped("sending to NATS"):
             async with asyncio.timeout(timeout_s):
-                await self.client.drain_writes()
+                await self.client.send(lines)
 
     async def ask(self, request: Coroutine[Any, Any, T], doing: str) -> T:
         """The result of a call of the client, which by itself would sit out a lost connection.
@@ -173,12 +164,9 @@ class Connection:
         self._asked.add(asked)
         asked.add_done_callback(self._forget)
         denied_before = len(self.denied)
-        answer_or_trouble: set[asyncio.Future[Any]] = {asked, self._trouble}
-        await asyncio.wait(
-            answer_or_trouble,
-            timeout=2 * REQUEST_TIMEOUT_S,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        either: set[asyncio.Future[Any]] = {asked, self._trouble}
+        timeout_s = 2 * REQUEST_TIMEOUT_S
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if len(self.denied) > denied_before:
             raise of_server_text(self.denied[-1], doing)
         if asked.done():
@@ -201,6 +189,10 @@ class Connection:
             if "error" in found:
                 raise APIError.from_error(found["error"])
         return [StreamInfo.from_response(one) for one in found["streams"] or ()]
+
+    async def stream_info(self, name: str) -> StreamInfo:
+        """The stream of that name. Raises `DestinationMissing`, and what `ask` does."""
+        return await self.ask(self.manager.stream_info(name), f"looking for the stream {name!r}")
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping now."""
@@ -238,11 +230,9 @@ class Connection:
 
     async def lost(self) -> None:
         """The library gave the connection up."""
-        if self._loss is None:
-            doing = f"the connection to {self._server.address} was lost"
-            cause = self.client.last_error
-            known = None if cause is None else of_exception(cause, doing)
-            self._loss = known or NotConnected(doing)
+        doing = f"the connection to {self.address} was lost"
+        cause = self.client.last_error or NotConnected(doing)
+        self._loss = self._loss or of_exception(cause, doing) or NotConnected(doing)
         self._raise_alarm()
 
     def _raise_alarm(self) -> None:
@@ -257,6 +247,15 @@ class Connection:
         self._asked.discard(asked)
         if not asked.cancelled():
             asked.exception()
+
+
+def standing(connection: Connection | None) -> Connection:
+    """The connection. Raises why there is none."""
+    if connection is None:
+        raise NotConnected("not connected to NATS")
+    if connection.loss is not None:
+        raise connection.loss
+    return connection
 
 
 async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Connection:
@@ -277,10 +276,10 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
             key=options.tls_key,
             is_insecure=options.tls_insecure,
         )
-    for server in servers[:-1]:
+    for server in servers[1:]:
         with contextlib.suppress(RelayError):
             return await _connect_to(server, options, context, name=name, path=path)
-    return await _connect_to(servers[-1], options, context, name=name, path=path)
+    return await _connect_to(servers[0], options, context, name=name, path=path)
 
 
 async def _connect_to(
@@ -292,7 +291,7 @@ async def _connect_to(
     path: str,
 ) -> Connection:
     client = LineClient(is_tls_wanted=context is not None)
-    connection = Connection(client, server)
+    connection = Connection(client, server.address)
     doing = f"connecting to NATS at {server.address}"
     try:
         with mapped(doing):

@@ -35,81 +35,52 @@ from relay.tls import of_tls
 _NO_ROOM = "its JetStream storage is full: raise max_file_store of the server, or remove messages"
 
 # The nearest class of an exception's ancestry decides.
-CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
-    exception: kind
-    for kind, exceptions in {
-        AuthenticationRefused: (client.AuthorizationError, client.InvalidUserCredentialsError),
-        ConfigurationError: (
-            client.SecureConnRequiredError,
-            client.SecureConnWantedError,
-            client.SecureConnFailedError,
-            client.BadSubjectError,
-            client.BadTimeoutError,
-            client.InvalidCallbackTypeError,
-            jetstream.BadRequestError,
-        ),
-        DestinationMissing: (
-            client.NoRespondersError,
-            jetstream.NotFoundError,
-            jetstream.NoStreamResponseError,
-        ),
-        MessageRejected: (client.BadHeaderError,),
-        MessageTooLarge: (client.MaxPayloadError,),
-        NotConnected: (
-            client.StaleConnectionError,
-            client.ConnectionClosedError,
-            client.NoServersError,
-            client.ConnectionDrainingError,
-            client.ConnectionReconnectingError,
-            client.ProtocolError,
-            client.ServerNotInPoolError,
-        ),
-        Outage: (
-            client.Error,
-            client.OutboundBufferLimitError,
-            client.BadSubscriptionError,
-            client.SlowConsumerError,
-            client.JsonParseError,
-            client.NotJSMessageError,
-            client.MsgAlreadyAckdError,
-            jetstream.Error,
-            jetstream.APIError,
-            jetstream.TooManyStalledMsgsError,
-            jetstream.ConsumerSequenceMismatchError,
-        ),
-        TimedOut: (client.TimeoutError,),
-    }.items()
-    for exception in exceptions
-}
+_KINDS: Mapping[type[RelayError], tuple[type[Exception], ...]] = {
+    AuthenticationRefused: (client.AuthorizationError, client.InvalidUserCredentialsError),
+    ConfigurationError: (
+        client.SecureConnRequiredError, client.SecureConnWantedError, client.SecureConnFailedError,
+        client.BadSubjectError, client.BadTimeoutError, client.InvalidCallbackTypeError,
+        jetstream.BadRequestError,
+    ),
+    DestinationMissing: (
+        client.NoRespondersError, jetstream.NotFoundError, jetstream.NoStreamResponseError,
+    ),
+    MessageRejected: (client.BadHeaderError,),
+    MessageTooLarge: (client.MaxPayloadError,),
+    NotConnected: (
+        client.StaleConnectionError, client.ConnectionClosedError, client.NoServersError,
+        client.ConnectionDrainingError, client.ConnectionReconnectingError, client.ProtocolError,
+        client.ServerNotInPoolError,
+    ),
+    Outage: (
+        client.Error, client.OutboundBufferLimitError, client.BadSubscriptionError,
+        client.SlowConsumerError, client.JsonParseError, client.NotJSMessageError,
+        client.MsgAlreadyAckdError, jetstream.Error, jetstream.APIError,
+        jetstream.TooManyStalledMsgsError, jetstream.ConsumerSequenceMismatchError,
+    ),
+    TimedOut: (client.TimeoutError,),
+}  # fmt: skip
+CLIENT_ERRORS = {exception: kind for kind, exceptions in _KINDS.items() for exception in exceptions}
 
 # By the server's own number, with a remedy; any other by its HTTP-like code.
 JETSTREAM_ERRORS: Mapping[int, tuple[type[RelayError], str]] = {
-    # resource limits exceeded for account
     10002: (Outage, "raise the account's JetStream limits, or remove messages"),
     10008: (Outage, ""),  # JetStream system temporarily unavailable
     10014: (DestinationMissing, ""),  # consumer not found
     10023: (Outage, _NO_ROOM),  # insufficient resources
-    # insufficient memory resources
     10028: (Outage, "raise max_memory_store of the server, or keep the stream in files"),
     10037: (DestinationMissing, ""),  # no message found
     10039: (ConfigurationError, "enable JetStream for this account"),
     10047: (Outage, _NO_ROOM),  # insufficient storage resources
     10054: (MessageTooLarge, ""),  # message size exceeds maximum allowed
     10058: (ConfigurationError, ""),  # stream name in use with another configuration
-    # stream not found
     10059: (DestinationMissing, "create the stream, or set create_stream"),
-    # expected stream does not match
-    10060: (
-        ConfigurationError,
-        "another stream listens on this subject: correct stream, or the stream's subjects",
-    ),
-    # subjects overlap with an existing stream
+    10060: (ConfigurationError, "correct stream, or the subjects of the stream that listens here"),
     10065: (ConfigurationError, "choose other subjects, or name the stream that has them"),
     10076: (ConfigurationError, "start the server with JetStream"),
-    # stream store failed: full by messages, by bytes, or by a subject
     10077: (Outage, "raise the stream's limits or remove messages"),
     10097: (MessageTooLarge, ""),  # header size exceeds maximum allowed of 64k
-    10109: (ConfigurationError, "unseal the stream or publish to another"),  # stream is sealed
+    10109: (ConfigurationError, "unseal the stream or publish to another"),
     10167: (Outage, ""),  # too many requests
 }
 

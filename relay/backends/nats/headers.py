@@ -69,8 +69,8 @@ def is_plain(value: str) -> bool:
 @lru_cache(maxsize=4096)
 def _wire_name(name: str) -> str:
     if name[:5].lower() == "nats-":
-        return f"%{ord(name[0]):02X}{_NAME_ESCAPED.sub(_percent, name[1:])}"
-    return _NAME_ESCAPED.sub(_percent, name) or "%"
+        return f"%{ord(name[0]):02X}{_NAME_ESCAPED.sub(percent, name[1:])}"
+    return _NAME_ESCAPED.sub(percent, name) or "%"
 
 
 def _own_name(name: str) -> str:
@@ -90,5 +90,6 @@ def _unquoted(value: str) -> str:
         return unquote(value, errors="replace")
 
 
-def _percent(found: re.Match[str]) -> str:
+def percent(found: re.Match[str]) -> str:
+    """What was found as ``%XX`` of its UTF-8 bytes."""
     return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

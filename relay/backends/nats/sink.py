@@ -8,11 +8,11 @@ from typing import Self
 
 import msgspec
 from msgspec import structs
-from nats.js.api import StorageType, StreamConfig, StreamInfo
+from nats.js.api import StorageType, StreamConfig
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats.connection import Connection, Received, connect
+from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
 from relay.backends.nats.subject import (
@@ -30,7 +30,6 @@ from relay.errors import (
     MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
-    NotConnected,
     Outage,
     RelayError,
     TimedOut,
@@ -38,7 +37,7 @@ from relay.errors import (
 from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing
+from relay.template import compile_routing
 
 ORDERINGS = ("strict", "pipelined")
 
@@ -63,29 +62,22 @@ _acknowledgement = msgspec.json.Decoder(_Acknowledgement)
 class NatsSink:
     """Publishes to JetStream, many messages at a time, and waits for every acknowledgement."""
 
-    def __init__(
-        self,
-        options: NatsSinkOptions,
-        *,
-        render: Render,
-        bodies: wire.EncodeBodies,
-        ordering: str,
-        name: str,
-    ) -> None:
+    def __init__(self, options: NatsSinkOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._render = render
-        self._bodies = bodies
+        self._name = f"pgtrickle-relay {context.pipeline}"
+        self._is_strict = context.ordering != "pipelined"
+        self._render = compile_routing(
+            options.subject_template, options.routing, escape=escape, check=check_subject
+        )
+        self._bodies = wire.bodies_encoder(options.format, namespace=context.dedup_namespace)
         self._headers_of = wire.headers_encoder(options.format, wire.TITLE)
         self._has_few_headers = options.format in wire.FEW_HEADERS
         # Header blocks by op and full-refresh mark, cut where the dedup key stands.
         self._blocks: dict[tuple[str, bool], list[bytes]] = {}
-        self._is_strict = ordering == "strict"
-        self._name = name
-        self._fixed_headers = (
-            ""
-            if options.stream is None
-            else f"{wire_headers.EXPECTED_STREAM}: {options.stream}\r\n"
-        )
+        self._fixed_headers = ""
+        if options.stream is not None:
+            self._fixed_headers = f"{wire_headers.EXPECTED_STREAM}: {options.stream}\r\n"
         self._ack_timeout_s = options.ack_timeout_ms / 1000
         self._connection: Connection | None = None
         self._reply_prefix = ""
@@ -101,21 +93,12 @@ class NatsSink:
         parsed = parse_options(options, NatsSinkOptions, path="sink")
         check_connection(parsed, "sink")
         _check(parsed)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
+        if context.ordering not in (None, *ORDERINGS):
             raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the nats sink",
+                f"ordering {context.ordering!r} is unknown to the nats sink",
                 remedy=f"use one of {', '.join(ORDERINGS)}",
             )
-        return cls(
-            parsed,
-            render=compile_routing(
-                parsed.subject_template, parsed.routing, escape=escape, check=check_subject
-            ),
-            bodies=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
-            ordering=ordering,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """Open, or start again when open; find or make the stream where one is named.
@@ -137,23 +120,19 @@ class NatsSink:
 
     async def describe(self) -> dict[str, str]:
         """What there is to know about the broker: server, streams and duplicate windows."""
-        connection = self._open()
-        if self._options.stream is not None:
-            streams = [await self._stream_info(connection, self._options.stream)]
+        connection, options = standing(self._connection), self._options
+        if options.stream is not None:
+            streams = [await connection.stream_info(options.stream)]
         else:
-            templates = (self._options.subject_template, *self._options.routing.values())
-            found = [
-                stream
-                for one in dict.fromkeys(map(filter_of, templates))
-                for stream in await connection.streams_on(one)
-            ]
-            streams = list({stream.config.name: stream for stream in found}.values())
+            filters = map(filter_of, (options.subject_template, *options.routing.values()))
+            found = [await connection.streams_on(one) for one in dict.fromkeys(filters)]
+            streams = list({one.config.name: one for some in found for one in some}.values())
         described = {"server": connection.address}
         for stream in streams:
             window_s = f"{stream.config.duplicate_window:g} s"
             described[f"stream {stream.config.name}"] = f"duplicate window {window_s}"
         if not streams:
-            described["stream"] = f"none listens on {self._options.subject_template} yet"
+            described["stream"] = f"none listens on {options.subject_template} yet"
         return described
 
     def subject_of(self, message: RelayMessage) -> str:
@@ -166,7 +145,7 @@ class NatsSink:
         A connection that is lost, or silent for ``ack_timeout_ms``, fails what was in flight as
         unknown and what was not sent; it is not used again.
         """
-        connection = self._open()
+        connection = standing(self._connection)
         flight = Flight(messages, is_strict=self._is_strict, window=self._options.max_in_flight)
         denied_before = len(connection.denied)
         self._flight = flight
@@ -198,20 +177,13 @@ class NatsSink:
         if connection is not None:
             await connection.aclose()
 
-    def _open(self) -> Connection:
-        if self._connection is None:
-            raise NotConnected("the nats sink is not connected")
-        if self._connection.loss is not None:
-            raise self._connection.loss
-        return self._connection
-
     async def _find_stream(self, connection: Connection) -> None:
         options = self._options
         if options.stream is None:
             await connection.ask(connection.manager.account_info(), "looking for JetStream")
             return
         try:
-            await self._stream_info(connection, options.stream)
+            await connection.stream_info(options.stream)
         except DestinationMissing:
             if not options.create_stream:
                 raise DestinationMissing(
@@ -228,17 +200,12 @@ class NatsSink:
             creating = connection.manager.add_stream(config)
             await connection.ask(creating, f"creating the stream {options.stream!r}")
 
-    async def _stream_info(self, connection: Connection, name: str) -> StreamInfo:
-        return await connection.ask(
-            connection.manager.stream_info(name), f"looking for the stream {name!r}"
-        )
-
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
         try:
             while taken := flight.take_chunk(_CHUNK_MESSAGES, _CHUNK_BYTES):
-                connection.client.write(self._lines(flight, taken, connection.client.max_payload))
-                await connection.drain(self._ack_timeout_s)
+                lines = self._lines(flight, taken, connection.client.max_payload)
+                await connection.send(lines, timeout_s=self._ack_timeout_s)
                 await asyncio.sleep(0)
         except Outage as error:
             connection.abort(error)
@@ -246,15 +213,14 @@ class NatsSink:
     def _lines(self, flight: Flight, taken: Sequence[int], max_payload: int) -> list[bytes]:
         """The lines of these messages, each with a reply subject of its own."""
         lines: list[bytes] = []
-        subject_of, block_of, first = self._subject, self._block, self._first_number
-        prefix = self._reply_prefix
+        prefix, first = self._reply_prefix, self._first_number
         messages = [flight.messages[index] for index in taken]
         for index, message, body in zip(taken, messages, self._bodies(messages), strict=True):
             try:
                 if isinstance(body, MessageUndecodable):
                     raise body
-                subject = subject_of(message)
-                block = block_of(message, len(body), max_payload)
+                subject = self._subject(message)
+                block = self._block(message, len(body), max_payload)
             except MessageRejected as error:
                 flight.fail(index, error)
                 continue
@@ -267,8 +233,6 @@ class NatsSink:
 
     async def _await_replies(self, connection: Connection) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
-        # Others get their turn, whatever happens here.
-        await asyncio.sleep(0)
         try:
             async with asyncio.timeout(self._ack_timeout_s):
                 await self._wake.wait()
@@ -310,14 +274,12 @@ class NatsSink:
     def _new_parts(self, message: RelayMessage) -> list[bytes]:
         """The header block of messages like this one, cut where the dedup key stands."""
         marked = self._block_from_scratch(structs.replace(message, dedup_key=_KEY_MARK))
-        parts = marked.split(_KEY_MARK.encode())
-        self._blocks[message.op, message.is_full_refresh] = parts
+        parts = self._blocks[message.op, message.is_full_refresh] = marked.split(_KEY_MARK.encode())
         return parts
 
     def _block_from_scratch(self, message: RelayMessage) -> bytes:
-        return wire_headers.encode(
-            self._headers_of(message), message_id=message.dedup_key, fixed=self._fixed_headers
-        )
+        headers = self._headers_of(message)
+        return wire_headers.encode(headers, message_id=message.dedup_key, fixed=self._fixed_headers)
 
     async def _on_reply(self, reply: Received) -> None:
         """Note what became of one message; `publish` is woken once for all that came together."""
@@ -329,6 +291,7 @@ class NatsSink:
         try:
             acknowledgement = _acknowledgement.decode(reply.data)
         except msgspec.DecodeError:
+            # Of somebody else, or none.
             acknowledgement = _Acknowledgement()
         if acknowledgement.stream and acknowledgement.error is None:
             self._accepted.append(index)
@@ -363,18 +326,12 @@ def _refusal(reply: Received, acknowledgement: _Acknowledgement, subject: str) -
     if acknowledgement.error is not None:
         return of_jetstream(acknowledgement.error, doing, is_publish=True)
     status = (reply.headers or {}).get("Status")
-    if status is None and reply.data:
-        return Outage(f"{doing}: the server's acknowledgement can't be read")
-    if status is None or status == _NO_RESPONDERS:
-        return _no_stream(subject)
-    return Outage(f"{doing}: the server answers {status}")
-
-
-def _no_stream(subject: str) -> DestinationMissing:
-    return DestinationMissing(
-        f"no stream listens on the subject {subject!r}",
-        remedy="set create_stream with stream, or create one with this subject",
-    )
+    if status == _NO_RESPONDERS or (status is None and not reply.data):
+        return DestinationMissing(
+            f"no stream listens on the subject {subject!r}",
+            remedy="set create_stream with stream, or create one with this subject",
+        )
+    return Outage(f"{doing}: the server's answer can't be read, status {status}")
 
 
 def _fail_denied(flight: Flight, denied: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from nats.js.api import (
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats.connection import Connection, Received, connect
+from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import consumer_gone, mapped
 from relay.backends.nats.options import (
     NatsSourceOptions,
@@ -66,7 +66,9 @@ _CONFLICT = "409"
 _BAD_REQUEST = "400"
 
 _NANOSECONDS = 1_000_000_000
+# An acknowledgement subject names domain and account, or not.
 _SHORT_REPLY_TOKENS = 9
+_SHORT_REPLY_SEQUENCE, _LONG_REPLY_SEQUENCE = 5, 7
 _MARKER = wire.TITLE.format.lower()
 
 
@@ -88,20 +90,13 @@ class _Settling(msgspec.Struct):
 class NatsSource:
     """Reads a durable pull consumer of JetStream and acknowledges when told to."""
 
-    def __init__(
-        self,
-        options: NatsSourceOptions,
-        *,
-        durable: str,
-        batch_size: int,
-        batch_bytes: int,
-        name: str,
-    ) -> None:
+    def __init__(self, options: NatsSourceOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._durable = durable
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
-        self._name = name
+        self._durable = options.durable_name or durable_for(context.pipeline)
+        self._batch_size = context.batch_size
+        self._batch_bytes = context.batch_bytes
+        self._name = f"pgtrickle-relay {context.pipeline}"
         self._connection: Connection | None = None
         self._opening = 0
         self._stream = ""
@@ -118,7 +113,8 @@ class NatsSource:
         self._is_next_single = False
         # By the monotonic clock, before when nothing is asked for.
         self._pull_from_s = 0.0
-        self._buffer: deque[Received] = deque()
+        # With their stream sequence.
+        self._buffer: deque[tuple[int, Received]] = deque()
         # By stream sequence, everything unacknowledged here, with its newest reply subject.
         self._held: dict[int, str] = {}
         self._failure: RelayError | None = None
@@ -140,13 +136,7 @@ class NatsSource:
             raise ConfigurationError(
                 "source.max_deliver must be positive", remedy="or -1 for no limit"
             )
-        return cls(
-            parsed,
-            durable=parsed.durable_name or durable_for(context.pipeline),
-            batch_size=context.batch_size,
-            batch_bytes=context.batch_bytes,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -159,7 +149,7 @@ class NatsSource:
         Raises `DestinationMissing` without a stream, and `ConfigurationError` where the consumer
         exists but is not what the keys say.
         """
-        await self._close()
+        await self.aclose()
         connection = await connect(self._options, name=self._name, path="source")
         try:
             self._confirmations = connection.client.new_inbox()
@@ -199,7 +189,7 @@ class NatsSource:
                 if self._expected and overdue_s > _ANSWER_TIMEOUT_S:
                     connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        batch = self._batch(self._taken(), was_cut_short=was_cut_short)
+        batch = self._batch(was_cut_short=was_cut_short)
         await self._pull_ahead(connection)
         return batch
 
@@ -222,10 +212,10 @@ class NatsSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Restart the server's clock for this batch and for what is waiting to be polled."""
         connection = self._open()
-        waiting = (_sequence_of(message.reply) for message in self._buffer)
+        waiting = (sequence for sequence, _ in self._buffer)
         replies = [self._held[one] for one in (*self._sequences(batch), *waiting)]
-        connection.client.write(_published(reply, _PROGRESS) for reply in replies)
-        await connection.drain(_ANSWER_TIMEOUT_S)
+        lines = (_published(reply, _PROGRESS) for reply in replies)
+        await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
         """Give back this batch and whatever else we hold, so that the order stays.
@@ -245,10 +235,6 @@ class NatsSource:
 
     async def aclose(self) -> None:
         """Give back everything that is not acknowledged, and close."""
-        await self._close()
-        self._held.clear()
-
-    async def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -259,9 +245,10 @@ class NatsSource:
             # What could not be given back is asked back on the next connection.
             pass
         finally:
-            self._buffer.clear()
-            self._subscription = None
             await connection.aclose()
+            self._subscription = None
+            self._buffer.clear()
+            self._held.clear()
 
     def _sequences(self, batch: Batch) -> list[int]:
         """What of a batch is still ours to answer for."""
@@ -273,20 +260,13 @@ class NatsSource:
     def _open(self) -> Connection:
         if self._failure is not None:
             raise self._failure
-        if self._connection is None:
-            raise NotConnected("the nats source is not connected")
-        if self._connection.loss is not None:
-            raise self._connection.loss
-        return self._connection
+        return standing(self._connection)
 
     async def _find_stream(self, connection: Connection) -> StreamInfo:
         options = self._options
         if options.stream is not None:
             try:
-                return await connection.ask(
-                    connection.manager.stream_info(options.stream),
-                    f"looking for the stream {options.stream!r}",
-                )
+                return await connection.stream_info(options.stream)
             except DestinationMissing:
                 raise DestinationMissing(
                     f"there is no stream {options.stream!r} on {connection.address}",
@@ -321,8 +301,7 @@ class NatsSource:
             )
             creating = connection.manager.add_consumer(self._stream, wanted)
             return await connection.ask(creating, f"creating the consumer {self._durable!r}")
-        differences = _differences(found.config, options)
-        if differences:
+        if differences := _differences(found.config, options):
             raise ConfigurationError(
                 f"the consumer {self._durable!r} of stream {self._stream!r} exists with"
                 f" {'; '.join(differences)}",
@@ -333,10 +312,9 @@ class NatsSource:
     async def _consumer_info(self, connection: Connection) -> ConsumerInfo | None:
         """How far the consumer is, None where there is none."""
         asking = connection.manager.consumer_info(self._stream, self._durable)
+        doing = f"looking for the consumer {self._durable!r}"
         try:
-            found: ConsumerInfo = await connection.ask(
-                asking, f"looking for the consumer {self._durable!r}"
-            )
+            found: ConsumerInfo = await connection.ask(asking, doing)
         except DestinationMissing:
             return None
         return found
@@ -346,11 +324,8 @@ class NatsSource:
 
         Otherwise the server would sit out ``ack_wait`` on what a lost connection or a killed
         process held, and deliver later messages first. The pipeline is ours alone, so nobody else
-        works on them. The subjects are those of ADR-15
-        (https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md); the
-        server ignores those that are not pending.
+        works on them. The server ignores answers to what is not pending.
         """
-        self._held.clear()
         self._pull_from_s = 0.0
         if not consumer.num_ack_pending:
             return
@@ -406,10 +381,8 @@ class NatsSource:
         subscription, self._subscription = self._subscription, None
         consumer = None
         if subscription is not None:
-            await connection.ask(
-                subscription.drain(),  # type: ignore[no-untyped-call]  # untyped in the library
-                "ending requests",
-            )
+            draining = subscription.drain()  # type: ignore[no-untyped-call]  # so in the library
+            await connection.ask(draining, "ending requests")
             # The server looks for requests that nobody waits for when it is asked about the
             # consumer. Left there, the first message would be tried on one and end up last.
             consumer = await self._consumer_info(connection)
@@ -427,11 +400,11 @@ class NatsSource:
             self._on_status(message)
             return
         self._expected = max(0, self._expected - 1)
-        sequence = _sequence_of(message.reply)
+        sequence, _ = _place_of(message.reply)
         is_copy = sequence in self._held
         self._held[sequence] = message.reply
         if not is_copy:
-            self._buffer.append(message)
+            self._buffer.append((sequence, message))
             self._wake.set()
 
     def _on_status(self, message: Received) -> None:
@@ -455,49 +428,50 @@ class NatsSource:
             self._failure = ConfigurationError(f"the server refuses our request: {text}")
         self._wake.set()
 
-    def _taken(self) -> list[Received]:
-        taken: list[Received] = []
-        size = 0
-        while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
-            message = self._buffer.popleft()
-            size += len(message.data)
-            taken.append(message)
-        return taken
-
-    def _batch(self, taken: Sequence[Received], *, was_cut_short: bool) -> Batch:
-        if not taken:
-            is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
-            return Batch(is_end_of_backlog=is_answered and not was_cut_short)
+    def _batch(self, *, was_cut_short: bool) -> Batch:
+        sequences: list[int] = []
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
-        for arrived in taken:
-            message, error = self._decoded(arrived)
+        size, is_last = 0, False
+        while self._buffer and len(sequences) < self._batch_size and size < self._batch_bytes:
+            sequence, arrived = self._buffer.popleft()
+            sequences.append(sequence)
+            size += len(arrived.data)
+            _, is_last = _place_of(arrived.reply)
+            message, error = self._decoded(sequence, arrived)
             if error is None:
                 messages.append(message)
             else:
                 rejected.append(Rejected(message, error))
-        sequences = tuple(_sequence_of(arrived.reply) for arrived in taken)
+        if not sequences:
+            is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
+            return Batch(is_end_of_backlog=is_answered and not was_cut_short)
         return Batch(
             messages=messages,
             rejected=rejected,
-            position=_Position(self._opening, sequences),
+            position=_Position(self._opening, tuple(sequences)),
             checkpoint=f"{self._stream}:{sequences[-1]}",
-            is_end_of_backlog=not self._buffer and _is_last(taken[-1].reply),
+            is_end_of_backlog=is_last and not self._buffer,
         )
 
-    def _decoded(self, arrived: Received) -> tuple[RelayMessage, MessageRejected | None]:
+    def _decoded(
+        self, sequence: int, arrived: Received
+    ) -> tuple[RelayMessage, MessageRejected | None]:
         headers = arrived.headers or {}
+        error: MessageRejected | None = None
         try:
-            restored = _restored(arrived.data, headers)
-            if restored is not None:
-                subject = restored.subject or arrived.subject
-                return structs.replace(restored, token=arrived.reply, subject=subject), None
+            if _MARKER in map(str.lower, headers):
+                # As our own sink sent it, unless it only looks so.
+                own = {name: text for name, text in headers.items() if name[:5].lower() != "nats-"}
+                restored = wire.restore(arrived.data, wire_headers.decode(own), wire.TITLE)
+                if restored is not None:
+                    subject = restored.subject or arrived.subject
+                    return structs.replace(restored, token=arrived.reply, subject=subject), None
             if not wire.is_json(arrived.data):
-                raise MessageUndecodable(f"the message on {arrived.subject!r} is not JSON")
-            error = None
+                error = MessageUndecodable(f"the message on {arrived.subject!r} is not JSON")
         except MessageRejected as reason:
             error = reason
-        default_key = f"nats:{self._stream}:{self._stream_epoch}:{_sequence_of(arrived.reply)}"
+        default_key = f"nats:{self._stream}:{self._stream_epoch}:{sequence}"
         plain = RelayMessage(
             dedup_key=headers.get(wire_headers.MESSAGE_ID) or default_key,
             payload=arrived.data,
@@ -515,7 +489,8 @@ class NatsSource:
             shared = f"{self._confirmations}.{self._count_settled}"
             settling = self._settling[shared] = _Settling(left=len(chunk))
             try:
-                connection.client.write(_published(reply, verb, shared) for reply in chunk)
+                lines = (_published(reply, verb, shared) for reply in chunk)
+                await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
                 await connection.ask(settling.is_over.wait(), "acknowledging")
             finally:
                 del self._settling[shared]
@@ -537,24 +512,14 @@ def _published(subject: str, body: bytes, reply: str = "") -> bytes:
     return b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(body), body)
 
 
-def _sequence_of(reply: str) -> int:
-    """The stream sequence in an acknowledgement subject, in its short and its long form."""
+def _place_of(reply: str) -> tuple[int, bool]:
+    """The stream sequence in an acknowledgement subject, and whether the server had no more then.
+
+    https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md
+    """
     tokens = reply.split(".")
-    return int(tokens[5] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[7])
-
-
-def _is_last(reply: str) -> bool:
-    """True where the server had nothing more for the consumer when it delivered this."""
-    tokens = reply.split(".")
-    return (tokens[8] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[10]) == "0"
-
-
-def _restored(body: bytes, headers: Mapping[str, str]) -> RelayMessage | None:
-    """The message as our own sink sent it, or None for somebody else's."""
-    if _MARKER not in map(str.lower, headers):
-        return None
-    own = {name: value for name, value in headers.items() if name[:5].lower() != "nats-"}
-    return wire.restore(body, wire_headers.decode(own), wire.TITLE)
+    at = _SHORT_REPLY_SEQUENCE if len(tokens) == _SHORT_REPLY_TOKENS else _LONG_REPLY_SEQUENCE
+    return int(tokens[at]), tokens[at + 3] == "0"
 
 
 def _differences(found: ConsumerConfig, wanted: NatsSourceOptions) -> list[str]:
