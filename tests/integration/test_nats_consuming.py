@@ -106,6 +106,33 @@ async def test_a_plain_message_is_named_by_its_message_id_else_by_its_place(
     await source.aclose()
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"HPUB orders.theirs 8 10\r\nNATS/1.0{}\r\n",
+        b"HPUB orders.theirs 4 6\r\nXXXX{}\r\n",
+        b"HPUB orders.theirs 12 14\r\nNATS/1.0 \xff\r\n{}\r\n",
+        b"PUB orders.\xff 2\r\n{}\r\n",
+    ],
+)
+async def test_bytes_that_are_no_headers_and_no_text_cost_nobody_anything(
+    far_side: FarSide, lines: bytes
+) -> None:
+    await feed(far_side, numbered(1))
+    reader, writer = await asyncio.open_connection(*port_of(far_side.server.url))
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + lines + b"PING\r\n")
+    while await reader.readline() != b"PONG\r\n":
+        continue
+    writer.close()
+    await feed(far_side, numbered(1, start=1))
+    source = await connected(far_side)
+
+    first, strange, last = messages_of(await collect(source, 3))
+
+    assert (first.dedup_key, strange.payload, last.dedup_key) == ("m:0", b"{}", "m:1")
+    await source.aclose()
+
+
 async def test_places_of_a_stream_that_was_made_again_are_other_places(far_side: FarSide) -> None:
     keys = []
     for _ in range(2):

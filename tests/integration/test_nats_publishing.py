@@ -123,6 +123,25 @@ async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
     await sink.aclose()
 
 
+async def test_a_late_acknowledgement_settles_nothing_of_the_next_publish(
+    far_side: FarSide,
+) -> None:
+    await far_side.update(max_msg_size=2000)
+    sink = sink_of(far_side.server.url)
+    await sink.connect()
+    cancelled = asyncio.create_task(sink.publish(numbered(3000, keys=3000)))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+
+    result = await sink.publish([large(f"big:{number}", 5000) for number in range(200)])
+
+    assert await far_side.restored()
+    assert [one.index for one in result.failures] == list(range(200))
+    await sink.aclose()
+
+
 async def test_headers_beyond_what_jetstream_keeps_are_too_large(far_side: FarSide) -> None:
     sink = sink_of(far_side.server.url)
     await sink.connect()
