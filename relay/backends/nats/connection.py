@@ -34,8 +34,8 @@ from relay.errors import (
 )
 from relay.tls import client_context
 
-CONNECT_TIMEOUT_S = 5
-REQUEST_TIMEOUT_S = 5.0
+_REQUEST_TIMEOUT_S = 5
+_ANSWER_TIMEOUT_S = 10
 _CLOSE_TIMEOUT_S = 2.0
 # A TLS handshake that failed is never reported as closed.
 _ABORT_TIMEOUT_S = 0.1
@@ -123,7 +123,7 @@ class Connection:
         self.denied: list[str] = []
         self.reported_last: Exception | None = None
         self.on_trouble: Callable[[], None] = lambda: None
-        self.manager = JetStreamManager(client, timeout=REQUEST_TIMEOUT_S)
+        self.manager = JetStreamManager(client, timeout=_REQUEST_TIMEOUT_S)
 
     @property
     def loss(self) -> RelayError | None:
@@ -165,8 +165,7 @@ class Connection:
         asked.add_done_callback(self._forget)
         denied_before = len(self.denied)
         either: set[asyncio.Future[Any]] = {asked, self._trouble}
-        timeout_s = 2 * REQUEST_TIMEOUT_S
-        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=_ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if len(self.denied) > denied_before:
             raise of_server_text(self.denied[-1], doing)
         if asked.done():
@@ -183,7 +182,7 @@ class Connection:
         """
         doing = f"looking for a stream on {subject!r}"
         body = msgspec.json.encode({"subject": subject})
-        request = self.client.request("$JS.API.STREAM.LIST", body, timeout=REQUEST_TIMEOUT_S)
+        request = self.client.request("$JS.API.STREAM.LIST", body, timeout=_REQUEST_TIMEOUT_S)
         found = msgspec.json.decode((await self.ask(request, doing)).data)
         with mapped(doing):
             if "error" in found:
@@ -196,12 +195,11 @@ class Connection:
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping now."""
-        try:
+        with contextlib.suppress(RelayError, TimeoutError):
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
                 await self.ask(self.client.rtt(timeout=_PONG_TIMEOUT_S), "asking for a pong")
-        except (RelayError, TimeoutError):
-            return False
-        return True
+                return True
+        return False
 
     def abort(self, reason: RelayError) -> None:
         """Drop the connection at once: what is unsettled stays unknown."""
@@ -296,14 +294,14 @@ async def _connect_to(
     try:
         with mapped(doing):
             try:
-                async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                     await client.connect(
                         [f"nats://{server.address}"],
                         name=name,
                         allow_reconnect=False,
                         max_reconnect_attempts=1,
                         reconnect_time_wait=0,
-                        connect_timeout=CONNECT_TIMEOUT_S,
+                        connect_timeout=_REQUEST_TIMEOUT_S,
                         ping_interval=_PING_INTERVAL_S,
                         tls=context,
                         tls_hostname=server.host,

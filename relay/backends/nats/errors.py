@@ -84,12 +84,7 @@ JETSTREAM_ERRORS: Mapping[int, tuple[type[RelayError], str]] = {
     10167: (Outage, ""),  # too many requests
 }
 
-_TOO_MANY_REQUESTS = 429
-_SERVER_ERRORS = 500
-_NOT_FOUND = 404
-_REFUSED = (401, 403)
-
-_REFUSALS = ("authorization violation", "authentication", "user authentication", "nkey")
+_REFUSALS = ("authorization violation", "authentication", "nkey")
 _TIGHTER_LIMITS = ("maximum connections exceeded", "maximum account", "maximum subscriptions")
 
 
@@ -184,12 +179,13 @@ def consumer_gone(stream: str, consumer: str) -> PositionLost:
 
 
 def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:
-    if code >= _SERVER_ERRORS or code == _TOO_MANY_REQUESTS:
-        return Outage
-    if code == _NOT_FOUND:
-        return DestinationMissing
-    if code in _REFUSED:
-        return AuthenticationRefused
+    match code:
+        case 404:
+            return DestinationMissing
+        case 401 | 403:
+            return AuthenticationRefused
+        case _ if code == 429 or code >= 500:
+            return Outage
     return MessageRejected if is_publish else ConfigurationError
 
 

@@ -15,13 +15,7 @@ from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
-from relay.backends.nats.subject import (
-    check_subject,
-    check_template,
-    covering,
-    escape,
-    filter_of,
-)
+from relay.backends.nats.subject import check_subject, check_template, covering, escape, filter_of
 from relay.context import BackendContext
 from relay.contracts import PublishResult
 from relay.errors import (
@@ -312,12 +306,8 @@ def _check(options: NatsSinkOptions) -> None:
                 "sink.create_stream needs a name", remedy="say which one with sink.stream"
             )
         covering((options.subject_template, *options.routing.values()))
-    for name, value in (
-        ("max_in_flight", options.max_in_flight),
-        ("ack_timeout_ms", options.ack_timeout_ms),
-        ("duplicate_window_s", options.duplicate_window_s),
-    ):
-        if value < 1:
+    for name in ("max_in_flight", "ack_timeout_ms", "duplicate_window_s"):
+        if getattr(options, name) < 1:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 

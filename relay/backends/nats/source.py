@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -12,24 +13,13 @@ from typing import Self
 import msgspec
 from msgspec import structs
 from nats.aio.subscription import Subscription
-from nats.js.api import (
-    ConsumerConfig,
-    ConsumerInfo,
-    DeliverPolicy,
-    SequenceInfo,
-    StreamInfo,
-)
+from nats.js.api import ConsumerConfig, ConsumerInfo, DeliverPolicy, SequenceInfo, StreamInfo
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import consumer_gone, mapped
-from relay.backends.nats.options import (
-    NatsSourceOptions,
-    check_connection,
-    check_name,
-    durable_for,
-)
+from relay.backends.nats.options import NatsSourceOptions, check_connection, check_name, durable_for
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
 from relay.errors import (
@@ -60,11 +50,7 @@ _ACK = b"+ACK"
 _NAK = b"-NAK"
 _PROGRESS = b"+WPI"
 
-# What the server says of a request that it ends, and of one that reached nobody.
 _NO_RESPONDERS = "503"
-_CONFLICT = "409"
-_BAD_REQUEST = "400"
-
 _NANOSECONDS = 1_000_000_000
 # An acknowledgement subject names domain and account, or not.
 _SHORT_REPLY_TOKENS = 9
@@ -239,11 +225,9 @@ class NatsSource:
         if connection is None:
             return
         try:
-            if connection.loss is None:
+            # What can't be given back is asked back on the next connection.
+            with contextlib.suppress(RelayError):
                 await self._give_back(connection)
-        except RelayError:
-            # What could not be given back is asked back on the next connection.
-            pass
         finally:
             await connection.aclose()
             self._subscription = None
@@ -417,14 +401,14 @@ class NatsSource:
         self._expected = max(0, self._expected - int(unanswered))
         if code == _NO_RESPONDERS:
             self._failure = Outage(f"nobody answers for the consumer {self._durable!r}")
-        elif code == _CONFLICT and "MaxBytes" in text:
+        elif "MaxBytes" in text:
             # Not even one message fits: the next one comes by itself, however large it is.
             self._is_next_single = message.subject == f"{self._inbox}{unanswered}"
-        elif code == _CONFLICT and "Consumer Deleted" in text:
+        elif "Consumer Deleted" in text:
             self._failure = consumer_gone(self._stream, self._durable)
-        elif code == _CONFLICT and "Batch Completed" not in text:
+        elif code == "409" and "Batch Completed" not in text:
             self._failure = Outage(f"the server ended our request: {text}")
-        elif code == _BAD_REQUEST:
+        elif code == "400":
             self._failure = ConfigurationError(f"the server refuses our request: {text}")
         self._wake.set()
 
@@ -499,13 +483,12 @@ class NatsSource:
 
     async def _on_confirmation(self, confirmation: Received) -> None:
         settling = self._settling.get(confirmation.subject)
-        if settling is None:
-            return
-        if confirmation.headers and confirmation.headers.get("Status") == _NO_RESPONDERS:
-            settling.is_consumer_gone = True
-        settling.left -= 1
-        if not settling.left:
-            settling.is_over.set()
+        if settling is not None:
+            settling.left -= 1
+            if (confirmation.headers or {}).get("Status") == _NO_RESPONDERS:
+                settling.is_consumer_gone = True
+            if not settling.left:
+                settling.is_over.set()
 
 
 def _published(subject: str, body: bytes, reply: str = "") -> bytes:

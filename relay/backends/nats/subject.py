@@ -85,11 +85,8 @@ def covering(templates: Iterable[str]) -> list[str]:
             ".".join(tokens) if constant is None else ".".join([*tokens[:constant], ">"])
         )
     unique = list(dict.fromkeys(filters))
-    return [one for one in unique if not any(_covers(other, one) for other in unique)]
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    return wide != narrow and wide.endswith(">") and narrow.startswith(wide[:-1])
+    wide = [one[:-1] for one in unique if one.endswith(">")]
+    return [one for one in unique if not any(one.startswith(w) and one[:-1] != w for w in wide)]
 
 
 def _problem(subject: str) -> str:
