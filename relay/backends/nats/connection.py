@@ -56,10 +56,6 @@ class Received(msgspec.Struct, frozen=True, gc=False):
     headers: dict[str, str] | None
 
 
-# Called with each message that arrives, in order.
-Handler = Callable[[Received], Awaitable[None]]
-
-
 class LineClient(Client):
     """nats-py's client with its seams, which are here and nowhere else.
 
@@ -132,9 +128,12 @@ class Connection:
             self._loss = NotConnected(f"the connection to {self.address} was lost")
         return self._loss
 
-    async def subscribe(self, subject: str, handler: Handler) -> Subscription:
-        """Hand every message on the subject to the handler; the next question asked refuses it.
+    async def subscribe(
+        self, subject: str, handler: Callable[[Received], Awaitable[None]]
+    ) -> Subscription:
+        """Hand every message on the subject to the handler, in order.
 
+        A permission that is missing for it fails what is asked next.
         Nothing is dropped, however much waits: what can arrive is limited by what was asked for.
         """
         with mapped(f"subscribing at {self.address}"):

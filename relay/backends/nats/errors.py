@@ -25,7 +25,6 @@ from relay.errors import (
     MessageTooLarge,
     NotConnected,
     Outage,
-    PositionLost,
     RelayError,
     TimedOut,
 )
@@ -97,10 +96,7 @@ class ApiError(msgspec.Struct, frozen=True):
 
 
 def of_jetstream(error: ApiError, doing: str, *, is_publish: bool = False) -> RelayError:
-    """The relay's error for a JetStream answer. ``is_publish`` blames a bad request on a message.
-
-    The text holds the server's number and words.
-    """
+    """The relay's error for a JetStream answer. ``is_publish`` blames a bad request on a message."""
     by_code = (_by_code(error.code, is_publish=is_publish), "")
     kind, remedy = JETSTREAM_ERRORS.get(error.err_code, by_code)
     return kind(f"{doing}: {error.description} (NATS error {error.err_code})", remedy=remedy)
@@ -168,14 +164,6 @@ def mapped(doing: str) -> Iterator[None]:
         if ours is None or ours is error:
             raise
         raise ours from error
-
-
-def consumer_gone(stream: str, consumer: str) -> PositionLost:
-    """The durable consumer, and with it the position, was deleted while we used it."""
-    return PositionLost(
-        f"the consumer {consumer!r} of stream {stream!r} was deleted while it was read",
-        remedy="it is made again on the next start and begins where deliver_policy says",
-    )
 
 
 def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:

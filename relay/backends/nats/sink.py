@@ -33,8 +33,6 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import compile_routing
 
-ORDERINGS = ("strict", "pipelined")
-
 # JetStream keeps the length of a header block in 16 bits.
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
@@ -87,10 +85,10 @@ class NatsSink:
         parsed = parse_options(options, NatsSinkOptions, path="sink")
         check_connection(parsed, "sink")
         _check(parsed)
-        if context.ordering not in (None, *ORDERINGS):
+        if context.ordering not in (None, "strict", "pipelined"):
             raise ConfigurationError(
                 f"ordering {context.ordering!r} is unknown to the nats sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
+                remedy="use one of strict, pipelined",
             )
         return cls(parsed, context)
 

@@ -18,7 +18,7 @@ from nats.js.api import ConsumerConfig, ConsumerInfo, DeliverPolicy, SequenceInf
 from relay import wire
 from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.connection import Connection, Received, connect, standing
-from relay.backends.nats.errors import consumer_gone, mapped
+from relay.backends.nats.errors import mapped
 from relay.backends.nats.options import NatsSourceOptions, check_connection, check_name, durable_for
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
@@ -29,6 +29,7 @@ from relay.errors import (
     MessageUndecodable,
     NotConnected,
     Outage,
+    PositionLost,
     RelayError,
     TimedOut,
 )
@@ -51,10 +52,6 @@ _NAK = b"-NAK"
 _PROGRESS = b"+WPI"
 
 _NO_RESPONDERS = "503"
-_NANOSECONDS = 1_000_000_000
-# An acknowledgement subject names domain and account, or not.
-_SHORT_REPLY_TOKENS = 9
-_SHORT_REPLY_SEQUENCE, _LONG_REPLY_SEQUENCE = 5, 7
 _MARKER = wire.TITLE.format.lower()
 
 
@@ -346,7 +343,7 @@ class NatsSource:
         if len(self._buffer) + self._expected > self._batch_size // 2:
             return
         wanted = 1 if self._is_next_single else self._batch_size
-        request = {"batch": wanted, "expires": int(POLL_WAIT_S * _NANOSECONDS)}
+        request = {"batch": wanted, "expires": int(POLL_WAIT_S * 10**9)}
         if not self._is_next_single:
             request["max_bytes"] = max(self._batch_bytes, 2 * connection.client.max_payload)
         self._is_next_single = False
@@ -405,7 +402,7 @@ class NatsSource:
             # Not even one message fits: the next one comes by itself, however large it is.
             self._is_next_single = message.subject == f"{self._inbox}{unanswered}"
         elif "Consumer Deleted" in text:
-            self._failure = consumer_gone(self._stream, self._durable)
+            self._failure = self._consumer_gone()
         elif code == "409" and "Batch Completed" not in text:
             self._failure = Outage(f"the server ended our request: {text}")
         elif code == "400":
@@ -479,7 +476,13 @@ class NatsSource:
             finally:
                 del self._settling[shared]
             if settling.is_consumer_gone:
-                raise consumer_gone(self._stream, self._durable)
+                raise self._consumer_gone()
+
+    def _consumer_gone(self) -> PositionLost:
+        return PositionLost(
+            f"the consumer {self._durable!r} of stream {self._stream!r} was deleted while in use",
+            remedy="it is made again on the next start and begins where deliver_policy says",
+        )
 
     async def _on_confirmation(self, confirmation: Received) -> None:
         settling = self._settling.get(confirmation.subject)
@@ -501,7 +504,8 @@ def _place_of(reply: str) -> tuple[int, bool]:
     https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md
     """
     tokens = reply.split(".")
-    at = _SHORT_REPLY_SEQUENCE if len(tokens) == _SHORT_REPLY_TOKENS else _LONG_REPLY_SEQUENCE
+    # With the names of domain and account, or without.
+    at = 5 if len(tokens) == 9 else 7
     return int(tokens[at]), tokens[at + 3] == "0"
 
 
