@@ -29,6 +29,7 @@ from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
 
 Proxies = Callable[[str, int], Awaitable[TcpProxy]]
+LONG_BEFORE_REDELIVERY_S = 20
 
 
 @pytest.fixture
@@ -212,6 +213,27 @@ async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSi
 
     again = await collect(source, 200 - settled, timeout_s=AT_ONCE_S)
     assert dedup_keys(messages_of(again)) == dedup_keys(numbered(200)[settled:])
+    await source.aclose()
+
+
+async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
+    far_side: FarSide,
+) -> None:
+    count = 5000
+    await feed(far_side, numbered(count))
+    source = await connected(far_side, batch_size=500)
+    for _ in range(15):
+        # The next messages are asked for, and on their way, when this returns.
+        (batch, *_) = await collect(source, 1)
+        await source.reject(batch)
+
+    again: list[Batch] = []
+    async with asyncio.timeout(LONG_BEFORE_REDELIVERY_S):
+        while len(messages_of(again)) < count:
+            again.append(await source.poll())
+            await source.acknowledge(again[-1])
+
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(count))
     await source.aclose()
 
 

@@ -96,7 +96,7 @@ class ApiError(msgspec.Struct, frozen=True):
 
 
 def of_jetstream(error: ApiError, doing: str, *, is_publish: bool = False) -> RelayError:
-    """The relay's error for a JetStream answer. ``is_publish`` blames a bad request on a message."""
+    """The relay's error for a JetStream answer; ``is_publish`` makes a bad request a message's."""
     by_code = (_by_code(error.code, is_publish=is_publish), "")
     kind, remedy = JETSTREAM_ERRORS.get(error.err_code, by_code)
     return kind(f"{doing}: {error.description} (NATS error {error.err_code})", remedy=remedy)
