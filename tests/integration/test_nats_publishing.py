@@ -126,8 +126,12 @@ async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
 async def test_a_late_acknowledgement_settles_nothing_of_the_next_publish(
     far_side: FarSide,
 ) -> None:
-    await far_side.update(max_msg_size=2000)
-    sink = sink_of(far_side.server.url)
+    # A listener that is no stream: it receives, and acknowledges nothing.
+    listener = Client()
+    await listener.connect(far_side.server.url)
+    await listener.subscribe("silent.>")
+    await listener.flush()
+    sink = sink_of(far_side.server.url, ack_timeout_ms=500)
     await sink.connect()
     cancelled = asyncio.create_task(sink.publish(numbered(3000, keys=3000)))
     await asyncio.sleep(0)
@@ -135,10 +139,38 @@ async def test_a_late_acknowledgement_settles_nothing_of_the_next_publish(
     with pytest.raises(asyncio.CancelledError):
         await cancelled
 
-    result = await sink.publish([large(f"big:{number}", 5000) for number in range(200)])
+    silent = [msgspec.structs.replace(one, subject="silent.x") for one in numbered(200)]
+    result = await sink.publish(silent)
 
     assert await far_side.restored()
     assert [one.index for one in result.failures] == list(range(200))
+    await sink.aclose()
+    await listener.close()
+
+
+async def test_after_a_transient_failure_nothing_more_of_its_key_is_sent(
+    far_side: FarSide,
+) -> None:
+    await far_side.create(max_msgs_per_subject=1, discard="new", discard_new_per_subject=True)
+    await far_side.put("orders.full", b"{}")
+    sink = sink_of(far_side.server.url)
+    await sink.connect()
+    messages = [
+        RelayMessage(dedup_key=subject, key="one", payload=b"{}", subject=subject)
+        for subject in ("orders.free", "orders.full", "orders.behind", "orders.last")
+    ]
+
+    result = await sink.publish(messages)
+
+    assert [(one.index, one.was_sent) for one in result.failures] == [
+        (1, True),
+        (2, False),
+        (3, False),
+    ]
+    assert {one.error.kind for one in result.failures} == {ErrorKind.OUTAGE}
+    assert "'orders.full'" in str(result.failures[0].error)
+    subjects = [subject for subject, _, _ in await far_side.messages()]
+    assert subjects == ["orders.full", "orders.free"]
     await sink.aclose()
 
 
