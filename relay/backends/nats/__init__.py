@@ -9,11 +9,11 @@ once. A publisher's value or header is never an order to the server (`.subject`,
 
 **Source.** A durable pull consumer with explicit acknowledgement, each confirmed by the server.
 Order is the stream's, also across a lost connection and a killed process: on connecting, whatever
-is unacknowledged is asked back before anything new; where that lies 200,000 messages of the stream
-apart, nothing new is asked for until ``ack_wait_seconds`` have run out. What the server delivers
-again while we hold it is not handed out twice. The dedup key is ours where the message is ours,
-else its ``Nats-Msg-Id``, else ``nats:{stream}:{stream's creation, µs}:{sequence}``. One process at
-a time may use a durable: a second one would take away what the first has in its hands.
+is unacknowledged is nacked, and comes before anything new; where that lies 200,000 messages of the
+stream apart, nothing new is asked for until ``ack_wait_seconds`` have run out. What the server
+delivers again while we hold it is not handed out twice. The dedup key is ours where the message is
+ours, else its ``Nats-Msg-Id``, else ``nats:{stream}:{stream's creation, µs}:{sequence}``. One
+process at a time may use a durable: a second one would take away what the first has in its hands.
 
 Neither reconnects by itself, changes a stream or consumer that exists, or reads core NATS
 subjects that no stream stores.

@@ -41,7 +41,7 @@ POLL_WAIT_S = 1.0
 _ANSWER_TIMEOUT_S = 5.0
 # JetStream allows so many unacknowledged messages by default.
 _DEFAULT_ACK_PENDING = 1000
-# So many messages of the stream, ours and others' in between, are asked back one by one.
+# So many messages of the stream, ours and others' in between, are nacked one by one.
 _WIDEST_RECLAIM = 200_000
 # How much later than said the server may notice that the time of a message has run out.
 _EXPIRY_MARGIN_S = 1.0
@@ -127,7 +127,7 @@ class NatsSource:
         return self._options.ack_wait_seconds / 3
 
     async def connect(self) -> None:
-        """Open; find the stream, find or make the consumer, ask back what is unacknowledged.
+        """Open; find the stream, find or make the consumer, nack what is unacknowledged.
 
         Raises `DestinationMissing` without a stream, and `ConfigurationError` where the consumer
         exists but is not what the keys say.
@@ -201,15 +201,14 @@ class NatsSource:
         await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
-        """Give back this batch and whatever else we hold, so that the order stays.
+        """Nack this batch and whatever else we hold, so that the order stays.
 
-        The server delivers again in the order in which it is given back, and the loop gives back
-        the last of its batches first. Another unacknowledged batch is thereby given back too; to
-        acknowledge or reject it does nothing more.
+        The server delivers again in the order of the nacks, and the loop rejects the last of its
+        batches first. To acknowledge or reject another batch afterwards does nothing more.
         """
         connection = self._open()
         if self._sequences(batch):
-            await self._give_back(connection)
+            await self._release(connection)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
@@ -217,14 +216,14 @@ class NatsSource:
         return connection is not None and await connection.is_healthy()
 
     async def aclose(self) -> None:
-        """Give back everything that is not acknowledged, and close."""
+        """Nack everything that is not acknowledged, and close."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
         try:
-            # What can't be given back is asked back on the next connection.
+            # What can't be nacked now is nacked on the next connection.
             with contextlib.suppress(RelayError):
-                await self._give_back(connection)
+                await self._release(connection)
         finally:
             await connection.aclose()
             self._subscription = None
@@ -357,8 +356,8 @@ class NatsSource:
                 reply=f"{self._inbox}{wanted}",
             )
 
-    async def _give_back(self, connection: Connection) -> None:
-        """Negatively acknowledge all that we hold, in order; nothing more is delivered to us."""
+    async def _release(self, connection: Connection) -> None:
+        """Nack all that we hold, in order; nothing more is delivered to us."""
         subscription, self._subscription = self._subscription, None
         consumer = None
         if subscription is not None:
@@ -368,7 +367,7 @@ class NatsSource:
             # consumer. Left there, the first message would be tried on one and end up last.
             consumer = await self._consumer_info(connection)
         replies: Sequence[str] = [self._held[sequence] for sequence in sorted(self._held)]
-        # What is given back may be here again before all of it is confirmed.
+        # What is nacked may be here again before all nacks are confirmed.
         self._held.clear()
         self._buffer.clear()
         if consumer is not None and (consumer.num_ack_pending or 0) > len(replies):
