@@ -92,8 +92,23 @@ class Flight:
 
     def take_chunk(self, most: int, most_bytes: int) -> Sequence[int]:
         """The next messages that may be sent now: at most so many, of about so many bytes."""
-        taken: list[int] = []
         size = 0
+        if not self._freed and not self._ordered_keys:
+            if self._grounded is not None or self._is_full:
+                return ()
+            # Nobody waits for anybody: the next ones as they stand.
+            first = end = self._next
+            room = min(most, self._window - self._count_under_way)
+            for message in self.messages[first : first + room]:
+                end += 1
+                size += len(message.payload)
+                if size >= most_bytes:
+                    break
+            self._next = end
+            self._states[first:end] = bytes((_UNDER_WAY,)) * (end - first)
+            self._count_under_way += end - first
+            return range(first, end)
+        taken: list[int] = []
         while len(taken) < most and size < most_bytes and (index := self.take()) is not None:
             taken.append(index)
             size += len(self.messages[index].payload)

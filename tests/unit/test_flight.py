@@ -106,22 +106,22 @@ def test_numbers_of_nothing_under_way_settle_nothing() -> None:
 
 def test_a_chunk_has_what_single_takes_would_give_in_the_same_order() -> None:
     flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
-    assert flight.take_chunk(2, 99) == [0, 1]
-    assert flight.take_chunk(9, 99) == [3]
-    assert flight.take_chunk(9, 99) == []
+    assert list(flight.take_chunk(2, 99)) == [0, 1]
+    assert list(flight.take_chunk(9, 99)) == [3]
+    assert list(flight.take_chunk(9, 99)) == []
 
     flight.accept([0, 1, 3])
 
-    assert flight.take_chunk(9, 99) == [2, 4]
+    assert list(flight.take_chunk(9, 99)) == [2, 4]
     assert flight.under_way() == [2, 4]
 
     free = Flight(messages(["a", "b", "c", "d"]), is_strict=True, window=3)
-    assert free.take_chunk(2, 99) == [0, 1]
-    assert free.take_chunk(9, 99) == [2]
-    assert free.take_chunk(9, 99) == []
+    assert list(free.take_chunk(2, 99)) == [0, 1]
+    assert list(free.take_chunk(9, 99)) == [2]
+    assert list(free.take_chunk(9, 99)) == []
     free.fail(0, Outage("full"))
     free.accept([1, 2])
-    assert free.take_chunk(9, 99) == []
+    assert list(free.take_chunk(9, 99)) == []
     assert [(one.index, one.was_sent) for one in free.failures()] == [(0, True), (3, False)]
 
 
@@ -145,9 +145,9 @@ def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
 def test_a_chunk_ends_with_the_message_that_reaches_its_bytes() -> None:
     flight = Flight(messages(["a", "b", "c", "d", "e"]), is_strict=True, window=9)
 
-    assert flight.take_chunk(9, 3) == [0, 1]
-    assert flight.take_chunk(9, 1) == [2]
-    assert flight.take_chunk(1, 99) == [3]
+    assert list(flight.take_chunk(9, 3)) == [0, 1]
+    assert list(flight.take_chunk(9, 1)) == [2]
+    assert list(flight.take_chunk(1, 99)) == [3]
     assert flight.under_way() == [0, 1, 2, 3]
 
 
