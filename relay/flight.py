@@ -9,8 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
-import msgspec
-
 from relay.contracts import Failure
 from relay.errors import ErrorKind, RelayError
 from relay.message import RelayMessage
@@ -19,19 +17,6 @@ from relay.message import RelayMessage
 _WAITING = 0
 _UNDER_WAY = 1
 _SETTLED = 2
-
-
-class Chunk(msgspec.Struct):
-    """Messages that are sent together and answered as one.
-
-    An answer says what became of a message, not of which: only when all have been given, and all
-    alike, is it known of each.
-    """
-
-    indices: list[int] = msgspec.field(default_factory=list)
-    answers: int = 0
-    duplicates: int = 0
-    error: RelayError | None = None
 
 
 class Flight:
@@ -64,8 +49,6 @@ class Flight:
         self._window_bytes = window_bytes
         self._next = 0
         self._freed: deque[int] = deque()
-        self._alone: deque[int] = deque()
-        self._alone_under_way: set[int] = set()
         # Only a key that comes more than once has an order to keep.
         self._ordered_keys = _repeated_keys(messages) if is_strict else frozenset()
         # Of these, the ones that have a message under way, each with those that wait for it.
@@ -85,9 +68,6 @@ class Flight:
             return True
         if self._grounded is not None or self._is_full:
             return False
-        if self._alone or self._alone_under_way:
-            # Nothing else is sent before what is sent alone has been answered.
-            return bool(self._alone)
         may_go = self._next < len(self.messages) and self._count_under_way * 2 <= self._window
         return may_go or bool(self._freed)
 
@@ -103,37 +83,36 @@ class Flight:
         """The next message that may be sent now, counted as under way; None for none."""
         if self._grounded is not None or self._is_full:
             return None
-        if self._alone:
-            index = self._alone.popleft()
-            self._alone_under_way.add(index)
-        elif self._alone_under_way:
+        index = self._freed.popleft() if self._freed else self._next_with_free_key()
+        if index is None:
             return None
-        elif self._freed:
-            index = self._freed.popleft()
-        else:
-            found = self._next_with_free_key()
-            if found is None:
-                return None
-            index = found
         self._states[index] = _UNDER_WAY
         self._count_under_way += 1
         return index
 
-    def take_chunk(self, most: int) -> Sequence[int]:
-        """The next messages that may be sent now as one chunk, at most so many; none for none.
-
-        All count as under way. One that has to be a chunk of its own comes alone.
-        """
-        first = self._next
-        if self._alone or self._alone_under_way or self._freed or self._ordered_keys:
-            return self._taken_singly(most)
-        if self._grounded is not None or self._is_full:
-            return ()
-        room = min(most, self._window - self._count_under_way, len(self.messages) - first)
-        self._next = first + room
-        self._states[first : first + room] = bytes((_UNDER_WAY,)) * room
-        self._count_under_way += room
-        return range(first, first + room)
+    def take_chunk(self, most: int, most_bytes: int) -> Sequence[int]:
+        """The next messages that may be sent now: at most so many, of about so many bytes."""
+        size = 0
+        if not self._freed and not self._ordered_keys:
+            if self._grounded is not None or self._is_full:
+                return ()
+            # Nobody waits for anybody: the next ones as they stand.
+            first = end = self._next
+            room = min(most, self._window - self._count_under_way)
+            for message in self.messages[first : first + room]:
+                end += 1
+                size += len(message.payload)
+                if size >= most_bytes:
+                    break
+            self._next = end
+            self._states[first:end] = bytes((_UNDER_WAY,)) * (end - first)
+            self._count_under_way += end - first
+            return range(first, end)
+        taken: list[int] = []
+        while len(taken) < most and size < most_bytes and (index := self.take()) is not None:
+            taken.append(index)
+            size += len(self.messages[index].payload)
+        return taken
 
     def put_back(self, indices: Sequence[int]) -> None:
         """These were taken, last of all, and were not sent after all: they are the next ones."""
@@ -144,26 +123,6 @@ class Flight:
             self._next = indices[0]
         else:
             self._freed.extendleft(reversed(indices))
-
-    def answered(self, chunk: Chunk) -> None:
-        """All of a chunk have been answered: settle them, or send each again by itself.
-
-        Whose the trouble is shows only then; what of them was accepted is accepted again as a
-        duplicate. Nothing else is sent meanwhile.
-        """
-        error = chunk.error
-        if error is None:
-            self.duplicates += chunk.duplicates
-            self.accept(chunk.indices)
-        elif len(chunk.indices) > 1:
-            again = [index for index in chunk.indices if self.is_under_way(index)]
-            for index in again:
-                self._states[index] = _WAITING
-                self.bytes_under_way -= self._sizes[index]
-            self._count_under_way -= len(again)
-            self._alone.extend(again)
-        else:
-            self.fail(chunk.indices[0], error)
 
     def weigh(self, index: int, size_bytes: int) -> None:
         """Note how large a message under way is."""
@@ -192,18 +151,10 @@ class Flight:
         """Every message that is not durable, in order, with its reason; once the flight is over."""
         found = [Failure(index, error) for index, error in self._errors.items()]
         if self._grounded is not None:
-            unsent = [*self._alone, *self._freed, *range(self._next, len(self.messages))]
+            unsent = [*self._freed, *range(self._next, len(self.messages))]
             unsent.extend(index for behind in self._behind.values() for index in behind)
             found += [Failure(index, self._grounded, was_sent=False) for index in unsent]
         return sorted(found, key=lambda failure: failure.index)
-
-    def _taken_singly(self, most: int) -> Sequence[int]:
-        taken: list[int] = []
-        while len(taken) < most and (index := self.take()) is not None:
-            taken.append(index)
-            if index in self._alone_under_way:
-                break
-        return taken
 
     @property
     def _is_full(self) -> bool:
@@ -211,7 +162,7 @@ class Flight:
 
     @property
     def _has_more(self) -> bool:
-        return bool(self._alone or self._freed) or self._next < len(self.messages)
+        return bool(self._freed) or self._next < len(self.messages)
 
     def _next_with_free_key(self) -> int | None:
         while self._next < len(self.messages):
@@ -236,7 +187,6 @@ class Flight:
             if not 0 <= index < count or states[index] != _UNDER_WAY:
                 continue
             states[index] = _SETTLED
-            self._alone_under_way.discard(index)
             landed += 1
             size += sizes[index]
             if ordered_keys:

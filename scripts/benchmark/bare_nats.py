@@ -1,4 +1,4 @@
-"""The NATS protocol with nothing around it: what the floor publishes and the counts are read with.
+"""The NATS protocol with nothing around it: what the counts are read with, and rates beside.
 
 One connection, no reconnecting, no object per message that nobody asked for
 (https://docs.nats.io/reference/reference-protocols/nats-protocol).
@@ -22,7 +22,7 @@ SILENCE_S: Final = 30.0
 # What every acknowledgement of JetStream holds exactly once, and a refusal never.
 _ACCEPTED: Final = b'"seq":'
 _CHUNK_MESSAGES: Final = 256
-_PULL_MESSAGES: Final = 1_000
+PULL_MESSAGES: Final = 1_000
 
 # Called with subject, reply subject (empty without one), header block and body of a message.
 Handler = Callable[[bytes, bytes, bytes, bytes], None]
@@ -34,6 +34,11 @@ class StoredMessage(msgspec.Struct, frozen=True, gc=False):
     subject: bytes
     block: bytes
     body: bytes
+
+    def headers(self) -> dict[str, str]:
+        """The lines of the block."""
+        lines = self.block.decode().split("\r\n")[1:]
+        return dict(line.split(": ", 1) for line in lines if line)
 
 
 class StreamState(msgspec.Struct, frozen=True):
@@ -208,14 +213,14 @@ class BareNats(asyncio.Protocol):
         )
         self.subscribe(inbox.decode(), keep)
         ask = b"PUB $JS.API.CONSUMER.MSG.NEXT.%b.%b %b %d\r\n%b\r\n"
-        batch = b'{"batch":%d}' % _PULL_MESSAGES
+        batch = b'{"batch":%d}' % PULL_MESSAGES
         wanted = (stream.encode(), durable.encode(), inbox, len(batch), batch)
         acknowledged = asked = 0
         async with asyncio.timeout(SILENCE_S + messages / 1000):
             while acknowledged < messages:
-                while asked < min(messages, acknowledged + 2 * _PULL_MESSAGES):
+                while asked < min(messages, acknowledged + 2 * PULL_MESSAGES):
                     self._write(ask % wanted)
-                    asked += _PULL_MESSAGES
+                    asked += PULL_MESSAGES
                 moved.clear()
                 if not replies:
                     await moved.wait()

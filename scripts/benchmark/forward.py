@@ -9,7 +9,7 @@ from statistics import median
 from typing import Final
 
 from scripts.benchmark.bare_nats import StoredMessage
-from scripts.benchmark.floor import floor_rate
+from scripts.benchmark.floor import floor_rate, protocol_rate
 from scripts.benchmark.orders import COLUMNS, VALUES, make_table
 from scripts.benchmark.row import Row, Target
 from scripts.benchmark.surroundings import STREAM, Surroundings, surroundings
@@ -39,11 +39,13 @@ async def forward(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
                 result, stored = await _drain(around, events)
                 received += len({_message_id(message) for message in stored})
                 result["floor_per_s"] = await floor_rate(around, stored)
+                result["protocol_per_s"] = await protocol_rate(around, stored)
                 result["of_floor"] = result["per_s"] / result["floor_per_s"]
                 results.append(result)
                 say(
                     f"forward {run}/{runs}: {result['per_s']:,.0f}/s,"
-                    f" floor {result['floor_per_s']:,.0f}/s"
+                    f" floor {result['floor_per_s']:,.0f}/s,"
+                    f" past the library {result['protocol_per_s']:,.0f}/s"
                 )
     figures = {name: median(result[name] for result in results) for name in results[0]}
     return Row(

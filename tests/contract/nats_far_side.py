@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -13,13 +14,12 @@ import msgspec
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
+from nats.js.api import ConsumerInfo
 
 from relay.backends.nats import NatsSink, NatsSource
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats.connection import Connection, connect
 from relay.backends.nats.errors import mapped
-from relay.backends.nats.options import NatsSinkOptions
-from relay.errors import DestinationMissing, MessageUndecodable
+from relay.errors import MessageUndecodable
 from relay.message import RelayMessage
 from relay.wire import TITLE, restore
 from tests.contract.surroundings import backend_context
@@ -39,16 +39,13 @@ def sink_of(
     )
 
 
-def source_of(url: str, *, batch_size: int = 100, **keys: object) -> NatsSource:
+def source_of(
+    url: str, *, batch_size: int = 100, batch_bytes: int = 1024 * 1024, **keys: object
+) -> NatsSource:
     """A source with these keys, not connected."""
     options = {"type": "nats", "url": url, "subject": "orders.>", **keys}
-    return NatsSource.from_options(
-        options, backend_context(direction="reverse", batch_size=batch_size)
-    )
-
-
-class Anything(msgspec.Struct, frozen=True):
-    """An answer of the JetStream API of which nothing is read."""
+    context = backend_context(direction="reverse", batch_size=batch_size, batch_bytes=batch_bytes)
+    return NatsSource.from_options(options, context)
 
 
 class FarSide:
@@ -75,7 +72,7 @@ class FarSide:
 
     async def drop(self) -> None:
         """Remove the stream, where it is."""
-        with suppress(DestinationMissing):
+        with suppress(nats.js.errors.NotFoundError):
             await self._ask(f"STREAM.DELETE.{self.stream}", None)
 
     async def drop_consumer(self, durable: str) -> None:
@@ -88,6 +85,15 @@ class FarSide:
             f"CONSUMER.DURABLE.CREATE.{self.stream}.{durable}",
             {"stream_name": self.stream, "config": {"durable_name": durable, **config}},
         )
+
+    async def consumer(self, durable: str = "pipeline") -> ConsumerInfo:
+        """How far a consumer is."""
+        client = await self._client()
+        try:
+            found: ConsumerInfo = await client.jsm().consumer_info(self.stream, durable)
+        finally:
+            await client.close()
+        return found
 
     async def put(
         self, subject: str, body: bytes, headers: Mapping[str, str] | None = None
@@ -130,15 +136,14 @@ class FarSide:
         return client
 
     async def _ask(self, subject: str, request: object) -> None:
-        connection = await self._connection()
+        client = await self._client()
         try:
-            await connection.request(f"$JS.API.{subject}", request, Anything, f"asking {subject}")
+            body = b"" if request is None else msgspec.json.encode(request)
+            answer = json.loads((await client.request(f"$JS.API.{subject}", body, timeout=10)).data)
+            if "error" in answer:
+                raise nats.js.errors.APIError.from_error(answer["error"])
         finally:
-            await connection.aclose()
-
-    async def _connection(self) -> Connection:
-        options = NatsSinkOptions(type="nats", url=self.server.url)
-        return await connect(options, name="the far side", path="sink")
+            await client.close()
 
 
 def restored(subject: str, headers: Mapping[str, str], body: bytes) -> RelayMessage:

@@ -6,13 +6,14 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from msgspec import structs
 
-from relay.backends.nats import NatsSource, jetstream
+from relay.backends.nats import NatsSource
 from relay.contracts import Batch
-from relay.errors import ConfigurationError, DestinationMissing, NotConnected, Outage, PositionLost
+from relay.errors import ConfigurationError, DestinationMissing, Outage, PositionLost
 from relay.message import RelayMessage
 from tests.contract.evidence import (
     SERIALIZED_FIELDS,
@@ -28,6 +29,7 @@ from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
 
 Proxies = Callable[[str, int], Awaitable[TcpProxy]]
+LONG_BEFORE_REDELIVERY_S = 20
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ async def feed(far_side: FarSide, messages: list[RelayMessage], **keys: str) -> 
     await sink.aclose()
 
 
-async def connected(far_side: FarSide, *, batch_size: int = 100, **keys: object) -> NatsSource:
-    source = source_of(far_side.server.url, batch_size=batch_size, **keys)
+async def connected(far_side: FarSide, **keys: Any) -> NatsSource:
+    source = source_of(far_side.server.url, **keys)
     await source.connect()
     return source
 
@@ -105,7 +107,34 @@ async def test_a_plain_message_is_named_by_its_message_id_else_by_its_place(
     await source.aclose()
 
 
-async def test_places_of_a_stream_that_was_made_anew_are_other_places(far_side: FarSide) -> None:
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"HPUB orders.theirs 8 10\r\nNATS/1.0{}\r\n",
+        b"HPUB orders.theirs 4 6\r\nXXXX{}\r\n",
+        b"HPUB orders.theirs 12 14\r\nNATS/1.0 \xff\r\n{}\r\n",
+        b"PUB orders.\xff 2\r\n{}\r\n",
+    ],
+)
+async def test_bytes_that_are_no_headers_and_no_text_cost_nobody_anything(
+    far_side: FarSide, lines: bytes
+) -> None:
+    await feed(far_side, numbered(1))
+    reader, writer = await asyncio.open_connection(*port_of(far_side.server.url))
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + lines + b"PING\r\n")
+    while await reader.readline() != b"PONG\r\n":
+        continue
+    writer.close()
+    await feed(far_side, numbered(1, start=1))
+    source = await connected(far_side)
+
+    first, strange, last = messages_of(await collect(source, 3))
+
+    assert (first.dedup_key, strange.payload, last.dedup_key) == ("m:0", b"{}", "m:1")
+    await source.aclose()
+
+
+async def test_places_of_a_stream_that_was_made_again_are_other_places(far_side: FarSide) -> None:
     keys = []
     for _ in range(2):
         await far_side.create()
@@ -141,13 +170,14 @@ async def test_after_a_lost_connection_everything_comes_again_at_once_and_in_ord
 
 
 async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
-    far_side: FarSide,
+    far_side: FarSide, tcp_proxy: Proxies
 ) -> None:
     await feed(far_side, numbered(100))
-    killed = await connected(far_side, batch_size=40)
+    proxy = await tcp_proxy(*port_of(far_side.server.url))
+    killed = source_of(proxy.url(far_side.server.url), batch_size=40)
+    await killed.connect()
     await killed.poll()
-    assert killed._connection is not None
-    killed._connection.abort(NotConnected("killed"))
+    await proxy.reset_connections()
     await feed(far_side, numbered(10, start=100))
 
     successor = await connected(far_side)
@@ -186,6 +216,27 @@ async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSi
     await source.aclose()
 
 
+async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
+    far_side: FarSide,
+) -> None:
+    count = 5000
+    await feed(far_side, numbered(count))
+    source = await connected(far_side, batch_size=500)
+    for _ in range(15):
+        # The next messages are asked for, and on their way, when this returns.
+        (batch, *_) = await collect(source, 1)
+        await source.reject(batch)
+
+    again: list[Batch] = []
+    async with asyncio.timeout(LONG_BEFORE_REDELIVERY_S):
+        while len(messages_of(again)) < count:
+            again.append(await source.poll())
+            await source.acknowledge(again[-1])
+
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(count))
+    await source.aclose()
+
+
 async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side: FarSide) -> None:
     await feed(far_side, numbered(60))
     source = await connected(far_side, batch_size=20)
@@ -205,18 +256,18 @@ async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side
 
 
 @pytest.mark.shows("source:nats.ack_wait_seconds")
-async def test_a_redelivery_of_what_is_still_out_is_not_handed_out_twice(
+async def test_a_redelivery_of_what_is_unacknowledged_is_not_handed_out_twice(
     far_side: FarSide,
 ) -> None:
     await feed(far_side, numbered(5))
     source = await connected(far_side, ack_wait_seconds=1)
     batches = await collect(source, 5)
 
-    # Nobody keeps the batch alive: the server delivers it again while it is out.
-    delivered = dict(source._held)
+    # Nobody keeps the batch alive: the server delivers it again while it is unacknowledged.
     async with asyncio.timeout(10):
-        while source._held == delivered:
+        while not (await far_side.consumer()).num_redelivered:
             assert (await source.poll()).is_empty
+    assert (await source.poll()).is_empty
     await feed(far_side, numbered(1, start=5))
     later = await collect(source, 1)
 
@@ -233,18 +284,18 @@ async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(far_side: Far
     await feed(far_side, numbered(60))
     source = await connected(far_side, batch_size=20, ack_wait_seconds=1)
     first = await source.poll()
-    assert source._connection is not None
-    # What was asked for ahead is delivered before the server answers this.
-    await jetstream.consumer_info(source._connection, "consuming", "pipeline")
-    assert source._buffer
-    replies = dict(source._held)
+    async with asyncio.timeout(10):
+        while ((await far_side.consumer()).num_ack_pending or 0) <= len(first.messages):
+            continue
     ends_at = time.monotonic() + 2.5
 
     while time.monotonic() < ends_at:
         await source.keep_alive(first)
         await asyncio.sleep(source.keep_alive_interval_s or 0)
 
-    assert source._held == replies
+    consumer = await far_side.consumer()
+    assert (consumer.num_ack_pending or 0) > len(first.messages)
+    assert not consumer.num_redelivered
     await source.aclose()
 
 
@@ -314,8 +365,7 @@ async def test_messages_larger_than_a_batch_are_handed_out_one_at_a_time(
     bodies = [b'"%s"' % (b"%d" % number * 900_000) for number in range(4)]
     for body in bodies:
         await far_side.put("orders.theirs", body)
-    source = await connected(far_side)
-    source._batch_bytes = 1000
+    source = await connected(far_side, batch_bytes=1000)
 
     batches = await collect(source, 4)
 
@@ -370,21 +420,22 @@ async def _poll_until_it_fails(source: NatsSource) -> None:
 
 
 async def test_what_was_held_far_apart_in_a_busy_stream_comes_before_what_is_new(
-    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.backends.nats.source._WIDEST_RECLAIM", 100)
     await feed(far_side, numbered(1))
     others = [structs.replace(one, subject="orders.update") for one in numbered(200, prefix="o")]
     await feed(far_side, others)
     await feed(far_side, numbered(1, start=1))
-    keys: dict[str, object] = {"subject": "orders.insert", "ack_wait_seconds": 1}
-    killed = await connected(far_side, batch_size=100, **keys)
+    keys: dict[str, Any] = {"subject": "orders.insert", "ack_wait_seconds": 1}
+    proxy = await tcp_proxy(*port_of(far_side.server.url))
+    killed = source_of(proxy.url(far_side.server.url), **keys)
+    await killed.connect()
     assert dedup_keys(messages_of(await collect(killed, 2))) == ["m:0", "m:1"]
-    assert killed._connection is not None
-    killed._connection.abort(NotConnected("killed"))
+    await proxy.reset_connections()
     await feed(far_side, numbered(1, start=2))
 
-    successor = await connected(far_side, batch_size=100, **keys)
+    successor = await connected(far_side, **keys)
     first = await successor.poll()
 
     again = await collect(successor, 3)

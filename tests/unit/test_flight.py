@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import ErrorKind, MessageRejected, Outage
-from relay.flight import Chunk, Flight
+from relay.flight import Flight
 from relay.message import RelayMessage
 
 
@@ -104,53 +104,24 @@ def test_numbers_of_nothing_under_way_settle_nothing() -> None:
     assert flight.settled == 1
 
 
-def test_a_chunk_without_an_error_is_accepted_with_its_duplicates() -> None:
-    flight = Flight(messages(["a", "b"]), is_strict=True, window=2)
-
-    flight.answered(Chunk(indices=taken(flight), answers=2, duplicates=1))
-
-    assert flight.is_over
-    assert (flight.settled, flight.duplicates, flight.failures()) == (2, 1, [])
-
-
-def test_a_rejection_in_a_chunk_sends_each_of_it_again_alone_and_in_front() -> None:
-    flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
-    indices = taken(flight)
-    assert indices == [0, 1, 3]
-    for index in indices:
-        flight.weigh(index, 10)
-    rejected = MessageRejected("bad")
-
-    flight.answered(Chunk(indices=indices, answers=3, error=rejected))
-
-    assert (flight.wants_sender, flight.bytes_under_way) == (True, 0)
-    assert [list(flight.take_chunk(9)) for _ in range(4)] == [[0], [1], [3], []]
-    flight.answered(Chunk(indices=[0], answers=1, error=rejected))
-    flight.answered(Chunk(indices=[1, 3], answers=2))
-    assert flight.take_chunk(9) == [2, 4]
-    flight.accept([2, 4])
-    assert flight.is_over
-    assert [(one.index, one.error) for one in flight.failures()] == [(0, rejected)]
-
-
 def test_a_chunk_has_what_single_takes_would_give_in_the_same_order() -> None:
     flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
-    assert flight.take_chunk(2) == [0, 1]
-    assert flight.take_chunk(9) == [3]
-    assert list(flight.take_chunk(9)) == []
+    assert list(flight.take_chunk(2, 99)) == [0, 1]
+    assert list(flight.take_chunk(9, 99)) == [3]
+    assert list(flight.take_chunk(9, 99)) == []
 
     flight.accept([0, 1, 3])
 
-    assert flight.take_chunk(9) == [2, 4]
+    assert list(flight.take_chunk(9, 99)) == [2, 4]
     assert flight.under_way() == [2, 4]
 
     free = Flight(messages(["a", "b", "c", "d"]), is_strict=True, window=3)
-    assert list(free.take_chunk(2)) == [0, 1]
-    assert list(free.take_chunk(9)) == [2]
-    assert list(free.take_chunk(9)) == []
+    assert list(free.take_chunk(2, 99)) == [0, 1]
+    assert list(free.take_chunk(9, 99)) == [2]
+    assert list(free.take_chunk(9, 99)) == []
     free.fail(0, Outage("full"))
     free.accept([1, 2])
-    assert list(free.take_chunk(9)) == []
+    assert list(free.take_chunk(9, 99)) == []
     assert [(one.index, one.was_sent) for one in free.failures()] == [(0, True), (3, False)]
 
 
@@ -159,7 +130,7 @@ def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
     keys: list[str],
 ) -> None:
     flight = Flight(messages(keys), is_strict=True, window=9)
-    chunk = flight.take_chunk(3)
+    chunk = flight.take_chunk(3, 99)
 
     flight.put_back(chunk[1:])
 
@@ -171,31 +142,13 @@ def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
     assert flight.is_over
 
 
-def test_a_sender_is_not_wanted_while_others_wait_for_one_that_is_sent_alone() -> None:
-    flight = Flight(messages(["a", "b", "a", "c", "d"]), is_strict=True, window=3)
-    first = flight.take_chunk(2)
-    flight.answered(Chunk(indices=list(first), answers=2, error=MessageRejected("bad")))
-    assert taken(flight) == [0, 1]
+def test_a_chunk_ends_with_the_message_that_reaches_its_bytes() -> None:
+    flight = Flight(messages(["a", "b", "c", "d", "e"]), is_strict=True, window=9)
 
-    flight.accept([0])
-
-    assert taken(flight) == []
-    assert not flight.wants_sender
-    flight.accept([1])
-    assert flight.wants_sender
-    assert taken(flight) == [2, 3, 4]
-
-
-def test_what_should_have_gone_again_alone_fails_with_a_grounded_flight() -> None:
-    flight = Flight(messages(["a", "b", "c"]), is_strict=True, window=3)
-    indices = taken(flight)
-    outage = Outage("full")
-
-    flight.answered(Chunk(indices=indices[:2], answers=2, error=MessageRejected("bad")))
-    flight.answered(Chunk(indices=indices[2:], answers=1, error=outage))
-
-    assert flight.is_over
-    assert [one.error for one in flight.failures()] == [outage] * 3
+    assert list(flight.take_chunk(9, 3)) == [0, 1]
+    assert list(flight.take_chunk(9, 1)) == [2]
+    assert list(flight.take_chunk(1, 99)) == [3]
+    assert flight.under_way() == [0, 1, 2, 3]
 
 
 def test_the_bytes_under_way_are_those_of_unsettled_messages() -> None:
@@ -223,7 +176,7 @@ def test_whatever_happens_every_message_is_settled_once_and_keys_keep_their_orde
     accepted: list[int] = []
     while not flight.is_over:
         if chance.random() < 0.5:
-            chunk = flight.take_chunk(4)
+            chunk = flight.take_chunk(4, 99)
             flight.put_back(chunk[chance.randint(1, 4) :])
         taken(flight)
         assert flight.is_over or not flight.wants_sender
@@ -234,11 +187,9 @@ def test_whatever_happens_every_message_is_settled_once_and_keys_keep_their_orde
         index = chance.choice(under_way)
         what = chance.random()
         if what < 0.2:
-            # Of several none is settled: each is sent again, alone.
             several = under_way[: chance.randint(2, 8)]
-            rejected = MessageRejected("bad") if len(several) > 1 else None
-            flight.answered(Chunk(indices=several, answers=len(several), error=rejected))
-            accepted += [] if rejected else several
+            flight.accept(several)
+            accepted += several
         elif what < 0.8:
             flight.accept([index])
             accepted.append(index)

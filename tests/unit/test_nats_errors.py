@@ -8,9 +8,9 @@ import nats.errors
 import nats.js.errors
 import pytest
 from nats.aio.client import Client
-from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
+from nats.aio.transport import TcpTransport
 
-from relay.backends.nats.connection import _Client
+from relay.backends.nats.connection import LineClient
 from relay.backends.nats.errors import (
     CLIENT_ERRORS,
     JETSTREAM_ERRORS,
@@ -19,7 +19,6 @@ from relay.backends.nats.errors import (
     of_jetstream,
     of_server_text,
 )
-from relay.backends.nats.frame import FrameParser
 from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
@@ -144,25 +143,12 @@ def test_a_mistake_in_our_own_code_is_not_hidden() -> None:
 
 
 def test_the_client_library_still_has_the_seams_that_the_connection_uses() -> None:
-    for name in ("_process_msg", "_process_info"):
+    for name in ("_process_headers", "_build_message", "_process_info"):
         theirs = inspect.signature(getattr(Client, name))
-        ours = inspect.signature(getattr(_Client, name))
-        assert list(ours.parameters) == list(theirs.parameters)
-        assert inspect.iscoroutinefunction(getattr(Client, name))
-    fresh = Client()
-    assert fresh._sid == 0
-    assert fresh._transport is None
-    assert type(fresh._ps) is Parser
-
-
-def test_the_client_library_still_has_the_parser_whose_place_the_connection_takes() -> None:
-    theirs, ours = inspect.signature(Parser.parse), inspect.signature(FrameParser.parse)
-    assert list(ours.parameters) == list(theirs.parameters)
-    assert inspect.iscoroutinefunction(Parser.parse)
-    client = _Client(is_tls_wanted=False)
-    assert client._ps is client._parser
-    assert client._parser.nc is client
-    assert client._parser.state == AWAITING_CONTROL_LINE
-    assert client._parser.buf == b""
-    assert "self.reset()" in inspect.getsource(Parser.__init__)
-    assert "self._ps.parse(" in inspect.getsource(Client._read_loop)
+        ours = inspect.signature(getattr(LineClient, name))
+        assert len(ours.parameters) == len(theirs.parameters)
+        for client in (Client, LineClient):
+            is_coroutine = inspect.iscoroutinefunction(getattr(client, name))
+            assert is_coroutine == (name != "_build_message")
+    assert vars(Client())["_transport"] is None
+    assert "self._io_writer" in inspect.getsource(TcpTransport.connect)

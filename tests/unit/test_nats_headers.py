@@ -63,14 +63,19 @@ def test_two_message_ids_that_differ_only_in_line_breaks_stay_different() -> Non
     assert first != second
 
 
-def test_a_status_is_told_from_an_ordinary_message() -> None:
-    assert wire_headers.status(b"NATS/1.0 503\r\n\r\n") == (503, "")
-    assert wire_headers.status(b"NATS/1.0 409 Consumer Deleted\r\nA: b\r\n\r\n") == (
-        409,
-        "Consumer Deleted",
-    )
-    assert wire_headers.status(b"NATS/1.0\r\nA: 503\r\n\r\n") is None
-    assert wire_headers.status(None) is None
+def test_what_the_server_says_is_told_from_headers() -> None:
+    assert wire_headers.parse(b"NATS/1.0 503\r\n\r\n") == {"Status": "503", "Description": ""}
+    assert wire_headers.parse(b"NATS/1.0 409 Consumer Deleted\r\nA: b\r\n\r\n") == {
+        "Status": "409",
+        "Description": "Consumer Deleted",
+        "A": "b",
+    }
+    assert wire_headers.parse(b"NATS/1.0\r\nA: 503\r\n\r\n") == {"A": "503"}
+
+
+@pytest.mark.parametrize("block", [b"NATS/1.0", b"NATS/1.0 ", b"XXXX", b"NATS/1.0 \xff", b"\xff"])
+def test_a_block_that_is_none_has_no_headers(block: bytes) -> None:
+    assert wire_headers.parse(block) == {}
 
 
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])

@@ -1,11 +1,5 @@
 """One connection to a NATS server, over nats-py, for many messages at a time.
 
-The client library does what it does well: the handshake, TLS, authentication, pings and single
-requests. For bulk work it makes a future, a message object and a queue entry per message, which
-costs more than all else; so whole chunks of protocol lines are handed to its transport, and what
-arrives for our own inboxes goes straight to a handler. The seams used are those of `_Client` and
-`relay.backends.nats.frame`.
-
 A connection that is lost stays lost: the library's own reconnecting would buffer and replay
 publishes behind the back of the loop, which has to decide what is repeated, and in which order.
 """
@@ -16,91 +10,82 @@ import asyncio
 import contextlib
 import random
 import ssl
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from nats.aio.client import Client, RawCredentials
-from nats.aio.transport import TcpTransport
+from nats.aio.subscription import Subscription
 from nats.errors import Error as ClientError
-from nats.errors import NoRespondersError
+from nats.js.api import StreamInfo
+from nats.js.errors import APIError
+from nats.js.manager import JetStreamManager
 
-from relay.backends.nats.acceptance import Acceptances, Accepted
-from relay.backends.nats.errors import (
-    ApiError,
-    mapped,
-    of_exception,
-    of_jetstream,
-    of_server_text,
-)
-from relay.backends.nats.frame import FrameParser, Handler
+from relay.backends.nats.errors import mapped, of_exception, of_server_text
+from relay.backends.nats.headers import parse
 from relay.backends.nats.options import NatsConnectionOptions, NatsServer, servers_of
-from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
+from relay.errors import (
+    AuthenticationRefused,
+    ConfigurationError,
+    NotConnected,
+    RelayError,
+    TimedOut,
+)
+from relay.tls import client_context
 
-CONNECT_TIMEOUT_S = 5
-REQUEST_TIMEOUT_S = 5.0
+_REQUEST_TIMEOUT_S = 5
+_ANSWER_TIMEOUT_S = 10
 _CLOSE_TIMEOUT_S = 2.0
 # A TLS handshake that failed is never reported as closed.
 _ABORT_TIMEOUT_S = 0.1
 _HEALTH_TIMEOUT_S = 2.0
 _PING_INTERVAL_S = 20
+# By then the library itself has given up a server that does not answer its pings.
+_PONG_TIMEOUT_S = 4 * _PING_INTERVAL_S
 
 T = TypeVar("T")
 
 
-class _Client(Client):
-    """nats-py's client with its seams: what arrives, what is sent, and when TLS is begun."""
+class Received(msgspec.Struct, frozen=True, gc=False):
+    """A message as it arrived; ``headers`` are those on the wire, None without."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: dict[str, str] | None
+
+
+class LineClient(Client):
+    """nats-py's client with its seams, which are here and nowhere else.
+
+    ``_transport``: `publish` checks, formats and queues each message by itself, at a third of the
+    speed; lines that were made in bulk are written to the transport as they are.
+    ``_process_info``: the library begins TLS only where the server demands it, and would otherwise
+    send the credentials in the clear.
+    ``_process_headers``, ``_build_message``: at a subject that is not UTF-8, or a header block that
+    is none, the library stops reading for good, and again after each reconnect. A server takes
+    both from anybody.
+    """
 
     def __init__(self, *, is_tls_wanted: bool) -> None:
         super().__init__()
-        self._handlers: dict[int, Handler] = {}
-        self._ps = self._parser = FrameParser(self, self._handlers)
         self._is_tls_wanted = is_tls_wanted
 
-    def listen(self, subject: str, handler: Handler) -> int:
-        self._sid += 1
-        self._handlers[self._sid] = handler
-        self.write(f"SUB {subject}  {self._sid}\r\n".encode())
-        return self._sid
-
-    def expect_acceptances(self, prefix: str, sid: int, accepted: Accepted) -> None:
-        self._parser.acceptances = Acceptances(prefix, sid, accepted)
-
-    def unlisten(self, sid: int) -> None:
-        """Ask the server to send no more; what is on its way still goes to the handler."""
-        self.write(f"UNSUB {sid}\r\n".encode())
-
-    def forget(self, sid: int) -> None:
-        self._handlers.pop(sid, None)
-
-    def write(self, chunk: bytes) -> None:
+    async def send(self, lines: Iterable[bytes]) -> None:
+        """Send complete lines of the protocol; waits while the server takes them too slowly."""
         if self._transport is None or not self.is_connected:
             raise NotConnected("the connection to NATS was lost")
-        self._transport.write(chunk)
-
-    async def drain_writes(self) -> None:
-        if self._transport is not None:
-            await self._transport.drain()  # type: ignore[no-untyped-call]  # untyped in the library
+        self._transport.write(b"".join(lines))
+        await self._transport.drain()  # type: ignore[no-untyped-call]  # untyped in the library
 
     def abort(self) -> None:
-        """Drop the connection without another word."""
+        """Drop the connection without another word; what is not yet sent is thrown away."""
         writer = getattr(self._transport, "_io_writer", None)
-        if isinstance(self._transport, TcpTransport) and writer is not None:
+        if writer is not None:
             writer.transport.abort()
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
-        handler = self._handlers.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        else:
-            handler(subject, reply, data, headers)
-
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # The library begins TLS only when the server demands it, and would otherwise send the
-        # credentials in the clear.
         if initial_connection and self._is_tls_wanted and not info.get("tls_required"):
             if not info.get("tls_available"):
                 raise ConfigurationError(
@@ -110,157 +95,164 @@ class _Client(Client):
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
 
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        return parse(headers) if headers else None
+
+    def _build_message(
+        self, _: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Received:
+        return Received(subject.decode("utf-8", "replace"), reply.decode(), data, headers)
+
 
 class Connection:
-    """An open connection. Safe to use from several tasks; ends for good when it is lost."""
+    """An open connection. Safe to use from several tasks; ends for good when it is lost.
 
-    def __init__(self, client: _Client, server: NatsServer) -> None:
-        self._client = client
-        self._server = server
-        self._troubled = asyncio.Event()
+    ``manager``: the client's JetStream manager, to be used through `ask`.
+    """
+
+    def __init__(self, client: LineClient, address: str) -> None:
+        self.client = client
+        self.address = address
         self._loss: RelayError | None = None
+        self._trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked: set[asyncio.Task[Any]] = set()
         self.denied: list[str] = []
+        self.reported_last: Exception | None = None
         self.on_trouble: Callable[[], None] = lambda: None
+        self.manager = JetStreamManager(client, timeout=_REQUEST_TIMEOUT_S)
 
     @property
     def loss(self) -> RelayError | None:
         """Why the connection is gone, None while it stands."""
-        if self._loss is None and not self._client.is_connected:
-            self._loss = NotConnected(f"the connection to {self._server.address} was lost")
+        if self._loss is None and not self.client.is_connected:
+            self._loss = NotConnected(f"the connection to {self.address} was lost")
         return self._loss
 
-    @property
-    def max_payload(self) -> int:
-        """The most bytes of headers and body together that the server takes in one message."""
-        return self._client.max_payload
+    async def subscribe(
+        self, subject: str, handler: Callable[[Received], Awaitable[None]]
+    ) -> Subscription:
+        """Hand every message on the subject to the handler, in order.
 
-    @property
-    def address(self) -> str:
-        """``host:port`` of the server."""
-        return self._server.address
-
-    def new_inbox(self) -> str:
-        """A subject of our own for replies."""
-        return self._client.new_inbox()
-
-    def listen(self, subject: str, handler: Handler) -> int:
-        """Hand every message on the subject to the handler, at once and in order."""
-        return self._client.listen(subject, handler)
-
-    def listen_for_acceptances(self, prefix: str, handler: Handler, accepted: Accepted) -> None:
-        """Hand what comes to ``prefix`` and a number to the handler; acceptances in bulk.
-
-        For one prefix of a connection, to the end of it.
+        A permission that is missing for it fails what is asked next.
+        Nothing is dropped, however much waits: what can arrive is limited by what was asked for.
         """
-        subscription = self._client.listen(f"{prefix}*", handler)
-        self._client.expect_acceptances(prefix, subscription, accepted)
+        with mapped(f"subscribing at {self.address}"):
+            return await self.client.subscribe(
+                subject,
+                cb=handler,  # type: ignore[arg-type]  # it gets what `_build_message` makes
+                pending_msgs_limit=0,
+                pending_bytes_limit=0,
+            )
 
-    async def unlisten(self, subscription: int) -> None:
-        """End a subscription; when it returns, all that was under way has been handed over."""
-        self._client.unlisten(subscription)
-        try:
-            await self.flush()
-        finally:
-            self._client.forget(subscription)
-
-    def write(self, chunk: bytes) -> None:
-        """Send complete protocol lines. Raises `NotConnected`."""
-        self._client.write(chunk)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Wait while the server takes our bytes more slowly than they come. Raises `Outage`."""
+    async def send(self, lines: Iterable[bytes], *, timeout_s: float) -> None:
+        """Send complete lines of the protocol. Raises `Outage`, also when it takes too long."""
         with mapped("sending to NATS"):
             async with asyncio.timeout(timeout_s):
-                await self._client.drain_writes()
+                await self.client.send(lines)
 
-    async def flush(self) -> None:
-        """Return when the server has processed all that was written. Raises `Outage`."""
-        with mapped("waiting for NATS"):
-            await self._ask(self._client.flush(timeout=int(REQUEST_TIMEOUT_S)))
+    async def ask(self, request: Coroutine[Any, Any, T], doing: str) -> T:
+        """The result of a call of the client, which by itself would sit out a lost connection.
 
-    async def request(self, subject: str, request: object, into: type[T], doing: str) -> T:
-        """Ask the JetStream API. Raises what the answer says, and `Outage`."""
-        body = b"" if request is None else msgspec.json.encode(request)
-        with mapped(doing):
-            try:
-                reply = await self._ask(
-                    self._client.request(subject, body, timeout=REQUEST_TIMEOUT_S)
-                )
-            except NoRespondersError:
-                raise ConfigurationError(
-                    f"{doing}: JetStream does not answer",
-                    remedy="start the server with JetStream and enable it for this account",
-                ) from None
-            error = msgspec.json.decode(reply.data, type=_Answer).error
-            if error is not None:
-                raise of_jetstream(error, doing)
-            return msgspec.json.decode(reply.data, type=into)
-
-    async def is_healthy(self) -> bool:
-        """True when the server answers a ping now."""
-        try:
-            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                await self.flush()
-        except (RelayError, TimeoutError):
-            return False
-        return True
-
-    def abort(self, reason: RelayError) -> None:
-        """Drop the connection at once: what is unsettled stays unknown."""
-        if self._loss is None:
-            self._loss = reason
-        self._client.abort()
-        self._trouble()
-
-    async def aclose(self) -> None:
-        """Close; never raises, and takes no longer than the bound."""
-        if self._loss is None:
-            self._loss = NotConnected("the connection is closed")
-        await _closed(self._client)
-
-    async def reported(self, error: Exception) -> None:
-        """What the library reports on the side."""
-        if "permissions violation" in str(error).lower():
-            self.denied.append(str(error))
-            self._trouble()
-
-    async def lost(self) -> None:
-        """The library gave the connection up."""
-        if self._loss is None:
-            doing = f"the connection to {self._server.address} was lost"
-            cause = self._client.last_error
-            known = None if cause is None else of_exception(cause, doing)
-            self._loss = known or NotConnected(doing)
-        self._trouble()
-
-    def _trouble(self) -> None:
-        self._troubled.set()
-        self.on_trouble()
-
-    async def _ask(self, request: Coroutine[Any, Any, T]) -> T:
-        """Await a request of the library, which by itself would sit out a lost connection."""
-        self._troubled.clear()
-        denied_before = len(self.denied)
+        A call that took too long is left to itself until the connection is closed: a late answer
+        to a cancelled ping would end the client's reading. Raises `Outage`, `ConfigurationError`.
+        """
         if self.loss is not None:
             request.close()
             raise self.loss
-        asking = asyncio.ensure_future(request)
-        troubled = asyncio.ensure_future(self._troubled.wait())
-        try:
-            await asyncio.wait({asking, troubled}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return asking.result()
-        finally:
-            asking.cancel()
-            troubled.cancel()
-            await asyncio.gather(asking, troubled, return_exceptions=True)
+        asked = asyncio.ensure_future(request)
+        self._asked.add(asked)
+        asked.add_done_callback(self._forget)
+        denied_before = len(self.denied)
+        either: set[asyncio.Future[Any]] = {asked, self._trouble}
+        await asyncio.wait(either, timeout=_ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if len(self.denied) > denied_before:
-            raise of_server_text(self.denied[-1], "NATS refuses")
-        raise self._loss or NotConnected(f"the connection to {self._server.address} was lost")
+            raise of_server_text(self.denied[-1], doing)
+        if asked.done():
+            with mapped(doing):
+                return asked.result()
+        if self._loss is None:
+            self.abort(TimedOut(f"{doing}: no answer in time"))
+        raise self._loss or NotConnected(doing)
+
+    async def streams_on(self, subject: str) -> list[StreamInfo]:
+        """The streams that listen on a subject or on a part of a filter.
+
+        Asked here because the client's manager finds only one. Raises what `ask` does.
+        """
+        doing = f"looking for a stream on {subject!r}"
+        body = msgspec.json.encode({"subject": subject})
+        request = self.client.request("$JS.API.STREAM.LIST", body, timeout=_REQUEST_TIMEOUT_S)
+        found = msgspec.json.decode((await self.ask(request, doing)).data)
+        with mapped(doing):
+            if "error" in found:
+                raise APIError.from_error(found["error"])
+        return [StreamInfo.from_response(one) for one in found["streams"] or ()]
+
+    async def stream_info(self, name: str) -> StreamInfo:
+        """The stream of that name. Raises `DestinationMissing`, and what `ask` does."""
+        return await self.ask(self.manager.stream_info(name), f"looking for the stream {name!r}")
+
+    async def is_healthy(self) -> bool:
+        """True when the server answers a ping now."""
+        with contextlib.suppress(RelayError, TimeoutError):
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                await self.ask(self.client.rtt(timeout=_PONG_TIMEOUT_S), "asking for a pong")
+                return True
+        return False
+
+    def abort(self, reason: RelayError) -> None:
+        """Drop the connection at once: what is unsettled stays unknown."""
+        self._loss = self._loss or reason
+        self.client.abort()
+        self._raise_alarm()
+
+    async def aclose(self, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Close, by force when a stalled peer does not let us; never raises."""
+        self._loss = self._loss or NotConnected("the connection is closed")
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.client.close()
+        except Exception:  # noqa: BLE001 - whatever the library meets while closing, the socket goes
+            self.client.abort()
+        for asked in self._asked:
+            asked.cancel()
+        await asyncio.gather(*self._asked, return_exceptions=True)
+
+    async def reported(self, error: Exception) -> None:
+        """What the library reports on the side."""
+        self.reported_last = error
+        if "permissions violation" in str(error).lower():
+            self.denied.append(str(error))
+            self._raise_alarm()
+
+    async def lost(self) -> None:
+        """The library gave the connection up."""
+        doing = f"the connection to {self.address} was lost"
+        cause = self.client.last_error or NotConnected(doing)
+        self._loss = self._loss or of_exception(cause, doing) or NotConnected(doing)
+        self._raise_alarm()
+
+    def _raise_alarm(self) -> None:
+        """Wake all who wait for an answer."""
+        if not self._trouble.done():
+            self._trouble.set_result(None)
+        if self._loss is None:
+            self._trouble = asyncio.get_running_loop().create_future()
+        self.on_trouble()
+
+    def _forget(self, asked: asyncio.Task[Any]) -> None:
+        self._asked.discard(asked)
+        if not asked.cancelled():
+            asked.exception()
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    error: ApiError | None = None
+def standing(connection: Connection | None) -> Connection:
+    """The connection. Raises why there is none."""
+    if connection is None:
+        raise NotConnected("not connected to NATS")
+    if connection.loss is not None:
+        raise connection.loss
+    return connection
 
 
 async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Connection:
@@ -271,11 +263,20 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
     """
     servers = list(servers_of(options.url, path))
     random.shuffle(servers)
-    context = _tls_context(options, path)
-    for server in servers[:-1]:
+    context = None
+    is_wanted = options.tls or options.tls_insecure or options.tls_ca or options.tls_cert
+    if is_wanted or any(server.is_tls for server in servers):
+        context = client_context(
+            path,
+            ca=options.tls_ca,
+            cert=options.tls_cert,
+            key=options.tls_key,
+            is_insecure=options.tls_insecure,
+        )
+    for server in servers[1:]:
         with contextlib.suppress(RelayError):
             return await _connect_to(server, options, context, name=name, path=path)
-    return await _connect_to(servers[-1], options, context, name=name, path=path)
+    return await _connect_to(servers[0], options, context, name=name, path=path)
 
 
 async def _connect_to(
@@ -286,56 +287,37 @@ async def _connect_to(
     name: str,
     path: str,
 ) -> Connection:
-    client = _Client(is_tls_wanted=context is not None or server.is_tls)
-    connection = Connection(client, server)
-    reports: list[Exception] = []
-
-    async def report(error: Exception) -> None:
-        reports.append(error)
-        await connection.reported(error)
-
+    client = LineClient(is_tls_wanted=context is not None)
+    connection = Connection(client, server.address)
     doing = f"connecting to NATS at {server.address}"
     try:
         with mapped(doing):
             try:
-                async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                     await client.connect(
                         [f"nats://{server.address}"],
                         name=name,
                         allow_reconnect=False,
                         max_reconnect_attempts=1,
                         reconnect_time_wait=0,
-                        connect_timeout=CONNECT_TIMEOUT_S,
+                        connect_timeout=_REQUEST_TIMEOUT_S,
                         ping_interval=_PING_INTERVAL_S,
                         tls=context,
                         tls_hostname=server.host,
-                        error_cb=report,
+                        error_cb=connection.reported,
                         closed_cb=connection.lost,
                         **_authentication(options, server, path),
                     )
             except ClientError:
                 # What keeps a server from being reached is reported on the side only.
-                raise (reports[-1] if reports else NotConnected(doing)) from None
+                raise connection.reported_last or NotConnected(doing) from None
             if not client.is_connected:
                 raise NotConnected(f"{doing}: the server ended the handshake")
-            await client.flush(timeout=CONNECT_TIMEOUT_S)
     except BaseException:
         client.abort()
-        await _closed(client, timeout_s=_ABORT_TIMEOUT_S)
+        await connection.aclose(timeout_s=_ABORT_TIMEOUT_S)
         raise
-    if connection.loss is not None:
-        await _closed(client)
-        raise connection.loss
     return connection
-
-
-async def _closed(client: _Client, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
-    """Close in order, or by force when a stalled peer does not let us."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await client.close()
-    except Exception:  # noqa: BLE001 - whatever the library meets while closing, the socket goes
-        client.abort()
 
 
 def _authentication(
@@ -382,22 +364,3 @@ def _checked_seed(seed: str, path: str) -> str:
     except Exception:  # noqa: BLE001 - nkeys raises errors of several libraries, some with the seed
         raise AuthenticationRefused(f"{path}: the nkey seed is not a valid seed") from None
     return seed
-
-
-def _tls_context(options: NatsConnectionOptions, path: str) -> ssl.SSLContext | None:
-    is_wanted = options.tls or options.tls_insecure or options.tls_ca or options.tls_cert
-    if not is_wanted and not any(server.is_tls for server in servers_of(options.url, path)):
-        return None
-    try:
-        context = ssl.create_default_context(cafile=options.tls_ca)
-        if options.tls_cert is not None:
-            context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"{path}: the TLS files can't be used: {error.strerror or type(error).__name__}",
-            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
-        ) from None
-    if options.tls_insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -25,83 +25,65 @@ from relay.errors import (
     MessageTooLarge,
     NotConnected,
     Outage,
-    PositionLost,
     RelayError,
     TimedOut,
 )
 from relay.network import not_connected
+from relay.tls import of_tls
+
+_NO_ROOM = "its JetStream storage is full: raise max_file_store of the server, or remove messages"
 
 # The nearest class of an exception's ancestry decides.
-CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
-    client.Error: Outage,
-    client.TimeoutError: TimedOut,
-    client.NoRespondersError: DestinationMissing,
-    client.StaleConnectionError: NotConnected,
-    client.OutboundBufferLimitError: Outage,
-    client.UnexpectedEOF: NotConnected,
-    client.FlushTimeoutError: TimedOut,
-    client.ConnectionClosedError: NotConnected,
-    client.SecureConnRequiredError: ConfigurationError,
-    client.SecureConnWantedError: ConfigurationError,
-    client.SecureConnFailedError: ConfigurationError,
-    client.BadSubscriptionError: Outage,
-    client.BadSubjectError: ConfigurationError,
-    client.BadHeaderError: MessageRejected,
-    client.SlowConsumerError: Outage,
-    client.BadTimeoutError: ConfigurationError,
-    client.AuthorizationError: AuthenticationRefused,
-    client.NoServersError: NotConnected,
-    client.JsonParseError: Outage,
-    client.MaxPayloadError: MessageTooLarge,
-    client.DrainTimeoutError: TimedOut,
-    client.ConnectionDrainingError: NotConnected,
-    client.ConnectionReconnectingError: NotConnected,
-    client.InvalidUserCredentialsError: AuthenticationRefused,
-    client.InvalidCallbackTypeError: ConfigurationError,
-    client.ProtocolError: NotConnected,
-    client.ServerNotInPoolError: NotConnected,
-    client.NotJSMessageError: Outage,
-    client.MsgAlreadyAckdError: Outage,
-    jetstream.Error: Outage,
-    jetstream.APIError: Outage,
-    jetstream.ServiceUnavailableError: Outage,
-    jetstream.ServerError: Outage,
-    jetstream.NotFoundError: DestinationMissing,
-    jetstream.BadRequestError: ConfigurationError,
-    jetstream.NoStreamResponseError: DestinationMissing,
-    jetstream.TooManyStalledMsgsError: Outage,
-    jetstream.FetchTimeoutError: TimedOut,
-    jetstream.ConsumerSequenceMismatchError: Outage,
+_KINDS: Mapping[type[RelayError], tuple[type[Exception], ...]] = {
+    AuthenticationRefused: (client.AuthorizationError, client.InvalidUserCredentialsError),
+    ConfigurationError: (
+        client.SecureConnRequiredError, client.SecureConnWantedError, client.SecureConnFailedError,
+        client.BadSubjectError, client.BadTimeoutError, client.InvalidCallbackTypeError,
+        jetstream.BadRequestError,
+    ),
+    DestinationMissing: (
+        client.NoRespondersError, jetstream.NotFoundError, jetstream.NoStreamResponseError,
+    ),
+    MessageRejected: (client.BadHeaderError,),
+    MessageTooLarge: (client.MaxPayloadError,),
+    NotConnected: (
+        client.StaleConnectionError, client.ConnectionClosedError, client.NoServersError,
+        client.ConnectionDrainingError, client.ConnectionReconnectingError, client.ProtocolError,
+        client.ServerNotInPoolError,
+    ),
+    Outage: (
+        client.Error, client.OutboundBufferLimitError, client.BadSubscriptionError,
+        client.SlowConsumerError, client.JsonParseError, client.NotJSMessageError,
+        client.MsgAlreadyAckdError, jetstream.Error, jetstream.APIError,
+        jetstream.TooManyStalledMsgsError, jetstream.ConsumerSequenceMismatchError,
+    ),
+    TimedOut: (client.TimeoutError,),
+}  # fmt: skip
+CLIENT_ERRORS = {exception: kind for kind, exceptions in _KINDS.items() for exception in exceptions}
+
+# By the server's own number, with a remedy; any other by its HTTP-like code.
+JETSTREAM_ERRORS: Mapping[int, tuple[type[RelayError], str]] = {
+    10002: (Outage, "raise the account's JetStream limits, or remove messages"),
+    10008: (Outage, ""),  # JetStream system temporarily unavailable
+    10014: (DestinationMissing, ""),  # consumer not found
+    10023: (Outage, _NO_ROOM),  # insufficient resources
+    10028: (Outage, "raise max_memory_store of the server, or keep the stream in files"),
+    10037: (DestinationMissing, ""),  # no message found
+    10039: (ConfigurationError, "enable JetStream for this account"),
+    10047: (Outage, _NO_ROOM),  # insufficient storage resources
+    10054: (MessageTooLarge, ""),  # message size exceeds maximum allowed
+    10058: (ConfigurationError, ""),  # stream name in use with another configuration
+    10059: (DestinationMissing, "create the stream, or set create_stream"),
+    10060: (ConfigurationError, "correct stream, or the subjects of the stream that listens here"),
+    10065: (ConfigurationError, "choose other subjects, or name the stream that has them"),
+    10076: (ConfigurationError, "start the server with JetStream"),
+    10077: (Outage, "raise the stream's limits or remove messages"),
+    10097: (MessageTooLarge, ""),  # header size exceeds maximum allowed of 64k
+    10109: (ConfigurationError, "unseal the stream or publish to another"),
+    10167: (Outage, ""),  # too many requests
 }
 
-# By the server's own number; any other by its HTTP-like code.
-JETSTREAM_ERRORS: Mapping[int, type[RelayError]] = {
-    10002: Outage,  # resource limits exceeded for account
-    10008: Outage,  # JetStream system temporarily unavailable
-    10014: DestinationMissing,  # consumer not found
-    10023: Outage,  # insufficient resources
-    10028: Outage,  # insufficient memory resources
-    10037: DestinationMissing,  # no message found
-    10039: ConfigurationError,  # JetStream not enabled for account
-    10047: Outage,  # insufficient storage resources
-    10054: MessageTooLarge,  # message size exceeds maximum allowed
-    10058: ConfigurationError,  # stream name in use with another configuration
-    10059: DestinationMissing,  # stream not found
-    10060: ConfigurationError,  # expected stream does not match
-    10065: ConfigurationError,  # subjects overlap with an existing stream
-    10076: ConfigurationError,  # JetStream not enabled
-    10077: Outage,  # stream store failed: full by messages, by bytes, or by a subject
-    10097: MessageTooLarge,  # header size exceeds maximum allowed of 64k
-    10109: ConfigurationError,  # stream is sealed
-    10167: Outage,  # too many requests
-}
-
-_TOO_MANY_REQUESTS = 429
-_SERVER_ERRORS = 500
-_NOT_FOUND = 404
-_REFUSED = (401, 403)
-
-_REFUSALS = ("authorization violation", "authentication", "user authentication", "nkey")
+_REFUSALS = ("authorization violation", "authentication", "nkey")
 _TIGHTER_LIMITS = ("maximum connections exceeded", "maximum account", "maximum subscriptions")
 
 
@@ -114,12 +96,9 @@ class ApiError(msgspec.Struct, frozen=True):
 
 
 def of_jetstream(error: ApiError, doing: str, *, is_publish: bool = False) -> RelayError:
-    """The relay's error for a JetStream answer. ``is_publish`` blames a bad request on a message.
-
-    The text holds the server's number and words.
-    """
-    kind = JETSTREAM_ERRORS.get(error.err_code) or _by_code(error.code, is_publish=is_publish)
-    remedy = _REMEDIES.get(error.err_code, "")
+    """The relay's error for a JetStream answer; ``is_publish`` makes a bad request a message's."""
+    by_code = (_by_code(error.code, is_publish=is_publish), "")
+    kind, remedy = JETSTREAM_ERRORS.get(error.err_code, by_code)
     return kind(f"{doing}: {error.description} (NATS error {error.err_code})", remedy=remedy)
 
 
@@ -150,15 +129,14 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
             f"{doing}: {error.name or 'a module'} is not installed",
             remedy="pip install 'pgtrickle-relay[nats]'",
         )
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConfigurationError(
-            f"{doing}: the server's certificate is not trusted:"
-            f" {getattr(error, 'verify_message', 'it does not verify')}",
-            remedy="point tls_ca at the authority that signed it",
-        )
     if isinstance(error, ssl.SSLError):
-        return _of_tls(error, doing)
+        return of_tls(error, doing)
     number = getattr(error, "err_code", None)
+    if isinstance(error, jetstream.ServiceUnavailableError) and number is None:
+        return ConfigurationError(
+            f"{doing}: JetStream does not answer",
+            remedy="start the server with JetStream and enable it for this account",
+        )
     if isinstance(error, jetstream.APIError) and isinstance(number, int):
         answer = ApiError(error.code or 0, number, error.description or "")
         return of_jetstream(answer, doing)
@@ -188,51 +166,15 @@ def mapped(doing: str) -> Iterator[None]:
         raise ours from error
 
 
-def consumer_gone(stream: str, consumer: str) -> PositionLost:
-    """The durable consumer, and with it the position, was deleted while we used it."""
-    return PositionLost(
-        f"the consumer {consumer!r} of stream {stream!r} was deleted while it was read",
-        remedy="it is made anew on the next start and begins where deliver_policy says",
-    )
-
-
-_NO_ROOM = "its JetStream storage is full: raise max_file_store of the server, or remove messages"
-
-_REMEDIES: Mapping[int, str] = {
-    10002: "raise the account's JetStream limits, or remove messages",
-    10023: _NO_ROOM,
-    10028: "raise max_memory_store of the server, or keep the stream in files",
-    10039: "enable JetStream for this account",
-    10047: _NO_ROOM,
-    10059: "create the stream, or set create_stream",
-    10060: "another stream listens on this subject: correct stream, or the stream's subjects",
-    10065: "choose other subjects, or name the stream that has them",
-    10076: "start the server with JetStream",
-    10077: "raise the stream's limits or remove messages",
-    10109: "unseal the stream or publish to another",
-}
-
-
 def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:
-    if code >= _SERVER_ERRORS or code == _TOO_MANY_REQUESTS:
-        return Outage
-    if code == _NOT_FOUND:
-        return DestinationMissing
-    if code in _REFUSED:
-        return AuthenticationRefused
+    match code:
+        case 404:
+            return DestinationMissing
+        case 401 | 403:
+            return AuthenticationRefused
+        case _ if code == 429 or code >= 500:
+            return Outage
     return MessageRejected if is_publish else ConfigurationError
-
-
-def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
-    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
-    if "certificate" in reason or "unknown ca" in reason:
-        return AuthenticationRefused(
-            f"{doing}: the server refuses our certificate: {reason}",
-            remedy="set tls_cert and tls_key to a certificate that the server trusts",
-        )
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return NotConnected(f"{doing}: TLS was ended by the server")
-    return ConfigurationError(f"{doing}: TLS failed: {reason}")
 
 
 def _words(error: client.Error) -> str:

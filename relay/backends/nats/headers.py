@@ -17,7 +17,6 @@ from urllib.parse import quote, unquote
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED_STREAM = "Nats-Expected-Stream"
-STATUS_LINE = b"NATS/1.0"
 
 _NAME_ESCAPED = re.compile(r"[^!#$&'*+\-.^_`|~0-9A-Za-z]|\*$")
 _EXTENDED = "UTF-8''"
@@ -36,13 +35,19 @@ def encode(headers: Mapping[str, str], *, message_id: str, fixed: str = "") -> b
     return "".join(lines).encode()
 
 
-def parse(block: bytes | None) -> dict[str, str]:
-    """The headers of a received block as they are on the wire; of a repeated name the last."""
-    if block is None:
-        return {}
-    lines = block.decode("utf-8", "replace").split("\r\n")
-    parts = [line.partition(":") for line in lines[1:] if ":" in line]
-    return {name.strip(): value.strip() for name, _, value in parts}
+def parse(block: bytes) -> dict[str, str]:
+    """The headers of a received block as they are on the wire; of a repeated name the last.
+
+    What a server says in the first line is under ``Status`` and ``Description``.
+    """
+    first, *lines = block.decode("utf-8", "replace").split("\r\n")
+    code, _, text = first[len("NATS/1.0") :].strip().partition(" ")
+    headers = {"Status": code, "Description": text} if code.isdigit() else {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    return headers
 
 
 def decode(headers: Mapping[str, str]) -> dict[str, str]:
@@ -61,20 +66,11 @@ def is_plain(value: str) -> bool:
     return value.isprintable() and value.strip() == value
 
 
-def status(block: bytes | None) -> tuple[int, str] | None:
-    """Code and description of a status message of the server, None for an ordinary message."""
-    if block is None or not block.startswith(b"NATS/1.0 "):
-        return None
-    line = block[len(STATUS_LINE) + 1 :].split(b"\r\n", 1)[0]
-    code, _, description = line.decode("utf-8", "replace").partition(" ")
-    return (int(code), description.strip()) if code.isdigit() else None
-
-
 @lru_cache(maxsize=4096)
 def _wire_name(name: str) -> str:
     if name[:5].lower() == "nats-":
-        return f"%{ord(name[0]):02X}{_NAME_ESCAPED.sub(_percent, name[1:])}"
-    return _NAME_ESCAPED.sub(_percent, name) or "%"
+        return f"%{ord(name[0]):02X}{_NAME_ESCAPED.sub(percent, name[1:])}"
+    return _NAME_ESCAPED.sub(percent, name) or "%"
 
 
 def _own_name(name: str) -> str:
@@ -94,5 +90,6 @@ def _unquoted(value: str) -> str:
         return unquote(value, errors="replace")
 
 
-def _percent(found: re.Match[str]) -> str:
+def percent(found: re.Match[str]) -> str:
+    """What was found as ``%XX`` of its UTF-8 bytes."""
     return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

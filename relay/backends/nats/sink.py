@@ -8,20 +8,14 @@ from typing import Self
 
 import msgspec
 from msgspec import structs
+from nats.js.api import StorageType, StreamConfig
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats import jetstream
-from relay.backends.nats.connection import Connection, connect
+from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
-from relay.backends.nats.subject import (
-    check_subject,
-    check_template,
-    covering,
-    escape,
-    filter_of,
-)
+from relay.backends.nats.subject import check_subject, check_template, covering, escape, filter_of
 from relay.context import BackendContext
 from relay.contracts import PublishResult
 from relay.errors import (
@@ -30,24 +24,20 @@ from relay.errors import (
     MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
-    NotConnected,
     Outage,
     RelayError,
     TimedOut,
 )
-from relay.flight import Chunk, Flight
+from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing
-
-ORDERINGS = ("strict", "pipelined")
+from relay.template import compile_routing
 
 # JetStream keeps the length of a header block in 16 bits.
 _MAX_HEADER_BYTES = 65535
 _CHUNK_BYTES = 128 * 1024
 _CHUNK_MESSAGES = 256
-_MAX_BYTES_UNDER_WAY = 32 * 1024 * 1024
-_NO_RESPONDERS = 503
+_NO_RESPONDERS = "503"
 # No stream's name has a blank, so that this is nowhere else in a block of ours.
 _KEY_MARK = "< dedup key >"
 
@@ -64,36 +54,29 @@ _acknowledgement = msgspec.json.Decoder(_Acknowledgement)
 class NatsSink:
     """Publishes to JetStream, many messages at a time, and waits for every acknowledgement."""
 
-    def __init__(
-        self,
-        options: NatsSinkOptions,
-        *,
-        render: Render,
-        bodies: wire.EncodeBodies,
-        ordering: str,
-        name: str,
-    ) -> None:
+    def __init__(self, options: NatsSinkOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._render = render
-        self._bodies = bodies
+        self._name = f"pgtrickle-relay {context.pipeline}"
+        self._is_strict = context.ordering != "pipelined"
+        self._render = compile_routing(
+            options.subject_template, options.routing, escape=escape, check=check_subject
+        )
+        self._bodies = wire.bodies_encoder(options.format, namespace=context.dedup_namespace)
         self._headers_of = wire.headers_encoder(options.format, wire.TITLE)
         self._has_few_headers = options.format in wire.FEW_HEADERS
         # Header blocks by op and full-refresh mark, cut where the dedup key stands.
         self._blocks: dict[tuple[str, bool], list[bytes]] = {}
-        self._is_strict = ordering == "strict"
-        self._name = name
-        self._fixed_headers = (
-            ""
-            if options.stream is None
-            else f"{wire_headers.EXPECTED_STREAM}: {options.stream}\r\n"
-        )
+        self._fixed_headers = ""
+        if options.stream is not None:
+            self._fixed_headers = f"{wire_headers.EXPECTED_STREAM}: {options.stream}\r\n"
         self._ack_timeout_s = options.ack_timeout_ms / 1000
         self._connection: Connection | None = None
         self._reply_prefix = ""
         self._flight: Flight | None = None
-        # Replies carry a number that never repeats, so that a late one finds no other chunk.
-        self._next_number = 0
-        self._chunks: dict[int, Chunk] = {}
+        # Replies carry a number that never repeats, so that a late one settles no other message.
+        self._first_number = 0
+        self._accepted: list[int] = []
         self._wake = asyncio.Event()
 
     @classmethod
@@ -102,36 +85,24 @@ class NatsSink:
         parsed = parse_options(options, NatsSinkOptions, path="sink")
         check_connection(parsed, "sink")
         _check(parsed)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
+        if context.ordering not in (None, "strict", "pipelined"):
             raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the nats sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
+                f"ordering {context.ordering!r} is unknown to the nats sink",
+                remedy="use one of strict, pipelined",
             )
-        return cls(
-            parsed,
-            render=compile_routing(
-                parsed.subject_template, parsed.routing, escape=escape, check=check_subject
-            ),
-            bodies=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
-            ordering=ordering,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
-        """Open anew; find or make the stream where one is named.
+        """Open, or start again when open; find or make the stream where one is named.
 
         Raises `DestinationMissing` where it is neither there nor ours to make.
         """
         await self.aclose()
         connection = await connect(self._options, name=self._name, path="sink")
         try:
+            inbox = connection.client.new_inbox()
+            await connection.subscribe(f"{inbox}.*", self._on_reply)
             await self._find_stream(connection)
-            inbox = connection.new_inbox()
-            connection.listen_for_acceptances(f"{inbox}.", self._on_reply, self._on_accepted)
-            await connection.flush()
-            if connection.denied:
-                raise of_server_text(connection.denied[-1], "receiving acknowledgements")
         except BaseException:
             await connection.aclose()
             raise
@@ -140,24 +111,20 @@ class NatsSink:
         self._connection = connection
 
     async def describe(self) -> dict[str, str]:
-        """What there is to know about the far side: server, streams and duplicate windows."""
-        connection = self._open()
-        if self._options.stream is not None:
-            streams = [await jetstream.stream_info(connection, self._options.stream)]
+        """What there is to know about the broker: server, streams and duplicate windows."""
+        connection, options = standing(self._connection), self._options
+        if options.stream is not None:
+            streams = [await connection.stream_info(options.stream)]
         else:
-            templates = (self._options.subject_template, *self._options.routing.values())
-            found = [
-                stream
-                for one in dict.fromkeys(map(filter_of, templates))
-                for stream in await jetstream.streams_on(connection, one)
-            ]
-            streams = list({stream.config.name: stream for stream in found}.values())
+            filters = map(filter_of, (options.subject_template, *options.routing.values()))
+            found = [await connection.streams_on(one) for one in dict.fromkeys(filters)]
+            streams = list({one.config.name: one for some in found for one in some}.values())
         described = {"server": connection.address}
         for stream in streams:
-            window_s = stream.config.duplicate_window / jetstream.NANOSECONDS
-            described[f"stream {stream.config.name}"] = f"duplicate window {window_s:g} s"
+            window_s = f"{stream.config.duplicate_window:g} s"
+            described[f"stream {stream.config.name}"] = f"duplicate window {window_s}"
         if not streams:
-            described["stream"] = f"none listens on {self._options.subject_template} yet"
+            described["stream"] = f"none listens on {options.subject_template} yet"
         return described
 
     def subject_of(self, message: RelayMessage) -> str:
@@ -167,10 +134,10 @@ class NatsSink:
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Publish all; see the package for order and for what counts as accepted.
 
-        A connection that is lost, or silent for ``ack_timeout_ms``, fails what was under way as
+        A connection that is lost, or silent for ``ack_timeout_ms``, fails what was in flight as
         unknown and what was not sent; it is not used again.
         """
-        connection = self._open()
+        connection = standing(self._connection)
         flight = Flight(messages, is_strict=self._is_strict, window=self._options.max_in_flight)
         denied_before = len(connection.denied)
         self._flight = flight
@@ -179,13 +146,16 @@ class NatsSink:
                 await self._send(connection, flight)
                 if flight.is_over:
                     break
-                await self._await_replies(connection, flight)
+                await self._await_replies(connection)
+                flight.accept(self._accepted)
+                self._accepted.clear()
                 if connection.loss is not None:
                     flight.fail_all(connection.loss)
                 _fail_denied(flight, connection.denied[denied_before:])
         finally:
             self._flight = None
-            self._chunks.clear()
+            self._first_number += len(messages)
+            self._accepted.clear()
         return PublishResult(failures=flight.failures(), duplicates=flight.duplicates)
 
     async def is_healthy(self) -> bool:
@@ -199,108 +169,73 @@ class NatsSink:
         if connection is not None:
             await connection.aclose()
 
-    def _open(self) -> Connection:
-        if self._connection is None:
-            raise NotConnected("the nats sink is not connected")
-        if self._connection.loss is not None:
-            raise self._connection.loss
-        return self._connection
-
     async def _find_stream(self, connection: Connection) -> None:
         options = self._options
         if options.stream is None:
-            await jetstream.check_enabled(connection)
+            await connection.ask(connection.manager.account_info(), "looking for JetStream")
             return
         try:
-            await jetstream.stream_info(connection, options.stream)
+            await connection.stream_info(options.stream)
         except DestinationMissing:
             if not options.create_stream:
                 raise DestinationMissing(
                     f"there is no stream {options.stream!r} on {connection.address}",
                     remedy=f"set create_stream, or run: nats stream add {options.stream}",
                 ) from None
-            await jetstream.create_stream(
-                connection,
-                jetstream.StreamConfig(
-                    name=options.stream,
-                    subjects=covering((options.subject_template, *options.routing.values())),
-                    duplicate_window=options.duplicate_window_s * jetstream.NANOSECONDS,
-                ),
+            # Harmless when somebody else makes it meanwhile with the same configuration.
+            config = StreamConfig(
+                name=options.stream,
+                subjects=covering((options.subject_template, *options.routing.values())),
+                storage=StorageType.FILE,
+                duplicate_window=options.duplicate_window_s,
             )
+            creating = connection.manager.add_stream(config)
+            await connection.ask(creating, f"creating the stream {options.stream!r}")
 
     async def _send(self, connection: Connection, flight: Flight) -> None:
         """Send what may go, a chunk at a time, letting acknowledgements in between."""
         try:
-            while flight.bytes_under_way < _MAX_BYTES_UNDER_WAY:
-                chunk = Chunk()
-                lines = self._taken(flight, chunk, connection.max_payload)
-                if not chunk.indices:
-                    break
-                # What is written may be answered at once.
-                self._chunks[self._next_number] = chunk
-                self._next_number += 1
-                connection.write(b"".join(lines))
-                await connection.drain(self._ack_timeout_s)
+            while taken := flight.take_chunk(_CHUNK_MESSAGES, _CHUNK_BYTES):
+                lines = self._lines(flight, taken, connection.client.max_payload)
+                await connection.send(lines, timeout_s=self._ack_timeout_s)
                 await asyncio.sleep(0)
         except Outage as error:
             connection.abort(error)
-            flight.fail_all(error)
 
-    def _taken(self, flight: Flight, chunk: Chunk, max_payload: int) -> list[bytes]:
-        """The lines of the next chunk, with one reply subject for all of its messages.
-
-        A subject that comes for the first time costs the server more than a message.
-        """
+    def _lines(self, flight: Flight, taken: Sequence[int], max_payload: int) -> list[bytes]:
+        """The lines of these messages, each with a reply subject of its own."""
         lines: list[bytes] = []
-        sent, subject_of, block_of = chunk.indices, self._subject, self._block
-        reply = f"{self._reply_prefix}{self._next_number}"
-        indices = self._bounded(flight, flight.take_chunk(_CHUNK_MESSAGES))
-        messages = [flight.messages[index] for index in indices]
-        for index, message, body in zip(indices, messages, self._bodies(messages), strict=True):
+        prefix, first = self._reply_prefix, self._first_number
+        messages = [flight.messages[index] for index in taken]
+        for index, message, body in zip(taken, messages, self._bodies(messages), strict=True):
             try:
                 if isinstance(body, MessageUndecodable):
                     raise body
-                subject = subject_of(message)
-                block = block_of(message, len(body), max_payload)
+                subject = self._subject(message)
+                block = self._block(message, len(body), max_payload)
             except MessageRejected as error:
                 flight.fail(index, error)
                 continue
             head = len(block)
             total = head + len(body)
-            lines += (f"HPUB {subject} {reply} {head} {total}\r\n".encode(), block, body, b"\r\n")
-            sent.append(index)
+            line = f"HPUB {subject} {prefix}{first + index} {head} {total}\r\n"
+            lines += (line.encode(), block, body, b"\r\n")
             flight.weigh(index, total)
         return lines
 
-    def _bounded(self, flight: Flight, taken: Sequence[int]) -> Sequence[int]:
-        """As many of these as make one chunk by their bytes; the others are put back."""
-        size = 0
-        for place, index in enumerate(taken, 1):
-            size += len(flight.messages[index].payload)
-            if size >= _CHUNK_BYTES:
-                flight.put_back(taken[place:])
-                return taken[:place]
-        return taken
-
-    async def _await_replies(self, connection: Connection, flight: Flight) -> None:
+    async def _await_replies(self, connection: Connection) -> None:
         """Return when there is something to do; give up on a connection that has gone silent."""
-        # Others get their turn, whatever happens here.
-        await asyncio.sleep(0)
-        while connection.loss is None and not flight.wants_sender:
-            heard = flight.settled
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(self._ack_timeout_s):
-                    await self._wake.wait()
-                return
-            except TimeoutError:
-                if flight.settled == heard:
-                    connection.abort(
-                        TimedOut(
-                            f"no acknowledgement from {connection.address} within"
-                            f" {self._options.ack_timeout_ms} ms"
-                        )
-                    )
+        try:
+            async with asyncio.timeout(self._ack_timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            connection.abort(
+                TimedOut(
+                    f"no acknowledgement from {connection.address} within"
+                    f" {self._options.ack_timeout_ms} ms"
+                )
+            )
+        self._wake.clear()
 
     def _subject(self, message: RelayMessage) -> str:
         return check_subject(message.subject or self._render(message))
@@ -331,60 +266,31 @@ class NatsSink:
     def _new_parts(self, message: RelayMessage) -> list[bytes]:
         """The header block of messages like this one, cut where the dedup key stands."""
         marked = self._block_from_scratch(structs.replace(message, dedup_key=_KEY_MARK))
-        parts = marked.split(_KEY_MARK.encode())
-        self._blocks[message.op, message.is_full_refresh] = parts
+        parts = self._blocks[message.op, message.is_full_refresh] = marked.split(_KEY_MARK.encode())
         return parts
 
     def _block_from_scratch(self, message: RelayMessage) -> bytes:
-        return wire_headers.encode(
-            self._headers_of(message), message_id=message.dedup_key, fixed=self._fixed_headers
-        )
+        headers = self._headers_of(message)
+        return wire_headers.encode(headers, message_id=message.dedup_key, fixed=self._fixed_headers)
 
-    def _on_accepted(self, accepted: Mapping[int, int], duplicates: Mapping[int, int]) -> None:
-        for number, answers in accepted.items():
-            self._answered(number, answers)
-        for number, answers in duplicates.items():
-            self._answered(number, answers, duplicates=answers)
-
-    def _on_reply(self, subject: bytes, _: bytes, body: bytes, block: bytes | None) -> None:
+    async def _on_reply(self, reply: Received) -> None:
+        """Note what became of one message; `publish` is woken once for all that came together."""
         flight = self._flight
-        number = int(subject[len(self._reply_prefix) :])
-        chunk = self._chunks.get(number)
-        if flight is None or chunk is None:
+        index = int(reply.subject[len(self._reply_prefix) :]) - self._first_number
+        if flight is None or not flight.is_under_way(index):
             return
-        # Of several it may be any; what is told is told of one that was sent alone.
-        publishing_to = self._subject(flight.messages[chunk.indices[0]])
-        is_duplicate = False
-        if block is not None:
-            chunk.error = _of_status(block, publishing_to)
+        self._wake.set()
+        try:
+            acknowledgement = _acknowledgement.decode(reply.data)
+        except msgspec.DecodeError:
+            # Of somebody else, or none.
+            acknowledgement = _Acknowledgement()
+        if acknowledgement.stream and acknowledgement.error is None:
+            self._accepted.append(index)
+            flight.duplicates += acknowledgement.duplicate
         else:
-            try:
-                acknowledgement = _acknowledgement.decode(body)
-            except msgspec.DecodeError:
-                chunk.error = Outage("the server's acknowledgement can't be read")
-            else:
-                is_duplicate = acknowledgement.duplicate
-                if acknowledgement.error is not None:
-                    chunk.error = of_jetstream(
-                        acknowledgement.error,
-                        f"publishing to {publishing_to!r}",
-                        is_publish=True,
-                    )
-                elif not acknowledgement.stream:
-                    chunk.error = _no_stream(publishing_to)
-        self._answered(number, 1, duplicates=int(is_duplicate))
-
-    def _answered(self, number: int, answers: int, *, duplicates: int = 0) -> None:
-        flight, chunk = self._flight, self._chunks.get(number)
-        if flight is None or chunk is None:
-            return
-        chunk.answers += answers
-        chunk.duplicates += duplicates
-        if chunk.answers >= len(chunk.indices):
-            del self._chunks[number]
-            flight.answered(chunk)
-            if flight.wants_sender:
-                self._wake.set()
+            subject = self._subject(flight.messages[index])
+            flight.fail(index, _refusal(reply, acknowledgement, subject))
 
 
 def _check(options: NatsSinkOptions) -> None:
@@ -398,37 +304,30 @@ def _check(options: NatsSinkOptions) -> None:
                 "sink.create_stream needs a name", remedy="say which one with sink.stream"
             )
         covering((options.subject_template, *options.routing.values()))
-    for name, value in (
-        ("max_in_flight", options.max_in_flight),
-        ("ack_timeout_ms", options.ack_timeout_ms),
-        ("duplicate_window_s", options.duplicate_window_s),
-    ):
-        if value < 1:
+    for name in ("max_in_flight", "ack_timeout_ms", "duplicate_window_s"):
+        if getattr(options, name) < 1:
             raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
-def _of_status(block: bytes, subject: str) -> RelayError:
-    code, text = wire_headers.status(block) or (0, "")
-    if code == _NO_RESPONDERS:
-        return _no_stream(subject)
-    return Outage(f"publishing to {subject!r}: the server answers {code} {text}".rstrip())
-
-
-def _no_stream(subject: str) -> DestinationMissing:
-    return DestinationMissing(
-        f"no stream listens on the subject {subject!r}",
-        remedy="set create_stream with stream, or create one with this subject",
-    )
+def _refusal(reply: Received, acknowledgement: _Acknowledgement, subject: str) -> RelayError:
+    doing = f"publishing to {subject!r}"
+    if acknowledgement.error is not None:
+        return of_jetstream(acknowledgement.error, doing, is_publish=True)
+    status = (reply.headers or {}).get("Status")
+    if status == _NO_RESPONDERS or (status is None and not reply.data):
+        return DestinationMissing(
+            f"no stream listens on the subject {subject!r}",
+            remedy="set create_stream with stream, or create one with this subject",
+        )
+    return Outage(f"{doing}: the server's answer can't be read, status {status}")
 
 
 def _fail_denied(flight: Flight, denied: Sequence[str]) -> None:
-    """End the flight where the server refused to take something: no acknowledgement will come.
+    """Fail what the server refused to take: no acknowledgement will come.
 
     The server names the subject; the client library gives its words in lower case.
     """
     for text in denied:
-        if any(
-            f'publish to "{flight.messages[index].subject.lower()}"' in text
-            for index in flight.under_way()
-        ):
-            flight.fail_all(of_server_text(text, "publishing"))
+        for index in flight.under_way():
+            if f'publish to "{flight.messages[index].subject.lower()}"' in text:
+                flight.fail(index, of_server_text(text, "publishing"))

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
+from datetime import UTC, datetime
 from typing import Self
 
 import msgspec
 from msgspec import structs
+from nats.aio.subscription import Subscription
+from nats.js.api import ConsumerConfig, ConsumerInfo, DeliverPolicy, SequenceInfo, StreamInfo
 
 from relay import wire
 from relay.backends.nats import headers as wire_headers
-from relay.backends.nats import jetstream
-from relay.backends.nats.connection import Connection, connect
-from relay.backends.nats.errors import consumer_gone, of_server_text
-from relay.backends.nats.jetstream import ConsumerConfig, StreamInfo
-from relay.backends.nats.options import (
-    NatsSourceOptions,
-    check_connection,
-    check_name,
-    durable_for,
-)
+from relay.backends.nats.connection import Connection, Received, connect, standing
+from relay.backends.nats.errors import mapped
+from relay.backends.nats.options import NatsSourceOptions, check_connection, check_name, durable_for
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
 from relay.errors import (
@@ -33,6 +29,7 @@ from relay.errors import (
     MessageUndecodable,
     NotConnected,
     Outage,
+    PositionLost,
     RelayError,
     TimedOut,
 )
@@ -44,32 +41,18 @@ POLL_WAIT_S = 1.0
 _ANSWER_TIMEOUT_S = 5.0
 # JetStream allows so many unacknowledged messages by default.
 _DEFAULT_ACK_PENDING = 1000
-# So many messages of the stream, ours and others' in between, are asked back one by one.
+# So many messages of the stream, ours and others' in between, are nacked one by one.
 _WIDEST_RECLAIM = 200_000
 # How much later than said the server may notice that the time of a message has run out.
 _EXPIRY_MARGIN_S = 1.0
-_CHUNK_MESSAGES = 500
+_CHUNK_MESSAGES = 4096
 
 _ACK = b"+ACK"
 _NAK = b"-NAK"
 _PROGRESS = b"+WPI"
 
-_NO_RESPONDERS = 503
-_CONFLICT = 409
-_BAD_REQUEST = 400
-
-_SHORT_REPLY_TOKENS = 9
+_NO_RESPONDERS = "503"
 _MARKER = wire.TITLE.format.lower()
-
-
-class _Arrived(msgspec.Struct, frozen=True, gc=False):
-    """One delivery, undecoded."""
-
-    sequence: int
-    subject: bytes
-    reply: bytes
-    body: bytes
-    block: bytes | None
 
 
 class _Position(msgspec.Struct, frozen=True):
@@ -79,47 +62,44 @@ class _Position(msgspec.Struct, frozen=True):
     sequences: tuple[int, ...]
 
 
-class _Slot(msgspec.Struct):
-    """An inbox for the answers to one request at a time; ``expected`` is 0 between requests."""
+class _Settling(msgspec.Struct):
+    """Answers to deliveries, and how many of them the server has not confirmed yet."""
 
-    inbox: str
-    subscription: int = 0
-    number: int = 0
-    asked: int = 0
-    expected: int = 0
-    ends_at: float = 0.0
+    left: int
+    is_over: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
+    is_consumer_gone: bool = False
 
 
 class NatsSource:
     """Reads a durable pull consumer of JetStream and acknowledges when told to."""
 
-    def __init__(
-        self,
-        options: NatsSourceOptions,
-        *,
-        durable: str,
-        batch_size: int,
-        batch_bytes: int,
-        name: str,
-    ) -> None:
+    def __init__(self, options: NatsSourceOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._durable = durable
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
-        self._name = name
+        self._durable = options.durable_name or durable_for(context.pipeline)
+        self._batch_size = context.batch_size
+        self._batch_bytes = context.batch_bytes
+        self._name = f"pgtrickle-relay {context.pipeline}"
         self._connection: Connection | None = None
         self._opening = 0
         self._stream = ""
         self._stream_epoch = 0
-        self._confirmations = _Confirmations()
-        self._confirmation_prefix = ""
-        self._slots: tuple[_Slot, ...] | None = None
+        # By the reply subject that the answers of one go share.
+        self._settling: dict[str, _Settling] = {}
+        self._confirmations = ""
+        self._count_settled = 0
+        # What requests are answered to, and how many messages those still are to bring.
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._expected = 0
+        self._request_ends_s = 0.0
         self._is_next_single = False
         # By the monotonic clock, before when nothing is asked for.
         self._pull_from_s = 0.0
-        self._buffer: deque[_Arrived] = deque()
-        # By stream sequence, everything that is buffered or out, with its newest reply subject.
-        self._held: dict[int, bytes] = {}
+        # With their stream sequence.
+        self._buffer: deque[tuple[int, Received]] = deque()
+        # By stream sequence, everything unacknowledged here, with its newest reply subject.
+        self._held: dict[int, str] = {}
         self._failure: RelayError | None = None
         self._wake = asyncio.Event()
         self._is_interrupted = False
@@ -139,13 +119,7 @@ class NatsSource:
             raise ConfigurationError(
                 "source.max_deliver must be positive", remedy="or -1 for no limit"
             )
-        return cls(
-            parsed,
-            durable=parsed.durable_name or durable_for(context.pipeline),
-            batch_size=context.batch_size,
-            batch_bytes=context.batch_bytes,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -153,25 +127,22 @@ class NatsSource:
         return self._options.ack_wait_seconds / 3
 
     async def connect(self) -> None:
-        """Open anew; find the stream, find or make the consumer, ask back what is unacknowledged.
+        """Open; find the stream, find or make the consumer, nack what is unacknowledged.
 
         Raises `DestinationMissing` without a stream, and `ConfigurationError` where the consumer
         exists but is not what the keys say.
         """
-        await self._close()
+        await self.aclose()
         connection = await connect(self._options, name=self._name, path="source")
         try:
+            self._confirmations = connection.client.new_inbox()
+            await connection.subscribe(f"{self._confirmations}.*", self._on_confirmation)
             stream = await self._find_stream(connection)
-            self._stream = stream.config.name
-            self._stream_epoch = int(stream.created.timestamp() * 1_000_000)
+            self._stream = stream.config.name or ""
+            created = stream.created or datetime.fromtimestamp(0, UTC)
+            self._stream_epoch = int(created.timestamp() * 1_000_000)
             consumer = await self._find_consumer(connection)
-            self._confirmations = _Confirmations()
-            self._confirmation_prefix = f"{connection.new_inbox()}."
-            connection.listen(f"{self._confirmation_prefix}*", self._confirmations.on_reply)
-            await connection.flush()
-            if connection.denied:
-                raise of_server_text(connection.denied[-1], "receiving from NATS")
-            connection.on_trouble = self._on_trouble
+            connection.on_trouble = self._wake.set
             await self._reclaim(connection, consumer)
         except BaseException:
             await connection.aclose()
@@ -188,7 +159,7 @@ class NatsSource:
         deadline = time.monotonic() + POLL_WAIT_S
         while True:
             connection = self._open()
-            self._pull_ahead(connection)
+            await self._pull_ahead(connection)
             left_s = deadline - time.monotonic()
             if self._buffer or self._is_interrupted or left_s <= 0:
                 break
@@ -197,10 +168,12 @@ class NatsSource:
                 async with asyncio.timeout(left_s):
                     await self._wake.wait()
             except TimeoutError:
-                self._check_slots(connection)
+                overdue_s = time.monotonic() - self._request_ends_s
+                if self._expected and overdue_s > _ANSWER_TIMEOUT_S:
+                    connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        batch = self._batch(self._taken(), was_cut_short=was_cut_short)
-        self._pull_ahead(connection)
+        batch = self._batch(was_cut_short=was_cut_short)
+        await self._pull_ahead(connection)
         return batch
 
     def interrupt(self) -> None:
@@ -211,8 +184,9 @@ class NatsSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Acknowledge every message of the batch and wait until the server confirms each."""
         connection = self._open()
-        if not self._is_current(batch):
-            raise NotConnected("this batch was handed out before the source was opened anew")
+        position = batch.position
+        if isinstance(position, _Position) and position.opening != self._opening:
+            raise NotConnected("this batch was handed out before the source was opened again")
         sequences = self._sequences(batch)
         await self._settle(connection, [self._held[one] for one in sequences], _ACK)
         for sequence in sequences:
@@ -221,27 +195,20 @@ class NatsSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Restart the server's clock for this batch and for what is waiting to be polled."""
         connection = self._open()
-        waiting = (arrived.sequence for arrived in self._buffer)
+        waiting = (sequence for sequence, _ in self._buffer)
         replies = [self._held[one] for one in (*self._sequences(batch), *waiting)]
-        connection.write(b"".join(_published(reply, _PROGRESS) for reply in replies))
-        await connection.drain(_ANSWER_TIMEOUT_S)
+        lines = (_published(reply, _PROGRESS) for reply in replies)
+        await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
 
     async def reject(self, batch: Batch) -> None:
-        """Give back this batch and whatever else we hold, so that the order stays.
+        """Nack this batch and whatever else we hold, so that the order stays.
 
-        The server delivers again in the order in which it is given back, and the loop gives back
-        the last of its batches first. Another batch that is out is thereby given back too; to
-        acknowledge or reject it does nothing more.
+        The server delivers again in the order of the nacks, and the loop rejects the last of its
+        batches first. To acknowledge or reject another batch afterwards does nothing more.
         """
         connection = self._open()
-        if not self._sequences(batch):
-            return
-        await self._stop_pulling(connection)
-        self._buffer.clear()
-        given_back = sorted(self._held)
-        await self._settle(connection, [self._held[one] for one in given_back], _NAK)
-        for sequence in given_back:
-            del self._held[sequence]
+        if self._sequences(batch):
+            await self._release(connection)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
@@ -249,31 +216,19 @@ class NatsSource:
         return connection is not None and await connection.is_healthy()
 
     async def aclose(self) -> None:
-        """Give back everything that is not acknowledged, and close."""
-        await self._close()
-        self._held.clear()
-
-    async def _close(self) -> None:
+        """Nack everything that is not acknowledged, and close."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
         try:
-            if connection.loss is None:
-                await self._stop_pulling(connection)
-                replies = [self._held[sequence] for sequence in sorted(self._held)]
-                await self._settle(connection, replies, _NAK)
-                self._held.clear()
-        except RelayError:
-            # What could not be given back is asked back on the next connection.
-            pass
+            # What can't be nacked now is nacked on the next connection.
+            with contextlib.suppress(RelayError):
+                await self._release(connection)
         finally:
-            self._buffer.clear()
-            self._slots = None
             await connection.aclose()
-
-    def _is_current(self, batch: Batch) -> bool:
-        position = batch.position
-        return not isinstance(position, _Position) or position.opening == self._opening
+            self._subscription = None
+            self._buffer.clear()
+            self._held.clear()
 
     def _sequences(self, batch: Batch) -> list[int]:
         """What of a batch is still ours to answer for."""
@@ -285,53 +240,48 @@ class NatsSource:
     def _open(self) -> Connection:
         if self._failure is not None:
             raise self._failure
-        if self._connection is None:
-            raise NotConnected("the nats source is not connected")
-        if self._connection.loss is not None:
-            raise self._connection.loss
-        return self._connection
+        return standing(self._connection)
 
     async def _find_stream(self, connection: Connection) -> StreamInfo:
         options = self._options
         if options.stream is not None:
             try:
-                return await jetstream.stream_info(connection, options.stream)
+                return await connection.stream_info(options.stream)
             except DestinationMissing:
                 raise DestinationMissing(
                     f"there is no stream {options.stream!r} on {connection.address}",
                     remedy="create it, or correct source.stream",
                 ) from None
-        await jetstream.check_enabled(connection)
-        found = await jetstream.streams_on(connection, options.subject)
+        await connection.ask(connection.manager.account_info(), "looking for JetStream")
+        found = await connection.streams_on(options.subject)
         if not found:
             raise DestinationMissing(
                 f"no stream stores the subject {options.subject!r}",
                 remedy="create one, or correct source.subject",
             )
         if len(found) > 1:
-            names = ", ".join(stream.config.name for stream in found)
+            names = ", ".join(str(stream.config.name) for stream in found)
             raise ConfigurationError(
                 f"several streams store the subject {options.subject!r}: {names}",
                 remedy="choose one with source.stream",
             )
         return found[0]
 
-    async def _find_consumer(self, connection: Connection) -> jetstream.ConsumerInfo:
-        wanted = ConsumerConfig(
-            durable_name=self._durable,
-            ack_policy="explicit",
-            ack_wait=int(self._options.ack_wait_seconds * jetstream.NANOSECONDS),
-            deliver_policy=self._options.deliver_policy,
-            filter_subject=self._options.subject,
-            max_deliver=self._options.max_deliver,
-            max_ack_pending=max(_DEFAULT_ACK_PENDING, 4 * self._batch_size),
-            replay_policy="instant",
-        )
-        found = await jetstream.consumer_info(connection, self._stream, self._durable)
+    async def _find_consumer(self, connection: Connection) -> ConsumerInfo:
+        options = self._options
+        found = await self._consumer_info(connection)
         if found is None:
-            return await jetstream.create_consumer(connection, self._stream, wanted)
-        differences = _differences(found.config, wanted)
-        if differences:
+            wanted = ConsumerConfig(
+                durable_name=self._durable,
+                ack_wait=options.ack_wait_seconds,
+                deliver_policy=DeliverPolicy(options.deliver_policy),
+                filter_subject=options.subject,
+                max_deliver=options.max_deliver,
+                max_ack_pending=max(_DEFAULT_ACK_PENDING, 4 * self._batch_size),
+            )
+            creating = connection.manager.add_consumer(self._stream, wanted)
+            return await connection.ask(creating, f"creating the consumer {self._durable!r}")
+        if differences := _differences(found.config, options):
             raise ConfigurationError(
                 f"the consumer {self._durable!r} of stream {self._stream!r} exists with"
                 f" {'; '.join(differences)}",
@@ -339,283 +289,236 @@ class NatsSource:
             )
         return found
 
-    async def _reclaim(self, connection: Connection, consumer: jetstream.ConsumerInfo) -> None:
+    async def _consumer_info(self, connection: Connection) -> ConsumerInfo | None:
+        """How far the consumer is, None where there is none."""
+        asking = connection.manager.consumer_info(self._stream, self._durable)
+        doing = f"looking for the consumer {self._durable!r}"
+        try:
+            found: ConsumerInfo = await connection.ask(asking, doing)
+        except DestinationMissing:
+            return None
+        return found
+
+    async def _reclaim(self, connection: Connection, consumer: ConsumerInfo) -> None:
         """Have everything unacknowledged delivered again now, in order and before what is new.
 
         Otherwise the server would sit out ``ack_wait`` on what a lost connection or a killed
         process held, and deliver later messages first. The pipeline is ours alone, so nobody else
-        works on them. The subjects are those of ADR-15
-        (https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md); the
-        server ignores those that are not pending.
+        works on them. The server ignores answers to what is not pending.
         """
-        self._held.clear()
         self._pull_from_s = 0.0
-        first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
-        if consumer.num_ack_pending == 0:
+        if not consumer.num_ack_pending:
             return
-        if last - first >= _WIDEST_RECLAIM:
-            # Where others fill the stream, what is ours lies far apart. Once its time has run out
-            # the server delivers it by itself, in order, if nothing new was asked for until then.
+        replies = self._replies_to_all(consumer)
+        if replies is None:
+            # Once its time has run out the server delivers it by itself, in order, if nothing new
+            # was asked for until then.
             wait_s = self._options.ack_wait_seconds + _EXPIRY_MARGIN_S
             self._pull_from_s = time.monotonic() + wait_s
-            return
-        delivery = consumer.delivered.consumer_seq
-        replies = [
-            f"$JS.ACK.{self._stream}.{self._durable}.1.{sequence}.{delivery}.0.0".encode()
-            for sequence in range(first, last + 1)
-        ]
-        await self._settle(connection, replies, _NAK)
+        else:
+            await self._settle(connection, replies, _NAK)
 
-    def _pull_ahead(self, connection: Connection) -> None:
-        """Keep about a batch asked for beyond what is waiting, in at most two requests."""
+    def _replies_to_all(self, consumer: ConsumerInfo) -> Sequence[str] | None:
+        """Where to answer all unacknowledged deliveries; None where they lie too far apart."""
+        nothing = SequenceInfo(0, 0)
+        delivered, settled = consumer.delivered or nothing, consumer.ack_floor or nothing
+        first, last = settled.stream_seq + 1, delivered.stream_seq
+        if last - first >= _WIDEST_RECLAIM:
+            return None
+        head = f"$JS.ACK.{self._stream}.{self._durable}.1."
+        tail = f".{delivered.consumer_seq}.0.0"
+        return [f"{head}{sequence}{tail}" for sequence in range(first, last + 1)]
+
+    async def _pull_ahead(self, connection: Connection) -> None:
+        """Keep about a batch asked for beyond what is waiting.
+
+        One subscription for all requests, so that nothing overtakes on its way to us.
+        """
         if time.monotonic() < self._pull_from_s:
             return
-        if self._slots is None:
-            inbox = connection.new_inbox()
-            self._slots = tuple(self._slot(connection, f"{inbox}.{name}") for name in "ab")
-        expected = sum(slot.expected for slot in self._slots)
-        idle = next((slot for slot in self._slots if not slot.expected), None)
-        if idle is None or len(self._buffer) + expected > self._batch_size // 2:
+        if self._subscription is None:
+            self._inbox, self._expected = f"{connection.client.new_inbox()}.", 0
+            self._subscription = await connection.subscribe(f"{self._inbox}*", self._on_message)
+        if len(self._buffer) + self._expected > self._batch_size // 2:
             return
         wanted = 1 if self._is_next_single else self._batch_size
-        request = {"batch": wanted, "expires": jetstream.NANOSECONDS}
+        request = {"batch": wanted, "expires": int(POLL_WAIT_S * 10**9)}
         if not self._is_next_single:
-            request["max_bytes"] = max(self._batch_bytes, 2 * connection.max_payload)
+            request["max_bytes"] = max(self._batch_bytes, 2 * connection.client.max_payload)
         self._is_next_single = False
-        idle.number += 1
-        idle.expected = idle.asked = wanted
-        idle.ends_at = time.monotonic() + POLL_WAIT_S
-        connection.write(
-            _published(
-                f"{jetstream.API}.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}".encode(),
+        self._expected += wanted
+        self._request_ends_s = time.monotonic() + POLL_WAIT_S
+        # Behind the subscription, and with the number that the server may say it was left with.
+        with mapped("asking for messages"):
+            await connection.client.publish(
+                f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}",
                 msgspec.json.encode(request),
-                f"{idle.inbox}.{idle.number}",
+                reply=f"{self._inbox}{wanted}",
             )
-        )
 
-    def _slot(self, connection: Connection, inbox: str) -> _Slot:
-        slot = _Slot(inbox)
-        slot.subscription = connection.listen(f"{inbox}.*", partial(self._on_message, slot))
-        return slot
+    async def _release(self, connection: Connection) -> None:
+        """Nack all that we hold, in order; nothing more is delivered to us."""
+        subscription, self._subscription = self._subscription, None
+        consumer = None
+        if subscription is not None:
+            draining = subscription.drain()  # type: ignore[no-untyped-call]  # so in the library
+            await connection.ask(draining, "ending requests")
+            # The server looks for requests that nobody waits for when it is asked about the
+            # consumer. Left there, the first message would be tried on one and end up last.
+            consumer = await self._consumer_info(connection)
+        replies: Sequence[str] = [self._held[sequence] for sequence in sorted(self._held)]
+        # What is nacked may be here again before all nacks are confirmed.
+        self._held.clear()
+        self._buffer.clear()
+        if consumer is not None and (consumer.num_ack_pending or 0) > len(replies):
+            # Something was on its way to the subscription when it ended.
+            replies = self._replies_to_all(consumer) or replies
+        await self._settle(connection, replies, _NAK)
 
-    def _check_slots(self, connection: Connection) -> None:
-        """A request that the server should have ended long ago means that nobody is there."""
-        overdue = time.monotonic() - _ANSWER_TIMEOUT_S
-        if any(slot.expected and slot.ends_at < overdue for slot in self._slots or ()):
-            connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
-
-    async def _stop_pulling(self, connection: Connection) -> None:
-        """End our requests; when it returns, nothing more is delivered to us."""
-        slots, self._slots = self._slots, None
-        if slots is None:
+    async def _on_message(self, message: Received) -> None:
+        if not message.reply.startswith("$JS.ACK."):
+            self._on_status(message)
             return
-        for slot in slots:
-            await connection.unlisten(slot.subscription)
-        # The server looks for requests that nobody waits for when it is asked about the consumer.
-        # Left there, the first message given back would be tried on one and end up last.
-        await jetstream.consumer_info(connection, self._stream, self._durable)
-
-    def _on_message(
-        self, slot: _Slot, subject: bytes, reply: bytes, body: bytes, block: bytes | None
-    ) -> None:
-        if not reply.startswith(b"$JS.ACK."):
-            self._on_status(slot, subject, block)
-            return
-        slot.expected = max(0, slot.expected - 1)
-        sequence = _sequence_of(reply)
+        self._expected = max(0, self._expected - 1)
+        sequence, _ = _place_of(message.reply)
         is_copy = sequence in self._held
-        self._held[sequence] = reply
+        self._held[sequence] = message.reply
         if not is_copy:
-            self._buffer.append(_Arrived(sequence, subject, reply, body, block))
+            self._buffer.append((sequence, message))
             self._wake.set()
 
-    def _on_status(self, slot: _Slot, subject: bytes, block: bytes | None) -> None:
+    def _on_status(self, message: Received) -> None:
         """The server ends a request: nothing came in time, or it can't go on."""
-        if subject != f"{slot.inbox}.{slot.number}".encode():
+        headers = message.headers or {}
+        code, text = headers.get("Status"), headers.get("Description", "")
+        if code is None or not message.subject.startswith(self._inbox):
             return
-        code, text = wire_headers.status(block) or (0, "")
-        is_untouched = slot.expected == slot.asked
-        slot.expected = 0
+        unanswered = headers.get("Nats-Pending-Messages", str(self._expected))
+        self._expected = max(0, self._expected - int(unanswered))
         if code == _NO_RESPONDERS:
             self._failure = Outage(f"nobody answers for the consumer {self._durable!r}")
-        elif code == _CONFLICT and "MaxBytes" in text:
-            self._is_next_single = is_untouched
-        elif code == _CONFLICT and "Consumer Deleted" in text:
-            self._failure = consumer_gone(self._stream, self._durable)
-        elif code == _CONFLICT and "Batch Completed" not in text:
+        elif "MaxBytes" in text:
+            # Not even one message fits: the next one comes by itself, however large it is.
+            self._is_next_single = message.subject == f"{self._inbox}{unanswered}"
+        elif "Consumer Deleted" in text:
+            self._failure = self._consumer_gone()
+        elif code == "409" and "Batch Completed" not in text:
             self._failure = Outage(f"the server ended our request: {text}")
-        elif code == _BAD_REQUEST:
+        elif code == "400":
             self._failure = ConfigurationError(f"the server refuses our request: {text}")
         self._wake.set()
 
-    def _on_trouble(self) -> None:
-        self._confirmations.wake()
-        self._wake.set()
-
-    def _taken(self) -> list[_Arrived]:
-        taken: list[_Arrived] = []
-        size = 0
-        while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
-            arrived = self._buffer.popleft()
-            size += len(arrived.body)
-            taken.append(arrived)
-        return taken
-
-    def _batch(self, taken: Sequence[_Arrived], *, was_cut_short: bool) -> Batch:
-        if not taken:
-            is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
-            return Batch(is_end_of_backlog=is_answered and not was_cut_short)
+    def _batch(self, *, was_cut_short: bool) -> Batch:
+        sequences: list[int] = []
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
-        for arrived in taken:
-            message, error = self._decoded(arrived)
+        size, is_last = 0, False
+        while self._buffer and len(sequences) < self._batch_size and size < self._batch_bytes:
+            sequence, arrived = self._buffer.popleft()
+            sequences.append(sequence)
+            size += len(arrived.data)
+            _, is_last = _place_of(arrived.reply)
+            message, error = self._decoded(sequence, arrived)
             if error is None:
                 messages.append(message)
             else:
                 rejected.append(Rejected(message, error))
+        if not sequences:
+            is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
+            return Batch(is_end_of_backlog=is_answered and not was_cut_short)
         return Batch(
             messages=messages,
             rejected=rejected,
-            position=_Position(self._opening, tuple(one.sequence for one in taken)),
-            checkpoint=f"{self._stream}:{taken[-1].sequence}",
-            is_end_of_backlog=not self._buffer and _is_last(taken[-1].reply),
+            position=_Position(self._opening, tuple(sequences)),
+            checkpoint=f"{self._stream}:{sequences[-1]}",
+            is_end_of_backlog=is_last and not self._buffer,
         )
 
-    def _decoded(self, arrived: _Arrived) -> tuple[RelayMessage, MessageRejected | None]:
-        subject = arrived.subject.decode("utf-8", "replace")
-        token = arrived.reply.decode()
-        headers = wire_headers.parse(arrived.block)
+    def _decoded(
+        self, sequence: int, arrived: Received
+    ) -> tuple[RelayMessage, MessageRejected | None]:
+        headers = arrived.headers or {}
+        error: MessageRejected | None = None
         try:
-            restored = _restored(arrived.body, headers)
-            if restored is not None:
-                return structs.replace(
-                    restored, token=token, subject=restored.subject or subject
-                ), None
-            if not wire.is_json(arrived.body):
-                raise MessageUndecodable(f"the message on {subject!r} is not JSON")
-            error = None
+            if _MARKER in map(str.lower, headers):
+                # As our own sink sent it, unless it only looks so.
+                own = {name: text for name, text in headers.items() if name[:5].lower() != "nats-"}
+                restored = wire.restore(arrived.data, wire_headers.decode(own), wire.TITLE)
+                if restored is not None:
+                    subject = restored.subject or arrived.subject
+                    return structs.replace(restored, token=arrived.reply, subject=subject), None
+            if not wire.is_json(arrived.data):
+                error = MessageUndecodable(f"the message on {arrived.subject!r} is not JSON")
         except MessageRejected as reason:
             error = reason
-        default_key = f"nats:{self._stream}:{self._stream_epoch}:{arrived.sequence}"
+        default_key = f"nats:{self._stream}:{self._stream_epoch}:{sequence}"
         plain = RelayMessage(
             dedup_key=headers.get(wire_headers.MESSAGE_ID) or default_key,
-            payload=arrived.body,
-            subject=subject,
+            payload=arrived.data,
+            subject=arrived.subject,
             headers=headers,
-            token=token,
+            token=arrived.reply,
         )
         return plain, error
 
-    async def _settle(self, connection: Connection, replies: Sequence[bytes], verb: bytes) -> None:
+    async def _settle(self, connection: Connection, replies: Sequence[str], verb: bytes) -> None:
         """Answer all deliveries and wait until the server confirms each. Raises `Outage`."""
-        confirmations = self._confirmations
-        numbers = confirmations.expect(len(replies))
-        prefix = self._confirmation_prefix
         for start in range(0, len(replies), _CHUNK_MESSAGES):
-            chunk = slice(start, start + _CHUNK_MESSAGES)
-            pairs = zip(replies[chunk], numbers[chunk], strict=True)
-            connection.write(
-                b"".join(_published(reply, verb, f"{prefix}{number}") for reply, number in pairs)
-            )
-            await connection.drain(_ANSWER_TIMEOUT_S)
-        await confirmations.all_of(numbers, connection)
-        if confirmations.is_consumer_gone:
-            raise consumer_gone(self._stream, self._durable)
+            chunk = replies[start : start + _CHUNK_MESSAGES]
+            self._count_settled += 1
+            shared = f"{self._confirmations}.{self._count_settled}"
+            settling = self._settling[shared] = _Settling(left=len(chunk))
+            try:
+                lines = (_published(reply, verb, shared) for reply in chunk)
+                await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
+                await connection.ask(settling.is_over.wait(), "acknowledging")
+            finally:
+                del self._settling[shared]
+            if settling.is_consumer_gone:
+                raise self._consumer_gone()
+
+    def _consumer_gone(self) -> PositionLost:
+        return PositionLost(
+            f"the consumer {self._durable!r} of stream {self._stream!r} was deleted while in use",
+            remedy="it is made again on the next start and begins where deliver_policy says",
+        )
+
+    async def _on_confirmation(self, confirmation: Received) -> None:
+        settling = self._settling.get(confirmation.subject)
+        if settling is not None:
+            settling.left -= 1
+            if (confirmation.headers or {}).get("Status") == _NO_RESPONDERS:
+                settling.is_consumer_gone = True
+            if not settling.left:
+                settling.is_over.set()
 
 
-class _Confirmations:
-    """Which of our answers to deliveries the server has not confirmed yet, by number."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._unconfirmed: set[int] = set()
-        self._waiters: set[asyncio.Event] = set()
-        self.is_consumer_gone = False
-
-    def expect(self, count: int) -> range:
-        """Numbers for so many answers."""
-        numbers = range(self._next, self._next + count)
-        self._next += count
-        self._unconfirmed.update(numbers)
-        return numbers
-
-    async def all_of(self, numbers: range, connection: Connection) -> None:
-        """Return when all are confirmed. Raises `Outage` when the server goes silent."""
-        moved = asyncio.Event()
-        self._waiters.add(moved)
-        try:
-            while left := self._unconfirmed.intersection(numbers):
-                if connection.loss is not None:
-                    raise connection.loss
-                moved.clear()
-                try:
-                    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                        await moved.wait()
-                except TimeoutError:
-                    if len(self._unconfirmed.intersection(numbers)) == len(left):
-                        connection.abort(
-                            TimedOut(f"{connection.address} does not confirm acknowledgements")
-                        )
-        finally:
-            self._waiters.discard(moved)
-            self._unconfirmed.difference_update(numbers)
-
-    def on_reply(self, subject: bytes, _: bytes, __: bytes, block: bytes | None) -> None:
-        """The server confirms one answer."""
-        self._unconfirmed.discard(int(subject.rpartition(b".")[2]))
-        status = wire_headers.status(block)
-        if status is not None and status[0] == _NO_RESPONDERS:
-            self.is_consumer_gone = True
-        if not self._unconfirmed or len(self._unconfirmed) % _CHUNK_MESSAGES == 0:
-            self.wake()
-
-    def wake(self) -> None:
-        """Let those who wait look again."""
-        for waiter in self._waiters:
-            waiter.set()
+def _published(subject: str, body: bytes, reply: str = "") -> bytes:
+    return b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(body), body)
 
 
-def _published(subject: bytes, body: bytes, reply: str = "") -> bytes:
-    return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply.encode(), len(body), body)
+def _place_of(reply: str) -> tuple[int, bool]:
+    """The stream sequence in an acknowledgement subject, and whether the server had no more then.
+
+    https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-15.md
+    """
+    tokens = reply.split(".")
+    # With the names of domain and account, or without.
+    at = 5 if len(tokens) == 9 else 7
+    return int(tokens[at]), tokens[at + 3] == "0"
 
 
-def _sequence_of(reply: bytes) -> int:
-    """The stream sequence in an acknowledgement subject, in its short and its long form."""
-    tokens = reply.split(b".")
-    return int(tokens[5] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[7])
-
-
-def _is_last(reply: bytes) -> bool:
-    """True where the server had nothing more for the consumer when it delivered this."""
-    tokens = reply.split(b".")
-    return (tokens[8] if len(tokens) == _SHORT_REPLY_TOKENS else tokens[10]) == b"0"
-
-
-def _restored(body: bytes, headers: Mapping[str, str]) -> RelayMessage | None:
-    """The message as our own sink sent it, or None for somebody else's."""
-    if _MARKER not in map(str.lower, headers):
-        return None
-    own = {name: value for name, value in headers.items() if name[:5].lower() != "nats-"}
-    return wire.restore(body, wire_headers.decode(own), wire.TITLE)
-
-
-def _differences(found: ConsumerConfig, wanted: ConsumerConfig) -> list[str]:
+def _differences(found: ConsumerConfig, wanted: NatsSourceOptions) -> list[str]:
     """What of an existing consumer contradicts the keys, in words."""
-    differences = []
-    if found.deliver_subject:
-        differences.append("push delivery, not pull")
-    filters = found.filter_subjects or [found.filter_subject]
-    for name, here, there in (
-        ("subject", ", ".join(filters) or ">", wanted.filter_subject),
-        ("ack policy", found.ack_policy, wanted.ack_policy),
+    filters = found.filter_subjects or [found.filter_subject or ">"]
+    compared = (
+        ("subject", ", ".join(filters), wanted.subject),
+        ("ack policy", found.ack_policy, "explicit"),
         ("deliver_policy", found.deliver_policy, wanted.deliver_policy),
-        (
-            "ack_wait_seconds",
-            f"{found.ack_wait / jetstream.NANOSECONDS:g}",
-            f"{wanted.ack_wait / jetstream.NANOSECONDS:g}",
-        ),
+        ("ack_wait_seconds", f"{found.ack_wait or 0:g}", f"{wanted.ack_wait_seconds:g}"),
         ("max_deliver", str(found.max_deliver or -1), str(wanted.max_deliver)),
-    ):
-        if here != there:
-            differences.append(f"{name} {here}, not {there}")
-    return differences
+    )
+    differences = ["push delivery, not pull"] if found.deliver_subject else []
+    return differences + [
+        f"{name} {here}, not {there}" for name, here, there in compared if here != there
+    ]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from relay.backends.nats.headers import percent
 from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
 
 # A server ends the connection at a control line above 4,096 bytes, which also holds the reply.
@@ -33,7 +34,7 @@ def escape(value: str) -> str:
     """One value of a template, fit to be part of a token."""
     if value in ("", "_"):
         return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(_percent, value)
+    return _TO_ESCAPE.sub(percent, value)
 
 
 @lru_cache(maxsize=4096)
@@ -84,11 +85,8 @@ def covering(templates: Iterable[str]) -> list[str]:
             ".".join(tokens) if constant is None else ".".join([*tokens[:constant], ">"])
         )
     unique = list(dict.fromkeys(filters))
-    return [one for one in unique if not any(_covers(other, one) for other in unique)]
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    return wide != narrow and wide.endswith(">") and narrow.startswith(wide[:-1])
+    wide = [one[:-1] for one in unique if one.endswith(">")]
+    return [one for one in unique if not any(one.startswith(w) and one[:-1] != w for w in wide)]
 
 
 def _problem(subject: str) -> str:
@@ -102,7 +100,3 @@ def _problem(subject: str) -> str:
         if token in ("*", ">"):
             return f"has the wildcard {token}"
     return ""
-
-
-def _percent(found: re.Match[str]) -> str:
-    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
