@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import socket
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
@@ -29,8 +27,7 @@ from relay.tls import context_of
 
 Reply: TypeAlias = "bytes | int | ResponseError | list[Reply] | None"
 
-_CLOSE_TIMEOUT_S = 2.0
-_HEALTH_TIMEOUT_S = 2.0
+_PROMPT_S = 2.0
 _NAME_UNSAFE = re.compile(r"[^!-~]")
 
 
@@ -102,19 +99,18 @@ class Connection:
 
     async def is_healthy(self) -> bool:
         """True when the server answers now."""
-        try:
-            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+        with contextlib.suppress(RelayError, TimeoutError):
+            async with asyncio.timeout(_PROMPT_S):
                 await self.greet()
-        except (RelayError, TimeoutError):
-            return False
-        return True
+                return True
+        return False
 
     async def aclose(self) -> None:
         """Close; never raises, and takes no longer than the bound."""
         self._lose(NotConnected("the connection is closed"))
         # Whatever the library meets while closing, the socket goes.
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            async with asyncio.timeout(_PROMPT_S):
                 await self._driver.disconnect()
 
     @contextlib.contextmanager
@@ -153,11 +149,6 @@ async def connect(options: RedisConnectionOptions, *, name: str, path: str) -> C
         # Waiting is bounded here, over a whole exchange and not by answer.
         socket_timeout=None,
         socket_connect_timeout=options.timeout_ms / 1000,
-        socket_keepalive=True,
-        # A closed connection whose peer takes nothing more does not linger.
-        socket_keepalive_options=(
-            {socket.TCP_USER_TIMEOUT: options.timeout_ms} if sys.platform == "linux" else None
-        ),
     )
     if isinstance(driver, TlsDriver):
         # The library's own context trusts more than what tls_ca names.

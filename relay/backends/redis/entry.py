@@ -22,12 +22,10 @@ from relay.contracts import Rejected
 from relay.errors import MessageUndecodable
 from relay.message import NO_HEADERS, RelayMessage
 
-PAYLOAD = "payload"
 HEADER = "header:"
 
+_PAYLOAD = b"payload"
 _OWN: Mapping[bytes, str] = {str(name).encode(): str(name) for name in structs.astuple(wire.FIELD)}
-_HEADER = HEADER.encode()
-_PAYLOAD = PAYLOAD.encode()
 _FORMAT = wire.FIELD.format.encode()
 _DEDUP_KEY = wire.FIELD.dedup_key.encode()
 
@@ -65,10 +63,8 @@ def entries(reply: Sequence[Reply]) -> Iterator[Entry]:
             case [bytes() as id_, list() as fields]:
                 texts = cast("list[bytes]", fields)
                 yield Entry(id_, texts, sum(map(len, texts)))
-            case [bytes() as id_, None]:
+            case [bytes() as id_, _]:
                 yield Entry(id_, None)
-            case _:
-                pass
 
 
 def decoded(
@@ -94,19 +90,15 @@ def _of_ours(
     fields: Mapping[bytes, bytes], position: str, stream: str, id_: str
 ) -> RelayMessage | Rejected:
     body = fields.get(_PAYLOAD)
-    if fields[_FORMAT] == b"envelope":
-        # The body has everything; the other fields are for those who filter.
-        own, headers = {wire.FIELD.format: "envelope"}, {}
-    else:
-        own = {_OWN[name]: _text(text) for name, text in fields.items() if name in _OWN}
-        headers = {
-            _text(name[len(_HEADER) :]): _text(text)
-            for name, text in fields.items()
-            if name.startswith(_HEADER)
-        }
+    own = {_OWN[name]: _text(text) for name, text in fields.items() if name in _OWN}
+    headers = {
+        _text(name).removeprefix(HEADER): _text(text)
+        for name, text in fields.items()
+        if name.startswith(HEADER.encode())
+    }
     try:
         if body is None:
-            raise MessageUndecodable(f"entry {id_} is marked as ours, but has no field {PAYLOAD}")
+            raise MessageUndecodable(f"entry {id_} is marked as ours, but has no payload")
         restored = wire.restore(body, own, wire.FIELD)
     except MessageUndecodable as error:
         broken = RelayMessage(
@@ -145,18 +137,13 @@ def _of_others(
     )
     if body is not None and not wire.is_json(body):
         return Rejected(message, MessageUndecodable(f"entry {id_} of {stream!r} is not JSON"))
-    if body is None and not _is_text(fields):
+    try:
+        if body is None:
+            b" ".join(part for pair in fields.items() for part in pair).decode()
+    except UnicodeDecodeError:
         reason = f"entry {id_} of {stream!r} has a field that is not UTF-8"
         return Rejected(message, MessageUndecodable(reason))
     return message
-
-
-def _is_text(fields: Mapping[bytes, bytes]) -> bool:
-    try:
-        b" ".join(part for pair in fields.items() for part in pair).decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _text(text: bytes) -> str:

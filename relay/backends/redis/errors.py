@@ -68,12 +68,13 @@ CLIENT_ERRORS: Mapping[str, str | type[RelayError]] = {
     "TimeoutError": TimedOut,
     "TryAgainError": "TRYAGAIN",
 }
-"""By class, a kind, or the word that the library has taken off the server's text.
+"""By the nearest class, a kind, or the word that the library has taken off the server's text."""
 
-By name, since releases of the library differ in which classes they have. The nearest class of an
-exception's ancestry decides.
-"""
-
+_WORDLESS: Mapping[str, str] = {
+    "unknown command": "the commands of Redis 6.2 are needed under their own names",
+    "unknown subcommand": "Redis 6.2 or newer is needed",
+    "protocol error": "lower max_message_bytes below the server's proto-max-bulk-len",
+}
 _STREAM_GONE = "UNBLOCKED the stream key no longer exists"
 _ABORTED = "Transaction discarded because of: "
 # Behind these a server quotes what it was sent.
@@ -97,7 +98,11 @@ def of_reply(error: BaseException, doing: str, *, is_publish: bool = False) -> R
     if known in REPLY_ERRORS:
         kind, remedy = REPLY_ERRORS[known]
         return kind(f"{doing}: {text}", remedy=remedy)
-    return _without_word(text, doing, is_publish=is_publish)
+    said = f"{doing}: {_QUOTING.split(text)[0]}"
+    for words, remedy in _WORDLESS.items():
+        if words in text.lower():
+            return ConfigurationError(said, remedy=remedy)
+    return (MessageRejected if is_publish else ConfigurationError)(said)
 
 
 def of_exception(error: BaseException, doing: str) -> RelayError | None:
@@ -124,17 +129,3 @@ def mapped(doing: str) -> AbstractContextManager[None]:
 def _known(error: BaseException) -> str | type[RelayError] | None:
     names = (one.__name__ for one in type(error).__mro__ if one.__module__ == client.__name__)
     return next((CLIENT_ERRORS[name] for name in names if name in CLIENT_ERRORS), None)
-
-
-def _without_word(text: str, doing: str, *, is_publish: bool) -> RelayError:
-    said = f"{doing}: {_QUOTING.split(text)[0]}"
-    lowered = text.lower()
-    if "unknown command" in lowered or "unknown subcommand" in lowered:
-        return ConfigurationError(
-            said, remedy="the commands of Redis 6.2 are needed under their own names"
-        )
-    if "protocol error" in lowered:
-        return ConfigurationError(
-            said, remedy="lower max_message_bytes below the server's proto-max-bulk-len"
-        )
-    return (MessageRejected if is_publish else ConfigurationError)(said)

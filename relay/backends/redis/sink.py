@@ -12,11 +12,7 @@ from relay.backends.redis.connection import Connection, Reply, connect, pack, ro
 from relay.backends.redis.entry import fields_of
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key, check_template, escape
-from relay.backends.redis.options import (
-    RedisSinkOptions,
-    check_at_least_one,
-    check_connection,
-)
+from relay.backends.redis.options import RedisSinkOptions, check_at_least_one, check_connection
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
 from relay.errors import (
@@ -31,7 +27,7 @@ from relay.errors import (
 )
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing
+from relay.template import compile_routing
 from relay.wire import FIELD, bodies_encoder, headers_encoder
 
 ORDERINGS = ("strict", "pipelined")
@@ -39,35 +35,26 @@ ORDERINGS = ("strict", "pipelined")
 # What is sent in one go; a transaction holds up the other clients of the server.
 _CHUNK_BYTES = 1024 * 1024
 _CHUNK_MESSAGES = 1000
-_BODIES_AT_ONCE = 250
 # The server's default for proto-max-bulk-len.
 _LONGEST_VALUE = 512 * 1024 * 1024
-
-_Chunk = Mapping[int, bytes]
-"""What is sent in one go: by the index of its message, each command."""
 
 
 class RedisSink:
     """Adds messages to streams, many in one go, and waits for every answer."""
 
-    def __init__(
-        self,
-        options: RedisSinkOptions,
-        *,
-        render: Render,
-        namespace: str,
-        ordering: str,
-        name: str,
-    ) -> None:
+    def __init__(self, options: RedisSinkOptions, context: BackendContext) -> None:
+        namespace = context.dedup_namespace
         self._options = options
-        self._render = render
+        self._render = compile_routing(
+            options.stream_key, options.routing, escape=escape, check=check_key
+        )
         self._encode_bodies = bodies_encoder(options.format, namespace=namespace)
         self._encode_headers = headers_encoder(options.format, FIELD)
         trimming = () if options.maxlen is None else (b"MAXLEN", b"~", b"%d" % options.maxlen)
         self._before_fields = (*trimming, b"*")
         self._longest_value = _LONGEST_VALUE
-        self._is_strict = ordering == "strict"
-        self._name = name
+        self._is_strict = context.ordering != "pipelined"
+        self._name = f"pgtrickle-relay {context.pipeline}"
         self._connection: Connection | None = None
         # By dedup key, what this connection has added while too few replicas answered.
         self._unconfirmed: set[str] = set()
@@ -82,34 +69,20 @@ class RedisSink:
             raise ConfigurationError("sink.wait_replicas must not be negative")
         for template in (parsed.stream_key, *parsed.routing.values()):
             check_template(template)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
+        if context.ordering not in (None, *ORDERINGS):
             raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the redis sink",
+                f"ordering {context.ordering!r} is unknown to the redis sink",
                 remedy=f"use one of {', '.join(ORDERINGS)}",
             )
-        return cls(
-            parsed,
-            render=compile_routing(
-                parsed.stream_key, parsed.routing, escape=escape, check=check_key
-            ),
-            namespace=context.dedup_namespace,
-            ordering=ordering,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """Open again, and learn the server's limit for one value where it tells."""
         await self.aclose()
-        connection = await connect(self._options, name=self._name, path="sink")
-        try:
-            limit = await _setting(connection, b"proto-max-bulk-len")
-        except BaseException:
-            await connection.aclose()
-            raise
+        self._connection = await connect(self._options, name=self._name, path="sink")
+        limit = await _setting(self._connection, b"proto-max-bulk-len")
         self._longest_value = int(limit) if limit.isdecimal() else _LONGEST_VALUE
         self._unconfirmed.clear()
-        self._connection = connection
 
     async def describe(self) -> dict[str, str]:
         """The server, and what it does with an entry before it answers, as far as it tells."""
@@ -119,10 +92,11 @@ class RedisSink:
         if isinstance(information, bytes):
             lines = information.decode("utf-8", "replace").splitlines()
             facts = dict(line.split(":", 1) for line in lines if ":" in line)
+            fsync = await _setting(connection, b"appendfsync") or "unknown"
             described["version"] = facts.get("redis_version", "unknown")
             described["replicas"] = facts.get("connected_slaves", "unknown")
             described["durability"] = (
-                f"append-only file, fsync {await _setting(connection, b'appendfsync') or 'unknown'}"
+                f"append-only file, fsync {fsync}"
                 if facts.get("aof_enabled") == "1"
                 else "no append-only file: a restart loses what came since the last snapshot"
             )
@@ -163,8 +137,7 @@ class RedisSink:
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
-        connection = self._connection
-        return connection is not None and await connection.is_healthy()
+        return self._connection is not None and await self._connection.is_healthy()
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -181,26 +154,27 @@ class RedisSink:
 
     def _chunks(
         self, messages: Sequence[RelayMessage], failed: dict[int, RelayError]
-    ) -> Iterator[_Chunk]:
-        """What there is to add, in order; what can't be sent is noted in ``failed``."""
+    ) -> Iterator[Mapping[int, bytes]]:
+        """What is sent in one go each, as commands by the index of their message, in order.
+
+        What can't be sent is noted in ``failed``.
+        """
         chunk: dict[int, bytes] = {}
         size = 0
-        for start in range(0, len(messages), _BODIES_AT_ONCE):
-            some = messages[start : start + _BODIES_AT_ONCE]
-            bodies = self._encode_bodies(some)
-            for index, (message, body) in enumerate(zip(some, bodies, strict=True), start):
-                if message.dedup_key in self._unconfirmed:
-                    continue
-                try:
-                    command = self._command(message, body)
-                except MessageRejected as error:
-                    failed[index] = error
-                    continue
-                size += len(command)
-                if chunk and (len(chunk) == _CHUNK_MESSAGES or size > _CHUNK_BYTES):
-                    yield chunk
-                    chunk, size = {}, len(command)
-                chunk[index] = command
+        bodies = self._encode_bodies(messages)
+        for index, (message, body) in enumerate(zip(messages, bodies, strict=True)):
+            if message.dedup_key in self._unconfirmed:
+                continue
+            try:
+                command = self._command(message, body)
+            except MessageRejected as error:
+                failed[index] = error
+                continue
+            size += len(command)
+            if chunk and (len(chunk) == _CHUNK_MESSAGES or size > _CHUNK_BYTES):
+                yield chunk
+                chunk, size = {}, len(command)
+            chunk[index] = command
         if chunk:
             yield chunk
 
@@ -230,7 +204,7 @@ class RedisSink:
     async def _add(
         self,
         connection: Connection,
-        chunk: _Chunk,
+        chunk: Mapping[int, bytes],
         messages: Sequence[RelayMessage],
         failed: dict[int, RelayError],
     ) -> RelayError | None:
@@ -283,20 +257,18 @@ class RedisSink:
         if not added:
             return
         wanted, wait_ms = self._options.wait_replicas, self._options.timeout_ms
+        # The connection stands, and only on this one can be waited for what it has added.
+        error = Outage(
+            f"fewer than {wanted} replicas received the events within {wait_ms} ms",
+            remedy="check the replicas, or lower wait_replicas",
+        )
+        command = (b"WAIT", b"%d" % wanted, b"%d" % wait_ms)
         doing = f"waiting for the replicas of {connection.address}"
-        error: RelayError
         try:
-            reached = await connection.ask(
-                doing, b"WAIT", b"%d" % wanted, b"%d" % wait_ms, wait_s=wait_ms / 1000
-            )
+            reached = await connection.ask(doing, *command, wait_s=wait_ms / 1000)
             if isinstance(reached, int) and reached >= wanted:
                 self._unconfirmed.clear()
                 return
-            # The connection stands, and only on this one can be waited for what it has added.
-            error = Outage(
-                f"fewer than {wanted} replicas received the events within {wait_ms} ms",
-                remedy="check the replicas, or lower wait_replicas",
-            )
             # They are in the stream: trying again must only wait, not add them again.
             self._unconfirmed.update(messages[index].dedup_key for index in added)
         except Outage as lost:

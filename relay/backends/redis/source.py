@@ -67,6 +67,7 @@ class RedisSource:
 
     def __init__(self, options: RedisSourceOptions, context: BackendContext) -> None:
         self._options = options
+        self._doing = f"reading the stream {options.stream_key!r}"
         self._key = options.stream_key.encode()
         self._group = (options.group_name or context.pipeline).encode()
         self._consumer = (options.consumer_name or context.pipeline).encode()
@@ -74,8 +75,7 @@ class RedisSource:
         self._batch_size = context.batch_size
         self._batch_bytes = context.batch_bytes
         self._most = min(context.batch_size, options.count or context.batch_size)
-        self._commands: Connection | None = None
-        self._blocking: Connection | None = None
+        self._connections: tuple[Connection, Connection] | None = None
         self._blocking_id: Reply = None
         # Empty where the user may not ask for it.
         self._generation = ""
@@ -134,14 +134,14 @@ class RedisSource:
             groups = await commands.facts(b"XINFO", b"GROUPS", self._key)
             self._generation = _generation(groups)
             if groups is not None and not self._generation:
-                raise NotConnected(f"the stream {self._options.stream_key!r} was deleted meanwhile")
+                raise NotConnected(f"{self._doing}: it was deleted meanwhile")
             self._blocking_id = await blocking.facts(b"CLIENT", b"ID")
             opened.pop_all()
         self._pending_after = self._claim_from = _FROM_THE_START
         self._claim_at = 0.0
         self._count = min(_FIRST_COUNT, self._most)
         self._is_backlog_left = True
-        self._commands, self._blocking = commands, blocking
+        self._connections = commands, blocking
 
     async def poll(self) -> Batch:
         """What is pending for us, then what can be claimed, then what is new; at most a batch.
@@ -178,15 +178,15 @@ class RedisSource:
         position = batch.position
         if isinstance(position, _Position) and position.connection is not commands:
             raise NotConnected("this batch was handed out over a connection before this one")
-        ids = self._ids(batch)
-        await self._settle(commands, (b"XACK", self._key, self._group), ids)
-        self._held.difference_update(ids)
+        if ids := self._ids(batch):
+            await commands.ask(self._doing, b"XACK", self._key, self._group, *ids)
+            self._held.difference_update(ids)
 
-    async def keep_alive(self, batch: Batch) -> None:
-        """Show a sign of life for this batch and for what is waiting to be polled."""
+    async def keep_alive(self, batch: Batch) -> None:  # noqa: ARG002 - all of them are
+        """Show a sign of life for all that we hold, what is waiting to be polled included."""
         commands, _ = self._open()
         self._take_read()
-        await self._set_idle(commands, [*self._ids(batch), *(one.id for one in self._buffer)])
+        await self._set_idle(commands, self._held)
 
     async def reject(self, batch: Batch) -> None:
         """Release this batch and all that comes after it, so that the order stays.
@@ -201,7 +201,7 @@ class RedisSource:
             return
         await self._stop_reading(commands)
         first = min(map(_order, ids))
-        released = sorted((one for one in self._held if _order(one) >= first), key=_order)
+        released = {one for one in self._held if _order(one) >= first}
         self._buffer.clear()
         self._held.difference_update(released)
         self._pending_after = _FROM_THE_START
@@ -209,22 +209,20 @@ class RedisSource:
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
-        return self._commands is not None and await self._commands.is_healthy()
+        return self._connections is not None and await self._connections[0].is_healthy()
 
     async def aclose(self) -> None:
         """Release everything that is not acknowledged, and close."""
-        commands, self._commands = self._commands, None
-        blocking, self._blocking = self._blocking, None
-        if commands is None or blocking is None:
+        connections, self._connections = self._connections, None
+        if connections is None:
             return
+        commands, blocking = connections
         try:
-            if commands.loss is None:
+            # What can't be released is pending for us all the same, and comes first the next time.
+            with contextlib.suppress(RelayError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._stop_reading(commands)
-                    await self._set_idle(commands, sorted(self._held, key=_order), *_RELEASED)
-        except (RelayError, TimeoutError):
-            # It is pending for us all the same, and comes first on the next connection.
-            pass
+                    await self._set_idle(commands, self._held, *_RELEASED)
         finally:
             self._buffer.clear()
             self._held.clear()
@@ -232,12 +230,12 @@ class RedisSource:
             await asyncio.gather(commands.aclose(), blocking.aclose())
 
     def _open(self) -> tuple[Connection, Connection]:
-        if self._commands is None or self._blocking is None:
+        if self._connections is None:
             raise NotConnected("the redis source is not connected")
-        for connection in (self._commands, self._blocking):
+        for connection in self._connections:
             if connection.loss is not None:
                 raise connection.loss
-        return self._commands, self._blocking
+        return self._connections
 
     async def _make_group(self, commands: Connection, group: bytes, start: bytes) -> None:
         doing = f"making the group {group.decode()!r} of the stream {self._options.stream_key!r}"
@@ -286,22 +284,28 @@ class RedisSource:
 
     async def _read(self, commands: Connection, blocking: Connection) -> Sequence[Entry]:
         """One page of what is pending for us, of what can be claimed, or of what is new."""
-        asked = self._count
         if self._pending_after is not None:
-            found = await self._pending(commands, self._pending_after)
+            found = await self._entries(commands, self._pending_after)
             self._pending_after = found[-1].id if found else None
-            return found
-        if self._is_claim_due():
-            return await self._claim(commands)
-        how = (b"BLOCK", b"%d" % self._options.block_ms)
-        command = self._read_command(b">", *how)
-        wait_s = self._options.block_ms / 1000
-        found = _of_stream(await self._checked(blocking, command, wait_s=wait_s))
-        self._is_backlog_left = len(found) >= asked
+        elif self._is_claim_due():
+            found = await self._claim(commands)
+        else:
+            asked, block_ms = self._count, self._options.block_ms
+            how = (b"BLOCK", b"%d" % block_ms)
+            found = await self._entries(blocking, b">", *how, wait_s=block_ms / 1000)
+            self._is_backlog_left = len(found) >= asked
         return found
 
-    async def _pending(self, commands: Connection, after: bytes) -> Sequence[Entry]:
-        return _of_stream(await self._checked(commands, self._read_command(after)))
+    async def _entries(
+        self, connection: Connection, after: bytes, *how: bytes, wait_s: float = 0.0
+    ) -> Sequence[Entry]:
+        """What is pending for us behind an id, or what is new."""
+        command = (
+            *(b"XREADGROUP", b"GROUP", self._group, self._consumer),
+            *(b"COUNT", b"%d" % self._count, *how, b"STREAMS", self._key, after),
+        )
+        streams = rows(await self._checked(connection, command, wait_s=wait_s))
+        return [one for name_and_found in streams for one in entries(rows(rows(name_and_found)[1]))]
 
     def _is_claim_due(self) -> bool:
         return time.monotonic() >= self._claim_at
@@ -325,66 +329,42 @@ class RedisSource:
             self._pending_after = _FROM_THE_START
         return [Entry(one, None) for ids in removed for one in rows(ids) if isinstance(one, bytes)]
 
-    def _read_command(self, after: bytes, *how: bytes) -> Sequence[bytes]:
-        return (
-            *(b"XREADGROUP", b"GROUP", self._group, self._consumer),
-            *(b"COUNT", b"%d" % self._count, *how, b"STREAMS", self._key, after),
-        )
-
     async def _checked(
         self, connection: Connection, command: Sequence[bytes], *, wait_s: float = 0.0
     ) -> Reply:
         """The answer to a command that reads, where the stream is still of our generation."""
-        doing = f"reading {self._options.stream_key!r}"
         commands = [pack(*command)]
         if self._generation:
             commands.append(pack(b"XINFO", b"GROUPS", self._key))
-        reply, *groups = await connection.ask_all(doing, commands, wait_s=wait_s)
+        reply, *groups = await connection.ask_all(self._doing, commands, wait_s=wait_s)
         if isinstance(reply, ResponseError):
-            raise of_reply(reply, doing)
+            raise of_reply(reply, self._doing)
         if groups and _generation(groups[0]) != self._generation:
-            raise NotConnected(f"{doing}: the stream was deleted and made again")
+            raise NotConnected(f"{self._doing}: it was deleted and made again")
         return reply
 
     def _ids(self, batch: Batch) -> list[bytes]:
         """What of a batch is still ours to answer for."""
         position = batch.position
-        if not isinstance(position, _Position) or position.connection is not self._commands:
+        if not isinstance(position, _Position) or position.connection is not self._open()[0]:
             return []
         return [one for one in position.ids if one in self._held]
 
-    async def _set_idle(self, commands: Connection, ids: Sequence[bytes], *age: bytes) -> None:
+    async def _set_idle(self, commands: Connection, ids: AbstractSet[bytes], *age: bytes) -> None:
         """Set the age of what we hold, to none or to what is said.
 
         What was removed from the stream meanwhile keeps its age: to claim it would, since Redis 7,
         take it off the list of what is pending, and nobody would ever hear of it.
         """
-        removed = await self._removed(commands, ids)
-        there = [one for one in ids if one not in removed]
-        start = (b"XCLAIM", self._key, self._group, self._consumer, b"0")
-        await self._settle(commands, start, there, *age, b"JUSTID")
-
-    async def _removed(self, commands: Connection, ids: Sequence[bytes]) -> AbstractSet[bytes]:
-        """What in the range of these is pending for us, but in the stream no more."""
-        removed: set[bytes] = set()
-        if not ids:
-            return removed
-        places = [_order(one) for one in ids]
-        after = b"%d" % max(0, min(places)[0] - 1)
-        while found := await self._pending(commands, after):
-            removed.update(entry.id for entry in found if entry.fields is None)
-            after = found[-1].id
-            if _order(after) >= max(places):
-                break
-        return removed
-
-    async def _settle(
-        self, commands: Connection, before: Sequence[bytes], ids: Sequence[bytes], *after: bytes
-    ) -> None:
-        """Give one command for many ids. Raises `Outage`, and what is answered."""
-        if ids:
-            doing = f"settling entries of {self._options.stream_key!r}"
-            await commands.ask(doing, *before, *ids, *after)
+        places = sorted(map(_order, ids))
+        there: list[bytes] = []
+        after = b"%d" % max(0, places[0][0] - 1) if places else b""
+        while after and (found := await self._entries(commands, after)):
+            there += [one.id for one in found if one.id in ids and one.fields is not None]
+            after = found[-1].id if _order(found[-1].id) < places[-1] else b""
+        if there:
+            command = (b"XCLAIM", self._key, self._group, self._consumer, b"0", *there)
+            await commands.ask(self._doing, *command, *age, b"JUSTID")
 
     def _batch(self, commands: Connection, *, was_cut_short: bool) -> Batch:
         taken: list[Entry] = []
@@ -405,13 +385,6 @@ class RedisSource:
             checkpoint=taken[-1].id.decode(),
             is_end_of_backlog=is_end and not self._is_backlog_left,
         )
-
-
-def _of_stream(reply: Reply) -> Sequence[Entry]:
-    """The entries in the answer to a read of one stream; none where the answer is nil."""
-    return [
-        one for stream in rows(reply) for found in rows(stream)[1:] for one in entries(rows(found))
-    ]
 
 
 def _order(id_: bytes) -> tuple[int, int]:
