@@ -395,8 +395,10 @@ async def test_a_server_killed_while_messages_flow_loses_none(far_side: FarSide)
 
 async def test_closing_ends_the_waiting_read_on_the_server(far_side: FarSide) -> None:
     source = await connected(far_side)
-    await source.poll()
+    polling = asyncio.create_task(source.poll())
     await far_side.until_somebody_waits()
+    source.interrupt()
+    await polling
     started = time.monotonic()
 
     await source.aclose()

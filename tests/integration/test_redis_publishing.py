@@ -351,7 +351,7 @@ async def test_a_pipeline_that_waits_for_replicas_adds_no_event_again(
     redis_server_with: ServerWith,
 ) -> None:
     far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
-    sink = sink_of(far_side.server.url, STREAM, wait_replicas=1, timeout_ms=100)
+    sink = sink_of(far_side.server.url, STREAM, wait_replicas=1, timeout_ms=1000)
     line = Line(sink=sink)
     line.write(*numbered(10))
 
