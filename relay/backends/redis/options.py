@@ -70,7 +70,7 @@ class RedisSourceOptions(
 
     ``stream_key``: the stream, made where it is missing. ``group_name``: the consumer group, made
     where it is missing; by default named after the pipeline. ``consumer_name``: our name in it, by
-    default the pipeline's too. ``start_id``: where a group that is made anew begins: ``0`` for
+    default the pipeline's too. ``start_id``: where a new group begins: ``0`` for
     everything there is (the default), ``$`` for what comes later, or an entry id. ``block_ms``:
     how long a poll waits for entries, 1 to 1000 milliseconds, default 1000. ``count``: the most
     entries of one read, by default the pipeline's batch size. ``claim_idle_ms``: after how many
