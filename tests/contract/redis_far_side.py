@@ -104,7 +104,7 @@ class FarSide:
             for one in messages
         ]
         options = RedisSinkOptions(type="redis", url=self.server.url)
-        connection = await connect(options, name="the far side", path="sink")
+        connection = await connect(options, name="the other side", path="sink")
         try:
             replies = await connection.ask_all("feeding", packed)
             assert all(isinstance(reply, bytes) for reply in replies)
@@ -114,7 +114,7 @@ class FarSide:
     async def entries(self, stream: str | None = None) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """All entries in order: id and fields."""
         options = RedisSinkOptions(type="redis", url=self.server.url)
-        connection = await connect(options, name="the far side", path="sink")
+        connection = await connect(options, name="the other side", path="sink")
         try:
             name = (stream or self.stream).encode()
             reply = await connection.ask("looking", b"XRANGE", name, b"-", b"+")

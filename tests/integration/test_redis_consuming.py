@@ -271,7 +271,7 @@ async def test_a_dead_consumers_entry_that_was_removed_is_refused_too(far_side: 
 
 
 @pytest.mark.parametrize("is_waiting", [True, False])
-async def test_a_group_that_is_deleted_is_a_lost_position_and_made_anew_on_the_next_start(
+async def test_a_group_that_is_deleted_is_a_lost_position_and_made_again_on_the_next_start(
     far_side: FarSide, *, is_waiting: bool
 ) -> None:
     await far_side.feed(numbered(3))
