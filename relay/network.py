@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from relay.errors import NotConnected
+from relay.errors import NotConnected, RelayError, TimedOut
+from relay.tls import of_tls
 
 # asyncio's words where a name has several addresses and none of them answers.
 _REFUSED_EVERYWHERE = "Connect call failed"
@@ -19,6 +23,7 @@ _REMEDIES = {
     errno.ETIMEDOUT: _NOBODY_THERE,
     errno.ENOENT: _NOBODY_THERE,  # a local socket
 }
+_DEEPEST = 10
 
 
 def not_connected(error: OSError, doing: str) -> NotConnected:
@@ -38,3 +43,48 @@ def words_of(error: OSError) -> tuple[str, str]:
     if number is None or number <= 0:
         return error.strerror or type(error).__name__, ""
     return os.strerror(number), _REMEDIES.get(number, "")
+
+
+def of_network(error: BaseException, doing: str) -> RelayError | None:
+    """The relay's error for what TLS or the network raised, also where a library wrapped it.
+
+    None for what is of neither.
+    """
+    for cause in causes(error):
+        if isinstance(cause, ssl.SSLError):
+            return of_tls(cause, doing)
+        if isinstance(cause, TimeoutError):
+            return TimedOut(f"{doing}: no answer in time")
+        if isinstance(cause, EOFError):
+            return NotConnected(f"{doing}: the connection was ended")
+        if isinstance(cause, OSError):
+            return not_connected(cause, doing)
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and what it came from, as far as it is about the same attempt."""
+    seen: BaseException | None = error
+    for _ in range(_DEEPEST):
+        # What was raised while an error of ours was handled has nothing to do with that error.
+        if seen is None or isinstance(seen, RelayError):
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+@contextmanager
+def mapped_by(
+    of_exception: Callable[[BaseException, str], RelayError | None], doing: str
+) -> Iterator[None]:
+    """Turn what a driver raises inside into the error that ``of_exception`` makes of it.
+
+    Where that is None the exception passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = of_exception(error, doing)
+        if ours is None or ours is error:
+            raise
+        raise ours from error

@@ -6,8 +6,33 @@ Options are spelled alike everywhere: ``tls_ca``, ``tls_cert``, ``tls_key``, ``t
 from __future__ import annotations
 
 import ssl
+from typing import Protocol
 
 from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
+
+
+class TlsOptions(Protocol):
+    """The keys of a backend that are about TLS."""
+
+    @property
+    def tls_ca(self) -> str | None: ...
+    @property
+    def tls_cert(self) -> str | None: ...
+    @property
+    def tls_key(self) -> str | None: ...
+    @property
+    def tls_insecure(self) -> bool: ...
+
+
+def context_of(options: TlsOptions, path: str) -> ssl.SSLContext:
+    """The context that these options ask for; see `client_context`."""
+    return client_context(
+        path,
+        ca=options.tls_ca,
+        cert=options.tls_cert,
+        key=options.tls_key,
+        is_insecure=options.tls_insecure,
+    )
 
 
 def client_context(

@@ -15,12 +15,13 @@ from redis.typing import EncodableT, FieldT
 
 from relay import wire
 from relay.backends.redis import RedisSink, RedisSource
-from relay.backends.redis.connection import connect, pack_one, rows
-from relay.backends.redis.entry import Entry, Limits, decoded, entries, packed_fields
+from relay.backends.redis.connection import connect, pack, rows
+from relay.backends.redis.entry import Entry, decoded, entries, fields_of
 from relay.backends.redis.errors import mapped
 from relay.backends.redis.options import RedisSinkOptions
 from relay.contracts import Rejected
 from relay.message import RelayMessage
+from tests.contract.evidence import BOUND_S, PAUSE_S
 from tests.contract.surroundings import backend_context
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
@@ -96,17 +97,16 @@ class FarSide:
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Add messages of ours, in order, to this stream whatever their subject."""
-        encode = wire.encoder(format_, wire.FIELD)
-        limits = Limits(2**30, 2**30)
-        packed = []
-        for message in messages:
-            count, fields = packed_fields(message, encode, limits)
-            head = b"".join(map(pack_one, (b"XADD", self.stream.encode(), b"*")))
-            packed.append(b"*%d\r\n%b%b" % (3 + count, head, fields))
+        body_of = wire.body_encoder(format_)
+        encode_headers = wire.headers_encoder(format_, wire.FIELD)
+        packed = [
+            pack(b"XADD", self.stream, b"*", *fields_of(one, body_of(one), encode_headers))
+            for one in messages
+        ]
         options = RedisSinkOptions(type="redis", url=self.server.url)
-        connection = await connect(options, name="the far side", path="sink")
+        connection = await connect(options, name="the other side", path="sink")
         try:
-            replies = await connection.ask_all("feeding", b"".join(packed), len(packed))
+            replies = await connection.ask_all("feeding", packed)
             assert all(isinstance(reply, bytes) for reply in replies)
         finally:
             await connection.aclose()
@@ -114,7 +114,7 @@ class FarSide:
     async def entries(self, stream: str | None = None) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """All entries in order: id and fields."""
         options = RedisSinkOptions(type="redis", url=self.server.url)
-        connection = await connect(options, name="the far side", path="sink")
+        connection = await connect(options, name="the other side", path="sink")
         try:
             name = (stream or self.stream).encode()
             reply = await connection.ask("looking", b"XRANGE", name, b"-", b"+")
@@ -143,6 +143,25 @@ class FarSide:
         found = summary["pending"] if isinstance(summary, dict) else summary[0]
         assert isinstance(found, int)
         return found
+
+    async def cut_off(self) -> None:
+        """End every connection, as the server sees it when a process is killed."""
+        await self.ask("CLIENT", "KILL", "TYPE", "normal")
+
+    async def generation(self) -> str:
+        """What tells this stream from others that had its name, as it stands in dedup keys."""
+        async with Redis.from_url(self.server.url) as client:
+            groups = await client.xinfo_groups(self.stream)
+        positions = {group["name"]: group["last-delivered-id"] for group in groups}
+        return f"{int(positions[b'pgtrickle:generation'].partition(b'-')[2]):08x}"
+
+    async def until_somebody_waits(self) -> None:
+        """Wait until a client waits for an entry."""
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                if "'blocked_clients': 0" not in str(await self.ask("INFO", "clients")):
+                    return
+                await asyncio.sleep(PAUSE_S)
 
 
 class RedisHarness:

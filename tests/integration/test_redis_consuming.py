@@ -14,7 +14,6 @@ from relay.contracts import Batch
 from relay.errors import DestinationMissing, NotConnected, Outage, PositionLost
 from relay.message import RelayMessage
 from tests.contract.evidence import (
-    PAUSE_S,
     SERIALIZED_FIELDS,
     assert_same_message,
     complete_message,
@@ -59,13 +58,6 @@ async def poll_in_vain(source: RedisSource) -> None:
     async with asyncio.timeout(10):
         while True:
             await source.poll()
-
-
-async def killed(source: RedisSource) -> None:
-    """End the connections as a killed process does: nothing is given back."""
-    for connection in (source._blocking, source._commands):
-        assert connection is not None
-        await connection.aclose()
 
 
 @pytest.mark.shows("source:redis.stream_key")
@@ -119,7 +111,7 @@ async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
     await far_side.feed(numbered(100))
     first = await connected(far_side, batch_size=40)
     await first.poll()
-    await killed(first)
+    await far_side.cut_off()
     await far_side.feed(numbered(10, start=100))
 
     successor = await connected(far_side)
@@ -190,7 +182,7 @@ async def test_what_a_dead_consumer_held_is_claimed_after_its_time_and_not_befor
     await far_side.feed(numbered(30))
     dead = await connected(far_side, consumer_name="dead")
     assert len(messages_of(await collect(dead, 30))) == 30
-    await killed(dead)
+    await far_side.cut_off()
     heir = await connected(far_side, consumer_name="heir", claim_idle_ms=1000, batch_size=10)
 
     assert not (await heir.poll()).messages
@@ -245,7 +237,7 @@ async def test_a_pending_entry_that_was_removed_is_refused_as_one_message(
     await far_side.feed(numbered(5))
     first = await connected(far_side)
     await collect(first, 5)
-    await killed(first)
+    await far_side.cut_off()
     ids = [id_ for id_, _ in await far_side.entries()]
     await far_side.ask("XDEL", STREAM, ids[1], ids[3])
 
@@ -254,7 +246,8 @@ async def test_a_pending_entry_that_was_removed_is_refused_as_one_message(
 
     assert dedup_keys(messages_of(batches)) == ["m:0", "m:2", "m:4"]
     gone = [one.message.dedup_key for batch in batches for one in batch.rejected]
-    assert gone == [f"redis:{STREAM}:{ids[at].decode()}" for at in (1, 3)]
+    position = f"redis:{STREAM}:{await far_side.generation()}"
+    assert gone == [f"{position}:{ids[at].decode()}" for at in (1, 3)]
     for batch in batches:
         await source.acknowledge(batch)
     assert await far_side.pending() == 0
@@ -278,7 +271,7 @@ async def test_a_dead_consumers_entry_that_was_removed_is_refused_too(far_side: 
 
 
 @pytest.mark.parametrize("is_waiting", [True, False])
-async def test_a_group_that_is_deleted_is_a_lost_position_and_made_anew_on_the_next_start(
+async def test_a_group_that_is_deleted_is_a_lost_position_and_made_again_on_the_next_start(
     far_side: FarSide, *, is_waiting: bool
 ) -> None:
     await far_side.feed(numbered(3))
@@ -402,8 +395,10 @@ async def test_a_server_killed_while_messages_flow_loses_none(far_side: FarSide)
 
 async def test_closing_ends_the_waiting_read_on_the_server(far_side: FarSide) -> None:
     source = await connected(far_side)
-    await source.poll()
-    assert source._reading is not None
+    polling = asyncio.create_task(source.poll())
+    await far_side.until_somebody_waits()
+    source.interrupt()
+    await polling
     started = time.monotonic()
 
     await source.aclose()
@@ -493,11 +488,7 @@ async def test_a_server_that_becomes_a_replica_is_an_outage_and_no_lost_position
     await source.poll()
 
     polling = asyncio.create_task(poll_in_vain(source))
-    async with asyncio.timeout(10):
-        while True:
-            if "'blocked_clients': 1" in str(await far_side.ask("INFO", "clients")):
-                break
-            await asyncio.sleep(PAUSE_S)
+    await far_side.until_somebody_waits()
     await far_side.ask("REPLICAOF", *other.server.address)
 
     with pytest.raises(NotConnected):
@@ -522,7 +513,7 @@ async def test_what_was_trimmed_while_it_was_kept_alive_is_refused_after_a_crash
     first, batches = await _holding_what_was_trimmed(far_side)
     for batch in batches:
         await first.keep_alive(batch)
-    await killed(first)
+    await far_side.cut_off()
 
     await _assert_trimmed_is_refused(far_side)
     await first.aclose()

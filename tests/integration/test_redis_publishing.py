@@ -7,17 +7,20 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from msgspec import structs
 from redis.asyncio import Redis
 
 from relay.backends.redis import RedisSink
-from relay.backends.redis.connection import Connection, Reply
 from relay.contracts import Sink
 from relay.errors import (
+    ConfigurationError,
     DestinationMissing,
     ErrorKind,
     MessageTooLarge,
+    MessageUndecodable,
     NotConnected,
     Outage,
+    RelayError,
     TimedOut,
 )
 from relay.events import Retried
@@ -238,38 +241,53 @@ async def test_only_strict_ordering_of_keys_that_repeat_needs_transactions(
     await strict.aclose()
 
 
-@pytest.mark.parametrize(
-    "ordering, keys, at_a_time",
-    [("strict", 3000, 2), ("strict", 1, 1), ("strict", 1500, 1), ("pipelined", 1, 2)],
-)
-async def test_a_transaction_waits_for_the_one_before_where_they_share_a_key(
-    far_side: FarSide,
-    monkeypatch: pytest.MonkeyPatch,
-    ordering: str,
-    keys: int,
-    at_a_time: int,
+async def test_nothing_of_a_key_is_sent_before_the_answer_to_what_comes_before_it(
+    far_side: FarSide, tcp_proxy: Proxies
 ) -> None:
-    sink = await connected(far_side, ordering)
-    exchange = Connection.ask_all
-    under_way = most = 0
+    proxy = await tcp_proxy(*far_side.server.address)
+    sink = sink_of(proxy.url(far_side.server.url), STREAM)
+    await sink.connect()
+    messages = numbered(3000)
+    # In the middle of the answer to the first transaction, behind a short one to each command.
+    proxy.cut_after(9500, "to_client")
 
-    async def counted(self: Connection, doing: str, packed: bytes, answers: int) -> list[Reply]:
-        nonlocal under_way, most
-        under_way += 1
-        most = max(most, under_way)
-        try:
-            return await exchange(self, doing, packed, answers)
-        finally:
-            under_way -= 1
+    result = await sink.publish(messages)
 
-    monkeypatch.setattr(Connection, "ask_all", counted)
-    messages = numbered(3000, keys=keys)
+    assert len(result.failures) == 3000
+    assert dedup_keys(await far_side.restored()) == dedup_keys(messages[:1000])
+    await sink.aclose()
 
-    await sink.publish(messages)
 
-    monkeypatch.undo()
-    assert most == at_a_time
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+async def test_messages_behind_a_thousand_that_cannot_be_sent_are_sent(far_side: FarSide) -> None:
+    sink = await connected(far_side)
+    broken = [structs.replace(one, payload=b"{", is_json=False) for one in numbered(1100)]
+    nameless = structs.replace(broken[0], payload=b"{}", headers={"x": "\ud800"})
+    good = numbered(10)
+
+    result = await sink.publish([*broken, nameless, *good])
+
+    assert [one.index for one in result.failures] == list(range(1101))
+    assert all(isinstance(one.error, MessageUndecodable) for one in result.failures)
+    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    await sink.aclose()
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+async def test_a_server_that_does_not_know_a_command_is_said_without_what_it_was_sent(
+    redis_server_with: ServerWith, keys: int
+) -> None:
+    far_side = FarSide(redis_server_with('rename-command XADD ""'), STREAM)
+    sink = await connected(far_side, format="payload")
+    messages = [structs.replace(one, payload=b'"card 4111 1111"') for one in numbered(3, keys=keys)]
+
+    try:
+        error: RelayError = (await sink.publish(messages)).failures[0].error
+    except ConfigurationError as refused:
+        error = refused
+
+    assert isinstance(error, ConfigurationError)
+    assert "4111" not in str(error)
+    assert "under their own names" in str(error)
     await sink.aclose()
 
 
@@ -333,14 +351,14 @@ async def test_a_pipeline_that_waits_for_replicas_adds_no_event_again(
     redis_server_with: ServerWith,
 ) -> None:
     far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
-    sink = sink_of(far_side.server.url, STREAM, wait_replicas=1, timeout_ms=100)
+    sink = sink_of(far_side.server.url, STREAM, wait_replicas=1, timeout_ms=1000)
     line = Line(sink=sink)
     line.write(*numbered(10))
 
     async with line.running():
         await line.heard.until(lambda: len(line.heard.of(Retried)) == 3)
         host, port = far_side.server.address
-        redis_server_with(f"replicaof {host} {port}")
+        await asyncio.to_thread(redis_server_with, f"replicaof {host} {port}")
         await line.heard.until(lambda: line.acknowledged == 10)
 
     assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(10))

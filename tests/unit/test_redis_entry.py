@@ -6,13 +6,10 @@ import pytest
 
 from relay import wire
 from relay.backends.redis.connection import pack
-from relay.backends.redis.entry import Entry, Limits, decoded, packed_fields
+from relay.backends.redis.entry import Entry, decoded, fields_of
 from relay.contracts import Rejected
-from relay.errors import MessageTooLarge, MessageUndecodable
 from relay.message import RelayMessage
 from tests.contract.evidence import SERIALIZED_FIELDS, assert_same_message, complete_message
-
-LIMITS = Limits(1000, 500)
 
 
 def entry(*fields: bytes) -> Entry:
@@ -32,15 +29,10 @@ def refused(found: Entry) -> Rejected:
 
 
 def through(message: RelayMessage, format_: str) -> RelayMessage:
-    """The message as it comes back from the fields it was packed into."""
-    count, packed = packed_fields(message, wire.encoder(format_, wire.FIELD), Limits(10**6, 10**6))
-    fields: list[bytes] = []
-    while packed:
-        size, _, rest = packed[1:].partition(b"\r\n")
-        fields.append(rest[: int(size)])
-        packed = rest[int(size) + 2 :]
-    assert len(fields) == count
-    return read(entry(*fields))
+    """The message as it comes back from its fields."""
+    body = wire.body_encoder(format_)(message)
+    fields = fields_of(message, body, wire.headers_encoder(format_, wire.FIELD))
+    return read(entry(*(one if isinstance(one, bytes) else one.encode() for one in fields)))
 
 
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
@@ -62,21 +54,6 @@ def test_a_header_with_the_name_of_our_metadata_stays_a_header(format_: str) -> 
 
     assert dict(arrived.headers) == headers
     assert (arrived.key, arrived.op) == (None, "insert")
-
-
-def test_an_entry_above_a_limit_is_refused_and_the_limit_named() -> None:
-    encode = wire.encoder("payload", wire.FIELD)
-    for size, limit in ((1000, "1000"), (600, "500")):
-        message = RelayMessage(dedup_key="1", payload=b'"%s"' % (b"x" * size))
-        with pytest.raises(MessageTooLarge, match=limit):
-            packed_fields(message, encode, LIMITS)
-
-
-def test_text_without_a_utf8_form_is_refused() -> None:
-    message = RelayMessage(dedup_key="1", payload=b"{}", headers={"x": "\ud800"})
-
-    with pytest.raises(MessageUndecodable):
-        packed_fields(message, wire.encoder("payload", wire.FIELD), LIMITS)
 
 
 def test_somebody_elses_payload_is_named_by_its_place_and_has_the_other_fields_as_headers() -> None:
@@ -121,6 +98,15 @@ def test_what_is_not_text_or_not_json_is_refused_with_what_it_holds() -> None:
 )
 def test_what_bears_our_mark_and_is_not_ours_is_refused(fields: tuple[bytes, ...]) -> None:
     assert refused(entry(*fields)).message.dedup_key == "redis:orders:7-1"
+
+
+def test_a_stream_made_again_gives_its_entries_other_names() -> None:
+    one = decoded(entry(b"payload", b"{}"), "orders", "payload", "0a1b2c3d")
+    gone = decoded(Entry(b"7-1", None), "orders", "payload", "0a1b2c3d")
+
+    assert isinstance(one, RelayMessage)
+    assert isinstance(gone, Rejected)
+    assert {one.dedup_key, gone.message.dedup_key} == {"redis:orders:0a1b2c3d:7-1"}
 
 
 def test_an_entry_that_was_removed_is_refused_by_name() -> None:

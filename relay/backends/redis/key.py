@@ -30,7 +30,10 @@ def escape(value: str) -> str:
     """One value of a template, fit to be part of a segment."""
     if value in ("", "_"):
         return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(_percent, value)
+    return _TO_ESCAPE.sub(
+        lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass")),
+        value,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -53,7 +56,3 @@ def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a key of this template."""
     if not _VARIABLE.sub("x", text).strip():
         raise TemplateInvalid("the stream key template is empty")
-
-
-def _percent(found: re.Match[str]) -> str:
-    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

@@ -144,24 +144,19 @@ def endpoint_of(options: RedisConnectionOptions, path: str) -> Endpoint:
             f"{path}.url has a path that is not the number of a database",
             remedy="write redis://host:6379/0",
         )
-    in_url = {
-        "username": unquote(parts.username) if parts.username else None,
-        "password": unquote(parts.password) if parts.password else None,
-        "db": int(number) if number else None,
-    }
-    for name, value in in_url.items():
+    db = int(number) if number else None
+    user, password = (unquote(one) if one else None for one in (parts.username, parts.password))
+    for name, value in (("username", user), ("password", password), ("db", db)):
         if value is not None and getattr(options, name) is not None:
             raise ConfigurationError(f"{path} has {name} in its url and beside it")
-    username = options.username or in_url["username"]
-    password = options.password or in_url["password"]
-    if username and not password:
+    if (options.username or user) and not (options.password or password):
         raise ConfigurationError(f"{path}.username needs a password")
     return Endpoint(
         host=host,
         port=port or _DEFAULT_PORT,
-        db=options.db or (int(number) if number else 0),
-        username=None if username is None else str(username),
-        password=None if password is None else str(password),
+        db=options.db or db or 0,
+        username=options.username or user,
+        password=options.password or password,
         is_tls=parts.scheme == "rediss"
         or bool(options.tls or options.tls_ca or options.tls_cert or options.tls_insecure),
     )

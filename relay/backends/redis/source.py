@@ -1,13 +1,20 @@
-"""The Redis Streams source: see the package for what it promises."""
+"""The Redis Streams source: see the package for what it promises.
+
+To tell a stream from another that had its name before, each has a generation: a second group that
+reads nothing, with a random number in its position. Redis makes a group once, whoever asks, and
+deletes it with its stream. Entries are handed out only while the stream is of the generation that
+was found on connecting.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import islice
 from typing import Self
 
 import msgspec
@@ -27,68 +34,52 @@ from relay.backends.redis.options import (
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
 from relay.errors import ConfigurationError, MessageRejected, NotConnected, RelayError
-from relay.message import RelayMessage
 from relay.options import parse_options
 
 _SHORTEST_CLAIM_MS = 1000
 _CLOSE_TIMEOUT_S = 2.0
 _FROM_THE_START = b"0-0"
-# A command with more ids than this keeps other clients of the server waiting.
-_CHUNK_IDS = 1000
 # Redis bounds a read by entries, not by bytes: how many to ask for is felt out.
 _FIRST_COUNT = 64
 _GROWTH = 4
 # An age that every other consumer's claim_idle_ms is below: it may claim at once.
-_LONG_IDLE_MS = b"86400000"
+_RELEASED = (b"IDLE", b"86400000")
+
+_GENERATION = b"pgtrickle:generation"
+# Later than every entry, so that nothing is kept in the stream for this group.
+_LAST_MS = 2**63 - 1
 
 
 class _Position(msgspec.Struct, frozen=True):
-    """Ids handed out together, and since which `connect`."""
+    """Ids handed out together, and over which connection."""
 
-    opening: int
+    connection: Connection
     ids: tuple[bytes, ...]
-
-
-class _Found(msgspec.Struct, frozen=True):
-    """What one look brought. ``asked``: how many entries it was for."""
-
-    entries: Sequence[Entry]
-    asked: int
 
 
 class RedisSource:
     """Reads a stream as a consumer of a group and acknowledges when told to.
 
-    Reading what is new blocks, on a connection of its own; everything else goes over the other.
-    At most one look at each is under way, as a task that outlives an interrupted poll and ends
-    with `aclose` or `connect` at the latest: what it brings is handed out by the next poll.
+    Reading what is new blocks, on a connection of its own; everything else goes over the other. At
+    most one read is in flight, as a task that outlives an interrupted poll and ends with `aclose`
+    or `connect` at the latest: what it brings is handed out by the next poll.
     """
 
-    def __init__(
-        self,
-        options: RedisSourceOptions,
-        *,
-        group: str,
-        consumer: str,
-        batch_size: int,
-        batch_bytes: int,
-        name: str,
-    ) -> None:
+    def __init__(self, options: RedisSourceOptions, context: BackendContext) -> None:
         self._options = options
-        self._stream = options.stream_key
+        self._doing = f"reading the stream {options.stream_key!r}"
         self._key = options.stream_key.encode()
-        self._group = group.encode()
-        self._consumer = consumer.encode()
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
-        self._most = min(batch_size, options.count or batch_size)
-        self._name = name
-        self._commands: Connection | None = None
-        self._blocking: Connection | None = None
-        self._blocking_id: int | None = None
-        self._reading: asyncio.Task[_Found] | None = None
-        self._looking: asyncio.Task[_Found] | None = None
-        self._opening = 0
+        self._group = (options.group_name or context.pipeline).encode()
+        self._consumer = (options.consumer_name or context.pipeline).encode()
+        self._name = f"pgtrickle-relay {context.pipeline}"
+        self._batch_size = context.batch_size
+        self._batch_bytes = context.batch_bytes
+        self._most = min(context.batch_size, options.count or context.batch_size)
+        self._connections: tuple[Connection, Connection] | None = None
+        self._blocking_id: Reply = None
+        # Empty where the user may not ask for it.
+        self._generation = ""
+        self._reading: asyncio.Task[Sequence[Entry]] | None = None
         # Where to go on among what is pending for us; None when all of it was seen.
         self._pending_after: bytes | None = None
         self._claim_from = _FROM_THE_START
@@ -96,7 +87,7 @@ class RedisSource:
         self._count = _FIRST_COUNT
         self._is_backlog_left = True
         self._buffer: deque[Entry] = deque()
-        # Everything that is buffered or out.
+        # Everything that is buffered, or handed out and unacknowledged.
         self._held: set[bytes] = set()
         self._wake = asyncio.Event()
         self._is_interrupted = False
@@ -119,14 +110,7 @@ class RedisSource:
             check_key(parsed.stream_key)
         except MessageRejected as error:
             raise ConfigurationError(f"source.stream_key: {error}") from None
-        return cls(
-            parsed,
-            group=parsed.group_name or context.pipeline,
-            consumer=parsed.consumer_name or context.pipeline,
-            batch_size=context.batch_size,
-            batch_bytes=context.batch_bytes,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -134,30 +118,30 @@ class RedisSource:
         return self._options.claim_idle_ms / 3000
 
     async def connect(self) -> None:
-        """Open anew; find or make the stream and the group; begin with what is pending for us.
+        """Open again; find or make the stream and the group; begin with what is pending for us.
 
         Raises `DestinationMissing` where the key holds something else than a stream.
         """
-        await self._close()
-        commands = await connect(self._options, name=self._name, path="source")
-        try:
+        await self.aclose()
+        async with contextlib.AsyncExitStack() as opened:
+            commands = await connect(self._options, name=self._name, path="source")
+            opened.push_async_callback(commands.aclose)
             blocking = await connect(self._options, name=self._name, path="source")
-            try:
-                await self._find_group(commands)
-                number = await blocking.facts(b"CLIENT", b"ID")
-            except BaseException:
-                await blocking.aclose()
-                raise
-        except BaseException:
-            await commands.aclose()
-            raise
-        self._opening += 1
-        self._pending_after = _FROM_THE_START
-        self._claim_from, self._claim_at = _FROM_THE_START, 0.0
+            opened.push_async_callback(blocking.aclose)
+            await self._make_group(commands, self._group, self._options.start_id.encode())
+            number = secrets.randbits(32)
+            await self._make_group(commands, _GENERATION, b"%d-%d" % (_LAST_MS, number))
+            groups = await commands.facts(b"XINFO", b"GROUPS", self._key)
+            self._generation = _generation(groups)
+            if groups is not None and not self._generation:
+                raise NotConnected(f"{self._doing}: it was deleted meanwhile")
+            self._blocking_id = await blocking.facts(b"CLIENT", b"ID")
+            opened.pop_all()
+        self._pending_after = self._claim_from = _FROM_THE_START
+        self._claim_at = 0.0
         self._count = min(_FIRST_COUNT, self._most)
         self._is_backlog_left = True
-        self._blocking_id = number if isinstance(number, int) else None
-        self._commands, self._blocking = commands, blocking
+        self._connections = commands, blocking
 
     async def poll(self) -> Batch:
         """What is pending for us, then what can be claimed, then what is new; at most a batch.
@@ -167,21 +151,20 @@ class RedisSource:
         """
         deadline = time.monotonic() + self._options.block_ms / 1000
         while True:
+            self._wake.clear()
             commands, blocking = self._open()
-            self._take_found()
+            self._take_read()
             left_s = deadline - time.monotonic()
             if self._buffer or self._is_interrupted or left_s <= 0:
                 break
-            if self._is_look_due():
-                look = self._looking = self._looking or asyncio.create_task(self._look(commands))
-            else:
-                look = self._reading = self._reading or asyncio.create_task(self._read(blocking))
-                left_s = min(left_s, max(0.0, self._claim_at - time.monotonic()))
-            await self._first_of(look, left_s)
+            self._read_on(commands, blocking)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        batch = self._batch(self._taken(), was_cut_short=was_cut_short)
-        if not self._buffer and self._reading is None and not self._is_look_due():
-            self._reading = asyncio.create_task(self._read(blocking))
+        batch = self._batch(commands, was_cut_short=was_cut_short)
+        if not self._buffer:
+            self._read_on(commands, blocking)
         return batch
 
     def interrupt(self) -> None:
@@ -192,23 +175,24 @@ class RedisSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Take every entry of the batch off the group's list of what is pending."""
         commands, _ = self._open()
-        if not self._is_current(batch):
-            raise NotConnected("this batch was handed out before the source was opened anew")
-        ids = self._ids(batch)
-        await self._tell(commands, (b"XACK", self._key, self._group), ids, ())
-        self._held.difference_update(ids)
+        position = batch.position
+        if isinstance(position, _Position) and position.connection is not commands:
+            raise NotConnected("this batch was handed out over a connection before this one")
+        if ids := self._ids(batch):
+            await commands.ask(self._doing, b"XACK", self._key, self._group, *ids)
+            self._held.difference_update(ids)
 
-    async def keep_alive(self, batch: Batch) -> None:
-        """Show a sign of life for this batch and for what is waiting to be polled."""
+    async def keep_alive(self, batch: Batch) -> None:  # noqa: ARG002 - all of them are
+        """Show a sign of life for all that we hold, what is waiting to be polled included."""
         commands, _ = self._open()
-        self._take_found()
-        await self._claim(commands, [*self._ids(batch), *(one.id for one in self._buffer)])
+        self._take_read()
+        await self._set_idle(commands, self._held)
 
     async def reject(self, batch: Batch) -> None:
-        """Give back this batch and all that comes after it, so that the order stays.
+        """Release this batch and all that comes after it, so that the order stays.
 
         The next poll hands it out again; another consumer of the group may claim it at once. A
-        later batch that is out is thereby given back too; to acknowledge or reject it does
+        later batch that is unacknowledged is thereby released too; to acknowledge or reject it does
         nothing more.
         """
         commands, _ = self._open()
@@ -217,272 +201,203 @@ class RedisSource:
             return
         await self._stop_reading(commands)
         first = min(map(_order, ids))
-        given_back = sorted((one for one in self._held if _order(one) >= first), key=_order)
+        released = {one for one in self._held if _order(one) >= first}
         self._buffer.clear()
-        self._held.difference_update(given_back)
+        self._held.difference_update(released)
         self._pending_after = _FROM_THE_START
-        await self._claim(commands, given_back, b"IDLE", _LONG_IDLE_MS)
+        await self._set_idle(commands, released, *_RELEASED)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
-        connection = self._commands
-        return connection is not None and await connection.is_healthy()
+        return self._connections is not None and await self._connections[0].is_healthy()
 
     async def aclose(self) -> None:
-        """Give back everything that is not acknowledged, and close."""
-        await self._close()
-
-    async def _close(self) -> None:
-        commands, self._commands = self._commands, None
-        blocking, self._blocking = self._blocking, None
+        """Release everything that is not acknowledged, and close."""
+        connections, self._connections = self._connections, None
+        if connections is None:
+            return
+        commands, blocking = connections
         try:
-            if commands is not None and commands.loss is None:
+            # What can't be released is pending for us all the same, and comes first the next time.
+            with contextlib.suppress(RelayError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     await self._stop_reading(commands)
-                    given_back = sorted(self._held, key=_order)
-                    await self._claim(commands, given_back, b"IDLE", _LONG_IDLE_MS)
-        except (RelayError, TimeoutError):
-            # It is pending for us all the same, and comes first on the next connection.
-            pass
+                    await self._set_idle(commands, self._held, *_RELEASED)
         finally:
             self._buffer.clear()
             self._held.clear()
-            await self._cancel_looks()
-            for connection in (commands, blocking):
-                if connection is not None:
-                    await connection.aclose()
-
-    async def _cancel_looks(self) -> None:
-        looks = [one for one in (self._reading, self._looking) if one is not None]
-        self._reading = self._looking = None
-        for look in looks:
-            look.cancel()
-        await asyncio.gather(*looks, return_exceptions=True)
-
-    async def _stop_reading(self, commands: Connection) -> None:
-        """End our looks; when it returns, nothing more is delivered to us.
-
-        What they still brought is pending for us. A connection that is merely closed could be
-        given an entry by a server that has not noticed yet.
-        """
-        reading = self._reading
-        if reading is not None and not reading.done() and self._blocking_id is not None:
-            await commands.facts(b"CLIENT", b"UNBLOCK", b"%d" % self._blocking_id)
-        looks = [one for one in (reading, self._looking) if one is not None]
-        if looks:
-            await asyncio.wait(looks)
-        await self._cancel_looks()
+            await self._end_reading()
+            await asyncio.gather(commands.aclose(), blocking.aclose())
 
     def _open(self) -> tuple[Connection, Connection]:
-        if self._commands is None or self._blocking is None:
+        if self._connections is None:
             raise NotConnected("the redis source is not connected")
-        for connection in (self._commands, self._blocking):
+        for connection in self._connections:
             if connection.loss is not None:
                 raise connection.loss
-        return self._commands, self._blocking
+        return self._connections
 
-    async def _find_group(self, commands: Connection) -> None:
-        doing = f"making the group {self._group.decode()!r} of the stream {self._stream!r}"
-        command = pack(
-            *(b"XGROUP", b"CREATE", self._key, self._group),
-            *(self._options.start_id.encode(), b"MKSTREAM"),
-        )
-        (reply,) = await commands.ask_all(doing, command, 1)
+    async def _make_group(self, commands: Connection, group: bytes, start: bytes) -> None:
+        doing = f"making the group {group.decode()!r} of the stream {self._options.stream_key!r}"
+        command = pack(b"XGROUP", b"CREATE", self._key, group, start, b"MKSTREAM")
+        (reply,) = await commands.ask_all(doing, [command])
         if isinstance(reply, ResponseError) and not str(reply).startswith("BUSYGROUP"):
             raise of_reply(reply, doing)
 
-    def _is_look_due(self) -> bool:
-        return self._pending_after is not None or time.monotonic() >= self._claim_at
+    def _read_on(self, commands: Connection, blocking: Connection) -> None:
+        """See that a read is in flight."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(commands, blocking))
+            self._reading.add_done_callback(lambda _: self._wake.set())
 
-    async def _first_of(self, look: asyncio.Task[_Found], left_s: float) -> None:
-        """Return when the look has ended, the poll is interrupted or the time is over."""
-        self._wake.clear()
-        if self._is_interrupted:
+    def _take_read(self) -> None:
+        """Move what a finished read brought into the buffer. Raises what ended it."""
+        if self._reading is None or not self._reading.done():
             return
-        waking = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait({look, waking}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
+        reading, self._reading = self._reading, None
+        found = [entry for entry in reading.result() if entry.id not in self._held]
+        self._held.update(entry.id for entry in found)
+        self._buffer.extend(found)
+        size = sum(entry.size for entry in found)
+        if size:
+            # Ask for fewer when entries are large, for more when they are small.
+            fitting = max(1, self._batch_bytes * len(found) // size)
+            self._count = min(self._most, fitting, _GROWTH * len(found) + _FIRST_COUNT)
 
-    def _take_found(self) -> None:
-        """Move what finished looks brought into the buffer. Raises what ended them."""
-        looking, reading = self._looking, self._reading
-        if looking is not None and looking.done():
-            self._looking = None
-            self._keep(looking.result())
-        if reading is not None and reading.done() and not self._buffer:
-            self._reading = None
-            found = reading.result()
-            self._is_backlog_left = len(found.entries) >= found.asked
-            self._keep(found)
+    async def _stop_reading(self, commands: Connection) -> None:
+        """End our read; when it returns, nothing more is delivered to us.
 
-    def _keep(self, found: _Found) -> None:
-        self._feel_out(found)
-        for entry in found.entries:
-            if entry.id not in self._held:
-                self._held.add(entry.id)
-                self._buffer.append(entry)
+        What it still brought is pending for us. A connection that is merely closed could be given
+        an entry by a server that has not noticed yet.
+        """
+        if self._reading is not None and not self._reading.done():
+            if isinstance(self._blocking_id, int):
+                await commands.facts(b"CLIENT", b"UNBLOCK", b"%d" % self._blocking_id)
+            await asyncio.wait([self._reading])
+        await self._end_reading()
 
-    def _feel_out(self, found: _Found) -> None:
-        """Ask for fewer when entries are large, for more when they are small."""
-        if not found.entries:
-            return
-        each = max(1, sum(entry.size for entry in found.entries) // len(found.entries))
-        fitting = max(1, self._batch_bytes // each)
-        self._count = min(self._most, fitting, _GROWTH * len(found.entries) + _FIRST_COUNT)
+    async def _end_reading(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
-    async def _look(self, commands: Connection) -> _Found:
-        """One page of what is pending for us, or else of what can be claimed."""
+    async def _read(self, commands: Connection, blocking: Connection) -> Sequence[Entry]:
+        """One page of what is pending for us, of what can be claimed, or of what is new."""
         if self._pending_after is not None:
-            return await self._look_at_pending(commands, self._pending_after)
-        return await self._look_for_claims(commands)
+            found = await self._entries(commands, self._pending_after)
+            self._pending_after = found[-1].id if found else None
+        elif self._is_claim_due():
+            found = await self._claim(commands)
+        else:
+            asked, block_ms = self._count, self._options.block_ms
+            how = (b"BLOCK", b"%d" % block_ms)
+            found = await self._entries(blocking, b">", *how, wait_s=block_ms / 1000)
+            self._is_backlog_left = len(found) >= asked
+        return found
 
-    async def _look_at_pending(self, commands: Connection, after: bytes) -> _Found:
-        asked = self._count
-        reply = await commands.ask(
-            f"reading what is pending in {self._stream!r}", *self._read_command(asked, after)
+    async def _entries(
+        self, connection: Connection, after: bytes, *how: bytes, wait_s: float = 0.0
+    ) -> Sequence[Entry]:
+        """What is pending for us behind an id, or what is new."""
+        command = (
+            *(b"XREADGROUP", b"GROUP", self._group, self._consumer),
+            *(b"COUNT", b"%d" % self._count, *how, b"STREAMS", self._key, after),
         )
-        found = list(entries(_of_stream(reply)))
-        self._pending_after = found[-1].id if found else None
-        return _Found(found, asked)
+        streams = rows(await self._checked(connection, command, wait_s=wait_s))
+        return [one for name_and_found in streams for one in entries(rows(rows(name_and_found)[1]))]
 
-    async def _look_for_claims(self, commands: Connection) -> _Found:
-        asked = self._count
-        reply = rows(
-            await commands.ask(
-                f"claiming entries of {self._stream!r}",
-                *(b"XAUTOCLAIM", self._key, self._group, self._consumer),
-                *(b"%d" % self._options.claim_idle_ms, self._claim_from),
-                *(b"COUNT", b"%d" % asked),
-            )
+    def _is_claim_due(self) -> bool:
+        return time.monotonic() >= self._claim_at
+
+    async def _claim(self, commands: Connection) -> Sequence[Entry]:
+        """Make pending for us what others have kept for too long, to be read as such.
+
+        Gives what was removed from the stream and is now pending for nobody; Redis before 7 makes
+        it pending for us like the rest.
+        """
+        command = (
+            *(b"XAUTOCLAIM", self._key, self._group, self._consumer),
+            *(b"%d" % self._options.claim_idle_ms, self._claim_from),
+            *(b"COUNT", b"%d" % self._count, b"JUSTID"),
         )
-        next_, claimed, *removed = reply
+        next_, claimed, *removed = rows(await self._checked(commands, command))
         self._claim_from = next_ if isinstance(next_, bytes) else _FROM_THE_START
         if self._claim_from == _FROM_THE_START:
             self._claim_at = time.monotonic() + self._options.claim_idle_ms / 2000
-        if None in rows(claimed):
-            # Before Redis 7 a removed entry is claimed without saying which: it is pending now.
+        if claimed:
             self._pending_after = _FROM_THE_START
-        # Redis 7 names the removed ones, and has already taken them off its list.
-        gone = [
-            Entry(id_, None)
-            for id_ in rows(removed[0] if removed else None)
-            if isinstance(id_, bytes)
-        ]
-        return _Found([*gone, *entries(rows(claimed))], asked)
+        return [Entry(one, None) for ids in removed for one in rows(ids) if isinstance(one, bytes)]
 
-    async def _read(self, blocking: Connection) -> _Found:
-        asked = self._count
-        block_ms = self._options.block_ms
-        reply = await blocking.ask(
-            f"reading {self._stream!r}",
-            *self._read_command(asked, b">", b"BLOCK", b"%d" % block_ms),
-            wait_s=block_ms / 1000,
-        )
-        return _Found(list(entries(_of_stream(reply))), asked)
-
-    def _read_command(self, count: int, after: bytes, *how: bytes) -> Sequence[bytes]:
-        return (
-            *(b"XREADGROUP", b"GROUP", self._group, self._consumer),
-            *(b"COUNT", b"%d" % count, *how, b"STREAMS", self._key, after),
-        )
-
-    def _is_current(self, batch: Batch) -> bool:
-        position = batch.position
-        return not isinstance(position, _Position) or position.opening == self._opening
+    async def _checked(
+        self, connection: Connection, command: Sequence[bytes], *, wait_s: float = 0.0
+    ) -> Reply:
+        """The answer to a command that reads, where the stream is still of our generation."""
+        commands = [pack(*command)]
+        if self._generation:
+            commands.append(pack(b"XINFO", b"GROUPS", self._key))
+        reply, *groups = await connection.ask_all(self._doing, commands, wait_s=wait_s)
+        if isinstance(reply, ResponseError):
+            raise of_reply(reply, self._doing)
+        if groups and _generation(groups[0]) != self._generation:
+            raise NotConnected(f"{self._doing}: it was deleted and made again")
+        return reply
 
     def _ids(self, batch: Batch) -> list[bytes]:
         """What of a batch is still ours to answer for."""
         position = batch.position
-        if not isinstance(position, _Position) or position.opening != self._opening:
+        if not isinstance(position, _Position) or position.connection is not self._open()[0]:
             return []
         return [one for one in position.ids if one in self._held]
 
-    async def _claim(self, commands: Connection, ids: Sequence[bytes], *age: bytes) -> None:
+    async def _set_idle(self, commands: Connection, ids: AbstractSet[bytes], *age: bytes) -> None:
         """Set the age of what we hold, to none or to what is said.
 
         What was removed from the stream meanwhile keeps its age: to claim it would, since Redis 7,
         take it off the list of what is pending, and nobody would ever hear of it.
         """
-        removed = await self._removed(commands, ids)
-        start = (b"XCLAIM", self._key, self._group, self._consumer, b"0")
-        there = [one for one in ids if one not in removed]
-        await self._tell(commands, start, there, (*age, b"JUSTID"))
+        places = sorted(map(_order, ids))
+        there: list[bytes] = []
+        after = b"%d" % max(0, places[0][0] - 1) if places else b""
+        while after and (found := await self._entries(commands, after)):
+            there += [one.id for one in found if one.id in ids and one.fields is not None]
+            after = found[-1].id if _order(found[-1].id) < places[-1] else b""
+        if there:
+            command = (b"XCLAIM", self._key, self._group, self._consumer, b"0", *there)
+            await commands.ask(self._doing, *command, *age, b"JUSTID")
 
-    async def _removed(self, commands: Connection, ids: Sequence[bytes]) -> AbstractSet[bytes]:
-        """What in the range of these is pending for us, but in the stream no more."""
-        removed: set[bytes] = set()
-        if not ids:
-            return removed
-        places = [_order(one) for one in ids]
-        last = max(places)
-        after = b"%d" % max(0, min(places)[0] - 1)
-        while True:
-            reply = await commands.ask(
-                f"looking at what is pending in {self._stream!r}",
-                *self._read_command(self._count, after),
-            )
-            found = list(entries(_of_stream(reply)))
-            removed.update(entry.id for entry in found if entry.fields is None)
-            if not found or _order(found[-1].id) >= last:
-                return removed
-            after = found[-1].id
-
-    async def _tell(
-        self,
-        commands: Connection,
-        before: Iterable[bytes],
-        ids: Sequence[bytes],
-        after: Iterable[bytes],
-    ) -> None:
-        """Give one command for many ids, in chunks. Raises `Outage`, and what is answered."""
-        chunks = [ids[at : at + _CHUNK_IDS] for at in range(0, len(ids), _CHUNK_IDS)]
-        packed = b"".join(pack(*before, *chunk, *after) for chunk in chunks)
-        doing = f"settling entries of {self._stream!r}"
-        for reply in await commands.ask_all(doing, packed, len(chunks)) if chunks else ():
-            if isinstance(reply, ResponseError):
-                raise of_reply(reply, doing)
-
-    def _taken(self) -> list[Entry]:
+    def _batch(self, commands: Connection, *, was_cut_short: bool) -> Batch:
         taken: list[Entry] = []
         size = 0
         while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
-            entry = self._buffer.popleft()
-            size += entry.size
-            taken.append(entry)
-        return taken
-
-    def _batch(self, taken: Sequence[Entry], *, was_cut_short: bool) -> Batch:
-        is_end = not (self._buffer or self._is_look_due() or was_cut_short)
+            taken.append(self._buffer.popleft())
+            size += taken[-1].size
+        is_read_due = self._pending_after is not None or self._is_claim_due()
+        is_end = not (self._buffer or is_read_due or was_cut_short)
         if not taken:
             return Batch(is_end_of_backlog=is_end)
-        messages: list[RelayMessage] = []
-        rejected: list[Rejected] = []
-        for entry in taken:
-            one = decoded(entry, self._stream, self._options.payload_field)
-            if isinstance(one, Rejected):
-                rejected.append(one)
-            else:
-                messages.append(one)
+        stream, payload_field = self._options.stream_key, self._options.payload_field
+        found = [decoded(one, stream, payload_field, self._generation) for one in taken]
         return Batch(
-            messages=messages,
-            rejected=rejected,
-            position=_Position(self._opening, tuple(entry.id for entry in taken)),
+            messages=[one for one in found if not isinstance(one, Rejected)],
+            rejected=[one for one in found if isinstance(one, Rejected)],
+            position=_Position(commands, tuple(entry.id for entry in taken)),
             checkpoint=taken[-1].id.decode(),
             is_end_of_backlog=is_end and not self._is_backlog_left,
         )
-
-
-def _of_stream(reply: Reply) -> Sequence[Reply]:
-    """The entries in the answer to a read of one stream; none where the answer is nil."""
-    for _, found in islice(map(rows, rows(reply)), 1):
-        return rows(found)
-    return ()
 
 
 def _order(id_: bytes) -> tuple[int, int]:
     """What ids are ordered by."""
     time_ms, _, number = id_.partition(b"-")
     return int(time_ms), int(number or 0)
+
+
+def _generation(groups: Reply) -> str:
+    """The generation in what the server tells of a stream's groups; empty where there is none."""
+    for group in map(rows, rows(groups)):
+        facts = dict(zip(group[::2], group[1::2], strict=True))
+        position = facts.get(b"last-delivered-id")
+        if facts.get(b"name") == _GENERATION and isinstance(position, bytes):
+            return f"{_order(position)[1]:08x}"
+    return ""

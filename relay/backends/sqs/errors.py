@@ -11,7 +11,8 @@ import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 
 from botocore import exceptions as client
 
@@ -27,7 +28,8 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import not_connected
+from relay.network import causes, mapped_by, not_connected
+from relay.tls import of_tls
 
 # By name, since releases of the library differ in which classes they have. The nearest class of
 # an exception's ancestry decides; what is not here is about how the client is set up.
@@ -174,7 +176,7 @@ def of_exception(
         return of_answer(error, doing, is_publish=is_publish)
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLError):
-            return _of_tls(cause, doing)
+            return of_tls(cause, doing)
         if isinstance(cause, socket.gaierror):
             return NotConnected(
                 f"{doing}: the name of the host is not known",
@@ -194,16 +196,9 @@ def of_exception(
     return None
 
 
-@contextmanager
-def mapped(doing: str, *, is_publish: bool = False) -> Iterator[None]:
+def mapped(doing: str, *, is_publish: bool = False) -> AbstractContextManager[None]:
     """Turn whatever the client library raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing, is_publish=is_publish)
-        if ours is None or ours is error:
-            raise
-        raise ours from error
+    return mapped_by(partial(of_exception, is_publish=is_publish), doing)
 
 
 def _told(
@@ -255,34 +250,12 @@ def _is_telling(kind: type[object]) -> bool:
     )
 
 
-def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConfigurationError(
-            f"{doing}: the server's certificate is not trusted:"
-            f" {getattr(error, 'verify_message', 'it does not verify')}",
-            remedy="point tls_ca at the authority that signed it",
-        )
-    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
-    if "certificate" in reason or "unknown ca" in reason:
-        return AuthenticationRefused(
-            f"{doing}: the server refuses our certificate: {reason}",
-            remedy="set tls_cert and tls_key to a certificate that the server trusts",
-        )
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return NotConnected(f"{doing}: TLS was ended by the server")
-    return ConfigurationError(f"{doing}: TLS failed: {reason}", remedy="is this a TLS port?")
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The exception and what it came from, the transport's own among it."""
-    seen: BaseException | None = error
-    for _ in range(10):
-        if seen is None:
-            return
+    for seen in causes(error):
         yield seen
         # The HTTP library keeps what TLS or the network said beside the chain.
         for inner in ("certificate_error", "os_error"):
             beside = getattr(seen, inner, None)
             if isinstance(beside, BaseException):
                 yield beside
-        seen = seen.__cause__ or seen.__context__

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import cast
@@ -22,6 +21,7 @@ from relay.backends.sqs.entry import Received
 from relay.backends.sqs.errors import code_of, mapped
 from relay.backends.sqs.options import MOST_BYTES, SqsConnectionOptions, Target, target_of
 from relay.errors import ConfigurationError, RelayError
+from relay.tls import context_of
 
 MOST_MESSAGES = 10
 
@@ -176,7 +176,8 @@ async def open_queue(options: SqsConnectionOptions, *, path: str, wait_s: float 
     Raises `Outage`, `AuthenticationRefused`, `DestinationMissing` or `ConfigurationError`.
     """
     target = target_of(options, path)
-    _check_tls_files(options, path)
+    # The library reads the files itself, and says less of what is wrong with them.
+    context_of(options, path)
     timeout_s = options.timeout_ms / 1000
     closing = AsyncExitStack()
     queue = Queue(None, closing, target, timeout_s)
@@ -230,15 +231,3 @@ def _client(
 def _loader() -> Loader:
     """The library's descriptions of the service, read once: that takes a quarter of a second."""
     return create_loader()
-
-
-def _check_tls_files(options: SqsConnectionOptions, path: str) -> None:
-    try:
-        context = ssl.create_default_context(cafile=options.tls_ca)
-        if options.tls_cert is not None:
-            context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"{path}: the TLS files can't be used: {error.strerror or type(error).__name__}",
-            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
-        ) from None

@@ -19,6 +19,7 @@ from relay.backends.webhook.header import IDEMPOTENCY_KEY, RawHeaders
 from relay.backends.webhook.options import Target, WebhookSinkOptions
 from relay.backends.webhook.signature import sign, webhook_secret
 from relay.errors import ConfigurationError, NotConnected, Outage, RelayError
+from relay.tls import context_of
 
 _PROBE_TIMEOUT_S = 5.0
 _HEALTH_TIMEOUT_S = 2.0
@@ -104,7 +105,7 @@ class Endpoint:
         Raises `Outage`, `ConfigurationError`.
         """
         await self.aclose()
-        self._tls = _tls_context(self._options) if self._target.is_tls else None
+        self._tls = context_of(self._options, "sink") if self._target.is_tls else None
         await self._reach(
             min(self._timeout_s, _PROBE_TIMEOUT_S), is_refusal_awaited=self._tls is not None
         )
@@ -253,22 +254,6 @@ def _fixed_headers(options: WebhookSinkOptions, target: Target) -> RawHeaders:
 def _host_header(target: Target) -> str:
     host = f"[{target.host}]" if ":" in target.host else target.host
     return host if target.port == (443 if target.is_tls else 80) else f"{host}:{target.port}"
-
-
-def _tls_context(options: WebhookSinkOptions) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=options.tls_ca)
-        if options.tls_cert is not None:
-            context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"sink: the TLS files can't be used: {error.strerror or type(error).__name__}",
-            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
-        ) from None
-    if options.tls_insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 async def _read_to_its_end(response: httpx.Response) -> None:

@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import httpx
 
@@ -26,7 +26,8 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import not_connected, words_of
+from relay.network import causes, mapped_by, not_connected, words_of
+from relay.tls import of_tls
 
 # The nearest class of an exception's ancestry decides.
 CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
@@ -98,9 +99,9 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     """The relay's error for what the client, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLError):
-            return _of_tls(cause, doing)
+            return of_tls(cause, doing)
         if isinstance(cause, socket.gaierror):
             return not_connected(cause, doing)
     if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.CookieConflict):
@@ -116,16 +117,9 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     return None
 
 
-@contextmanager
-def mapped(doing: str) -> Iterator[None]:
+def mapped(doing: str) -> AbstractContextManager[None]:
     """Turn whatever the HTTP client raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing)
-        if ours is None or ours is error:
-            raise
-        raise ours from error
+    return mapped_by(of_exception, doing)
 
 
 @contextmanager
@@ -158,7 +152,7 @@ def _of_client(error: Exception, doing: str) -> RelayError:
     kind = next(CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS)
     if kind is TimedOut:
         return kind(f"{doing}: no answer in time")
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno is not None:
             reason, remedy = words_of(cause)
             return kind(f"{doing}: {reason}", remedy=remedy)
@@ -170,34 +164,6 @@ def _of_client(error: Exception, doing: str) -> RelayError:
         return kind(f"{doing}: the connection failed")
     # The library's own words may hold the URL, and with it a secret.
     return kind(f"{doing}: {type(error).__name__}")
-
-
-def _of_tls(error: ssl.SSLError, doing: str) -> RelayError:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ConfigurationError(
-            f"{doing}: the server's certificate is not trusted:"
-            f" {getattr(error, 'verify_message', 'it does not verify')}",
-            remedy="point tls_ca at the authority that signed it",
-        )
-    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
-    if "certificate" in reason or "unknown ca" in reason:
-        return AuthenticationRefused(
-            f"{doing}: the server refuses our certificate: {reason}",
-            remedy="set tls_cert and tls_key to a certificate that the server trusts",
-        )
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return NotConnected(f"{doing}: TLS was ended by the server")
-    return ConfigurationError(f"{doing}: TLS failed: {reason}")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and what it came from, the transport's own among it."""
-    seen: BaseException | None = error
-    for _ in range(10):
-        if seen is None:
-            return
-        yield seen
-        seen = seen.__cause__ or seen.__context__
 
 
 def _reason(error: OSError) -> str:

@@ -1,0 +1,140 @@
+"""Closing a Redis sink and source, whatever became of the server: in time, and without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from relay.backends.redis import RedisSink, RedisSource
+from relay.contracts import Batch
+from relay.message import RelayMessage
+from tests.contract.evidence import BOUND_S, PAUSE_S, numbered
+from tests.contract.redis_far_side import FarSide, sink_of, source_of
+from tests.contract.source_contract import collect
+from tests.servers.proxy import TcpProxy
+from tests.servers.redis import RedisServer
+from tests.servers.tls import TlsFiles
+
+STREAM = "closing"
+MOST_S = 5.0
+ROLES = pytest.mark.parametrize("make", [sink_of, source_of])
+
+Proxies = Callable[[str, int], Awaitable[TcpProxy]]
+Make = Callable[..., RedisSink | RedisSource]
+
+
+class Belongings:
+    """Tasks, threads and sockets of this process."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    async def until_no_more_than_before(self) -> None:
+        """Raises TimeoutError."""
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                if all(now <= then for now, then in zip(self._now(), self._before, strict=True)):
+                    return
+                await asyncio.sleep(PAUSE_S)
+
+    def _now(self) -> tuple[int, int, int]:
+        sockets = 0
+        for descriptor in Path("/dev/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets += descriptor.readlink().name.startswith("socket")
+        # The loop looks names up in threads, which it keeps.
+        threads = [one for one in threading.enumerate() if not one.name.startswith("asyncio_")]
+        return len(asyncio.all_tasks()), len(threads), sockets
+
+
+async def used(end: RedisSink | RedisSource, far_side: FarSide) -> None:
+    """Publish, or read what is then unacknowledged, with another read on its way."""
+    await end.connect()
+    if isinstance(end, RedisSink):
+        assert not (await end.publish(numbered(10))).failures
+    else:
+        await far_side.feed(numbered(10))
+        await collect(end, 10)
+
+
+@pytest.fixture
+async def far_side(redis_server: RedisServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(redis_server, STREAM)
+    await far_side.drop()
+    yield far_side
+    await far_side.drop()
+
+
+@ROLES
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_start_and_a_stop_leave_no_task_no_thread_and_no_socket(
+    redis_server_with: Callable[..., RedisServer], tls_files: TlsFiles, make: Make, *, is_tls: bool
+) -> None:
+    server = redis_server_with("", tls_files.contents(), is_tls=True)
+    url = f"rediss://localhost:{server.tls_port}" if is_tls else server.url
+    far_side = FarSide(server, STREAM)
+    await far_side.drop()
+    belongings = Belongings()
+
+    for _ in range(3):
+        end = make(url, STREAM, **({"tls_ca": str(tls_files.authority)} if is_tls else {}))
+        await used(end, far_side)
+        await end.aclose()
+
+    await belongings.until_no_more_than_before()
+
+
+@ROLES
+@pytest.mark.parametrize("trouble", ["cut", "killed", "stalled"])
+async def test_closing_is_bounded_while_the_server_is_gone(
+    far_side: FarSide, tcp_proxy: Proxies, make: Make, trouble: str
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
+    belongings = Belongings()
+    end = make(proxy.url(far_side.server.url), STREAM)
+    await used(end, far_side)
+    if trouble == "cut":
+        await proxy.cut()
+    elif trouble == "killed":
+        await asyncio.to_thread(far_side.server.kill)
+    else:
+        proxy.stall()
+    started = time.monotonic()
+
+    await end.aclose()
+
+    assert time.monotonic() - started < MOST_S
+    await proxy.restore()
+    await asyncio.to_thread(far_side.server.start)
+    await belongings.until_no_more_than_before()
+
+
+@ROLES
+async def test_closing_is_bounded_in_the_middle_of_something(
+    far_side: FarSide, tcp_proxy: Proxies, make: Make
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
+    belongings = Belongings()
+    end = make(proxy.url(far_side.server.url), STREAM)
+    await used(end, far_side)
+    proxy.stall()
+    large = RelayMessage(dedup_key="large", payload=b'"%b"' % (b"x" * 20_000_000))
+    working = asyncio.create_task(
+        end.publish([large]) if isinstance(end, RedisSink) else end.keep_alive(Batch())
+    )
+    await asyncio.sleep(0)
+    started = time.monotonic()
+
+    working.cancel()
+    await asyncio.wait([working])
+    await end.aclose()
+
+    assert time.monotonic() - started < MOST_S
+    await proxy.restore()
+    await belongings.until_no_more_than_before()
