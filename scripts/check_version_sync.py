@@ -84,7 +84,7 @@ def _newest_migration(root: Path) -> str | None:
 
 def _schema_version(root: Path) -> str | None:
     pattern = re.compile(
-        r"function\s+pgtrickle\.relay_schema_version\s*\(\s*\).*?'(\d+\.\d+\.\d+)'",
+        r"function\s+@schema@\.relay_schema_version\s*\(\s*\).*?'(\d+\.\d+\.\d+)'",
         re.IGNORECASE | re.DOTALL,
     )
     for path in sorted((root / "sql").rglob("*.sql")):

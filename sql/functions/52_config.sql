@@ -123,11 +123,13 @@ comment on function @schema@.set_relay_outbox(text, text, text, jsonb, integer, 
 
 create or replace function @schema@.set_relay_outbox(name text, outbox text, sink jsonb)
 returns void
-language sql
+language plpgsql
 volatile
 security invoker
 as $$
-    select @schema@.set_relay_outbox(name, outbox, null, sink)
+begin
+    perform @schema@.set_relay_outbox(name, outbox, null, sink);
+end
 $$;
 
 comment on function @schema@.set_relay_outbox(text, text, jsonb) is
@@ -336,7 +338,7 @@ create or replace function @schema@.set_relay_inbox(name text, inbox text, sourc
 returns void
 language plpgsql
 volatile
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -345,7 +347,7 @@ end
 $$;
 
 comment on function @schema@.set_relay_inbox(text, text, text) is
-    'The same with the source as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the source from the config form''s boolean.';
+    'The same with the source as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the source from the config form''s boolean. Definer: as the others.';
 
 create or replace function @schema@.set_relay_inbox(
     name text,

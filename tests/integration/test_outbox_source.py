@@ -191,8 +191,7 @@ async def write_claim_check(world: OutboxWorld, *, promised: int) -> None:
         )
         for number in (1, 2):
             await world.publisher.execute(
-                "insert into pgtrickle.outbox_delta_rows_orders (outbox_id, row_num, row_op, row_data)"
-                " values ($1, $2, 'INSERT', $3)",
+                "insert into pgtrickle.outbox_delta_rows_orders values ($1, $2, 'INSERT', $3)",
                 outbox_id,
                 number,
                 json.dumps({"id": number}),

@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> Path:
     write(
         tmp_path,
         "sql/functions/50_config.sql",
-        "create or replace function pgtrickle.relay_schema_version()\n"
+        "create or replace function @schema@.relay_schema_version()\n"
         "returns text\nlanguage sql\nimmutable\nas $$ select '1.2.3' $$;\n",
     )
     write(tmp_path, "CHANGELOG.md", "# Changelog\n\n## 1.2.3 (2026-01-01)\n\n## 1.2.2\n")
@@ -62,7 +62,7 @@ def test_agreeing_places_are_accepted(checkout: Path, check_version_sync: Module
         ("sql/migrations/pg_trickle--1.2.3--1.10.0.sql", "select 1;\n"),
         (
             "sql/functions/50_config.sql",
-            "create or replace function pgtrickle.relay_schema_version() as $$ select '1.2.2' $$;",
+            "create or replace function @schema@.relay_schema_version() as $$ select '1.2.2' $$;",
         ),
         ("CHANGELOG.md", "## 1.3.0\n\n## 1.2.3\n"),
         ("Dockerfile", "ARG VERSION=1.2.2\n"),
