@@ -196,7 +196,7 @@ def test_what_a_foreign_table_or_a_leaf_partition_would_miss_is_refused(db: Sess
     for name, detail, hint in (
         ("sales", "foreign", "detach"), ("parent", "foreign", "detach"),
         ("sales_1", "written through its parent", "enable_outbox('public.sales')"),
-        ("f", "foreign table", "ordinary"),
+        ("f", "foreign, temporary", "enable_outbox('public.sales')"),
     ):  # fmt: skip
         with db.refused("RL005") as said:
             db.run(f"select pgtrickle.enable_outbox('{name}')")
