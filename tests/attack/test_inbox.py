@@ -415,7 +415,7 @@ async def test_what_a_trigger_sets_in_the_session_does_not_stay(
     await database.aclose()
 
     assert row is not None
-    assert (row["path"], row["n"]) == ("pg_catalog", 1)
+    assert (row["path"], row["n"]) == ("pg_catalog, pgtrickle", 1)
     assert boss.value("select count(*) from app.messages") == 1
 
 

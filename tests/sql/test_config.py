@@ -43,7 +43,7 @@ def test_both_forms_store_the_same_kind_of_config(db: Session) -> None:
     assert by_arguments == {
         "config_version": 1,
         "source_type": "outbox",
-        "source": {"outbox": "events"},
+        "source": {"outbox": "events", "outbox_table": "outbox_events"},
         "sink_type": "stdout",
         "sink": {"type": "stdout"},
     }

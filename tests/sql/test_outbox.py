@@ -256,16 +256,19 @@ def test_publishers_notify_only_while_a_relay_sleeps(orders: Session) -> None:
     assert heard() == []
 
 
-def test_the_sleeping_flag_is_read_at_commit(orders: Session) -> None:
+def test_who_falls_asleep_after_the_row_was_written_is_not_woken_for_it(orders: Session) -> None:
+    """It polls again after as long as it has slept, a second at most."""
     with session(_same_database(orders)) as writer:
         orders.run("listen pgtrickle_outbox_new")
         with writer.connection.transaction():
             writer.run("insert into orders values (1, 'pen')")
             orders.run("select pgtrickle.relay_sleep('outbox_orders', 'relay 1', 60)")
+        with writer.connection.transaction():
+            writer.run("insert into orders values (2, 'ink')")
+            orders.run("notify pgtrickle_outbox_new, 'the first was committed'")
 
-        assert [said.payload for said in orders.connection.notifies(timeout=5, stop_after=1)] == [
-            "outbox_orders"
-        ]
+        notified = orders.connection.notifies(timeout=5, stop_after=2)
+        assert [said.payload for said in notified] == ["the first was committed", "outbox_orders"]
 
 
 def test_notifying_can_be_switched_off_for_an_outbox(db: Session) -> None:

@@ -14,8 +14,8 @@ CATALOG = (
     "relay_outbox_config", "relay_inbox_config", "relay_pipeline_names", "relay_consumer_offsets",
     "relay_pending_gaps", "relay_cursors", "relay_dlq", "relay_workers", "relay_groups",
     "relay_group_gaps", "relay_group_cohorts", "relay_group_leases", "relay_group_returned",
-    "relay_group_consumers", "relay_inboxes", "pgt_consumer_groups", "pgt_consumer_offsets",
-    "pgt_consumer_leases", "pgt_inbox_config", "pgt_outbox_config",
+    "relay_group_consumers", "relay_inboxes", "relay_dlq_retries", "relay_outbox_high_water",
+    "relay_sleepers", "relay_migrations", "pgt_outbox_config",
 )  # fmt: skip
 
 
