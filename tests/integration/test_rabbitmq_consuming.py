@@ -10,9 +10,8 @@ import aio_pika
 import pytest
 import uvloop
 
-from relay.backends.rabbitmq import RabbitSource, frame, properties
+from relay.backends.rabbitmq import RabbitSource
 from relay.backends.rabbitmq import connection as connection_module
-from relay.backends.rabbitmq.options import RabbitSinkOptions
 from relay.contracts import Batch
 from relay.errors import DestinationMissing, NotConnected, Outage, TimedOut
 from relay.message import RelayMessage
@@ -110,23 +109,55 @@ async def test_headers_that_are_nested_too_deep_cost_only_their_message(far_side
     for _ in range(2000):
         nested = b"\x01aF" + len(nested).to_bytes(4, "big") + nested
     has_headers = b"\x20\x00"
-    options = RabbitSinkOptions(type="rabbitmq", url=far_side.server.url)
-    connection = await connection_module.connect(options, name="a stranger", path="sink")
-    connection.write(
-        frame.publish("", far_side.queue, is_mandatory=True)
-        + frame.header(has_headers + properties.table(nested), 2)
-        + frame.bodies(b"{}", connection.frame_max)
-    )
-    await connection.aclose()
+    await assert_only_it_is_refused(far_side, has_headers + len(nested).to_bytes(4, "big") + nested)
+
+
+async def test_properties_that_are_not_utf_8_cost_only_their_message(far_side: FarSide) -> None:
+    has_message_id = b"\x00\x80"
+    await assert_only_it_is_refused(far_side, has_message_id + b"\x02\xff\xfe")
+
+
+async def test_a_time_that_no_clock_shows_costs_only_its_message(far_side: FarSide) -> None:
+    has_timestamp = b"\x00\x40"
+    await assert_only_it_is_refused(far_side, has_timestamp + b"\x7f" + b"\xff" * 7)
+
+
+async def assert_only_it_is_refused(
+    far_side: FarSide, properties: bytes, routing_key: str = "x"
+) -> None:
     await far_side.feed(numbered(1))
+    exchange = far_side.exchange.encode()
+    await far_side.put_raw([(properties, b'{"a":1}')], queue=routing_key, exchange=exchange)
+    await far_side.feed(numbered(2)[1:])
     source = await connected(far_side)
 
-    batches = await collect(source, 2)
+    batches = await collect_all(source, 3)
 
-    assert dedup_keys(messages_of(batches)) == ["m:0"]
+    assert dedup_keys(messages_of(batches)) == ["m:0", "m:1"]
     ((refused,),) = [batch.rejected for batch in batches if batch.rejected]
     assert "broken properties" in str(refused.error)
+    assert refused.message.payload == b'{"a":1}'
     await source.aclose()
+    assert await far_side.depth() == 0
+
+
+async def test_a_routing_key_that_is_not_utf_8_costs_only_its_message(far_side: FarSide) -> None:
+    await assert_only_it_is_refused(far_side, b"\x00\x00", routing_key="k\xff.x")
+
+
+async def collect_all(source: RabbitSource, count: int) -> list[Batch]:
+    """Poll and acknowledge as the loop does, reconnecting, until so many were handed out."""
+    batches: list[Batch] = []
+    async with asyncio.timeout(BOUND_S):
+        while sum(len(batch.messages) + len(batch.rejected) for batch in batches) < count:
+            try:
+                batch = await source.poll()
+                await source.acknowledge(batch)
+            except Outage:
+                await reconnect(source.connect)
+            else:
+                batches.append(batch)
+    return batches
 
 
 async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_headers(
@@ -374,15 +405,19 @@ async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
 
 
 async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_broker(
-    far_side: FarSide,
+    far_side: FarSide, tcp_proxy: Proxies
 ) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
     body = b'"%s"' % (b"x" * 50_000)
     count = 200
     await far_side.put_all([body] * count)
-    source = await connected(far_side, batch_bytes=200_000)
+    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_bytes=200_000)
+    await source.connect()
     await source.poll()
+    # Longer than the client would wait for a sign of life with the shortest heartbeat.
     await source.poll()
-    assert source._buffered_bytes < 3_000_000
+    # What is between here and the broker in buffers is not the source's.
+    assert proxy.bytes_forwarded["to_client"] < 6_000_000
 
     batches = await collect(source, count - 8)
 
@@ -423,16 +458,20 @@ async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
     await source.aclose()
 
 
-async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(far_side: FarSide) -> None:
+async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
+    far_side: FarSide, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
     await far_side.feed(numbered(2500))
-    source = await connected(far_side, batch_size=1000)
+    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_size=1000)
+    await source.connect()
     batches: list[Batch] = []
     for batch in await collect(source, 2500):
         batches.append(batch)
         await source.acknowledge(batch)
 
-    assert source._connection is not None
-    source._connection.abort(NotConnected("as a killed process does"))
+    # As a killed process does.
+    await proxy.reset_connections()
     await reconnect(source.connect)
 
     await assert_nothing_more(source)

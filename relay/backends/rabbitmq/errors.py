@@ -7,15 +7,14 @@ says more; the texts are those of RabbitMQ 3.8 to 4.1.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import ssl
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import msgspec
-from pamqp.exceptions import PAMQPException
+from aiormq import channel, connection
+from aiormq import exceptions as amqp
 
 from relay.errors import (
     AuthenticationRefused,
@@ -29,26 +28,24 @@ from relay.errors import (
 from relay.network import not_connected
 from relay.tls import of_tls
 
-REPLY_CODES: Mapping[int, type[RelayError]] = {
-    200: NotConnected,  # closed in order
-    311: Outage,  # content too large at the present time
-    312: DestinationMissing,  # no route
-    313: Outage,  # no consumers
-    320: NotConnected,  # closed by an operator
-    402: DestinationMissing,  # invalid path: no such virtual host
-    403: AuthenticationRefused,
-    404: DestinationMissing,
-    405: ConfigurationError,  # locked by another connection
-    406: ConfigurationError,  # precondition failed
-    501: NotConnected,  # frame error
-    502: NotConnected,  # syntax error
-    503: ConfigurationError,  # command invalid
-    504: NotConnected,  # channel error
-    505: NotConnected,  # unexpected frame
-    506: Outage,  # resource error
-    530: AuthenticationRefused,  # not allowed
-    540: ConfigurationError,  # not implemented
-    541: Outage,  # internal error
+REPLY_CODES: Mapping[type[RelayError], tuple[int, ...]] = {
+    # In order: no route, no such virtual host, no such exchange or queue.
+    DestinationMissing: (312, 402, 404),
+    # Access refused, not allowed.
+    AuthenticationRefused: (403, 530),
+    # Locked by another connection, precondition failed, command invalid, not implemented.
+    ConfigurationError: (405, 406, 503, 540),
+    # Closed in order or by an operator; an error of frames, syntax or channels, unexpected frame.
+    NotConnected: (200, 320, 501, 502, 504, 505),
+    # Too large at present, no consumers, an error of resources or inside of the broker.
+    Outage: (311, 313, 506, 541),
+}
+
+# The client has a class for some of the numbers, and gives the text alone with it.
+_CODES: Mapping[type[BaseException], int] = {
+    amqp.ProbableAuthenticationError: 403,
+    **{known: code for code, known in channel.EXCEPTION_MAPPING.items()},
+    **{known: code for code, known in connection.EXCEPTION_MAPPING.items()},
 }
 
 
@@ -100,6 +97,10 @@ _TOO_LARGE = re.compile(r"message size (\d+)\D+(\d+)")
 _PRECONDITION_FAILED = 406
 
 
+class Unreadable(NotConnected):
+    """The client gave the connection up over a frame that it can't decode."""
+
+
 class SizeRefused(Outage):
     """The broker closed the channel because one message is above its limit, which is known now.
 
@@ -119,7 +120,7 @@ def of_close(code: int, text: str, doing: str) -> RelayError:
         return SizeRefused(f"{doing}: {words}", int(too_large[2]))
     lowered = words.lower()
     known = next((one for one in _WORDS if one.code == code and one.words in lowered), None)
-    kind = REPLY_CODES.get(code, Outage)
+    kind = next((kind for kind, codes in REPLY_CODES.items() if code in codes), Outage)
     if known is None:
         return kind(f"{doing}: {words}")
     return (known.kind or kind)(f"{doing}: {words}", remedy=known.remedy)
@@ -134,30 +135,46 @@ def not_amqp(doing: str) -> ConfigurationError:
 
 
 def of_exception(error: BaseException, doing: str) -> RelayError | None:
-    """The relay's error for what the codec, TLS or the network raised; None for others."""
+    """The relay's error for what the client, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
-    if isinstance(error, ssl.SSLError):
-        return of_tls(error, doing)
-    if isinstance(error, PAMQPException):
-        code = getattr(error, "value", None)
-        if isinstance(code, int):
-            return of_close(code, str(error) or type(error).__name__, doing)
-        return NotConnected(f"{doing}: a frame can't be read")
-    if isinstance(error, struct.error):
-        return NotConnected(f"{doing}: a frame can't be read")
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the broker ended the connection")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
+    if type(error) is amqp.AMQPConnectionError and error.__cause__ is not None:
+        return of_exception(error.__cause__, doing)
+    if type(error) in _CODES:
+        return of_close(_CODES[type(error)], str(error.args[0] if error.args else ""), doing)
+    match error:
+        case (
+            amqp.ConnectionClosed(args=(int() as code, text))
+            | amqp.ChannelClosed(args=(int() as code, text))
+        ):
+            return of_close(code, str(text), doing)
+        case amqp.AuthenticationError():
+            return AuthenticationRefused(
+                f"{doing}: the broker does not let anybody log in this way",
+                remedy="enable it in the broker's auth_mechanisms (for a certificate alone:"
+                " rabbitmq_auth_mechanism_ssl), or set username and password",
+            )
+        case (
+            amqp.ProtocolSyntaxError()
+            | amqp.IncompatibleProtocolError()
+            | RecursionError()
+            | OverflowError()
+        ):
+            return Unreadable(f"{doing}: a frame can't be read: {type(error).__name__}")
+        case amqp.AMQPError() | amqp.ChannelInvalidStateError() | EOFError():
+            return NotConnected(f"{doing}: the broker ended the connection")
+        case ssl.SSLError():
+            return of_tls(error, doing)
+        case TimeoutError():
+            return TimedOut(f"{doing}: no answer in time")
+        case OSError():
+            return not_connected(error, doing)
     return None
 
 
 @contextmanager
 def mapped(doing: str) -> Iterator[None]:
-    """Turn whatever the codec, TLS or the network raises inside into an error of the relay."""
+    """Turn whatever the client, TLS or the network raises inside into an error of the relay."""
     try:
         yield
     except Exception as error:
