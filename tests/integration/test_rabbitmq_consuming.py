@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -13,7 +17,7 @@ import uvloop
 from relay.backends.rabbitmq import RabbitSource
 from relay.backends.rabbitmq import connection as connection_module
 from relay.contracts import Batch
-from relay.errors import DestinationMissing, NotConnected, Outage, TimedOut
+from relay.errors import ConfigurationError, DestinationMissing, NotConnected, Outage, TimedOut
 from relay.message import RelayMessage
 from tests.contract.evidence import (
     SERIALIZED_FIELDS,
@@ -414,7 +418,6 @@ async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_br
     source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_bytes=200_000)
     await source.connect()
     await source.poll()
-    # Longer than the client would wait for a sign of life with the shortest heartbeat.
     await source.poll()
     # What is between here and the broker in buffers is not the source's.
     assert proxy.bytes_forwarded["to_client"] < 6_000_000
@@ -476,6 +479,116 @@ async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
 
     await assert_nothing_more(source)
     await source.aclose()
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+async def test_a_stream_is_refused_with_what_helps(far_side: FarSide, *, exclusive: bool) -> None:
+    name = f"{NAME}.stream"
+    async with far_side.channel() as channel:
+        await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "stream"})
+    try:
+        source = source_of(far_side.server.url, name, exclusive=exclusive)
+        await source.connect()
+        await far_side.put(b"{}", queue=name)
+
+        with pytest.raises(ConfigurationError, match="bind a classic or a quorum queue"):
+            await collect(source, 1)
+        await source.aclose()
+    finally:
+        async with far_side.channel() as channel:
+            await channel.queue_delete(name)
+
+
+async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide) -> None:
+    await far_side.put(b'{"a":1}', headers={"x-stream-offset": 7}, message_id="moved")
+    source = await connected(far_side)
+
+    batches = await collect(source, 1)
+
+    assert dedup_keys(messages_of(batches)) == ["moved"]
+    await source.acknowledge(batches[0])
+    await source.aclose()
+
+
+async def test_a_slow_batch_does_not_cost_the_connection_while_more_waits_than_may(
+    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HEARTBEAT_S", 1)
+    count = 40
+    await far_side.put_all([b'"%s"' % (b"x" * 500_000)] * count)
+    source = await connected(far_side, batch_bytes=500_000)
+    first = await source.poll()
+
+    # Time is what is tested: several times what the client waits for a sign of life.
+    await asyncio.sleep(10)
+
+    await source.acknowledge(first)
+    batches = await collect(source, count - 1)
+    assert await source.is_healthy()
+    for batch in batches:
+        await source.acknowledge(batch)
+    await source.aclose()
+
+
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
+    await far_side.feed(numbered(50))
+    before = threads_and_sockets()
+
+    source = await connected(far_side, batch_size=10)
+    sink = sink_of(far_side.server.url, far_side.exchange)
+    await sink.connect()
+    await sink.publish(numbered(5))
+    await source.acknowledge(await source.poll())
+    assert await source.is_healthy()
+    await source.aclose()
+    await sink.aclose()
+
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert threads_and_sockets() == before
+
+
+def threads_and_sockets() -> tuple[int, int]:
+    """How many of each this process has."""
+    gc.collect()
+    sockets = [one for one in gc.get_objects() if isinstance(one, socket.socket)]
+    open_sockets = [one for one in sockets if one.fileno() >= 0]
+    return threading.active_count(), len(open_sockets)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_closing_is_bounded_while_the_broker_is_gone(
+    far_side: FarSide, tcp_proxy: Proxies, *, is_tls: bool
+) -> None:
+    server = far_side.server
+    assert server.tls_files is not None
+    assert server.tls_port is not None
+    keys = {"tls_ca": str(server.tls_files.authority)} if is_tls else {}
+    proxy = await tcp_proxy(server.address[0], server.tls_port if is_tls else server.address[1])
+    url = proxy.url(server.url)
+    await far_side.feed(numbered(50))
+    before = asyncio.all_tasks()
+    source = source_of(url, far_side.queue, batch_size=10, **keys)
+    sink = sink_of(url, far_side.exchange, **keys)
+    await source.connect()
+    await sink.connect()
+    await source.poll()
+    proxy.stall()
+    publishing = asyncio.create_task(sink.publish(numbered(100)))
+    await asyncio.sleep(0)
+
+    started = time.monotonic()
+    publishing.cancel()
+    await asyncio.wait([publishing])
+    await sink.aclose()
+    await source.aclose()
+
+    assert time.monotonic() - started < 10
+    left = {task for task in asyncio.all_tasks() - before if "TcpProxy" not in str(task)}
+    # The client's own end a few turns later, whatever the broker does.
+    if left:
+        _, left = await asyncio.wait(left, timeout=1)
+    assert not left
+    await proxy.restore()
 
 
 async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:

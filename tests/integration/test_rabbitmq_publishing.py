@@ -360,6 +360,21 @@ async def test_a_broker_that_blocks_publishers_is_an_outage_after_the_timeout(
     await sink.aclose()
 
 
+async def test_of_two_events_with_one_dedup_key_the_one_that_comes_back_is_the_one_that_fails(
+    far_side: FarSide,
+) -> None:
+    async with far_side.channel() as channel:
+        queue = await channel.get_queue(far_side.queue)
+        await queue.unbind(far_side.exchange, "#")
+        await queue.bind(far_side.exchange, "taken")
+    stray, taken = sent_to("stray", 1), sent_to("taken", 1)
+    sink = await connected(far_side, "pipelined")
+
+    assert failed(await sink.publish([taken, stray])) == [1]
+    assert 0 in failed(await sink.publish([stray, taken]))
+    await sink.aclose()
+
+
 @pytest.mark.shows("sink:rabbitmq.max_in_flight")
 @pytest.mark.parametrize("max_in_flight", [5, 20])
 async def test_no_more_than_so_many_messages_wait_for_a_confirmation(
