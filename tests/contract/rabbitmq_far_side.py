@@ -7,7 +7,7 @@ import inspect
 import ssl
 import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import datetime
 from typing import Self
 
@@ -23,7 +23,7 @@ from pamqp.header import ContentHeader, ProtocolHeader
 
 from relay.backends.rabbitmq import RabbitSink, RabbitSource
 from relay.backends.rabbitmq.content import decoded
-from relay.backends.rabbitmq.errors import mapped
+from relay.backends.rabbitmq.errors import of_exception
 from relay.contracts import Rejected
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
@@ -258,6 +258,15 @@ class RabbitHarness:
 
     def exceptions(self) -> Iterable[BaseException]:
         yield from driver_exceptions()
+
+
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Raise what the backend makes of an exception."""
+    try:
+        yield
+    except Exception as error:
+        raise of_exception(error, doing) or error from error
 
 
 def driver_exceptions() -> Iterator[Exception]:

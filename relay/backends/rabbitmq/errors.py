@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import msgspec
 from aiormq import channel, connection
 from aiormq import exceptions as amqp
 
@@ -49,46 +47,23 @@ _CODES: Mapping[type[BaseException], int] = {
 }
 
 
-class _Words(msgspec.Struct, frozen=True):
-    """What a text means beyond its number. Without a kind the number's stands."""
-
-    code: int
-    words: str
-    remedy: str
-    kind: type[RelayError] | None = None
-
-
-# The first one that fits decides.
-_WORDS: Sequence[_Words] = (
-    _Words(
-        403,
-        "in exclusive use",
-        "stop the queue's other consumer, or set exclusive to false",
-        Outage,
-    ),
-    _Words(403, "login", "correct username and password"),
-    _Words(403, "", "give the user this permission: rabbitmqctl set_permissions"),
-    _Words(404, "no exchange", "create the exchange, or set declare_exchange"),
-    _Words(404, "no queue", "create the queue, or set declare_queue"),
-    _Words(404, "home node", "start the node that holds the queue", Outage),
-    _Words(405, "", "the queue is another connection's own: choose another one"),
-    _Words(
-        406,
-        "delivery acknowledgement",
-        "a batch took longer than the broker's consumer_timeout: raise it",
-        Outage,
-    ),
-    _Words(406, "unknown delivery tag", "", Outage),
-    _Words(
-        406,
-        "inequivalent arg",
-        "it is there with other properties: let them agree, or do not declare it",
-    ),
-    _Words(503, "unknown exchange type", "correct exchange_type, or enable the plugin that has it"),
-    _Words(530, "not found", "correct vhost, or run: rabbitmqctl add_vhost", DestinationMissing),
-    _Words(530, "limit", "raise the limit, or close other connections", Outage),
-    _Words(530, "is down", "start the virtual host: rabbitmqctl restart_vhost", Outage),
-    _Words(530, "", "give the user access to the virtual host: rabbitmqctl set_permissions"),
+# Number, part of the text, remedy, and a kind where it is not the number's; the first that fits.
+_WORDS: Sequence[tuple[int, str, str, type[RelayError] | None]] = (
+    (403, "in exclusive use", "stop the queue's other consumer, or set exclusive to false", Outage),
+    (403, "login", "correct username and password", None),
+    (403, "", "give the user this permission: rabbitmqctl set_permissions", None),
+    (404, "no exchange", "create the exchange, or set declare_exchange", None),
+    (404, "no queue", "create the queue, or set declare_queue", None),
+    (404, "home node", "start the node that holds the queue", Outage),
+    (405, "", "the queue is another connection's own: choose another one", None),
+    (406, "delivery acknowledgement", "raise consumer_timeout: a batch took longer", Outage),
+    (406, "unknown delivery tag", "", Outage),
+    (406, "inequivalent arg", "it has other properties: let them agree, or declare nothing", None),
+    (503, "unknown exchange type", "correct exchange_type, or enable its plugin", None),
+    (530, "not found", "correct vhost, or run: rabbitmqctl add_vhost", DestinationMissing),
+    (530, "limit", "raise the limit, or close other connections", Outage),
+    (530, "is down", "start the virtual host: rabbitmqctl restart_vhost", Outage),
+    (530, "", "give the user access to the virtual host: rabbitmqctl set_permissions", None),
 )
 
 # The number's name in front, and a hint for the one who runs the broker behind.
@@ -104,7 +79,7 @@ class Unreadable(NotConnected):
 class SizeRefused(Outage):
     """The broker closed the channel because one message is above its limit, which is known now.
 
-    An outage to all others that were under way.
+    An outage to all others that were in flight.
     """
 
     def __init__(self, problem: str, limit_bytes: int) -> None:
@@ -115,15 +90,13 @@ class SizeRefused(Outage):
 def of_close(code: int, text: str, doing: str) -> RelayError:
     """The relay's error for what a broker says when it closes a channel or the connection."""
     words = _NOT_OF_THE_MATTER.sub("", " ".join(text.split())).rstrip(".")
-    too_large = _TOO_LARGE.search(words) if code == _PRECONDITION_FAILED else None
-    if too_large:
+    if code == _PRECONDITION_FAILED and (too_large := _TOO_LARGE.search(words)):
         return SizeRefused(f"{doing}: {words}", int(too_large[2]))
-    lowered = words.lower()
-    known = next((one for one in _WORDS if one.code == code and one.words in lowered), None)
-    kind = next((kind for kind, codes in REPLY_CODES.items() if code in codes), Outage)
-    if known is None:
-        return kind(f"{doing}: {words}")
-    return (known.kind or kind)(f"{doing}: {words}", remedy=known.remedy)
+    usual = next((kind for kind, codes in REPLY_CODES.items() if code in codes), Outage)
+    for known_code, part, remedy, kind in _WORDS:
+        if known_code == code and part in words.lower():
+            return (kind or usual)(f"{doing}: {words}", remedy=remedy)
+    return usual(f"{doing}: {words}")
 
 
 def not_amqp(doing: str) -> ConfigurationError:
@@ -170,15 +143,3 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
         case OSError():
             return not_connected(error, doing)
     return None
-
-
-@contextmanager
-def mapped(doing: str) -> Iterator[None]:
-    """Turn whatever the client, TLS or the network raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing)
-        if ours is None or ours is error:
-            raise
-        raise ours from error

@@ -220,10 +220,8 @@ class RabbitSink:
         match error:
             case None:
                 flight.accept((index,))
-            case PublishError():
-                flight.fail(index, self._unroutable(flight.messages[index]))
             case DeliveryError():
-                flight.fail(index, self._refused(flight.messages[index]))
+                flight.fail(index, self._not_taken(flight.messages[index], error))
             case ValueError() | TypeError():
                 # The client could not spell it, and has not sent it.
                 flight.fail(index, MessageUndecodable(f"no AMQP message: {type(error).__name__}"))
@@ -280,15 +278,15 @@ class RabbitSink:
         name = "max_message_bytes" if is_ours else "the broker's max_message_size"
         return MessageTooLarge(f"the message has {size} bytes, {name} is {self._limit_bytes} bytes")
 
-    def _refused(self, message: RelayMessage) -> Outage:
-        return Outage(
-            f"RabbitMQ refuses an event with the routing key {self._routing_key(message)!r}:"
-            " a queue is full, or failed",
-            remedy="make room in the queue or raise its limit",
-        )
-
-    def _unroutable(self, message: RelayMessage) -> DestinationMissing:
+    def _not_taken(self, message: RelayMessage, error: DeliveryError) -> RelayError:
+        """Why the broker gave it back, or refused it."""
         key = self._routing_key(message)
+        if not isinstance(error, PublishError):
+            return Outage(
+                f"RabbitMQ refuses an event with the routing key {key!r}: a queue is full, or"
+                " failed",
+                remedy="make room in the queue or raise its limit",
+            )
         if self._options.exchange:
             return DestinationMissing(
                 f"no queue takes the routing key {key!r} from {self._exchange}",
