@@ -116,9 +116,9 @@ class Connection:
 
     async def new_channel(self, *, confirms: bool) -> Channel:
         """A channel, on which with ``confirms`` a message that comes back raises."""
-        self._above = self._client.channel(publisher_confirms=confirms, on_return_raises=confirms)
-        await self.call(self.doing, self._above.initialize())
-        channel = await self._above.get_underlay_channel()
+        above = self._client.channel(publisher_confirms=confirms, on_return_raises=confirms)
+        await self.call(self.doing, above.initialize())
+        channel = await above.get_underlay_channel()
         assert isinstance(channel, Channel)  # noqa: S101 - for the type checker
         return channel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Self, cast
@@ -46,6 +45,7 @@ ORDERINGS = ("strict", "pipelined")
 # https://www.rabbitmq.com/docs/configure, max_message_size: lowered in 4.0.
 _LIMIT_BEFORE_4 = 128 * 1024 * 1024
 _LIMIT_FROM_4 = 16 * 1024 * 1024
+_USUAL_FRAME_MAX = 128 * 1024
 # So many are handed to the client before others get their turn.
 _AT_ONCE = 64
 
@@ -59,18 +59,17 @@ class RabbitSink:
         *,
         render: Render,
         encoder: Encoder,
-        ordering: str,
+        is_strict: bool,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
         self._encoder = encoder
-        self._is_strict = ordering == "strict"
+        self._is_strict = is_strict
         self._name = name
         self._confirm_timeout_s = options.confirm_timeout_ms / 1000
-        self._exchange = f"the exchange {options.exchange!r}"
-        if not options.exchange:
-            self._exchange = "the default exchange"
+        named = f"the exchange {options.exchange!r}"
+        self._exchange = named if options.exchange else "the default exchange"
         self._limit_bytes = options.max_message_bytes or _LIMIT_FROM_4
         # What a broker has said that it takes; it stays true on the next connection.
         self._refused_above: int | None = None
@@ -96,7 +95,7 @@ class RabbitSink:
                 parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
             ),
             encoder=Encoder(cast("wire.Format", parsed.format), namespace=context.dedup_namespace),
-            ordering=ordering,
+            is_strict=ordering == "strict",
             name=f"pgtrickle-relay {context.pipeline}",
         )
 
@@ -181,7 +180,7 @@ class RabbitSink:
     async def _send(self, publish: _Publish) -> None:
         """Hand the client what may go; it sends in the order of its calls."""
         flight, channel, options = publish.flight, publish.connection.channel, self._options
-        frame_max = channel.connection.connection_tune.frame_max
+        frame_max = channel.connection.connection_tune.frame_max or _USUAL_FRAME_MAX
         count = 0
         while (index := flight.take()) is not None:
             message = flight.messages[index]
@@ -215,9 +214,11 @@ class RabbitSink:
 
     def _on_answer(self, publish: _Publish, index: int, call: asyncio.Task[object]) -> None:
         publish.calls.discard(call)
+        if call.cancelled():
+            # Somebody cancelled the publish, or the connection's loss is said in a moment.
+            return
         flight, connection = publish.flight, publish.connection
-        error = CancelledError() if call.cancelled() else call.exception()
-        match error:
+        match error := call.exception():
             case None:
                 flight.accept((index,))
             case DeliveryError():

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Self
 
 import msgspec
-from aiormq import AMQPError, ChannelPreconditionFailed
 from aiormq.abc import DeliveredMessage
 
 from relay.backends.rabbitmq.connection import Connection
@@ -24,7 +23,7 @@ from relay.backends.rabbitmq.options import (
 )
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
-from relay.errors import ConfigurationError, NotConnected, RelayError
+from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -305,12 +304,13 @@ class _Consumer:
         if self._is_checked or _STREAM_HEADER not in headers:
             return
         other = await self.connection.new_channel(confirms=False)
+        asked = other.queue_declare(self._queue, durable=True, arguments={"x-queue-type": "?"})
         try:
-            await other.queue_declare(self._queue, durable=True, arguments={"x-queue-type": "?"})
-        except ChannelPreconditionFailed as error:
-            self._is_checked = "'stream'" not in str(error)
-        except AMQPError:
-            pass
+            await self.connection.call(f"asking what {self._queue!r} is", asked)
+        except AuthenticationRefused:
+            self._is_checked = False
+        except ConfigurationError as refusal:
+            self._is_checked = "'stream'" not in str(refusal)
         if not self._is_checked:
             raise ConfigurationError(
                 f"the queue {self._queue!r} is a stream, whose consumers keep their own positions",
