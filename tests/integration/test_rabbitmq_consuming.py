@@ -413,14 +413,15 @@ async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_br
 ) -> None:
     proxy = await tcp_proxy(*far_side.server.address)
     body = b'"%s"' % (b"x" * 50_000)
-    count = 200
+    count = 600
     await far_side.put_all([body] * count)
     source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_bytes=200_000)
     await source.connect()
     await source.poll()
     await source.poll()
-    # What is between here and the broker in buffers is not the source's.
-    assert proxy.bytes_forwarded["to_client"] < 6_000_000
+    # Time is what is tested: all could be here by now, and is not; the rest is the network's.
+    await asyncio.sleep(3)
+    assert proxy.bytes_forwarded["to_client"] < 20_000_000
 
     batches = await collect(source, count - 8)
 
@@ -532,7 +533,7 @@ async def test_a_slow_batch_does_not_cost_the_connection_while_more_waits_than_m
 
 async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
     await far_side.feed(numbered(50))
-    before = threads_and_sockets()
+    tasks, before = asyncio.all_tasks(), threads_and_sockets()
 
     source = await connected(far_side, batch_size=10)
     sink = sink_of(far_side.server.url, far_side.exchange)
@@ -543,7 +544,7 @@ async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSi
     await source.aclose()
     await sink.aclose()
 
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await assert_no_task_left(tasks)
     assert threads_and_sockets() == before
 
 
@@ -583,12 +584,16 @@ async def test_closing_is_bounded_while_the_broker_is_gone(
     await source.aclose()
 
     assert time.monotonic() - started < 10
+    await assert_no_task_left(before)
+    await proxy.restore()
+
+
+async def assert_no_task_left(before: set[asyncio.Task[object]]) -> None:
+    """The client's own may end a few turns later, whatever the broker does."""
     left = {task for task in asyncio.all_tasks() - before if "TcpProxy" not in str(task)}
-    # The client's own end a few turns later, whatever the broker does.
     if left:
         _, left = await asyncio.wait(left, timeout=1)
     assert not left
-    await proxy.restore()
 
 
 async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:
