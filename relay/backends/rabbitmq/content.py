@@ -26,7 +26,7 @@ from relay import wire
 from relay.backends.rabbitmq.options import MAX_NAME_BYTES
 from relay.backends.rabbitmq.transport import UNREADABLE
 from relay.contracts import Rejected
-from relay.errors import MessageRejected, MessageTooLarge, MessageUndecodable
+from relay.errors import MessageTooLarge, MessageUndecodable
 from relay.message import NO_HEADERS, RelayMessage
 
 _RESERVED = re.compile(r"CC$|BCC$|pgtrickle-", re.IGNORECASE)
@@ -47,12 +47,6 @@ _TEXTS: Mapping[str, str] = {
     "user-id": "user_id",
     "app-id": "app_id",
 }
-
-
-class HeaderInvalid(MessageRejected):
-    """A header of this message is none that AMQP can spell."""
-
-    found_before_sending = True
 
 
 class Encoder:
@@ -181,7 +175,7 @@ def _wire_name(name: str) -> str:
         escaped = f"%{ord(name[0]):02X}{escaped[1:]}"
     size = len(escaped.encode())
     if size > _MAX_HEADER_NAME_BYTES:
-        raise HeaderInvalid(
+        raise MessageTooLarge(
             f"the name of a header has {size} bytes, the limit is {_MAX_HEADER_NAME_BYTES} bytes"
         )
     return escaped
