@@ -1,38 +1,37 @@
-"""What the tests of the RabbitMQ sink and source share: queues of their own, and looks at them.
-
-The far side is looked at with aio-pika, so that nobody judges his own frames.
-"""
+"""What the tests of the RabbitMQ sink and source share: queues of their own, and looks at them."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import ssl
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+import struct
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import datetime
+from typing import Self
 
 import aio_pika
-import pamqp.exceptions
+import aiormq
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aiormq.abc import DeliveredMessage
 from pamqp import commands
 from pamqp import frame as codec
-from pamqp.body import ContentBody
+from pamqp.base import Frame
 from pamqp.common import FieldTable
-from pamqp.header import ContentHeader
+from pamqp.header import ContentHeader, ProtocolHeader
 
 from relay.backends.rabbitmq import RabbitSink, RabbitSource
-from relay.backends.rabbitmq.connection import connect
 from relay.backends.rabbitmq.content import decoded
-from relay.backends.rabbitmq.errors import mapped
-from relay.backends.rabbitmq.frame import CHANNEL, FRAME_BYTES, Content
-from relay.backends.rabbitmq.options import RabbitSinkOptions
-from relay.backends.rabbitmq.properties import after, before, field, table
+from relay.backends.rabbitmq.errors import of_exception
 from relay.contracts import Rejected
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
 from tests.servers.proxy import TcpProxy
 from tests.servers.rabbitmq import RabbitServer
+
+FRAME_MAX = 131072
+_FRAME_BYTES = 8
 
 
 def sink_of(
@@ -72,7 +71,7 @@ class FarSide:
         self.server = server
         self.queue = name
         self.exchange = f"{name}.exchange"
-        self._seen: list[AbstractIncomingMessage] = []
+        self._seen: list[DeliveredMessage] = []
 
     @asynccontextmanager
     async def channel(self, *, confirms: bool = True) -> AsyncIterator[AbstractChannel]:
@@ -120,26 +119,23 @@ class FarSide:
         **properties: str | datetime | None,
     ) -> None:
         """Put several there, in order."""
-        # Other clients give every message an id.
+        # The client gives every message an id.
         set_ = commands.Basic.Properties(
             headers=headers,
             delivery_mode=2,
             **properties,  # type: ignore[arg-type]  # passed on as they came
         )
-        begin = commands.Basic.Publish(routing_key=queue or self.queue, mandatory=True)
-        options = RabbitSinkOptions(type="rabbitmq", url=self.server.url)
-        connection = await connect(options, name="the far side", path="sink")
-        try:
-            await connection.call(commands.Tx.Select(), commands.Tx.SelectOk, "feeding")
-            for body in bodies:
-                most = connection.frame_max - FRAME_BYTES
-                parts = [body[start : start + most] for start in range(0, len(body), most)]
-                head = ContentHeader(body_size=len(body), properties=set_)
-                frames = (begin, head, *map(ContentBody, parts))
-                connection.write(b"".join(codec.marshal(one, CHANNEL) for one in frames))
-            await connection.call(commands.Tx.Commit(), commands.Tx.CommitOk, "feeding")
-        finally:
-            await connection.aclose()
+        await self.put_raw([(set_.marshal(), body) for body in bodies], queue=queue or self.queue)
+
+    async def put_raw(
+        self, messages: Sequence[tuple[bytes, bytes]], *, queue: str, exchange: bytes = b""
+    ) -> None:
+        """Put messages there with properties as they are on the wire, as none sends them."""
+        async with _Stranger(self.server) as stranger:
+            await stranger.ask(commands.Tx.Select())
+            for properties, body in messages:
+                stranger.publish(exchange, queue.encode("latin-1"), properties, body)
+            await stranger.ask(commands.Tx.Commit())
 
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Put messages of ours there, in order."""
@@ -159,18 +155,70 @@ class FarSide:
 
     async def taken(self, queue: str | None = None) -> Sequence[AbstractIncomingMessage]:
         """Everything that ever came into the queue, in order; what is new is taken out of it."""
-        async with self.channel() as channel:
-            declared = await channel.get_queue(queue or self.queue)
-            while True:
-                message = await declared.get(no_ack=True, fail=False)
-                if message is None:
-                    return list(self._seen)
-                self._seen.append(message)
+        await self._take(queue)
+        return [aio_pika.IncomingMessage(message, no_ack=True) for message in self._seen]
 
     async def restored(self) -> Sequence[RelayMessage]:
         """All of them as a consumer of ours gets them; broken ones by what their headers say."""
-        found = [decoded(_content(message), self.queue) for message in await self.taken()]
+        await self._take()
+        found = [decoded(message, self.queue) for message in self._seen]
         return [one.message if isinstance(one, Rejected) else one for one in found]
+
+    async def _take(self, queue: str | None = None) -> None:
+        async with self.channel() as above:
+            channel = await above.get_underlay_channel()
+            while True:
+                message = await channel.basic_get(queue or self.queue, no_ack=True)
+                if isinstance(message.delivery, commands.Basic.GetEmpty):
+                    return
+                self._seen.append(message)
+
+
+class _Stranger:
+    """A publisher that spells its messages itself."""
+
+    def __init__(self, server: RabbitServer) -> None:
+        self._server = server
+
+    async def __aenter__(self) -> Self:
+        self._reader, self._writer = await asyncio.open_connection(*self._server.address)
+        self._writer.write(ProtocolHeader().marshal())
+        await self._answer()
+        await self.ask(commands.Connection.StartOk({}, "PLAIN", "\x00guest\x00guest"), channel=0)
+        self._send(commands.Connection.TuneOk(1, FRAME_MAX, 0), channel=0)
+        await self.ask(commands.Connection.Open("/"), channel=0)
+        await self.ask(commands.Channel.Open())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+        await self._writer.wait_closed()
+
+    async def ask(self, method: Frame, *, channel: int = 1) -> None:
+        """Send a method and wait for its answer."""
+        self._send(method, channel)
+        await self._answer()
+
+    def publish(self, exchange: bytes, routing_key: bytes, properties: bytes, body: bytes) -> None:
+        """Send one message."""
+        names = b"".join(bytes((len(name),)) + name for name in (exchange, routing_key))
+        self._frame(1, struct.pack(">HHH", 60, 40, 0) + names + b"\x01")
+        self._frame(2, struct.pack(">HHQ", 60, 0, len(body)) + properties)
+        most = FRAME_MAX - _FRAME_BYTES
+        for start in range(0, len(body), most):
+            self._frame(3, body[start : start + most])
+
+    def _frame(self, kind: int, payload: bytes) -> None:
+        self._writer.write(struct.pack(">BHI", kind, 1, len(payload)) + payload + b"\xce")
+
+    def _send(self, method: Frame, channel: int) -> None:
+        self._writer.write(codec.marshal(method, channel))
+
+    async def _answer(self) -> None:
+        head = await self._reader.readexactly(7)
+        rest = await self._reader.readexactly(int.from_bytes(head[3:], "big") + 1)
+        _, _, answer = codec.unmarshal(head + rest)
+        assert not isinstance(answer, commands.Channel.Close | commands.Connection.Close)
 
 
 class RabbitHarness:
@@ -212,30 +260,23 @@ class RabbitHarness:
         yield from driver_exceptions()
 
 
-def driver_exceptions() -> Iterable[Exception]:
-    """One instance of every exception class of the codec, TLS and the network."""
-    for _, member in inspect.getmembers(pamqp.exceptions, inspect.isclass):
-        if issubclass(member, Exception):
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Raise what the backend makes of an exception."""
+    try:
+        yield
+    except Exception as error:
+        raise of_exception(error, doing) or error from error
+
+
+def driver_exceptions() -> Iterator[Exception]:
+    """One instance of every exception class of the client, TLS and the network."""
+    frame = commands.Basic.Return(312, "NO_ROUTE", "", "key")
+    returned = DeliveredMessage(frame, ContentHeader(), b"", None)  # type: ignore[arg-type]  # none
+    for _, member in inspect.getmembers(aiormq.exceptions, inspect.isclass):
+        if member is aiormq.PublishError or member is aiormq.DeliveryError:
+            yield member(returned, frame)
+        elif issubclass(member, Exception):
             yield member("something", "broken")
     yield from (TimeoutError(), ConnectionResetError(), OSError("no route"), EOFError())
     yield from (ssl.SSLError(1, "broken"), ssl.SSLCertVerificationError(1, "unknown"))
-
-
-def _content(message: AbstractIncomingMessage) -> Content:
-    """A message that another client took, as if it had come to us."""
-    fields = b"".join(
-        field(name.encode(), value if isinstance(value, bytes) else str(value).encode())
-        for name, value in message.headers.items()
-    )
-    properties = (
-        before(message.content_type or "")
-        + table(fields)
-        + after((message.message_id or "").encode())
-    )
-    return Content(
-        tag=1,
-        exchange=message.exchange or "",
-        routing_key=message.routing_key or "",
-        properties=properties,
-        body=message.body,
-    )

@@ -62,14 +62,17 @@ class _ToRabbit(_Queue, Destination):
         are_all = asyncio.Event()
 
         async def take(message: DeliveredMessage) -> None:
+            # Kept first: one whose acknowledgement is lost comes again, and none goes missing.
             self._events.append(arrived(message.body))
+            await message.channel.basic_ack(message.delivery_tag or 0)
             if len(self._events) >= count:
                 are_all.set()
 
         if len(self._events) < count:
             async with aiormq.connect(self._far_side.server.url) as connection:
                 channel = await connection.channel()
-                await channel.basic_consume(self._far_side.queue, take, no_ack=True)
+                await channel.basic_qos(prefetch_count=_AT_ONCE)
+                await channel.basic_consume(self._far_side.queue, take)
                 async with asyncio.timeout(BOUND_S):
                     await are_all.wait()
         return self._events

@@ -41,7 +41,7 @@ SINKS_WITH_DRIVER: Mapping[str, Mapping[str, str]] = {
 
 # The least loads when it runs: what a pipeline to a file may not have loaded in the end.
 UNUSED = (
-    *("nats", "redis", "aiokafka", "aiobotocore", "aioboto3", "pamqp", "httpx", "rich"),
+    *("nats", "redis", "aiokafka", "aiobotocore", "aioboto3", "aio_pika", "httpx", "rich"),
     *("relay.backends.nats", "relay.backends.webhook"),
 )
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -10,11 +14,10 @@ import aio_pika
 import pytest
 import uvloop
 
-from relay.backends.rabbitmq import RabbitSource, frame, properties
+from relay.backends.rabbitmq import RabbitSource
 from relay.backends.rabbitmq import connection as connection_module
-from relay.backends.rabbitmq.options import RabbitSinkOptions
 from relay.contracts import Batch
-from relay.errors import DestinationMissing, NotConnected, Outage, TimedOut
+from relay.errors import ConfigurationError, DestinationMissing, NotConnected, Outage, TimedOut
 from relay.message import RelayMessage
 from tests.contract.evidence import (
     SERIALIZED_FIELDS,
@@ -110,23 +113,60 @@ async def test_headers_that_are_nested_too_deep_cost_only_their_message(far_side
     for _ in range(2000):
         nested = b"\x01aF" + len(nested).to_bytes(4, "big") + nested
     has_headers = b"\x20\x00"
-    options = RabbitSinkOptions(type="rabbitmq", url=far_side.server.url)
-    connection = await connection_module.connect(options, name="a stranger", path="sink")
-    connection.write(
-        frame.publish("", far_side.queue, is_mandatory=True)
-        + frame.header(has_headers + properties.table(nested), 2)
-        + frame.bodies(b"{}", connection.frame_max)
-    )
-    await connection.aclose()
+    await assert_only_it_is_refused(far_side, has_headers + len(nested).to_bytes(4, "big") + nested)
+
+
+async def test_properties_that_are_not_utf_8_cost_only_their_message(far_side: FarSide) -> None:
+    has_message_id = b"\x00\x80"
+    await assert_only_it_is_refused(far_side, has_message_id + b"\x02\xff\xfe")
+
+
+async def test_a_time_that_no_clock_shows_costs_only_its_message(far_side: FarSide) -> None:
+    has_timestamp = b"\x00\x40"
+    await assert_only_it_is_refused(far_side, has_timestamp + b"\x7f" + b"\xff" * 7)
+
+
+async def assert_only_it_is_refused(
+    far_side: FarSide, properties: bytes, routing_key: str = "x"
+) -> None:
     await far_side.feed(numbered(1))
+    exchange = far_side.exchange.encode()
+    await far_side.put_raw([(properties, b'{"a":1}')], queue=routing_key, exchange=exchange)
+    await far_side.feed(numbered(2)[1:])
     source = await connected(far_side)
 
-    batches = await collect(source, 2)
+    batches = await collect_all(source, 3)
 
-    assert dedup_keys(messages_of(batches)) == ["m:0"]
-    ((refused,),) = [batch.rejected for batch in batches if batch.rejected]
-    assert "broken properties" in str(refused.error)
+    assert dedup_keys(first_occurrences(messages_of(batches))) == ["m:0", "m:1"]
+    refused = [one for batch in batches for one in batch.rejected]
+    assert all("broken properties" in str(one.error) for one in refused)
+    assert {one.message.payload for one in refused} == {b'{"a":1}'}
     await source.aclose()
+    assert await far_side.depth() == 0
+
+
+async def test_a_routing_key_that_is_not_utf_8_costs_only_its_message(far_side: FarSide) -> None:
+    await assert_only_it_is_refused(far_side, b"\x00\x00", routing_key="k\xff.x")
+
+
+async def collect_all(source: RabbitSource, count: int) -> list[Batch]:
+    """Poll and acknowledge as the loop does, reconnecting, until so many were handed out.
+
+    One whose acknowledgement is lost comes again, or does not where the broker has it.
+    """
+    batches: list[Batch] = []
+    payloads: set[bytes] = set()
+    async with asyncio.timeout(BOUND_S):
+        while len(payloads) < count:
+            try:
+                batch = await source.poll()
+                batches.append(batch)
+                payloads |= {one.payload for one in batch.messages}
+                payloads |= {one.message.payload for one in batch.rejected}
+                await source.acknowledge(batch)
+            except Outage:
+                await reconnect(source.connect)
+    return batches
 
 
 async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_headers(
@@ -374,15 +414,19 @@ async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
 
 
 async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_broker(
-    far_side: FarSide,
+    far_side: FarSide, tcp_proxy: Proxies
 ) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
     body = b'"%s"' % (b"x" * 50_000)
-    count = 200
+    count = 600
     await far_side.put_all([body] * count)
-    source = await connected(far_side, batch_bytes=200_000)
+    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_bytes=200_000)
+    await source.connect()
     await source.poll()
     await source.poll()
-    assert source._buffered_bytes < 3_000_000
+    # Time is what is tested: all could be here by now, and is not; the rest is the network's.
+    await asyncio.sleep(3)
+    assert proxy.bytes_forwarded["to_client"] < 20_000_000
 
     batches = await collect(source, count - 8)
 
@@ -423,20 +467,138 @@ async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
     await source.aclose()
 
 
-async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(far_side: FarSide) -> None:
+async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
+    far_side: FarSide, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*far_side.server.address)
     await far_side.feed(numbered(2500))
-    source = await connected(far_side, batch_size=1000)
+    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_size=1000)
+    await source.connect()
     batches: list[Batch] = []
     for batch in await collect(source, 2500):
         batches.append(batch)
         await source.acknowledge(batch)
 
-    assert source._connection is not None
-    source._connection.abort(NotConnected("as a killed process does"))
+    # As a killed process does.
+    await proxy.reset_connections()
     await reconnect(source.connect)
 
     await assert_nothing_more(source)
     await source.aclose()
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+async def test_a_stream_is_refused_with_what_helps(far_side: FarSide, *, exclusive: bool) -> None:
+    name = f"{NAME}.stream"
+    async with far_side.channel() as channel:
+        await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "stream"})
+    try:
+        source = source_of(far_side.server.url, name, exclusive=exclusive)
+        await source.connect()
+        await far_side.put(b"{}", queue=name)
+
+        with pytest.raises(ConfigurationError, match="bind a classic or a quorum queue"):
+            await collect(source, 1)
+        await source.aclose()
+    finally:
+        async with far_side.channel() as channel:
+            await channel.queue_delete(name)
+
+
+async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide) -> None:
+    await far_side.put(b'{"a":1}', headers={"x-stream-offset": 7}, message_id="moved")
+    source = await connected(far_side)
+
+    batches = await collect(source, 1)
+
+    assert dedup_keys(messages_of(batches)) == ["moved"]
+    await source.acknowledge(batches[0])
+    await source.aclose()
+
+
+async def test_a_slow_batch_does_not_cost_the_connection_while_more_waits_than_may(
+    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HEARTBEAT_S", 1)
+    count = 40
+    await far_side.put_all([b'"%s"' % (b"x" * 500_000)] * count)
+    source = await connected(far_side, batch_bytes=500_000)
+    first = await source.poll()
+
+    # Time is what is tested: several times what the client waits for a sign of life.
+    await asyncio.sleep(10)
+
+    await source.acknowledge(first)
+    batches = await collect(source, count - 1)
+    assert await source.is_healthy()
+    for batch in batches:
+        await source.acknowledge(batch)
+    await source.aclose()
+
+
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
+    await far_side.feed(numbered(50))
+    tasks, before = asyncio.all_tasks(), threads_and_sockets()
+
+    source = await connected(far_side, batch_size=10)
+    sink = sink_of(far_side.server.url, far_side.exchange)
+    await sink.connect()
+    await sink.publish(numbered(5))
+    await source.acknowledge(await source.poll())
+    assert await source.is_healthy()
+    await source.aclose()
+    await sink.aclose()
+
+    await assert_no_task_left(tasks)
+    assert threads_and_sockets() == before
+
+
+def threads_and_sockets() -> tuple[int, int]:
+    """How many of each this process has."""
+    gc.collect()
+    sockets = [one for one in gc.get_objects() if isinstance(one, socket.socket)]
+    open_sockets = [one for one in sockets if one.fileno() >= 0]
+    return threading.active_count(), len(open_sockets)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_closing_is_bounded_while_the_broker_is_gone(
+    far_side: FarSide, tcp_proxy: Proxies, *, is_tls: bool
+) -> None:
+    server = far_side.server
+    assert server.tls_files is not None
+    assert server.tls_port is not None
+    keys = {"tls_ca": str(server.tls_files.authority)} if is_tls else {}
+    proxy = await tcp_proxy(server.address[0], server.tls_port if is_tls else server.address[1])
+    url = proxy.url(server.url)
+    await far_side.feed(numbered(50))
+    before = asyncio.all_tasks()
+    source = source_of(url, far_side.queue, batch_size=10, **keys)
+    sink = sink_of(url, far_side.exchange, **keys)
+    await source.connect()
+    await sink.connect()
+    await source.poll()
+    proxy.stall()
+    publishing = asyncio.create_task(sink.publish(numbered(100)))
+    await asyncio.sleep(0)
+
+    started = time.monotonic()
+    publishing.cancel()
+    await asyncio.wait([publishing])
+    await sink.aclose()
+    await source.aclose()
+
+    assert time.monotonic() - started < 10
+    await assert_no_task_left(before)
+    await proxy.restore()
+
+
+async def assert_no_task_left(before: set[asyncio.Task[object]]) -> None:
+    """The client's own may end a few turns later, whatever the broker does."""
+    left = {task for task in asyncio.all_tasks() - before if "TcpProxy" not in str(task)}
+    if left:
+        _, left = await asyncio.wait(left, timeout=1)
+    assert not left
 
 
 async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:

@@ -281,7 +281,7 @@ async def test_headers_that_fit_in_no_frame_are_refused_alone(far_side: FarSide)
     sink = await connected(far_side)
     good = numbered(2)
     wide = structs.replace(good[0], dedup_key="wide", headers={"x": "y" * 131072})
-    odd = structs.replace(good[0], dedup_key="odd", headers={"n" * 256: "y"})
+    odd = structs.replace(good[0], dedup_key="odd", headers={"n" * 129: "y"})
 
     result = await sink.publish([good[0], wide, odd, good[1]])
 
@@ -360,15 +360,32 @@ async def test_a_broker_that_blocks_publishers_is_an_outage_after_the_timeout(
     await sink.aclose()
 
 
+async def test_of_two_events_with_one_dedup_key_the_one_that_comes_back_is_the_one_that_fails(
+    far_side: FarSide,
+) -> None:
+    async with far_side.channel() as channel:
+        queue = await channel.get_queue(far_side.queue)
+        await queue.unbind(far_side.exchange, "#")
+        await queue.bind(far_side.exchange, "taken")
+    stray, taken = sent_to("stray", 1), sent_to("taken", 1)
+    sink = await connected(far_side, "pipelined")
+
+    assert failed(await sink.publish([taken, stray])) == [1]
+    assert 0 in failed(await sink.publish([stray, taken]))
+    await sink.aclose()
+
+
 @pytest.mark.shows("sink:rabbitmq.max_in_flight")
 @pytest.mark.parametrize("max_in_flight", [5, 20])
 async def test_no_more_than_so_many_messages_wait_for_a_confirmation(
-    far_side: FarSide, max_in_flight: int
+    far_side: FarSide, tcp_proxy: Proxies, max_in_flight: int
 ) -> None:
-    sink = await connected(far_side, max_in_flight=max_in_flight, confirm_timeout_ms=500)
-    assert sink._connection is not None
-    # Confirmations are not listened to any more.
-    sink._connection.hold(is_held=True)
+    proxy = await tcp_proxy(*far_side.server.address)
+    url = proxy.url(far_side.server.url)
+    sink = sink_of(url, far_side.exchange, max_in_flight=max_in_flight, confirm_timeout_ms=500)
+    await sink.connect()
+    # No confirmation arrives any more.
+    proxy.swallow("to_client")
 
     result = await sink.publish(numbered(100, keys=100))
 

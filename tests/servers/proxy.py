@@ -65,6 +65,7 @@ class TcpProxy:
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _cut_after: dict[Direction, int] = field(default_factory=dict)
+    _swallowed: set[Direction] = field(default_factory=set)
     _listener: socket.socket | None = None
     _unserved: set[socket.socket] = field(default_factory=set)
 
@@ -106,6 +107,10 @@ class TcpProxy:
         """Move no more bytes; connections stay open and new ones are accepted."""
         self._flowing.clear()
 
+    def swallow(self, direction: Direction) -> None:
+        """Throw away what goes in that direction until `restore`; the other one flows."""
+        self._swallowed.add(direction)
+
     def half_close(self, direction: Direction) -> None:
         """End that direction of every open connection; the other one stays."""
         for connection in self._connections:
@@ -116,6 +121,7 @@ class TcpProxy:
     async def restore(self) -> None:
         """Forward again: end a stall, forget a planned cut, accept connections."""
         self._cut_after.clear()
+        self._swallowed.clear()
         self._flowing.set()
         if self._listener is None:
             self._listen()
@@ -241,6 +247,8 @@ class TcpProxy:
         while True:
             chunk = await reader.read(_CHUNK_BYTES)
             await self._flowing.wait()
+            if direction in self._swallowed:
+                continue
             limit = self._cut_after.get(direction)
             if limit is not None:
                 chunk = chunk[: max(0, limit - self.bytes_forwarded[direction])]

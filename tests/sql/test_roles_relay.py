@@ -118,27 +118,6 @@ def test_a_member_may_not_read_the_messages_of_an_inbox(member: Session) -> None
         member.run("delete from pgtrickle.received")
 
 
-def test_public_may_call_none_of_it(owner: Session) -> None:
-    allowed = owner.rows(
-        "select p.proname from pg_proc as p"
-        " where p.pronamespace = 'pgtrickle'::regnamespace"
-        " and p.proname ~ '^(relay_(group|inbox|claim|commit|reset|release|cursor|dead|dlq|report"
-        "|retire|fleet|lag|config|set|switch|check|validate|mark)"
-        "|.*consumer|.*inbox|.*_relay|poll_|seek_|commit_|extend_)'"
-        " and has_function_privilege(%s, p.oid, 'execute')",
-        STRANGER,
-    )
-
-    # These act with the caller's own rights; relay_find_inbox says where a table is.
-    assert {name for (name,) in allowed} == {
-        "inbox_mark_failed",
-        "inbox_mark_processed",
-        "relay_mark_inbox",
-        "relay_find_inbox",
-        "replay_inbox_messages",
-    }
-
-
 def test_every_definer_function_pins_its_search_path_and_belongs_to_the_catalogs_owner(
     owner: Session,
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import ssl
 
+import aiormq
 import pamqp.exceptions
 import pytest
 
 from relay.backends.rabbitmq.errors import (
     REPLY_CODES,
     SizeRefused,
-    mapped,
+    Unreadable,
     of_close,
     of_exception,
 )
@@ -25,7 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.rabbitmq_far_side import driver_exceptions
+from tests.contract.rabbitmq_far_side import driver_exceptions, mapped
 
 
 def test_every_reply_code_of_the_protocol_has_a_kind() -> None:
@@ -35,10 +36,10 @@ def test_every_reply_code_of_the_protocol_has_a_kind() -> None:
         if isinstance(getattr(member, "value", None), int)
     }
 
-    assert codes <= REPLY_CODES.keys()
+    assert codes <= {code for ours in REPLY_CODES.values() for code in ours}
 
 
-def test_every_exception_of_the_codec_comes_out_as_one_of_ours() -> None:
+def test_every_exception_of_the_client_comes_out_as_one_of_ours() -> None:
     for exception in driver_exceptions():
         with pytest.raises(RelayError), mapped("testing"):
             raise exception
@@ -153,8 +154,12 @@ def test_a_size_that_is_refused_teaches_the_limit_and_is_an_outage_to_the_others
         (TimeoutError(), TimedOut),
         (EOFError(), NotConnected),
         (ssl.SSLCertVerificationError(1, "unknown authority"), ConfigurationError),
-        (pamqp.exceptions.AMQPNotFound(), DestinationMissing),
-        (pamqp.exceptions.UnmarshalingException("Unknown", "broken"), NotConnected),
+        (aiormq.ChannelNotFoundEntity("no queue"), DestinationMissing),
+        (aiormq.ChannelClosed(403, "access refused"), AuthenticationRefused),
+        (aiormq.ChannelClosed(None, None), NotConnected),
+        (aiormq.AuthenticationError(["PLAIN"], ["EXTERNAL"]), AuthenticationRefused),
+        (aiormq.InvalidFrameError("broken"), Unreadable),
+        (RecursionError(), Unreadable),
     ],
 )
 def test_an_exception_is_of_its_kind(error: Exception, kind: type[RelayError]) -> None:

@@ -3,7 +3,9 @@
 Our metadata are headers ``Pgtrickle-…`` (`relay.wire.TITLE`), the publisher's headers stand beside
 them under their own names. A name that is an order to the broker (``CC``, ``BCC``) or could pass
 for metadata of ours gets its first letter written as ``%XX``, as ``%`` itself is; `decoded` undoes
-it. The message id is the dedup key, or the SHA-256 of one that is longer than 255 bytes.
+it. The message id is the dedup key, or the SHA-256 of one that is longer than 255 bytes. Of
+somebody else's message the properties become headers under their AMQP names, unless a header of
+that name is there, and every value becomes a text.
 """
 
 from __future__ import annotations
@@ -15,38 +17,45 @@ from hashlib import sha256
 from urllib.parse import unquote
 from uuid import uuid4
 
+import msgspec
+from aiormq import spec
+from aiormq.abc import DeliveredMessage
 from msgspec import structs
 
 from relay import wire
-from relay.backends.rabbitmq import frame
-from relay.backends.rabbitmq import properties as amqp
 from relay.backends.rabbitmq.options import MAX_NAME_BYTES
+from relay.backends.rabbitmq.transport import UNREADABLE
 from relay.contracts import Rejected
-from relay.errors import MessageRejected, MessageTooLarge, MessageUndecodable
+from relay.errors import MessageTooLarge, MessageUndecodable
 from relay.message import NO_HEADERS, RelayMessage
 
 _RESERVED = re.compile(r"CC$|BCC$|pgtrickle-", re.IGNORECASE)
 _ENVELOPE = wire.CONTENT_TYPES["envelope"]
 _ENVELOPE_MARK: Mapping[str, str] = {wire.TITLE.format: "envelope"}
-
-
-class HeaderInvalid(MessageRejected):
-    """A header of this message is none that AMQP can spell."""
-
-    found_before_sending = True
+_PERSISTENT = 2
+# The client cuts off what is longer.
+_MAX_HEADER_NAME_BYTES = 128
+# What AMQP puts around a text of the header table, and around everything else that is sent.
+_BYTES_OF_A_FIELD = 6
+_BYTES_OF_A_FRAME = 30
+_TEXTS: Mapping[str, str] = {
+    "content-encoding": "content_encoding",
+    "correlation-id": "correlation_id",
+    "reply-to": "reply_to",
+    "expiration": "expiration",
+    "type": "message_type",
+    "user-id": "user_id",
+    "app-id": "app_id",
+}
 
 
 class Encoder:
-    """Makes the frames that follow a publish. ``frame_max`` is the connection's."""
+    """Makes the body and the properties of a message. ``frame_max`` is the connection's."""
 
     def __init__(self, format_: wire.Format, *, namespace: str) -> None:
         self._encode_body = wire.body_encoder(format_, namespace=namespace)
         self._headers_of = wire.headers_encoder(format_, wire.TITLE)
-        self._has_few_headers = format_ in wire.FEW_HEADERS
-        self._before = amqp.before(wire.CONTENT_TYPES[format_])
-        # Fields of the header table by op and full-refresh mark, without the dedup key's.
-        self._fields: dict[tuple[str, bool], bytes] = {}
-        self._key_name = wire.TITLE.dedup_key
+        self._content_type = wire.CONTENT_TYPES[format_]
 
     def body(self, message: RelayMessage) -> bytes:
         """The body. Raises `MessageUndecodable` for one that the format can't hold."""
@@ -55,125 +64,104 @@ class Encoder:
         except UnicodeEncodeError:
             raise _not_unicode() from None
 
-    def header(self, message: RelayMessage, body_bytes: int, frame_max: int) -> bytes:
-        """The header frame. Raises `MessageRejected` for headers that AMQP can't carry."""
+    def properties(self, message: RelayMessage, frame_max: int) -> spec.Basic.Properties:
+        """The properties. Raises `MessageRejected` for headers that AMQP can't carry."""
+        headers = self._headers_of(message)
+        message_id, content_type = message_id_of(message), self._content_type
         try:
-            key = message.dedup_key.encode()
-            packed = b"".join(
-                (
-                    self._before,
-                    amqp.table(self._table(message, key)),
-                    amqp.after(key if len(key) <= MAX_NAME_BYTES else _digest(key)),
-                )
-            )
+            if message.headers:
+                headers = self._headers_of(structs.replace(message, headers=NO_HEADERS))
+                headers |= {_wire_name(name): text for name, text in message.headers.items()}
+            texts = "".join((*headers, *headers.values(), message_id, content_type)).encode()
         except UnicodeEncodeError:
             raise _not_unicode() from None
-        size = frame.header_size(packed)
+        size = len(texts) + _BYTES_OF_A_FIELD * len(headers) + _BYTES_OF_A_FRAME
         if size > frame_max:
             raise MessageTooLarge(
                 f"the headers have {size} bytes, the broker's frame_max is {frame_max} bytes"
             )
-        return frame.header(packed, body_bytes)
-
-    def _table(self, message: RelayMessage, key: bytes) -> bytes:
-        own_key = amqp.field(self._key_name.encode(), key)
-        if not self._has_few_headers or message.headers:
-            return self._fields_of(message) + own_key
-        slot = (message.op, message.is_full_refresh)
-        fields = self._fields.get(slot)
-        if fields is None:
-            fields = self._fields[slot] = self._fields_of(message)
-        return fields + own_key
-
-    def _fields_of(self, message: RelayMessage) -> bytes:
-        """All headers but the dedup key."""
-        bare = structs.replace(message, headers=NO_HEADERS) if message.headers else message
-        own = self._headers_of(bare)
-        fields = [
-            amqp.field(name.encode(), value.encode())
-            for name, value in own.items()
-            if name != self._key_name
-        ]
-        fields += [
-            amqp.field(_wire_name(name), value.encode()) for name, value in message.headers.items()
-        ]
-        return b"".join(fields)
+        return spec.Basic.Properties(
+            content_type=content_type,
+            headers={**headers},
+            delivery_mode=_PERSISTENT,
+            message_id=message_id,
+        )
 
 
 def message_id_of(message: RelayMessage) -> str:
     """The message id under which this message is published."""
-    key = message.dedup_key.encode("utf-8", "surrogatepass")
-    return message.dedup_key if len(key) <= MAX_NAME_BYTES else _digest(key).decode()
+    key = message.dedup_key
+    if len(key) <= MAX_NAME_BYTES // 4:
+        return key
+    encoded = key.encode("utf-8", "surrogatepass")
+    if len(encoded) <= MAX_NAME_BYTES:
+        return key
+    return f"sha256:{sha256(encoded).hexdigest()}"
 
 
-def decoded(content: frame.Content, queue: str) -> RelayMessage | Rejected:
+def decoded(delivered: DeliveredMessage, queue: str) -> RelayMessage | Rejected:
     """The message that was delivered, or why it is none, with the raw body."""
-    try:
-        found = amqp.decoded(content.properties)
-    except ValueError as error:
-        broken = RelayMessage(
-            dedup_key=str(uuid4()), payload=content.body, subject=content.routing_key
-        )
-        return Rejected(
-            broken, MessageUndecodable(f"a message of {queue!r} has broken properties: {error}")
-        )
-    headers = found.headers
+    properties, subject = delivered.header.properties, delivered.routing_key or ""
+    headers = _headers(properties)
+    # Without an id a redelivery can't be told from a new message.
+    foreign_key = properties.message_id or headers.get(wire.TITLE.dedup_key) or str(uuid4())
+    message = RelayMessage(
+        dedup_key=foreign_key,
+        payload=delivered.body,
+        subject=subject,
+        created_at=properties.timestamp,
+        headers=headers or NO_HEADERS,
+    )
+    if UNREADABLE in (properties.content_type, subject):
+        broken = MessageUndecodable(f"a message of {queue!r} has broken properties or names")
+        return Rejected(message, broken)
     if wire.TITLE.format in headers:
-        return _of_ours(content, found, headers)
-    if found.content_type == _ENVELOPE:
-        return _of_ours(content, found, {**headers, **_ENVELOPE_MARK})
-    return _of_others(content, found, queue)
+        return _of_ours(message, headers)
+    if properties.content_type == _ENVELOPE:
+        return _of_ours(message, {**headers, **_ENVELOPE_MARK})
+    if wire.is_json(message.payload):
+        return message
+    encoding = headers.get("content-encoding", "")
+    encoded = f" (its content-encoding is {encoding!r})" if encoding else ""
+    return Rejected(message, MessageUndecodable(f"a message of {queue!r} is not JSON{encoded}"))
 
 
-def _of_ours(
-    content: frame.Content, found: amqp.Properties, headers: Mapping[str, str]
-) -> RelayMessage | Rejected:
+def _of_ours(raw: RelayMessage, headers: Mapping[str, str]) -> RelayMessage | Rejected:
     is_envelope = headers[wire.TITLE.format] == "envelope"
     try:
         # The body of an envelope has everything; its headers are for those who filter.
         own = _ENVELOPE_MARK if is_envelope else headers
-        restored = wire.restore(content.body, own, wire.TITLE)
+        restored = wire.restore(raw.payload, own, wire.TITLE)
     except MessageUndecodable as error:
-        broken = RelayMessage(
-            dedup_key=_foreign_key(found),
-            payload=content.body,
-            subject=content.routing_key,
-            headers=headers,
-        )
-        return Rejected(broken, error)
+        return Rejected(raw, error)
     assert restored is not None, "the marker is there"  # noqa: S101 - for the type checker
     if not restored.subject:
-        restored = structs.replace(restored, subject=content.routing_key)
+        restored = structs.replace(restored, subject=raw.subject)
     if is_envelope or not restored.headers:
         return restored
     names = {_own_name(name): text for name, text in restored.headers.items()}
     return structs.replace(restored, headers=names)
 
 
-def _of_others(
-    content: frame.Content, found: amqp.Properties, queue: str
-) -> RelayMessage | Rejected:
-    message = RelayMessage(
-        dedup_key=_foreign_key(found),
-        payload=content.body,
-        subject=content.routing_key,
-        created_at=found.created_at,
-        headers=found.headers or NO_HEADERS,
-    )
-    if wire.is_json(content.body):
-        return message
-    encoding = found.headers.get("content-encoding", "")
-    encoded = f" (its content-encoding is {encoding!r})" if encoding else ""
-    return Rejected(message, MessageUndecodable(f"a message of {queue!r} is not JSON{encoded}"))
+def _headers(properties: spec.Basic.Properties) -> dict[str, str]:
+    own = properties.headers or {}
+    headers = {name: _as_text(value) for name, value in own.items() if value is not None}
+    for name, attribute in _TEXTS.items():
+        if value := getattr(properties, attribute):
+            headers.setdefault(name, value)
+    return headers
 
 
-def _foreign_key(found: amqp.Properties) -> str:
-    """Without an id a redelivery can't be told from a new message."""
-    return found.message_id or found.headers.get(wire.TITLE.dedup_key) or str(uuid4())
-
-
-def _digest(key: bytes) -> bytes:
-    return f"sha256:{sha256(key).hexdigest()}".encode()
+def _as_text(value: object) -> str:
+    """Texts bare, all else as JSON spells it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    try:
+        return msgspec.json.encode(value, enc_hook=str).decode()
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
+        return str(value)
 
 
 def _not_unicode() -> MessageUndecodable:
@@ -181,16 +169,16 @@ def _not_unicode() -> MessageUndecodable:
 
 
 @lru_cache(maxsize=4096)
-def _wire_name(name: str) -> bytes:
+def _wire_name(name: str) -> str:
     escaped = name.replace("%", "%25")
     if _RESERVED.match(name):
         escaped = f"%{ord(name[0]):02X}{escaped[1:]}"
-    encoded = escaped.encode()
-    if len(encoded) > MAX_NAME_BYTES:
-        raise HeaderInvalid(
-            f"the name of a header has {len(encoded)} bytes, the limit is {MAX_NAME_BYTES} bytes"
+    size = len(escaped.encode())
+    if size > _MAX_HEADER_NAME_BYTES:
+        raise MessageTooLarge(
+            f"the name of a header has {size} bytes, the limit is {_MAX_HEADER_NAME_BYTES} bytes"
         )
-    return encoded
+    return escaped
 
 
 def _own_name(name: str) -> str:

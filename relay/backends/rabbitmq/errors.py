@@ -7,15 +7,12 @@ says more; the texts are those of RabbitMQ 3.8 to 4.1.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import ssl
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import msgspec
-from pamqp.exceptions import PAMQPException
+from aiormq import channel, connection
+from aiormq import exceptions as amqp
 
 from relay.errors import (
     AuthenticationRefused,
@@ -29,69 +26,44 @@ from relay.errors import (
 from relay.network import not_connected
 from relay.tls import of_tls
 
-REPLY_CODES: Mapping[int, type[RelayError]] = {
-    200: NotConnected,  # closed in order
-    311: Outage,  # content too large at the present time
-    312: DestinationMissing,  # no route
-    313: Outage,  # no consumers
-    320: NotConnected,  # closed by an operator
-    402: DestinationMissing,  # invalid path: no such virtual host
-    403: AuthenticationRefused,
-    404: DestinationMissing,
-    405: ConfigurationError,  # locked by another connection
-    406: ConfigurationError,  # precondition failed
-    501: NotConnected,  # frame error
-    502: NotConnected,  # syntax error
-    503: ConfigurationError,  # command invalid
-    504: NotConnected,  # channel error
-    505: NotConnected,  # unexpected frame
-    506: Outage,  # resource error
-    530: AuthenticationRefused,  # not allowed
-    540: ConfigurationError,  # not implemented
-    541: Outage,  # internal error
+REPLY_CODES: Mapping[type[RelayError], tuple[int, ...]] = {
+    # In order: no route, no such virtual host, no such exchange or queue.
+    DestinationMissing: (312, 402, 404),
+    # Access refused, not allowed.
+    AuthenticationRefused: (403, 530),
+    # Locked by another connection, precondition failed, command invalid, not implemented.
+    ConfigurationError: (405, 406, 503, 540),
+    # Closed in order or by an operator; an error of frames, syntax or channels, unexpected frame.
+    NotConnected: (200, 320, 501, 502, 504, 505),
+    # Too large at present, no consumers, an error of resources or inside of the broker.
+    Outage: (311, 313, 506, 541),
+}
+
+# The client has a class for some of the numbers, and gives the text alone with it.
+_CODES: Mapping[type[BaseException], int] = {
+    amqp.ProbableAuthenticationError: 403,
+    **{known: code for code, known in channel.EXCEPTION_MAPPING.items()},
+    **{known: code for code, known in connection.EXCEPTION_MAPPING.items()},
 }
 
 
-class _Words(msgspec.Struct, frozen=True):
-    """What a text means beyond its number. Without a kind the number's stands."""
-
-    code: int
-    words: str
-    remedy: str
-    kind: type[RelayError] | None = None
-
-
-# The first one that fits decides.
-_WORDS: Sequence[_Words] = (
-    _Words(
-        403,
-        "in exclusive use",
-        "stop the queue's other consumer, or set exclusive to false",
-        Outage,
-    ),
-    _Words(403, "login", "correct username and password"),
-    _Words(403, "", "give the user this permission: rabbitmqctl set_permissions"),
-    _Words(404, "no exchange", "create the exchange, or set declare_exchange"),
-    _Words(404, "no queue", "create the queue, or set declare_queue"),
-    _Words(404, "home node", "start the node that holds the queue", Outage),
-    _Words(405, "", "the queue is another connection's own: choose another one"),
-    _Words(
-        406,
-        "delivery acknowledgement",
-        "a batch took longer than the broker's consumer_timeout: raise it",
-        Outage,
-    ),
-    _Words(406, "unknown delivery tag", "", Outage),
-    _Words(
-        406,
-        "inequivalent arg",
-        "it is there with other properties: let them agree, or do not declare it",
-    ),
-    _Words(503, "unknown exchange type", "correct exchange_type, or enable the plugin that has it"),
-    _Words(530, "not found", "correct vhost, or run: rabbitmqctl add_vhost", DestinationMissing),
-    _Words(530, "limit", "raise the limit, or close other connections", Outage),
-    _Words(530, "is down", "start the virtual host: rabbitmqctl restart_vhost", Outage),
-    _Words(530, "", "give the user access to the virtual host: rabbitmqctl set_permissions"),
+# Number, part of the text, remedy, and a kind where it is not the number's; the first that fits.
+_WORDS: Sequence[tuple[int, str, str, type[RelayError] | None]] = (
+    (403, "in exclusive use", "stop the queue's other consumer, or set exclusive to false", Outage),
+    (403, "login", "correct username and password", None),
+    (403, "", "give the user this permission: rabbitmqctl set_permissions", None),
+    (404, "no exchange", "create the exchange, or set declare_exchange", None),
+    (404, "no queue", "create the queue, or set declare_queue", None),
+    (404, "home node", "start the node that holds the queue", Outage),
+    (405, "", "the queue is another connection's own: choose another one", None),
+    (406, "delivery acknowledgement", "raise consumer_timeout: a batch took longer", Outage),
+    (406, "unknown delivery tag", "", Outage),
+    (406, "inequivalent arg", "it has other properties: let them agree, or declare nothing", None),
+    (503, "unknown exchange type", "correct exchange_type, or enable its plugin", None),
+    (530, "not found", "correct vhost, or run: rabbitmqctl add_vhost", DestinationMissing),
+    (530, "limit", "raise the limit, or close other connections", Outage),
+    (530, "is down", "start the virtual host: rabbitmqctl restart_vhost", Outage),
+    (530, "", "give the user access to the virtual host: rabbitmqctl set_permissions", None),
 )
 
 # The number's name in front, and a hint for the one who runs the broker behind.
@@ -100,10 +72,14 @@ _TOO_LARGE = re.compile(r"message size (\d+)\D+(\d+)")
 _PRECONDITION_FAILED = 406
 
 
+class Unreadable(NotConnected):
+    """The client gave the connection up over a frame that it can't decode."""
+
+
 class SizeRefused(Outage):
     """The broker closed the channel because one message is above its limit, which is known now.
 
-    An outage to all others that were under way.
+    An outage to all others that were in flight.
     """
 
     def __init__(self, problem: str, limit_bytes: int) -> None:
@@ -114,15 +90,13 @@ class SizeRefused(Outage):
 def of_close(code: int, text: str, doing: str) -> RelayError:
     """The relay's error for what a broker says when it closes a channel or the connection."""
     words = _NOT_OF_THE_MATTER.sub("", " ".join(text.split())).rstrip(".")
-    too_large = _TOO_LARGE.search(words) if code == _PRECONDITION_FAILED else None
-    if too_large:
+    if code == _PRECONDITION_FAILED and (too_large := _TOO_LARGE.search(words)):
         return SizeRefused(f"{doing}: {words}", int(too_large[2]))
-    lowered = words.lower()
-    known = next((one for one in _WORDS if one.code == code and one.words in lowered), None)
-    kind = REPLY_CODES.get(code, Outage)
-    if known is None:
-        return kind(f"{doing}: {words}")
-    return (known.kind or kind)(f"{doing}: {words}", remedy=known.remedy)
+    usual = next((kind for kind, codes in REPLY_CODES.items() if code in codes), Outage)
+    for known_code, part, remedy, kind in _WORDS:
+        if known_code == code and part in words.lower():
+            return (kind or usual)(f"{doing}: {words}", remedy=remedy)
+    return usual(f"{doing}: {words}")
 
 
 def not_amqp(doing: str) -> ConfigurationError:
@@ -134,34 +108,38 @@ def not_amqp(doing: str) -> ConfigurationError:
 
 
 def of_exception(error: BaseException, doing: str) -> RelayError | None:
-    """The relay's error for what the codec, TLS or the network raised; None for others."""
+    """The relay's error for what the client, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
-    if isinstance(error, ssl.SSLError):
-        return of_tls(error, doing)
-    if isinstance(error, PAMQPException):
-        code = getattr(error, "value", None)
-        if isinstance(code, int):
-            return of_close(code, str(error) or type(error).__name__, doing)
-        return NotConnected(f"{doing}: a frame can't be read")
-    if isinstance(error, struct.error):
-        return NotConnected(f"{doing}: a frame can't be read")
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the broker ended the connection")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
+    if type(error) is amqp.AMQPConnectionError and error.__cause__ is not None:
+        return of_exception(error.__cause__, doing)
+    if type(error) in _CODES:
+        return of_close(_CODES[type(error)], str(error.args[0] if error.args else ""), doing)
+    match error:
+        case (
+            amqp.ConnectionClosed(args=(int() as code, text))
+            | amqp.ChannelClosed(args=(int() as code, text))
+        ):
+            return of_close(code, str(text), doing)
+        case amqp.AuthenticationError():
+            return AuthenticationRefused(
+                f"{doing}: the broker does not let anybody log in this way",
+                remedy="enable it in the broker's auth_mechanisms (for a certificate alone:"
+                " rabbitmq_auth_mechanism_ssl), or set username and password",
+            )
+        case (
+            amqp.ProtocolSyntaxError()
+            | amqp.IncompatibleProtocolError()
+            | RecursionError()
+            | OverflowError()
+        ):
+            return Unreadable(f"{doing}: a frame can't be read: {type(error).__name__}")
+        case amqp.AMQPError() | amqp.ChannelInvalidStateError() | EOFError():
+            return NotConnected(f"{doing}: the broker ended the connection")
+        case ssl.SSLError():
+            return of_tls(error, doing)
+        case TimeoutError():
+            return TimedOut(f"{doing}: no answer in time")
+        case OSError():
+            return not_connected(error, doing)
     return None
-
-
-@contextmanager
-def mapped(doing: str) -> Iterator[None]:
-    """Turn whatever the codec, TLS or the network raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing)
-        if ours is None or ours is error:
-            raise
-        raise ours from error

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Self
 
-from pamqp import commands
+from aiormq import DeliveryError, PublishError
 
 from relay import wire
-from relay.backends.rabbitmq import frame, properties
-from relay.backends.rabbitmq.connection import Connection, connect
-from relay.backends.rabbitmq.content import Encoder, message_id_of
+from relay.backends.rabbitmq.connection import Connection
+from relay.backends.rabbitmq.content import Encoder
 from relay.backends.rabbitmq.errors import SizeRefused
 from relay.backends.rabbitmq.options import (
     DEFAULT_EXCHANGE_TYPE,
@@ -28,9 +27,9 @@ from relay.contracts import PublishResult
 from relay.errors import (
     ConfigurationError,
     DestinationMissing,
-    ErrorKind,
     MessageRejected,
     MessageTooLarge,
+    MessageUndecodable,
     NotConnected,
     Outage,
     RelayError,
@@ -46,7 +45,9 @@ ORDERINGS = ("strict", "pipelined")
 # https://www.rabbitmq.com/docs/configure, max_message_size: lowered in 4.0.
 _LIMIT_BEFORE_4 = 128 * 1024 * 1024
 _LIMIT_FROM_4 = 16 * 1024 * 1024
-_CHUNK_BYTES = 128 * 1024
+_USUAL_FRAME_MAX = 128 * 1024
+# So many are handed to the client before others get their turn.
+_AT_ONCE = 64
 
 
 class RabbitSink:
@@ -58,30 +59,21 @@ class RabbitSink:
         *,
         render: Render,
         encoder: Encoder,
-        ordering: str,
+        is_strict: bool,
         name: str,
     ) -> None:
         self._options = options
         self._render = render
         self._encoder = encoder
-        self._is_strict = ordering == "strict"
+        self._is_strict = is_strict
         self._name = name
         self._confirm_timeout_s = options.confirm_timeout_ms / 1000
-        self._begin = lru_cache(maxsize=4096)(self._publish_frame)
+        named = f"the exchange {options.exchange!r}"
+        self._exchange = named if options.exchange else "the default exchange"
         self._limit_bytes = options.max_message_bytes or _LIMIT_FROM_4
         # What a broker has said that it takes; it stays true on the next connection.
         self._refused_above: int | None = None
         self._connection: Connection | None = None
-        self._flight: Flight | None = None
-        # The broker numbers what is published on a channel: so many before this publish.
-        self._published = 0
-        # Of this publish, which message has which number, how large it is, and up to where the
-        # broker has confirmed all at once.
-        self._sent: list[int] = []
-        self._sizes: list[int] = []
-        self._confirmed = 0
-        self._returned = 0
-        self._wake = asyncio.Event()
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
@@ -103,31 +95,32 @@ class RabbitSink:
                 parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
             ),
             encoder=Encoder(parsed.format, namespace=context.dedup_namespace),
-            ordering=ordering,
+            is_strict=ordering == "strict",
             name=f"pgtrickle-relay {context.pipeline}",
         )
 
     async def connect(self) -> None:
-        """Open anew; find or make the exchange. Raises `DestinationMissing` where it is missing."""
+        """Open again; find or make the exchange. Raises `DestinationMissing` without one."""
         await self.aclose()
-        connection = await connect(self._options, name=self._name, path="sink")
+        options, connection = self._options, Connection(self._options, self._name, "sink")
         try:
-            await self._find_exchange(connection)
-            await connection.call(
-                commands.Confirm.Select(),
-                commands.Confirm.SelectOk,
-                f"asking RabbitMQ at {connection.address} for confirmations",
-            )
+            await connection.open(confirms=True)
+            if options.exchange:
+                declared = connection.channel.exchange_declare(
+                    options.exchange,
+                    exchange_type=options.exchange_type or DEFAULT_EXCHANGE_TYPE,
+                    passive=not options.declare_exchange,
+                    durable=True,
+                )
+                doing = f"looking for {self._exchange} on {connection.address}"
+                await connection.call(doing, declared)
         except BaseException:
             await connection.aclose()
             raise
-        connection.doing = f"publishing to {self._exchange_in_words()}"
-        connection.on_accepted = self._on_accepted
-        connection.on_confirmed = self._on_confirmed
-        connection.on_returned = self._on_returned
-        connection.on_trouble = self._wake.set
-        self._published = 0
-        self._limit_bytes = self._limit_of(connection)
+        connection.doing = f"publishing to {self._exchange}"
+        is_before_4 = connection.version.partition(".")[0] in ("2", "3")
+        wanted = options.max_message_bytes or (_LIMIT_BEFORE_4 if is_before_4 else _LIMIT_FROM_4)
+        self._limit_bytes = min(wanted, self._refused_above or wanted)
         self._connection = connection
 
     async def describe(self) -> dict[str, str]:
@@ -135,8 +128,8 @@ class RabbitSink:
         connection = self._open()
         return {
             "server": connection.address,
-            "version": connection.server.get("version", "unknown"),
-            "exchange": self._options.exchange or "the default exchange",
+            "version": connection.version,
+            "exchange": self._options.exchange or self._exchange,
             "largest message": f"{self._limit_bytes} bytes",
         }
 
@@ -148,32 +141,29 @@ class RabbitSink:
         """Publish all; see the package for order and for what counts as accepted.
 
         A connection that is lost, or without a confirmation for ``confirm_timeout_ms``, fails what
-        was under way as unknown and what was not sent; it is not used again.
+        was in flight as unknown and what was not sent; it is not used again.
         """
         connection = self._open()
         flight = Flight(messages, is_strict=self._is_strict, window=self._options.max_in_flight)
-        self._flight = flight
+        publish = _Publish(connection, flight)
         try:
             while True:
-                await self._send(connection, flight)
-                if flight.is_over:
-                    break
-                await self._await_confirmations(connection, flight)
+                connection.wake.clear()
                 if connection.loss is not None:
-                    self._fail_unsettled(connection, flight)
+                    self._fail_unsettled(publish, connection.loss)
+                await self._send(publish)
+                if flight.is_over:
+                    return PublishResult(failures=flight.failures())
+                await self._until_settled(publish)
         finally:
-            self._flight = None
-            self._published += len(self._sent)
-            self._sent, self._sizes = [], []
-            self._confirmed = self._returned = 0
-        return PublishResult(failures=flight.failures())
+            await publish.aclose()
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds and takes what is published."""
         connection = self._connection
-        return (
-            connection is not None and connection.blocked is None and await connection.is_healthy()
-        )
+        if connection is None or not await connection.is_healthy():
+            return False
+        return not await connection.is_blocked()
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -187,101 +177,93 @@ class RabbitSink:
         self._connection.require()
         return self._connection
 
-    async def _find_exchange(self, connection: Connection) -> None:
-        options = self._options
-        if not options.exchange:
-            return
-        await connection.call(
-            commands.Exchange.Declare(
-                exchange=options.exchange,
-                exchange_type=options.exchange_type or DEFAULT_EXCHANGE_TYPE,
-                passive=not options.declare_exchange,
-                durable=True,
-            ),
-            commands.Exchange.DeclareOk,
-            f"looking for {self._exchange_in_words()} on {connection.address}",
-        )
-
-    def _limit_of(self, connection: Connection) -> int:
-        """The most bytes of a body: ours, or the default of that version; never above its word."""
-        major = connection.server.get("version", "").partition(".")[0]
-        usual = _LIMIT_BEFORE_4 if major in ("2", "3") else _LIMIT_FROM_4
-        wanted = self._options.max_message_bytes or usual
-        return wanted if self._refused_above is None else min(wanted, self._refused_above)
-
-    async def _send(self, connection: Connection, flight: Flight) -> None:
-        """Send what may go, a chunk at a time, letting confirmations in between."""
-        chunk: list[bytes] = []
-        size = 0
-        try:
-            while (index := flight.take()) is not None:
-                message = flight.messages[index]
-                try:
-                    begin = self._begin(self._routing_key(message))
-                    body = self._body(message)
-                    header = self._encoder.header(message, len(body), connection.frame_max)
-                except MessageRejected as error:
-                    flight.fail(index, error)
-                    continue
-                self._sent.append(index)
-                self._sizes.append(len(body))
-                chunk += (begin, header, frame.bodies(body, connection.frame_max))
-                total = len(header) + len(body)
-                flight.weigh(index, total)
-                size += total
-                if size >= _CHUNK_BYTES:
-                    connection.write(b"".join(chunk))
-                    chunk.clear()
-                    size = 0
-                    await connection.drain(self._confirm_timeout_s)
-                    await asyncio.sleep(0)
-            if chunk:
-                connection.write(b"".join(chunk))
-                await connection.drain(self._confirm_timeout_s)
-        except Outage as error:
-            if connection.loss is None:
-                connection.abort(self._blocked_or(connection, error))
-            self._fail_unsettled(connection, flight)
-
-    async def _await_confirmations(self, connection: Connection, flight: Flight) -> None:
-        """Return when there is something to do; give up on a connection that has gone silent."""
-        while connection.loss is None and not flight.wants_sender:
-            heard = flight.settled
-            self._wake.clear()
+    async def _send(self, publish: _Publish) -> None:
+        """Hand the client what may go; it sends in the order of its calls."""
+        flight, channel, options = publish.flight, publish.connection.channel, self._options
+        frame_max = channel.connection.connection_tune.frame_max or _USUAL_FRAME_MAX
+        count = 0
+        while (index := flight.take()) is not None:
+            message = flight.messages[index]
             try:
-                async with asyncio.timeout(self._confirm_timeout_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                if flight.settled == heard:
-                    silent = TimedOut(
-                        f"no confirmation from {connection.address} within"
-                        f" {self._options.confirm_timeout_ms} ms"
-                    )
-                    connection.abort(self._blocked_or(connection, silent))
+                routing_key, body = self._routing_key(message), self._body(message)
+                properties = self._encoder.properties(message, frame_max)
+            except MessageRejected as error:
+                flight.fail(index, error)
+                continue
+            message_id = properties.message_id or ""
+            if flight.is_under_way(publish.indices.get(message_id, -1)):
+                # The client knows what comes back by its id alone.
+                flight.put_back([index])
+                return
+            flight.weigh(index, len(body))
+            publish.indices[message_id], publish.sizes[index] = index, len(body)
+            call = channel.basic_publish(
+                body,
+                exchange=options.exchange,
+                routing_key=routing_key,
+                properties=properties,
+                mandatory=options.mandatory,
+                wait=False,
+            )
+            task = asyncio.create_task(call)
+            publish.calls.add(task)
+            task.add_done_callback(partial(self._on_answer, publish, index))
+            count += 1
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
-    def _blocked_or(self, connection: Connection, error: Outage) -> Outage:
-        """Why nothing moves: the broker said that it blocks publishers, or ``error``."""
-        if connection.blocked is None:
-            return error
-        return Outage(
-            f"RabbitMQ at {connection.address} takes nothing from publishers: {connection.blocked}",
-            remedy="free memory or disk space on the broker, or raise its limits",
-        )
-
-    def _fail_unsettled(self, connection: Connection, flight: Flight) -> None:
-        """Nothing more will be heard of what is under way."""
-        loss = connection.loss
-        if loss is None:
+    def _on_answer(self, publish: _Publish, index: int, call: asyncio.Task[object]) -> None:
+        publish.calls.discard(call)
+        if call.cancelled():
+            # Somebody cancelled the publish, or the connection's loss is said in a moment.
             return
+        flight, connection = publish.flight, publish.connection
+        match error := call.exception():
+            case None:
+                flight.accept((index,))
+            case DeliveryError():
+                flight.fail(index, self._not_taken(flight.messages[index], error))
+            case ValueError() | TypeError():
+                # The client could not spell it, and has not sent it.
+                flight.fail(index, MessageUndecodable(f"no AMQP message: {type(error).__name__}"))
+            case _ if connection.loss is None:
+                known = connection.error_of(error, connection.doing)
+                connection.abort(known or NotConnected(f"publishing: {type(error).__name__}"))
+        if flight.wants_sender:
+            connection.wake.set()
+
+    async def _until_settled(self, publish: _Publish) -> None:
+        """Return when there is something to do; give up on a connection that has gone silent."""
+        settled, connection = publish.flight.settled, publish.connection
+        try:
+            async with asyncio.timeout(self._confirm_timeout_s):
+                await connection.wake.wait()
+        except TimeoutError:
+            if publish.flight.settled > settled:
+                return
+            silence: Outage = TimedOut(
+                f"no confirmation from {connection.address} within"
+                f" {self._options.confirm_timeout_ms} ms"
+            )
+            if await connection.is_blocked():
+                silence = NotConnected(
+                    f"RabbitMQ at {connection.address} takes nothing from publishers",
+                    remedy="free memory or disk space on the broker, or raise its limits",
+                )
+            connection.abort(silence)
+
+    def _fail_unsettled(self, publish: _Publish, loss: RelayError) -> None:
+        """Nothing more will be heard of what is in flight."""
+        flight = publish.flight
         if isinstance(loss, SizeRefused):
-            self._refused_above = loss.limit_bytes
-            self._limit_bytes = min(self._limit_bytes, loss.limit_bytes)
-            for index, size in zip(self._sent, self._sizes, strict=True):
+            self._refused_above = self._limit_bytes = min(self._limit_bytes, loss.limit_bytes)
+            for index, size in publish.sizes.items():
                 if size > loss.limit_bytes:
-                    flight.fail(
-                        index, _too_large(size, "the broker's max_message_size", loss.limit_bytes)
-                    )
-        flight.fail_all(_gone(loss))
+                    flight.fail(index, self._too_large(size))
+        if isinstance(loss, Outage) and not isinstance(loss, NotConnected | TimedOut):
+            # Whatever it was that ended the connection: the loop has to connect again.
+            loss = NotConnected(loss.problem, remedy=loss.remedy)
+        flight.fail_all(loss)
 
     def _routing_key(self, message: RelayMessage) -> str:
         return check_routing_key(message.subject or self._render(message))
@@ -289,85 +271,26 @@ class RabbitSink:
     def _body(self, message: RelayMessage) -> bytes:
         body = self._encoder.body(message)
         if len(body) > self._limit_bytes:
-            name = (
-                "max_message_bytes"
-                if self._limit_bytes == self._options.max_message_bytes
-                else "the broker's max_message_size"
-            )
-            raise _too_large(len(body), name, self._limit_bytes)
+            raise self._too_large(len(body))
         return body
 
-    def _publish_frame(self, routing_key: str) -> bytes:
-        return frame.publish(
-            self._options.exchange, routing_key, is_mandatory=self._options.mandatory
-        )
+    def _too_large(self, size: int) -> MessageTooLarge:
+        is_ours = self._limit_bytes == self._options.max_message_bytes
+        name = "max_message_bytes" if is_ours else "the broker's max_message_size"
+        return MessageTooLarge(f"the message has {size} bytes, {name} is {self._limit_bytes} bytes")
 
-    def _exchange_in_words(self) -> str:
-        return (
-            f"the exchange {self._options.exchange!r}"
-            if self._options.exchange
-            else "the default exchange"
-        )
-
-    def _on_accepted(self, tags: Sequence[int]) -> None:
-        flight = self._flight
-        if flight is None:
-            return
-        before, sent = self._published + 1, self._sent
-        flight.accept([sent[tag - before] for tag in tags if tag >= before])
-        if flight.wants_sender:
-            self._wake.set()
-
-    def _on_confirmed(self, tag: int, is_multiple: bool, is_refused: bool) -> None:
-        flight, number = self._flight, tag - self._published
-        if flight is None or number < 1:
-            return
-        if is_multiple:
-            indices = self._sent[self._confirmed : number]
-            self._confirmed = max(self._confirmed, number)
-        else:
-            indices = [self._sent[number - 1]]
-        if is_refused:
-            for index in indices:
-                if flight.is_under_way(index):
-                    flight.fail(index, self._refused(flight.messages[index]))
-        else:
-            flight.accept(indices)
-        if flight.wants_sender:
-            self._wake.set()
-
-    def _on_returned(self, content: frame.Content) -> None:
-        """Fail what no queue takes. Returns come in the order of publishing, before the answer."""
-        flight = self._flight
-        if flight is None:
-            return
-        message_id = properties.decoded(content.properties).message_id
-        for number in range(self._returned, len(self._sent)):
-            index = self._sent[number]
-            message = flight.messages[index]
-            if (
-                flight.is_under_way(index)
-                and message_id_of(message) == message_id
-                and self._routing_key(message) == content.routing_key
-            ):
-                self._returned = number + 1
-                flight.fail(index, self._unroutable(content))
-                break
-        if flight.wants_sender:
-            self._wake.set()
-
-    def _refused(self, message: RelayMessage) -> Outage:
-        return Outage(
-            f"RabbitMQ refuses an event with the routing key {self._routing_key(message)!r}:"
-            " a queue is full, or failed",
-            remedy="make room in the queue or raise its limit",
-        )
-
-    def _unroutable(self, content: frame.Content) -> DestinationMissing:
-        key = content.routing_key
+    def _not_taken(self, message: RelayMessage, error: DeliveryError) -> RelayError:
+        """Why the broker gave it back, or refused it."""
+        key = self._routing_key(message)
+        if not isinstance(error, PublishError):
+            return Outage(
+                f"RabbitMQ refuses an event with the routing key {key!r}: a queue is full, or"
+                " failed",
+                remedy="make room in the queue or raise its limit",
+            )
         if self._options.exchange:
             return DestinationMissing(
-                f"no queue takes the routing key {key!r} from {self._exchange_in_words()}",
+                f"no queue takes the routing key {key!r} from {self._exchange}",
                 remedy="bind a queue for it, or set mandatory to false to let such events go",
             )
         return DestinationMissing(
@@ -376,11 +299,22 @@ class RabbitSink:
         )
 
 
-def _gone(loss: RelayError) -> RelayError:
-    """Whatever ended the connection, as an error that makes the loop connect anew."""
-    if loss.kind is not ErrorKind.OUTAGE or isinstance(loss, NotConnected | TimedOut):
-        return loss
-    return NotConnected(loss.problem, remedy=loss.remedy)
+class _Publish:
+    """One publish: the client's calls that are not answered, and what was sent of which size."""
+
+    def __init__(self, connection: Connection, flight: Flight) -> None:
+        self.connection = connection
+        self.flight = flight
+        self.calls: set[asyncio.Task[object]] = set()
+        self.indices: dict[str, int] = {}
+        self.sizes: dict[int, int] = {}
+
+    async def aclose(self) -> None:
+        """End the calls; what the client has not sent by now is not sent."""
+        calls = list(self.calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 def _check(options: RabbitSinkOptions) -> None:
@@ -406,7 +340,3 @@ def _check(options: RabbitSinkOptions) -> None:
         max_message_bytes=options.max_message_bytes,
         confirm_timeout_ms=options.confirm_timeout_ms,
     )
-
-
-def _too_large(size: int, name: str, limit_bytes: int) -> MessageTooLarge:
-    return MessageTooLarge(f"the message has {size} bytes, {name} is {limit_bytes} bytes")

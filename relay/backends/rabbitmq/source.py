@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Self
 
 import msgspec
-from pamqp import commands
+from aiormq.abc import DeliveredMessage
 
-from relay.backends.rabbitmq import frame
-from relay.backends.rabbitmq.connection import Connection, connect
+from relay.backends.rabbitmq.connection import Connection
 from relay.backends.rabbitmq.content import decoded
-from relay.backends.rabbitmq.frame import Content
+from relay.backends.rabbitmq.errors import Unreadable
 from relay.backends.rabbitmq.options import (
     MAX_PREFETCH,
     RabbitSourceOptions,
@@ -24,7 +23,7 @@ from relay.backends.rabbitmq.options import (
 )
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
-from relay.errors import ConfigurationError, NotConnected, RelayError
+from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -32,14 +31,19 @@ MAX_WAIT_S = 1.0
 _CLOSE_TIMEOUT_S = 2.0
 _BATCHES_AHEAD = 4
 _LEAST_PREFETCH = 1000
+_STREAM_HEADER = "x-stream-offset"
 
 
 class _Position(msgspec.Struct, frozen=True, eq=False):
-    """Delivery tags handed out together, without a gap, and since which `connect`."""
+    """Delivery tags handed out together, without a gap; ``consumer``: who was given them."""
 
-    opening: int
+    consumer: _Consumer
     first: int
     last: int
+
+    def tags(self) -> range:
+        """All of them."""
+        return range(self.first, self.last + 1)
 
 
 class RabbitSource:
@@ -50,28 +54,16 @@ class RabbitSource:
     """
 
     def __init__(
-        self,
-        options: RabbitSourceOptions,
-        *,
-        batch_size: int,
-        batch_bytes: int,
-        name: str,
+        self, options: RabbitSourceOptions, *, batch_size: int, batch_bytes: int, name: str
     ) -> None:
         self._options = options
-        self._queue = options.queue
         self._batch_size = batch_size
         self._batch_bytes = batch_bytes
         self._prefetch = options.prefetch_count or min(
             MAX_PREFETCH, max(_LEAST_PREFETCH, _BATCHES_AHEAD * batch_size)
         )
         self._name = name
-        self._connection: Connection | None = None
-        self._consumer = ""
-        self._opening = 0
-        self._buffer: deque[Content] = deque()
-        self._buffered_bytes = 0
-        self._out: deque[_Position] = deque()
-        self._wake = asyncio.Event()
+        self._consumer: _Consumer | None = None
         self._is_interrupted = False
 
     @classmethod
@@ -98,92 +90,85 @@ class RabbitSource:
         return None
 
     async def connect(self) -> None:
-        """Open anew; find or make the queue and begin to consume.
+        """Open again; find or make the queue and begin to consume.
 
         Raises `DestinationMissing` where the queue is not there, and `Outage` while another
         consumer has it to itself.
         """
-        await self._close()
-        connection = await connect(self._options, name=self._name, path="source")
-        connection.doing = f"consuming the queue {self._queue!r}"
-        connection.on_delivered = self._on_delivered
-        connection.on_trouble = self._wake.set
+        before = self._consumer
+        is_careful = before is not None and isinstance(before.connection.loss, Unreadable)
+        await self.aclose()
+        connection = Connection(self._options, self._name, "source", is_careful=is_careful)
+        consumer = _Consumer(connection, self._options, _BATCHES_AHEAD * self._batch_bytes)
         try:
-            await connection.call(
-                commands.Queue.Declare(
-                    queue=self._queue, passive=not self._options.declare_queue, durable=True
-                ),
-                commands.Queue.DeclareOk,
-                f"looking for the queue {self._queue!r} on {connection.address}",
-            )
-            await connection.call(
-                commands.Basic.Qos(prefetch_count=self._prefetch),
-                commands.Basic.QosOk,
-                connection.doing,
-            )
-            await self._consume(connection)
+            await connection.open(confirms=False)
+            await consumer.open(self._prefetch)
         except BaseException:
-            self._forget()
             await connection.aclose()
             raise
-        self._opening += 1
-        self._connection = connection
+        self._consumer = consumer
 
     async def describe(self) -> dict[str, str]:
         """The broker and the queue."""
-        connection = self._open()
+        connection = self._open().connection
         return {
             "server": connection.address,
-            "version": connection.server.get("version", "unknown"),
-            "queue": self._queue,
+            "version": connection.version,
+            "queue": self._options.queue,
         }
 
     async def poll(self) -> Batch:
-        """What was delivered, at most a batch; waits up to a second for the first message."""
-        connection = self._open()
-        if not self._consumer:
-            await self._consume(connection)
-        deadline = time.monotonic() + MAX_WAIT_S
+        """What was delivered, at most a batch; waits up to a second for the first message.
+
+        Raises `ConfigurationError` where the queue turns out to be a stream.
+        """
+        consumer = self._open()
+        await consumer.consume()
         # Where there is something at once, what else arrived gets its turn all the same.
         await asyncio.sleep(0)
-        while True:
-            connection.require()
-            left_s = deadline - time.monotonic()
-            if self._buffer or self._is_interrupted or left_s <= 0:
-                break
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(left_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                break
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MAX_WAIT_S):
+                while not consumer.waiting and not self._is_interrupted:
+                    consumer.connection.require()
+                    consumer.connection.wake.clear()
+                    await consumer.connection.wake.wait()
+        consumer.connection.require()
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        return self._batch(self._taken(connection), was_cut_short=was_cut_short)
+        if not consumer.waiting:
+            # Whoever has as much as may be sent ahead can't tell whether there is more.
+            ahead = sum(len(position.tags()) for position in consumer.unacknowledged)
+            return Batch(is_end_of_backlog=not was_cut_short and ahead < self._prefetch)
+        await consumer.refuse_stream()
+        messages: list[RelayMessage] = []
+        rejected: list[Rejected] = []
+        position, taken = consumer.take(self._batch_size, self._batch_bytes)
+        for delivered in taken:
+            one = decoded(delivered, self._options.queue)
+            if isinstance(one, Rejected):
+                rejected.append(one)
+            else:
+                messages.append(one)
+        return Batch(
+            messages=messages,
+            rejected=rejected,
+            position=position,
+            checkpoint=f"delivery {position.last}",
+        )
 
     def interrupt(self) -> None:
         """Make the waiting poll, or the next one, return at once."""
         self._is_interrupted = True
-        self._wake.set()
+        if self._consumer is not None:
+            self._consumer.connection.wake.set()
 
     async def acknowledge(self, batch: Batch) -> None:
         """Acknowledge every message of the batch, and see that the broker has taken it in."""
-        connection = self._open()
-        position = batch.position
+        consumer, position = self._open(), batch.position
         if not isinstance(position, _Position):
             return
-        if position.opening != self._opening:
-            raise NotConnected("this batch was handed out before the source was opened anew")
-        if position not in self._out:
-            return
-        if self._out[0] is position:
-            connection.write(frame.acknowledgement(position.last, is_multiple=True))
-        else:
-            tags = range(position.first, position.last + 1)
-            connection.write(
-                b"".join(frame.acknowledgement(tag, is_multiple=False) for tag in tags)
-            )
-        self._out.remove(position)
-        await connection.flush(f"acknowledging messages of {self._queue!r}")
+        if position.consumer is not consumer:
+            raise NotConnected("this batch was handed out before the source was opened again")
+        await consumer.acknowledge(position)
 
     async def keep_alive(self, batch: Batch) -> None:
         """Nothing to do: see `keep_alive_interval_s`."""
@@ -191,131 +176,164 @@ class RabbitSource:
     async def reject(self, batch: Batch) -> None:
         """Put back this batch and all that comes after it, so that the order stays.
 
-        The next poll hands it out again; another consumer of the queue may have it at once. A
-        later batch that is out is thereby given back too; to acknowledge or reject it does nothing
-        more.
+        The next poll hands it out again; another consumer of the queue may have it at once. A later
+        unacknowledged batch is thereby put back too; to acknowledge or reject it does nothing more.
         """
-        connection = self._open()
-        position = batch.position
-        if not isinstance(position, _Position) or position not in self._out:
-            return
-        await self._stop_consuming(connection)
-        await self._give_back(connection, position)
+        consumer, position = self._open(), batch.position
+        if isinstance(position, _Position) and position in consumer.unacknowledged:
+            await consumer.put_back(position)
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds."""
-        connection = self._connection
-        return connection is not None and await connection.is_healthy()
+        return self._consumer is not None and await self._consumer.connection.is_healthy()
 
     async def aclose(self) -> None:
         """Put back everything that is not acknowledged, and close."""
-        await self._close()
-
-    def _open(self) -> Connection:
-        if self._connection is None:
-            raise NotConnected("the rabbitmq source is not connected")
-        self._connection.require()
-        return self._connection
-
-    async def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
             return
         try:
-            if connection.loss is None:
-                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                    # The broker would do both when the connection ends, but some time after.
-                    await self._stop_consuming(connection)
-                    await self._give_back(connection, self._out[0] if self._out else None)
-        except (RelayError, TimeoutError):
-            pass
+            if consumer.connection.loss is None:
+                with suppress(RelayError, TimeoutError):
+                    async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                        # The broker would do it when the connection ends, but some time after.
+                        await consumer.put_back(next(iter(consumer.unacknowledged), None))
         finally:
-            self._forget()
-            await connection.aclose()
+            await consumer.connection.aclose()
 
-    async def _consume(self, connection: Connection) -> None:
-        answer = await connection.call(
-            commands.Basic.Consume(queue=self._queue, exclusive=self._options.exclusive),
-            commands.Basic.ConsumeOk,
-            connection.doing,
+    def _open(self) -> _Consumer:
+        if self._consumer is None:
+            raise NotConnected("the rabbitmq source is not connected")
+        self._consumer.connection.require()
+        return self._consumer
+
+
+class _Consumer:
+    """What one connection has delivered. The next one has its own: tags begin again at 1.
+
+    ``waiting``: not handed out yet. ``unacknowledged``: handed out, in order.
+    """
+
+    def __init__(
+        self, connection: Connection, options: RabbitSourceOptions, most_bytes: int
+    ) -> None:
+        self.connection = connection
+        self.unacknowledged: deque[_Position] = deque()
+        self.waiting: deque[DeliveredMessage] = deque()
+        self._waiting_bytes = 0
+        self._most_bytes = most_bytes
+        self._options = options
+        self._queue = options.queue
+        self._tag = ""
+        self._is_checked = False
+
+    async def open(self, prefetch: int) -> None:
+        """Find or make the queue and begin to consume."""
+        connection, options = self.connection, self._options
+        channel = connection.channel
+        declared = channel.queue_declare(
+            self._queue, passive=not options.declare_queue, durable=True
         )
-        self._consumer = answer.consumer_tag or ""
+        doing = f"looking for the queue {self._queue!r} on {connection.address}"
+        await connection.call(doing, declared)
+        connection.doing = f"consuming the queue {self._queue!r}"
+        channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
+        await connection.call(connection.doing, channel.basic_qos(prefetch_count=prefetch))
+        await self.consume()
 
-    async def _stop_consuming(self, connection: Connection) -> None:
-        """When it returns, nothing more is delivered to us."""
-        consumer, self._consumer = self._consumer, ""
-        if consumer:
-            await connection.call(
-                commands.Basic.Cancel(consumer), commands.Basic.CancelOk, connection.doing
+    async def consume(self) -> None:
+        """Begin to consume, or go on."""
+        if not self._tag:
+            connection, is_exclusive = self.connection, self._options.exclusive
+            consuming = connection.channel.basic_consume(
+                self._queue, self._on_delivered, exclusive=is_exclusive
             )
+            answer = await connection.call(connection.doing, consuming)
+            self._tag = answer.consumer_tag or ""
 
-    async def _give_back(self, connection: Connection, position: _Position | None) -> None:
-        """Put back what was handed out from this position on, and all that waits here."""
-        given_back = [content.tag for content in self._buffer]
-        while position is not None and self._out and self._out[-1].first >= position.first:
-            out = self._out.pop()
-            given_back += range(out.first, out.last + 1)
-        self._drop_buffer()
-        connection.hold(is_held=False)
-        if not given_back:
-            return
-        if self._out:
-            connection.write(
-                b"".join(frame.giving_back(tag, is_multiple=False) for tag in given_back)
-            )
-        else:
-            connection.write(frame.giving_back(max(given_back), is_multiple=True))
-        await connection.flush(f"giving back messages of {self._queue!r}")
-
-    def _forget(self) -> None:
-        self._drop_buffer()
-        self._out.clear()
-        self._consumer = ""
-
-    def _drop_buffer(self) -> None:
-        self._buffer.clear()
-        self._buffered_bytes = 0
-
-    def _on_delivered(self, content: Content) -> None:
-        self._buffer.append(content)
-        self._buffered_bytes += len(content.body)
-        if (
-            self._buffered_bytes > _BATCHES_AHEAD * self._batch_bytes
-            and self._connection is not None
-        ):
-            self._connection.hold(is_held=True)
-        self._wake.set()
-
-    def _taken(self, connection: Connection) -> list[Content]:
-        taken: list[Content] = []
+    def take(self, most: int, most_bytes: int) -> tuple[_Position, list[DeliveredMessage]]:
+        """Hand out so many messages, or so many bytes and the message that reaches them."""
+        taken: list[DeliveredMessage] = []
         size = 0
-        while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
-            content = self._buffer.popleft()
-            size += len(content.body)
-            taken.append(content)
-        self._buffered_bytes -= size
-        if self._buffered_bytes <= _BATCHES_AHEAD * self._batch_bytes // 2:
-            connection.hold(is_held=False)
-        return taken
+        while self.waiting and len(taken) < most and size < most_bytes:
+            size += len(self.waiting[0].body)
+            taken.append(self.waiting.popleft())
+        self._waiting_bytes -= size
+        if self._waiting_bytes <= self._most_bytes // 2:
+            self.connection.hold(is_held=False)
+        position = _Position(self, taken[0].delivery_tag or 0, taken[-1].delivery_tag or 0)
+        self.unacknowledged.append(position)
+        return position, taken
 
-    def _batch(self, taken: Sequence[Content], *, was_cut_short: bool) -> Batch:
-        if not taken:
-            # Whoever has as much as may be sent ahead can't tell whether there is more.
-            out = sum(position.last - position.first + 1 for position in self._out)
-            return Batch(is_end_of_backlog=not was_cut_short and out < self._prefetch)
-        messages: list[RelayMessage] = []
-        rejected: list[Rejected] = []
-        for content in taken:
-            one = decoded(content, self._queue)
-            if isinstance(one, Rejected):
-                rejected.append(one)
+    async def acknowledge(self, position: _Position) -> None:
+        """Return when the broker has taken it in."""
+        if position in self.unacknowledged:
+            is_first = self.unacknowledged[0] is position
+            self.unacknowledged.remove(position)
+            tags = [position.last] if is_first else position.tags()
+            doing = f"acknowledging messages of {self._queue!r}"
+            await self.connection.call(doing, self._settle(tags, is_all=is_first, is_ack=True))
+
+    async def put_back(self, position: _Position | None) -> None:
+        """Stop, and put back what was handed out from this position on, and all that waits."""
+        connection = self.connection
+        if self._tag:
+            tag, self._tag = self._tag, ""
+            await connection.call(connection.doing, connection.channel.basic_cancel(tag))
+        tags = [message.delivery_tag or 0 for message in self.waiting]
+        self.waiting.clear()
+        self._waiting_bytes = 0
+        connection.hold(is_held=False)
+        while position in self.unacknowledged:
+            tags += self.unacknowledged.pop().tags()
+        if tags:
+            # The broker puts each in its place; where nothing else is ours, one word does for all.
+            is_all = not self.unacknowledged
+            doing = f"putting back messages of {self._queue!r}"
+            tags = [max(tags)] if is_all else tags
+            await connection.call(doing, self._settle(tags, is_all=is_all, is_ack=False))
+
+    async def refuse_stream(self) -> None:
+        """Raise `ConfigurationError` where the queue is a stream.
+
+        There an acknowledgement moves nothing, and a new consumer begins at the end. Messages of a
+        stream say so in a header, with which somebody may have moved them to a queue; so the broker
+        is asked for the queue's type, in the only way there is: by asking for a wrong one.
+        """
+        headers = self.waiting[0].header.properties.headers or {}
+        if self._is_checked or _STREAM_HEADER not in headers:
+            return
+        other = await self.connection.new_channel(confirms=False)
+        asked = other.queue_declare(self._queue, durable=True, arguments={"x-queue-type": "?"})
+        try:
+            await self.connection.call(f"asking what {self._queue!r} is", asked)
+        except AuthenticationRefused:
+            self._is_checked = False
+        except ConfigurationError as refusal:
+            self._is_checked = "'stream'" not in str(refusal)
+        if not self._is_checked:
+            raise ConfigurationError(
+                f"the queue {self._queue!r} is a stream, whose consumers keep their own positions",
+                remedy="bind a classic or a quorum queue to the exchange, and consume that",
+            )
+
+    async def _settle(self, tags: Iterable[int], *, is_all: bool, is_ack: bool) -> None:
+        channel = self.connection.channel
+        for tag in tags:
+            if is_ack:
+                await channel.basic_ack(tag, multiple=is_all, wait=False)
             else:
-                messages.append(one)
-        position = _Position(self._opening, taken[0].tag, taken[-1].tag)
-        self._out.append(position)
-        return Batch(
-            messages=messages,
-            rejected=rejected,
-            position=position,
-            checkpoint=f"delivery {position.last}",
-        )
+                await channel.basic_nack(tag, multiple=is_all, requeue=True, wait=False)
+        # Its answer comes when the broker has processed all of that.
+        await channel.flow(active=True)
+
+    async def _on_delivered(self, message: DeliveredMessage) -> None:
+        self.waiting.append(message)
+        self._waiting_bytes += len(message.body)
+        if self._waiting_bytes > self._most_bytes:
+            self.connection.hold(is_held=True)
+        self.connection.wake.set()
+
+    def _on_cancelled(self, _: object) -> None:
+        gone = "the broker ended the consumer: the queue was deleted, or its node went away"
+        self.connection.abort(NotConnected(f"{self.connection.doing}: {gone}"))

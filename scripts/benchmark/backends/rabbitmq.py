@@ -14,8 +14,8 @@ from typing import Final
 
 import aiormq
 import msgspec
+from aiormq import spec
 from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
-from pamqp.commands import Basic
 
 from relay.demo.embedded import LOOPBACK
 from scripts.benchmark.backends import (
@@ -31,7 +31,7 @@ from scripts.benchmark.surroundings import Surroundings
 
 EXCHANGE: Final = "bench"
 
-# As many as the relay's sink keeps under way by default.
+# As many as the relay's sink keeps in flight by default.
 _WINDOW: Final = 4096
 _ACKNOWLEDGED_AT_ONCE: Final = 1_000
 _PREFETCH: Final = 4 * _ACKNOWLEDGED_AT_ONCE
@@ -46,7 +46,7 @@ class Message(msgspec.Struct, frozen=True):
     """A message as a queue has it."""
 
     routing_key: str
-    properties: Basic.Properties
+    properties: spec.Basic.Properties
     body: bytes
 
 
@@ -112,7 +112,7 @@ class _Queues:
         """The newest."""
         return f"bench-{self._made}"
 
-    async def anew(self) -> None:
+    async def renew(self) -> None:
         """Make another, empty queue; the one before goes with its consumers."""
         await self._looker.queue_delete(self.queue)
         self._made += 1
@@ -167,7 +167,7 @@ class _Queues:
                     for message in messages[start : start + _WINDOW]
                 )
             )
-            confirmed += sum(isinstance(answer, Basic.Ack) for answer in answers)
+            confirmed += sum(isinstance(answer, spec.Basic.Ack) for answer in answers)
         elapsed_s = time.perf_counter() - started
         await channel.close()
         if not confirmed == await self.count() - before == len(messages):
@@ -239,7 +239,7 @@ class ToRabbit(Destination):
         return {"type": "rabbitmq", "url": self._queues.url, "exchange": EXCHANGE}
 
     async def empty(self) -> None:
-        await self._queues.anew()
+        await self._queues.renew()
         self._messages = ()
 
     async def until_holding(self, messages: int, timeout_s: float) -> Stretch:
@@ -250,7 +250,7 @@ class ToRabbit(Destination):
         return {message.properties.message_id or "" for message in self._messages}
 
     async def floor(self) -> float:
-        await self._queues.anew()
+        await self._queues.renew()
         return len(self._messages) / await self._queues.add(self._messages)
 
 
@@ -279,16 +279,16 @@ class FromRabbit(Origin):
         self._messages = [
             Message(
                 "bench",
-                Basic.Properties(delivery_mode=2, message_id=f"m{number}"),
+                spec.Basic.Properties(delivery_mode=2, message_id=f"m{number}"),
                 payload(number),
             )
             for number in range(messages)
         ]
-        await self._queues.anew()
+        await self._queues.renew()
         await self._queues.add(self._messages)
 
     async def floor(self) -> float:
         # The queue gave them away.
-        await self._queues.anew()
+        await self._queues.renew()
         await self._queues.add(self._messages)
         return len(self._messages) / await self._queues.consume()
