@@ -34,6 +34,10 @@ class Record(Protocol):
         """Its place in the partition."""
 
     @property
+    def timestamp(self) -> int:
+        """When it was made, or stored, in milliseconds."""
+
+    @property
     def key(self) -> bytes | None:
         """The record key."""
 
@@ -145,8 +149,17 @@ def _of_others(
     return message
 
 
+def position_key(topic: str, partition: int, offset: int, timestamp: int | None = None) -> str:
+    """The dedup key of a record that brings none.
+
+    A topic that is deleted and created again has the same offsets again, at other times.
+    """
+    known = f"kafka:{topic}:{partition}:{offset}"
+    return known if timestamp is None else f"{known}:{timestamp}"
+
+
 def _position(record: Record, topic: str, partition: int) -> str:
-    return f"kafka:{topic}:{partition}:{record.offset}"
+    return position_key(topic, partition, record.offset, record.timestamp)
 
 
 def _text(text: bytes) -> str:
