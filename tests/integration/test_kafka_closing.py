@@ -128,7 +128,13 @@ async def test_a_source_is_closed_in_time_while_its_broker_is_gone_and_leaves_no
     assert await closed_in_s(source) < CLOSED_WITHIN_S
 
     await kafka_proxy.cut()
-    await eventually(before.are_all, 15.0)
+    try:
+        await eventually(before.are_all, 15.0)
+    except TimeoutError:
+        for t in asyncio.all_tasks() - before.tasks:
+            print("LEFT", t, t.get_stack())
+        print(open_sockets(), before.sockets, set(threading.enumerate()) - before.threads)
+        raise
     await kafka_proxy.restore()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
 from relay.backends.kafka.errors import mapped, of_exception
@@ -36,6 +36,7 @@ METADATA_AGE_MS = 60_000
 # Brokers hang up on what was idle for ten minutes.
 _MAX_IDLE_MS = 540_000
 _CLOSE_TIMEOUT_S = 2.0
+_FETCHES_END_S = 0.02
 
 _closing: set[asyncio.Task[None]] = set()
 
@@ -175,6 +176,10 @@ async def close(client: Client) -> None:
 
 async def _closed(client: Client) -> None:
     with contextlib.suppress(Exception):
+        if isinstance(client, AIOKafkaConsumer) and client.assignment():
+            # `stop` breaks off where it finds a fetch that waits to be tried again; this ends it.
+            client.unsubscribe()
+            await asyncio.sleep(_FETCHES_END_S)
         await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
 
 

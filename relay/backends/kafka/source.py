@@ -200,6 +200,7 @@ class KafkaSource:
             for topic in self._topics:
                 if topic not in there:
                     raise client.topic_missing(topic, self._server)
+            consumer.subscribe(pattern=self._pattern, listener=_Listener(self, consumer))
             deadline = time.monotonic() + _ASSIGNMENT_WAIT_S
             while not (self._is_assigned or self._is_interrupted):
                 self._take_in()
@@ -310,7 +311,7 @@ class KafkaSource:
         slowest_ms = max(options.rebalance_timeout_ms, options.session_timeout_ms)
         arguments["request_timeout_ms"] = max(options.request_timeout_ms, slowest_ms + _MARGIN_MS)
         shortest_ms = min(options.session_timeout_ms, options.rebalance_timeout_ms)
-        consumer = AIOKafkaConsumer(
+        return AIOKafkaConsumer(
             **arguments,
             group_id=self._group,
             group_instance_id=self._instance,
@@ -325,8 +326,6 @@ class KafkaSource:
             fetch_max_bytes=options.fetch_max_bytes,
             max_partition_fetch_bytes=min(options.fetch_max_bytes, _PARTITION_FETCH_BYTES),
         )
-        consumer.subscribe(pattern=self._pattern, listener=_Listener(self, consumer))
-        return consumer
 
     async def _close(self) -> None:
         consumer, self._consumer = self._consumer, None
@@ -339,6 +338,7 @@ class KafkaSource:
         self._is_rebalancing = self._is_joining_again = False
         self._trouble = None
         self._suspects = []
+        self._counted = 0
         if consumer is not None:
             await client.close(consumer)
 
@@ -396,8 +396,9 @@ class KafkaSource:
         self._coordination = asyncio.current_task()
         self._is_rebalancing = True
         self._take_back()
-        if await self._is_shut_out(consumer, partitions):
-            self._fail(OwnershipLost("another member has taken our place in the group"))
+        end = None if self._is_joining_again else await self._end_of(consumer, partitions)
+        if end is not None:
+            self._fail(end)
             self._release()
             raise asyncio.CancelledError
         self._all_in.clear()
@@ -411,29 +412,31 @@ class KafkaSource:
         if self._trouble is not None:
             raise asyncio.CancelledError
 
-    async def _is_shut_out(
+    async def _end_of(
         self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]
-    ) -> bool:
-        """Whether the group has forgotten us: then it refuses even what is committed already."""
+    ) -> RelayError | None:
+        """Why we are no member any more: then even what is committed already can't be committed."""
         ours = next(iter(partitions & self._positions.keys()), None)
         if ours is None:
-            return False
+            return None
         try:
             async with asyncio.timeout(self._timeout_s), self._committing:
                 at = await consumer.committed(ours)
                 if at is not None:
                     await consumer.commit({ours: at})
         except driver.CommitFailedError as error:
-            return not isinstance(error.__cause__, driver.RebalanceInProgressError)
+            if not isinstance(error.__cause__, driver.RebalanceInProgressError):
+                return OwnershipLost("another member has taken our place in the group")
+        except driver.IllegalStateError:
+            return Outage(f"of the topics {', '.join(self._topics)} one was deleted, or created")
         except (driver.KafkaError, TimeoutError):
-            return False
-        return False
+            return None
+        return None
 
     async def _assigned(
         self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
     ) -> None:
         """Take over what is ours now."""
-        is_first = not self._counted
         self._coordination = asyncio.current_task()
         self._is_rebalancing = True
         self._take_back()
@@ -445,17 +448,32 @@ class KafkaSource:
             with mapped(f"taking over partitions in the group {self._group!r}"):
                 async with asyncio.timeout(self._timeout_s):
                     await self._take_over(consumer, partitions)
+                    has_new = await self._has_partitions_of_nobody(consumer)
         except RelayError as error:
             self._fail(error)
+            has_new = False
         self._counted = self._count(consumer)
         self._is_rebalancing = False
-        if is_first and self._instance is not None and len(partitions) < self._counted:
-            # Who takes the place of the one that shares is not told so, and partitions that came
-            # meanwhile would stay nobody's. When that one joins again, all are shared again.
+        if has_new:
             self._join_again(consumer)
             return
         self._is_assigned = True
         self._wake.set()
+
+    async def _has_partitions_of_nobody(self, consumer: AIOKafkaConsumer) -> bool:
+        """Whether partitions came before we took the place of the member that shares them.
+
+        The group does not tell who takes that place, and they would stay nobody's. What a member
+        of ours has is committed from the start.
+        """
+        if self._instance is None or self._counted:
+            return False
+        all_ = {
+            TopicPartition(topic, number)
+            for topic in self._topics
+            for number in consumer.partitions_for_topic(topic) or ()
+        }
+        return None in await asyncio.gather(*map(consumer.committed, all_ - self._positions.keys()))
 
     def _join_again(self, consumer: AIOKafkaConsumer) -> None:
         """Make the group rebalance: the client joins again when its topics change."""
@@ -630,9 +648,6 @@ class KafkaSource:
         """
         if not self._is_assigned:
             return
-        for topic in self._topics:
-            if consumer.partitions_for_topic(topic) is None:
-                raise Outage(f"the topic {topic!r} has moved, or is gone")
         now = time.monotonic()
         longest_s = self._timeout_s + 2 * _FETCH_WAIT_MS / 1000
         for one in consumer.assignment():
