@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from typing import Any
 
 import msgspec
 from aiokafka import codec
@@ -18,13 +18,10 @@ from relay.template import Render
 
 LIMIT_NAME = "max.message.bytes"
 
-# The most of one batch: a larger one is not faster, and has to be held to be sent again.
+# The most of one batch, and of the batches that are packed at a time: brokers handle few large
+# requests with far less effort than many small ones.
 BATCH_BYTES = 512 * 1024
-# What is packed at a time: brokers handle few large requests with far less effort than many.
-CHUNK_BYTES = 512 * 1024
-# What a batch and a record have besides key, value and headers, and a header besides its text.
-_BATCH_OVERHEAD, _RECORD_OVERHEAD, _HEADER_OVERHEAD = 61, 27, 6
-
+_OVERHEAD_BYTES = 96
 _RECORDS_AT_ONCE = 250
 _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
     "none": bytes,
@@ -35,23 +32,11 @@ _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
 }
 
 
-class Builder(Protocol):
-    """A batch of the client library."""
-
-    def append(
-        self, *, timestamp: int, key: bytes | None, value: bytes, headers: Sequence[Header]
-    ) -> object | None:
-        """Add a record; None where it is full. The first is always taken."""
-
-    def size(self) -> int:
-        """Bytes so far, not compressed."""
-
-
 class Topic(msgspec.Struct):
     """What the sink knows of a topic.
 
-    ``limit``: the most bytes of a batch that it takes; ``batch_bytes``: the most that we give it;
-    ``known_at``: when the limit was asked; ``is_searched``: each record is a batch, to find the
+    ``limit``: the most bytes of a batch that it takes, ``known_at``: when that was asked;
+    ``batch_bytes``: the most that we give it; ``is_searched``: each record is a batch, to find the
     one that the broker refuses; ``next_partition``: for a record without a key.
     """
 
@@ -69,14 +54,10 @@ class Topic(msgspec.Struct):
 
 
 class Pack(msgspec.Struct):
-    """Records for one partition; ``indexes`` are those of their messages.
+    """A batch of the client for one partition; ``indexes`` are those of its messages."""
 
-    ``limit``: the most bytes that it was to have.
-    """
-
-    topic: str
-    partition: int
-    builder: Builder
+    slot: tuple[str, int]
+    builder: Any  # untyped in the library
     limit: int
     indexes: list[int] = []
 
@@ -107,7 +88,7 @@ class Packing:
         self._known = known
         self._encoder = encoder
         self._key_of = key_of
-        self._compression = compression
+        self._compress = _COMPRESS[compression]
         self._max_request_size = max_request_size
         self._settled = settled
         self._failed = failed
@@ -121,50 +102,46 @@ class Packing:
         """True when each message is in a batch, or has failed."""
         return self.packed == len(self._messages)
 
-    def next_chunk(self, new_builder: Callable[[], Builder]) -> list[Pack]:
-        """The next batches, one of a partition, about `CHUNK_BYTES` together."""
+    def next_chunk(self, new_builder: Callable[[], Any]) -> list[Pack]:
+        """The next batches, one of a partition, about `BATCH_BYTES` together."""
         packs: dict[tuple[str, int], Pack] = {}
-        messages, topics, known, settled = self._messages, self._topics, self._known, self._settled
-        headers_of, failed = self._encoder.headers, self._failed
-        now_ms = int(time.time() * 1000)
-        size = 0
-        at, end = self.packed, len(messages)
-        while at < end and size < CHUNK_BYTES:
+        messages, topics, known = self._messages, self._topics, self._known
+        headers_of, now_ms = self._encoder.headers, int(time.time() * 1000)
+        size, at, end = 0, self.packed, len(messages)
+        while at < end and size < BATCH_BYTES:
             if at == len(self._values):
                 self._make_more()
             name = topics[at]
-            if name is None or at in settled:
+            if name is None or at in self._settled:
                 at += 1
                 continue
-            value, key = self._values[at], self._keys[at]
+            value, key, topic = self._values[at], self._keys[at], known[name]
             try:
                 if not isinstance(value, bytes):
                     raise value
                 if not isinstance(key, bytes):
                     raise key
                 headers = headers_of(messages[at])
-                topic = known[name]
-                bytes_ = _RECORD_OVERHEAD + len(key) + len(value)
-                for header, text in headers:
-                    bytes_ += _HEADER_OVERHEAD + len(header) + len(text)
-                if bytes_ + _BATCH_OVERHEAD > topic.batch_bytes:
-                    self._check_size(name, topic, key, value, headers)
+                bytes_ = len(value)
+                if messages[at].headers or bytes_ * 4 > topic.batch_bytes:
+                    bytes_ = self._checked_size(name, topic, key, value, headers)
             except MessageRejected as error:
-                failed[at] = error
+                self._failed[at] = error
                 at += 1
                 continue
             number = partition_of(self._hashes[at], topic.partitions) if key else topic.turn()
             pack = packs.get((name, number))
             if pack is None:
                 limit = 1 if topic.is_searched else topic.batch_bytes
-                pack = packs[name, number] = Pack(name, number, new_builder(), limit)
-            elif pack.builder.size() + bytes_ > pack.limit:
-                break
-            builder = pack.builder
-            if (
-                builder.append(timestamp=now_ms, key=key or None, value=value, headers=headers)
-                is None
-            ):
+                pack = packs[name, number] = Pack((name, number), new_builder(), limit)
+            elif pack.limit < BATCH_BYTES:
+                more = _OVERHEAD_BYTES + len(key) + bytes_ + sum(len(one[1]) for one in headers)
+                if pack.builder.size() + more > pack.limit:
+                    break
+            taken = pack.builder.append(
+                timestamp=now_ms, key=key or None, value=value, headers=headers
+            )
+            if taken is None:
                 break
             pack.indexes.append(at)
             size += bytes_
@@ -172,22 +149,21 @@ class Packing:
         self.packed = at
         return list(packs.values())
 
-    def _check_size(
+    def _checked_size(
         self, name: str, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
-    ) -> None:
-        """Raise `MessageTooLarge` for a record that is too large even alone in its batch."""
+    ) -> int:
+        """Its bytes. Raises `MessageTooLarge` for a record that is too large even in its own batch."""
         texts = [part for header, text in headers for part in (header.encode(), text)]
         body = b"".join([key, value, *texts])
-        compressed = _COMPRESS[self._compression](body)
-        size = _BATCH_OVERHEAD + _RECORD_OVERHEAD // 2 + len(compressed)
-        if size <= min(topic.limit, self._max_request_size):
-            return
-        limit = (
-            f"{LIMIT_NAME} of the topic {name!r} is {topic.limit} bytes"
-            if topic.limit <= self._max_request_size
-            else f"max_request_size is {self._max_request_size} bytes"
-        )
-        raise MessageTooLarge(f"the record has {size} bytes with its batch, {limit}")
+        limit = min(topic.limit, self._max_request_size)
+        if _OVERHEAD_BYTES + len(body) > limit:
+            size = _OVERHEAD_BYTES // 2 + len(self._compress(body))
+            if size > limit:
+                said = f"max_request_size is {limit} bytes"
+                if topic.limit == limit:
+                    said = f"{LIMIT_NAME} of the topic {name!r} is {limit} bytes"
+                raise MessageTooLarge(f"the record has {size} bytes with its batch, {said}")
+        return len(body)
 
     def _make_more(self) -> None:
         """Values, keys and hashes of the next messages."""

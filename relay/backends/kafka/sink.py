@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
+import msgspec
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -20,7 +20,7 @@ from relay.backends.kafka.options import (
     check_at_least,
     check_connection,
 )
-from relay.backends.kafka.packing import BATCH_BYTES, CHUNK_BYTES, LIMIT_NAME, Pack, Packing, Topic
+from relay.backends.kafka.packing import BATCH_BYTES, LIMIT_NAME, Pack, Packing, Topic
 from relay.backends.kafka.record import RecordEncoder
 from relay.backends.kafka.topic import check_template, check_topic, escape
 from relay.context import BackendContext
@@ -53,32 +53,24 @@ class HeldBack(Outage):
     """Not stored: what was sent before it was refused for good, which is not its fault."""
 
 
-class _Sent:
-    """A batch on its way; ``keys`` are the dedup keys of its messages, ``indexes`` their places."""
+class _Sent(msgspec.Struct, eq=False):
+    """A batch that the producer has; ``indexes`` are those of its messages in this publish.
 
-    def __init__(self, pack: Pack, keys: list[str], answer: asyncio.Future[Any]) -> None:
-        self.pack = pack
-        self.keys = keys
-        self.answer = answer
-        self.indexes: list[int] = pack.indexes
-        self.waits = 0
+    ``waits``: how many publishes have waited for its answer in vain.
+    """
 
-    @property
-    def slot(self) -> tuple[str, int]:
-        """Topic and partition."""
-        return self.pack.topic, self.pack.partition
+    pack: Pack
+    keys: Sequence[str]
+    answer: asyncio.Future[Any]
+    indexes: list[int]
+    waits: int = 0
 
     @property
     def error(self) -> RelayError | None:
         """Why the batch was not accepted; None where it was, or there is no answer yet."""
-        if not self.answer.done():
+        if not self.answer.done() or (error := self.answer.exception()) is None:
             return None
-        where = f"sending records to {self.pack.topic!r}, partition {self.pack.partition}"
-        if self.answer.cancelled():
-            return NotConnected(f"{where}: the producer was closed")
-        error = self.answer.exception()
-        if error is None:
-            return None
+        where = f"sending records to {self.pack.slot[0]!r}, partition {self.pack.slot[1]}"
         return of_exception(error, where) or Outage(f"{where}: unexpected {type(error).__name__}")
 
 
@@ -154,7 +146,7 @@ class KafkaSink:
             cluster = producer.client.cluster
             if any(
                 number not in (cluster.partitions_for_topic(topic) or ())
-                for topic, number in {one.slot for one in self._unsettled.values()}
+                for topic, number in {one.pack.slot for one in self._unsettled.values()}
             ):
                 # A topic that was made again may have fewer partitions.
                 await self._give_up()
@@ -198,7 +190,7 @@ class KafkaSink:
         admin = self._open()
         if not messages:
             return PublishResult()
-        if self._options.linger_ms and sum(len(one.payload) for one in messages) < CHUNK_BYTES:
+        if self._options.linger_ms and sum(len(one.payload) for one in messages) < BATCH_BYTES:
             await asyncio.sleep(self._options.linger_ms / 1000)
         self._heard.forget()
         producer = await self._ready()
@@ -217,30 +209,29 @@ class KafkaSink:
             settled={index for one in sent for index in one.indexes},
             failed=failed,
         )
-        # What can't be sent again in order before it is answered is answered first.
+        # What is sent already is answered before what comes behind it is sent.
         trouble = await self._wait(sent)
         while not packing.is_over and trouble is None:
-            packs = packing.next_chunk(producer.create_batch)
-            for number, pack in enumerate(packs):
-                trouble = await self._send(producer, pack, messages, sent)
-                if trouble is not None:
-                    left = [index for one in packs[number:] for index in one.indexes]
-                    failed.update(dict.fromkeys(left, trouble))
-                    break
+            for pack in packing.next_chunk(producer.create_batch):
+                if trouble is None:
+                    keys = [messages[index].dedup_key for index in pack.indexes]
+                    trouble = await self._send(producer, pack, keys, sent)
+                if trouble is not None and not any(one.pack is pack for one in sent):
+                    failed.update(dict.fromkeys(pack.indexes, trouble))
             # Lets requests out before the next ones are made.
             await asyncio.sleep(0)
         trouble = await self._wait(sent) or trouble
-        await self._note(sent, trouble, failed)
-        if not packing.is_over:
-            held = trouble or HeldBack("what was sent before was refused; this is sent again")
+        if trouble is not None:
             settled = {index for one in sent for index in one.indexes}
             left = [one for one in range(packing.packed, len(messages)) if one not in settled]
-            failed.update(dict.fromkeys(left, held))
-        failures = [
-            Failure(one, error, was_sent=not isinstance(error, HeldBack))
-            for one, error in sorted(failed.items())
-        ]
-        return PublishResult(failures=failures)
+            failed.update(dict.fromkeys(left, trouble))
+        await self._note(sent, trouble, failed)
+        return PublishResult(
+            failures=[
+                Failure(one, error, was_sent=not isinstance(error, HeldBack))
+                for one, error in sorted(failed.items())
+            ]
+        )
 
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds."""
@@ -285,7 +276,7 @@ class KafkaSink:
                 enable_idempotence=self._is_idempotent,
                 acks="all" if self._is_idempotent else 1,
                 compression_type=None if compression == "none" else compression,
-                max_batch_size=2 * BATCH_BYTES,
+                max_batch_size=BATCH_BYTES,
             )
             await client.start(producer, self._heard, self._options, "sink")
             self._producer = producer
@@ -358,82 +349,65 @@ class KafkaSink:
 
     def _in_flight(self, messages: Sequence[RelayMessage]) -> list[_Sent]:
         """What an earlier publish has sent of these messages, in the order in which it was."""
-        if not self._unsettled:
-            return []
-        found: dict[int, _Sent] = {}
-        for index, message in enumerate(messages):
+        found: list[_Sent] = []
+        for index, message in enumerate(messages if self._unsettled else ()):
             one = self._unsettled.get(message.dedup_key)
-            if one is not None and id(one) not in found:
-                found[id(one)] = one
+            if one is None:
+                continue
+            if one not in found:
+                found.append(one)
                 one.indexes = []
-            if one is not None:
-                one.indexes.append(index)
-        return list(found.values())
+            one.indexes.append(index)
+        return found
 
     async def _send(
-        self,
-        producer: AIOKafkaProducer,
-        pack: Pack,
-        messages: Sequence[RelayMessage],
-        sent: list[_Sent],
+        self, producer: AIOKafkaProducer, pack: Pack, keys: Sequence[str], sent: list[_Sent]
     ) -> RelayError | None:
         """Queue one batch behind the others of its partition; what keeps it from that."""
-        last = self._last.get((pack.topic, pack.partition))
-        if last is not None and (self._waits_for_each or last.slot not in self._begun):
+        last = self._last.get(pack.slot)
+        if last is not None and (self._waits_for_each or pack.slot not in self._begun):
             # Of a producer that is new to a partition a broker takes any number: a second batch
             # would be stored although the first is lost.
-            trouble = await self._wait([last])
-            if trouble is not None:
+            if (trouble := await self._wait([last])) is not None:
                 return trouble
         if any(one.error is not None for one in sent):
-            return HeldBack("what was sent before was refused; this is sent again")
-        return await self._bounded(self._queue(producer, pack, messages, sent))
+            return HeldBack("what was sent before was not accepted; this is sent again")
 
-    async def _queue(
-        self,
-        producer: AIOKafkaProducer,
-        pack: Pack,
-        messages: Sequence[RelayMessage],
-        sent: list[_Sent],
-    ) -> None:
-        answer = await producer.send_batch(pack.builder, pack.topic, partition=pack.partition)
-        one = _Sent(pack, [messages[index].dedup_key for index in pack.indexes], answer)
-        answer.add_done_callback(partial(self._answered, one))
-        self._last[one.slot] = one
-        self._unsettled.update(dict.fromkeys(one.keys, one))
-        sent.append(one)
+        async def queue() -> None:
+            topic, partition = pack.slot
+            answer = await producer.send_batch(pack.builder, topic, partition=partition)
+            one = _Sent(pack, keys, answer, pack.indexes)
+            answer.add_done_callback(answered)
+            self._last[pack.slot] = one
+            self._unsettled.update(dict.fromkeys(keys, one))
+            sent.append(one)
 
-    def _answered(self, one: _Sent, answer: asyncio.Future[Any]) -> None:
-        if not answer.cancelled() and answer.exception() is None:
-            self._begun.add(one.slot)
+        def answered(answer: asyncio.Future[Any]) -> None:
+            if answer.exception() is None:
+                self._begun.add(pack.slot)
+
+        return await self._bounded(queue())
 
     async def _wait(self, sent: Iterable[_Sent]) -> RelayError | None:
         """Wait until all are answered; what keeps us from that."""
-        pending = [one for one in sent if not one.answer.done()]
-        if not pending:
-            return None
-        return await self._bounded(asyncio.wait([one.answer for one in pending]))
+        pending = [one.answer for one in sent if not one.answer.done()]
+        return await self._bounded(asyncio.wait(pending)) if pending else None
 
     async def _bounded(self, work: Coroutine[Any, Any, object]) -> RelayError | None:
         """Wait for it no longer than for an answer, nor when brokers can't be reached."""
-        doing = asyncio.create_task(work)
-        hearing = asyncio.create_task(self._heard.is_any.wait())
+        tasks = doing, _ = asyncio.create_task(work), asyncio.create_task(self._heard.is_any.wait())
         try:
-            await asyncio.wait(
-                {doing, hearing}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hearing.cancel()
-            doing.cancel()
-            await asyncio.wait({doing, hearing})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         if doing.cancelled():
             return self._heard.trouble or TimedOut("sending records: no answer in time")
-        try:
-            with mapped("sending records"):
-                doing.result()
-        except RelayError as error:
-            return error
-        return None
+        error = doing.exception()
+        return (
+            None if error is None else of_exception(error, "sending records") or Outage(str(error))
+        )
 
     async def _note(
         self, sent: Sequence[_Sent], trouble: RelayError | None, failed: dict[int, RelayError]
@@ -441,37 +415,35 @@ class KafkaSink:
         """What became of the messages of these batches, and whether the producer can go on."""
         refused: set[tuple[str, int]] = set()
         is_spent = False
-        troubled = {one.pack.topic for one in sent if one.error is not None}
+        for name in {one.pack.slot[0] for one in sent}:
+            if all(one.error is None for one in sent if one.pack.slot[0] == name):
+                self._topics[name].is_searched = False
         for one in sent:
-            topic, error = self._topics[one.pack.topic], one.error
-            if one.pack.topic not in troubled:
-                topic.is_searched = False
+            error = one.error
             if not one.answer.done():
                 one.waits += 1
-                is_spent |= one.waits >= _MOST_WAITS and not self._heard.trouble
-                error = trouble or TimedOut("sending records: no answer in time")
-            else:
-                for key in one.keys:
-                    self._unsettled.pop(key, None)
-                is_spent |= error is not None
+                is_spent |= one.waits >= _MOST_WAITS and self._heard.trouble is None
+                error = trouble
+            is_spent |= error is not None and one.answer.done()
             if error is None:
                 continue
-            if one.slot in refused:
+            if one.pack.slot in refused:
                 error = HeldBack(f"{error.problem}; what was sent before it was refused")
             elif error.kind is ErrorKind.MESSAGE:
-                refused.add(one.slot)
+                refused.add(one.pack.slot)
                 if len(one.keys) > 1:
-                    error = self._search(topic, one.pack, error)
+                    error = self._search(one.pack, error)
             failed.update(dict.fromkeys(one.indexes, error))
-        answered = [key for key, one in self._unsettled.items() if one.answer.done()]
-        for key in answered:
-            del self._unsettled[key]
+        self._unsettled = {
+            key: one for key, one in self._unsettled.items() if not one.answer.done()
+        }
         if is_spent and self._is_idempotent:
             # The numbers of a partition have a gap now, or nobody knows.
             await self._give_up()
 
-    def _search(self, topic: Topic, pack: Pack, error: RelayError) -> Outage:
+    def _search(self, pack: Pack, error: RelayError) -> Outage:
         """The broker refuses a batch, for a message that it does not name."""
+        topic = self._topics[pack.slot[0]]
         if isinstance(error, MessageTooLarge):
             topic.batch_bytes = max(1, min(topic.batch_bytes, pack.limit) // 2)
             return Outage(f"{error.problem}; smaller batches are tried")
