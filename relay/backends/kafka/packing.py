@@ -152,7 +152,7 @@ class Packing:
     def _checked_size(
         self, name: str, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
     ) -> int:
-        """Its bytes. Raises `MessageTooLarge` for a record that is too large even in its own batch."""
+        """Its bytes. Raises `MessageTooLarge` where a batch of its own is too large."""
         texts = [part for header, text in headers for part in (header.encode(), text)]
         body = b"".join([key, value, *texts])
         limit = min(topic.limit, self._max_request_size)

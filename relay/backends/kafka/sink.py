@@ -365,11 +365,13 @@ class KafkaSink:
     ) -> RelayError | None:
         """Queue one batch behind the others of its partition; what keeps it from that."""
         last = self._last.get(pack.slot)
+        trouble = None
         if last is not None and (self._waits_for_each or pack.slot not in self._begun):
             # Of a producer that is new to a partition a broker takes any number: a second batch
             # would be stored although the first is lost.
-            if (trouble := await self._wait([last])) is not None:
-                return trouble
+            trouble = await self._wait([last])
+        if trouble is not None:
+            return trouble
         if any(one.error is not None for one in sent):
             return HeldBack("what was sent before was not accepted; this is sent again")
 

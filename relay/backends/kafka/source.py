@@ -9,7 +9,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
 from typing import Any, Self
 
 import msgspec
@@ -61,25 +60,16 @@ _NOTHING = "(?!)"
 _EMPTIED = "Control batch did not contain any records"
 
 
-class _State(Enum):
-    IN_FLIGHT = auto()
-    SETTLED = auto()
-    LOST = auto()
-
-
-class _Position:
+class _Position(msgspec.Struct, eq=False):
     """What one batch holds: by partition its first offset and the one behind its last."""
 
-    __slots__ = ("opening", "ranges", "state")
-
-    def __init__(self, opening: int, ranges: Mapping[TopicPartition, tuple[int, int]]) -> None:
-        self.opening = opening
-        self.ranges = ranges
-        self.state = _State.IN_FLIGHT
+    opening: int
+    ranges: Mapping[TopicPartition, tuple[int, int]]
+    is_lost: bool = False
 
 
 class _Page(msgspec.Struct):
-    """Records of one partition from ``at`` on; behind them comes ``behind``."""
+    """Records of one partition from ``at`` on; before them is ``start``, behind them ``behind``."""
 
     partition: TopicPartition
     records: Sequence[Any]
@@ -88,21 +78,7 @@ class _Page(msgspec.Struct):
     at: int = 0
 
 
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped in the library
-    """Tells one opening of a source what becomes of its partitions."""
-
-    def __init__(self, source: KafkaSource, consumer: AIOKafkaConsumer) -> None:
-        self._source = source
-        self._consumer = consumer
-
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        await self._source._revoked(self._consumer, revoked)  # noqa: SLF001 - a part of it
-
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        await self._source._assigned(self._consumer, sorted(assigned))  # noqa: SLF001 - as above
-
-
-class KafkaSource:
+class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped in the library
     """Reads topics as a member of a consumer group, and commits offsets when told to.
 
     The client keeps the membership and fetches. What goes wrong there is raised by the next poll.
@@ -200,7 +176,7 @@ class KafkaSource:
             for topic in self._topics:
                 if topic not in there:
                     raise client.topic_missing(topic, self._server)
-            consumer.subscribe(pattern=self._pattern, listener=_Listener(self, consumer))
+            consumer.subscribe(pattern=self._pattern, listener=self)
             deadline = time.monotonic() + _ASSIGNMENT_WAIT_S
             while not (self._is_assigned or self._is_interrupted):
                 self._take_in()
@@ -250,7 +226,7 @@ class KafkaSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Commit, for every partition of the batch, the offset behind it."""
         position = self._position(batch)
-        if position.state is _State.SETTLED:
+        if position not in self._in_flight:
             return
         consumer = self._open()
         offsets = {one: behind for one, (_, behind) in position.ranges.items()}
@@ -355,14 +331,12 @@ class KafkaSource:
         position = batch.position
         if not isinstance(position, _Position) or position.opening != self._opening:
             raise NotConnected("this batch was handed out before the source was opened again")
-        if position.state is _State.LOST:
+        if position.is_lost:
             raise OwnershipLost("the partitions of this batch went to another member of the group")
         return position
 
-    def _settle(self, position: _Position, state: _State = _State.SETTLED) -> None:
-        position.state = state
-        if position in self._in_flight:
-            self._in_flight.remove(position)
+    def _settle(self, position: _Position) -> None:
+        self._in_flight.remove(position)
         if not self._in_flight:
             self._all_in.set()
 
@@ -382,21 +356,22 @@ class KafkaSource:
         """Forget all partitions; what is still in flight is lost."""
         self._take_back()
         for position in tuple(self._in_flight):
-            self._settle(position, _State.LOST)
+            position.is_lost = True
+            self._settle(position)
         self._positions.clear()
         self._ends.clear()
 
     # Membership: called by the client, in the task that keeps it
 
-    async def _revoked(self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Before partitions are given up: wait until what is in flight is settled, within bounds.
 
         The client joins again when this returns. A task that is cancelled in here joins no more.
         """
-        self._coordination = asyncio.current_task()
+        consumer = self._member()
         self._is_rebalancing = True
         self._take_back()
-        end = None if self._is_joining_again else await self._end_of(consumer, partitions)
+        end = None if self._is_joining_again else await self._end_of(consumer, revoked)
         if end is not None:
             self._fail(end)
             self._release()
@@ -411,6 +386,13 @@ class KafkaSource:
         self._is_rebalancing = False
         if self._trouble is not None:
             raise asyncio.CancelledError
+
+    def _member(self) -> AIOKafkaConsumer:
+        """The client, of whose coordination this is the task."""
+        if self._consumer is None:
+            raise asyncio.CancelledError
+        self._coordination = asyncio.current_task()
+        return self._consumer
 
     async def _end_of(
         self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]
@@ -433,21 +415,19 @@ class KafkaSource:
             return None
         return None
 
-    async def _assigned(
-        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
-    ) -> None:
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Take over what is ours now."""
-        self._coordination = asyncio.current_task()
+        consumer = self._member()
         self._is_rebalancing = True
         self._take_back()
         if self._is_joining_again:
             self._is_joining_again = False
-            consumer.subscribe(pattern=self._pattern, listener=_Listener(self, consumer))
+            consumer.subscribe(pattern=self._pattern, listener=self)
             return
         try:
             with mapped(f"taking over partitions in the group {self._group!r}"):
                 async with asyncio.timeout(self._timeout_s):
-                    await self._take_over(consumer, partitions)
+                    await self._take_over(consumer, sorted(assigned))
                     has_new = await self._has_partitions_of_nobody(consumer)
         except RelayError as error:
             self._fail(error)
@@ -479,7 +459,7 @@ class KafkaSource:
         """Make the group rebalance: the client joins again when its topics change."""
         self._take_back()
         self._is_joining_again = self._is_rebalancing = True
-        consumer.subscribe(pattern=_NOTHING, listener=_Listener(self, consumer))
+        consumer.subscribe(pattern=_NOTHING, listener=self)
 
     async def _take_over(
         self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
@@ -490,7 +470,8 @@ class KafkaSource:
         acknowledged. Raises `PositionLost`.
         """
         committed = await asyncio.gather(*map(consumer.committed, partitions))
-        earliest, latest = await self._log_of(consumer, partitions)
+        earliest = await consumer.beginning_offsets(partitions) if partitions else {}
+        latest = await consumer.end_offsets(partitions) if partitions else {}
         starts: dict[TopicPartition, int] = {}
         for one, at in zip(partitions, committed, strict=True):
             if at is None:
@@ -507,14 +488,6 @@ class KafkaSource:
         self._answered.clear()
         for one in partitions:
             consumer.seek(one, self._positions[one])
-
-    async def _log_of(
-        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
-    ) -> tuple[Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
-        """Where the log of each partition begins, and ends."""
-        if not partitions:
-            return {}, {}
-        return await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
 
     def _instead_of(self, partition: TopicPartition, at: int, earliest: int, latest: int) -> int:
         """Where to go on when the position is not in the log. Raises `PositionLost`."""
@@ -556,43 +529,39 @@ class KafkaSource:
         return True
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> list[_Page]:
-        """The next records; whoever is interrupted meanwhile gets them later."""
-        if self._suspects:
-            return await self._fetch_one_by_one(consumer)
-        try:
-            found = await consumer.getmany(
-                timeout_ms=int(_POLL_S * 1000), max_records=self._batch_size
-            )
-        except driver.OffsetOutOfRangeError as error:
-            self._seek_all(consumer)
-            for partition in error.args[0]:
-                await self._find_place(consumer, partition)
-            return []
-        except (driver.KafkaError, UnicodeDecodeError) as error:
-            if not _is_of_a_record(error):
-                raise
-            # What was read of other partitions went with it.
-            self._seek_all(consumer)
-            self._suspects = list(self._positions)
-            return []
-        return [_Page(one, records, await consumer.position(one)) for one, records in found.items()]
+        """The next records; whoever is interrupted meanwhile gets them later.
 
-    async def _fetch_one_by_one(self, consumer: AIOKafkaConsumer) -> list[_Page]:
-        """The next record of each suspect; one that can't be read is passed and named."""
+        A record that the client can't read it would come to again and again. Such a one is looked
+        for record by record, passed, and named.
+        """
+        careful = {"timeout_ms": _FETCH_WAIT_MS // 4, "max_records": 1}
+        swift = {"timeout_ms": int(_POLL_S * 1000), "max_records": self._batch_size}
         pages: list[_Page] = []
-        for one in self._suspects:
-            at = await consumer.position(one)
+        for suspect in self._suspects or [None]:
+            at = 0 if suspect is None else await consumer.position(suspect)
             try:
-                found = await consumer.getmany(one, timeout_ms=_FETCH_WAIT_MS // 4, max_records=1)
+                if suspect is None:
+                    found = await consumer.getmany(**swift)
+                else:
+                    found = await consumer.getmany(suspect, **careful)
+            except driver.OffsetOutOfRangeError as error:
+                self._seek_all(consumer)
+                for partition in error.args[0]:
+                    await self._find_place(consumer, partition)
+                return []
             except (driver.KafkaError, UnicodeDecodeError) as error:
-                if not _is_of_a_record(error):
+                if not isinstance(error, UnicodeDecodeError) and _EMPTIED not in str(error):
                     raise
-                consumer.seek(one, at + 1)
-                self._suspects = [one]
-                return [*pages, _Page(one, [_unreadable(one, at, error)], at + 1)]
-            pages += [
-                _Page(one, records, await consumer.position(one)) for records in found.values()
-            ]
+                if suspect is None:
+                    # What was read of other partitions went with it.
+                    self._seek_all(consumer)
+                    self._suspects = list(self._positions)
+                    return []
+                consumer.seek(suspect, at + 1)
+                self._suspects = [suspect]
+                return [*pages, _Page(suspect, [_unreadable(suspect, at, error)], at + 1)]
+            for one, records in found.items():
+                pages.append(_Page(one, records, await consumer.position(one)))
         if len(self._suspects) == 1 or not pages:
             self._suspects = []
         return pages
@@ -602,8 +571,8 @@ class KafkaSource:
         offset = self._positions[partition]
         with mapped(f"asking for offsets at {self._server}"):
             async with asyncio.timeout(self._timeout_s):
-                earliest, latest = await self._log_of(consumer, [partition])
-        first, end = earliest[partition], latest[partition]
+                first = (await consumer.beginning_offsets([partition]))[partition]
+                end = (await consumer.end_offsets([partition]))[partition]
         if not first <= offset <= end and self._positions.get(partition) == offset:
             self._positions[partition] = self._instead_of(partition, offset, first, end)
             self._ends[partition] = end
@@ -717,11 +686,6 @@ class KafkaSource:
             if await consumer.position(one) < (self._ends[one] if end is None or end < 0 else end):
                 return False
         return True
-
-
-def _is_of_a_record(error: Exception) -> bool:
-    """Whether the client can't read a record, and will come to it again and again."""
-    return isinstance(error, UnicodeDecodeError) or str(error).endswith(_EMPTIED)
 
 
 def _unreadable(partition: TopicPartition, offset: int, error: Exception) -> Rejected:
