@@ -313,7 +313,6 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         self._release()
         self._is_rebalancing = self._is_joining_again = False
         self._trouble = None
-        self._suspects = []
         self._counted = 0
         if consumer is not None:
             await client.close(consumer)
@@ -336,7 +335,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         return position
 
     def _settle(self, position: _Position) -> None:
-        self._in_flight.remove(position)
+        if position in self._in_flight:
+            self._in_flight.remove(position)
         if not self._in_flight:
             self._all_in.set()
 
@@ -347,6 +347,7 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
     def _take_back(self) -> None:
         """Hand out nothing more: what was fetched comes again."""
         self._is_assigned = False
+        self._suspects = []
         self._pages.clear()
         if self._fetching is not None:
             self._fetching.cancel()
@@ -568,12 +569,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
 
     async def _find_place(self, consumer: AIOKafkaConsumer, partition: TopicPartition) -> None:
         """Go on elsewhere where the next records are not in the log. Raises `PositionLost`."""
-        offset = self._positions[partition]
+        offset = self._positions.get(partition, -1)
         with mapped(f"asking for offsets at {self._server}"):
             async with asyncio.timeout(self._timeout_s):
                 first = (await consumer.beginning_offsets([partition]))[partition]
                 end = (await consumer.end_offsets([partition]))[partition]
-        if not first <= offset <= end and self._positions.get(partition) == offset:
+        if not first <= offset <= end and self._positions.get(partition, -1) == offset >= 0:
             self._positions[partition] = self._instead_of(partition, offset, first, end)
             self._ends[partition] = end
             consumer.seek(partition, self._positions[partition])
