@@ -539,6 +539,27 @@ async def test_every_event_of_a_topic_that_was_created_again_has_a_key_of_its_ow
     await source.aclose()
 
 
+async def test_a_late_acknowledgement_does_not_skip_what_a_topic_has_that_was_created_again(
+    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.backends.kafka.source._UNWATCHED_MS", -(10**6))
+    await far_side.put_all([b'"A%d"' % n for n in range(1, 5)])
+    source = await connected(far_side, batch_size=2)
+    (batch,) = await collect(source, 2)
+
+    await far_side.drop()
+    await far_side.create()
+    await far_side.put_all([b'"B%d"' % n for n in range(1, 6)])
+    with pytest.raises((Outage, OwnershipLost)):
+        await source.acknowledge(batch)
+    assert isinstance(await trouble_of(source), Outage | OwnershipLost)
+    await source.connect()
+
+    arrived = messages_of(await collect(source, 5))
+    assert [one.payload for one in arrived] == [b'"B%d"' % n for n in range(1, 6)]
+    await source.aclose()
+
+
 class _Sticking(AIOKafkaConsumer):  # type: ignore[misc]  # untyped in the library
     """A consumer that comes to a control batch that compaction has emptied, as the library does.
 

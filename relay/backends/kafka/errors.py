@@ -101,18 +101,11 @@ _LACKING = {
     87: "INVALID_RECORD",
     89: "THROTTLING_QUOTA_EXCEEDED",
 }
-_THAT_PASS = (74, 78, 89)
 _WORDS = {58: "the login is refused"}
-
 for _code, _name in _LACKING.items():
-    client.kafka_errors.setdefault(
-        _code,
-        type(
-            _name,
-            (client.BrokerResponseError,),
-            {"errno": _code, "message": _name, "retriable": _code in _THAT_PASS},
-        ),
-    )
+    # The library tries again by itself what passes.
+    _members = {"errno": _code, "message": _name, "retriable": _code in (74, 78, 89)}
+    client.kafka_errors.setdefault(_code, type(_name, (client.BrokerResponseError,), _members))
 
 
 def of_code(code: int, doing: str) -> RelayError:

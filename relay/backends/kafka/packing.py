@@ -105,31 +105,33 @@ class Packing:
     def next_chunk(self, new_builder: Callable[[], Any]) -> list[Pack]:
         """The next batches, one of a partition, about `BATCH_BYTES` together."""
         packs: dict[tuple[str, int], Pack] = {}
-        messages, topics, known = self._messages, self._topics, self._known
+        messages, topics, settled = self._messages, self._topics, self._settled
+        values, keys, key_hashes = self._values, self._keys, self._hashes
         headers_of, now_ms = self._encoder.headers, int(time.time() * 1000)
         size, at, end = 0, self.packed, len(messages)
         while at < end and size < BATCH_BYTES:
-            if at == len(self._values):
+            if at == len(values):
                 self._make_more()
             name = topics[at]
-            if name is None or at in self._settled:
+            if name is None or at in settled:
                 at += 1
                 continue
-            value, key, topic = self._values[at], self._keys[at], known[name]
+            value, key, topic = values[at], keys[at], self._known[name]
             try:
                 if not isinstance(value, bytes):
                     raise value
                 if not isinstance(key, bytes):
                     raise key
-                headers = headers_of(messages[at])
+                message = messages[at]
+                headers = headers_of(message)
                 bytes_ = len(value)
-                if messages[at].headers or bytes_ * 4 > topic.batch_bytes:
+                if message.headers or bytes_ * 4 > topic.batch_bytes:
                     bytes_ = self._checked_size(name, topic, key, value, headers)
             except MessageRejected as error:
                 self._failed[at] = error
                 at += 1
                 continue
-            number = partition_of(self._hashes[at], topic.partitions) if key else topic.turn()
+            number = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
             pack = packs.get((name, number))
             if pack is None:
                 limit = 1 if topic.is_searched else topic.batch_bytes

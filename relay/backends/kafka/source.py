@@ -54,6 +54,7 @@ _DRAIN_SHARE = 0.8
 # What a request may take on top of what the broker itself waits for.
 _MARGIN_MS = 5000
 _NEVER_MS = 2**31 - 1
+_UNWATCHED_MS = 5000
 _NAMED_PARTITIONS = 4
 _NOTHING = "(?!)"
 # The client's words for a control batch that compaction has emptied.
@@ -233,12 +234,30 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         try:
             with mapped(f"committing offsets of the group {self._group!r}"):
                 async with asyncio.timeout(self._timeout_s), self._committing:
+                    await self._check_generation(consumer, list(offsets))
                     await consumer.commit(offsets)
         except OwnershipLost as error:
             self._fail(error)
             self._release()
             raise
         self._settle(position)
+
+    async def _check_generation(
+        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+    ) -> None:
+        """Raise `OwnershipLost` where a topic was deleted and created again while nobody looked.
+
+        A fetch finds that at once. Of a partition that is not fetched, since what was fetched is
+        not used up, the broker has forgotten what was committed; a commit would skip what is new.
+        """
+        if not consumer.assignment().issuperset(partitions):
+            raise OwnershipLost("the group rebalances")
+        oldest_ms = time.time() * 1000 - _UNWATCHED_MS
+        unwatched = [
+            one for one in partitions if (consumer.last_poll_timestamp(one) or 0) < oldest_ms
+        ]
+        if None in await asyncio.gather(*map(consumer.committed, unwatched)):
+            raise OwnershipLost(f"one of {', '.join(self._topics)} was deleted and created again")
 
     async def keep_alive(self, batch: Batch) -> None:
         """See that the batch is still ours. Raises `OwnershipLost`, `Outage`."""
