@@ -361,6 +361,24 @@ async def test_whoever_runs_the_pipeline_next_has_its_partitions_at_once_and_shu
     await successor.aclose()
 
 
+async def test_a_pipeline_whose_topic_is_changed_takes_its_place_when_its_session_is_over(
+    far_side: FarSide, wide: FarSide
+) -> None:
+    keys = {"group_id": far_side.topic, "session_timeout_ms": 1500}
+    before = await connected(far_side, **keys)
+    await before.aclose()
+    await wide.put_all([b"{}"] * 3)
+    source = reader(wide, **keys)
+
+    with pytest.raises(Outage, match="read other topics") as refused:
+        await source.connect()
+    await asyncio.sleep(refused.value.retry_after_s or 0)
+    await source.connect()
+
+    assert len(messages_of(await collect(source, 3))) == 3
+    await source.aclose()
+
+
 async def test_members_with_names_of_their_own_share_the_partitions(wide: FarSide) -> None:
     first = await connected(wide, pipeline="a", group_instance_id="")
     second = await connected(wide, pipeline="b")

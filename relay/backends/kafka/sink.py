@@ -156,6 +156,8 @@ class KafkaSink:
                 await self._learn(producer, admin, {topic})
         except BaseException:
             await client.close(admin)
+            if not self._unsettled:
+                await self._give_up()
             raise
         self._admin = admin
 

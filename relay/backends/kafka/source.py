@@ -57,7 +57,8 @@ _NEVER_MS = 2**31 - 1
 _UNWATCHED_MS = 5000
 _NAMED_PARTITIONS = 4
 _NOTHING = "(?!)"
-# The client's words for a control batch that compaction has emptied.
+# The client's words for an assignment of others, and a control batch emptied by compaction.
+_OF_OTHER_TOPICS = "assignment for unsubscribed topic"
 _EMPTIED = "Control batch did not contain any records"
 
 
@@ -614,6 +615,13 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         if error is not None:
             doing = f"reading from Kafka at {self._server}"
             ours = of_exception(error, doing)
+            if _OF_OTHER_TOPICS in str(error):
+                # Who takes a static member's place gets its partitions, of whatever topics.
+                ours = Outage(
+                    f"the member {self._instance!r} of the group {self._group!r} read other topics",
+                    remedy="its place is taken when its session is over",
+                    retry_after_s=self._options.session_timeout_ms / 1000 + 1,
+                )
             if ours is None:
                 _log.error("unexpected error", exc_info=error)
                 ours = Outage(f"{doing}: unexpected {type(error).__name__}")
