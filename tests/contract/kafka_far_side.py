@@ -26,7 +26,6 @@ from msgspec import structs
 
 from relay.backends.kafka import KafkaSink, KafkaSource
 from relay.backends.kafka.errors import mapped
-from relay.backends.kafka.producer import CODECS
 from relay.backends.kafka.record import RecordEncoder, decoded
 from relay.contracts import Rejected
 from relay.message import RelayMessage
@@ -38,6 +37,7 @@ from tests.servers.tls import TlsFiles
 
 TIMEOUT_MS = 10_000
 _BATCH_HEADER_BYTES = 61
+_CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 
 
 def sink_of(
@@ -367,7 +367,7 @@ def batch_with_broken_header(values: Sequence[bytes], compression: str) -> bytes
         return bytes(builder.build())
 
     plain = bytearray(built(0)[_BATCH_HEADER_BYTES:].replace(b"~~", b"\xff\xfe"))
-    codec = CODECS[compression]
+    codec = _CODECS[compression]
     encoders = {
         "gzip": client_codec.gzip_encode,
         "snappy": client_codec.snappy_encode,

@@ -1,31 +1,23 @@
-"""Apache Kafka, as a sink and as a source.
+"""Apache Kafka, as a sink and as a source, on the public interface of aiokafka.
 
 **Sink.** A message is accepted when its partition's leader has answered for its batch: with
-``acks`` ``all``, the default, every in-sync replica has it then (how many there must be is the
-topic's ``min.insync.replicas``), with ``1`` the leader alone. Order is kept within a partition,
-and a record key's partition is that of Kafka's own clients; by default the key is the dedup key,
-which spreads the events of an entity: ``key_template: "{key}"`` keeps them together, in order. The
-producer is idempotent (`relay.backends.kafka.producer`): up to five requests are under way on a
-connection, none of them overtakes another, and what is sent again after a lost connection is
-stored once, as long as the relay lives. A relay that is killed sends again what it can't know was
-stored; consumers deduplicate by the header ``pgtrickle-dedup-key``. ``ordering`` makes a
-difference with ``acks: 1`` only: ``strict``, the default, has one request under way then, at the
-cost of a round trip each; with ``pipelined`` there are five, and an event may be stored before an
-earlier one that failed. A topic is never made; an event that is larger than ``max_request_size``
-or the topic's ``max.message.bytes`` is refused before it is sent.
+``acks`` ``all``, the default, every in-sync replica has it then, with ``1`` the leader alone. The
+order of a partition is kept, also when batches are sent again; a record key's partition is that of
+Kafka's own clients. The producer is idempotent: while the relay lives, what is sent again after a
+lost connection is stored once. ``ordering`` makes a difference with ``acks: 1`` only: ``strict``,
+the default, has one batch of a partition in flight, with ``pipelined`` an event may be stored
+before an earlier one that failed. A topic is never made; an event that is larger than
+``max_request_size`` or the topic's ``max.message.bytes`` is refused before it is sent.
 
-**Source.** A member of a consumer group. For every partition of a batch the offset behind it is
-committed when the batch is acknowledged, and nothing else is. Order is the partition's. Group and
-member are by default named after the pipeline, and the member is static: whichever relay runs the
-pipeline next takes its place at once, with its partitions, also after a kill, and shuts out the
-one before. When the group shares its partitions anew, nothing more is handed out, and what is out
-has until ``rebalance_timeout_ms`` (a fifth is kept for joining again) to be settled before the
-partitions are let go. Signs of life are given for as long as the process lives, however slow a
-batch is. A position that retention or a new topic took away is an error that names the range,
-unless ``on_position_lost`` says where to go on, which is then logged as a warning. The dedup key
-is ours where the message is ours, else its header ``pgtrickle-dedup-key``, else
-``kafka:{topic}:{partition}:{offset}``; a topic that is deleted and made again has the same offsets
-again.
+**Source.** A member of a consumer group, by default a static one that is named after the pipeline:
+whichever relay runs it next takes its place, with its partitions, and shuts out the one before.
+The offset behind each partition of a batch is committed when the batch is acknowledged. In a
+rebalance nothing more is handed out, and what is in flight has until ``rebalance_timeout_ms`` to
+be settled. A position that is not in the log is an error that names the range, unless
+``on_position_lost`` says where to go on. A record that the client can't read becomes a dead letter
+that names its offset. The dedup key is ours, or the header ``pgtrickle-dedup-key``, else
+``kafka:{topic}:{partition}:{offset}:{timestamp}``: a topic that is deleted and created again has
+the same offsets again, at other times.
 
 Needs Kafka 2.3. A change in the number of partitions moves keys to other partitions, and their
 order is not kept across it: that is so with every client.

@@ -1,37 +1,49 @@
-"""The messages of one publish on their way into record batches, some hundred in one go."""
+"""The messages of one publish on their way into batches, some hundred in one go."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import msgspec
+from aiokafka import codec
 
 from relay.backends.kafka.partition import hashes, partition_of
-from relay.backends.kafka.producer import RecordBatch
-from relay.backends.kafka.record import RecordEncoder
-from relay.errors import MessageRejected, MessageUndecodable, RelayError
+from relay.backends.kafka.record import Header, RecordEncoder
+from relay.errors import MessageRejected, MessageTooLarge, MessageUndecodable, RelayError
 from relay.message import RelayMessage
 from relay.template import Render
 
-# What goes into one request: brokers handle few large ones with far less effort than many small.
-CHUNK_BYTES = 512 * 1024
+LIMIT_NAME = "max.message.bytes"
 
+# The most of one batch, and of the batches that are packed at a time: brokers handle few large
+# requests with far less effort than many small ones.
+BATCH_BYTES = 512 * 1024
+_OVERHEAD_BYTES = 96
 _RECORDS_AT_ONCE = 250
+_COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "gzip": codec.gzip_encode,
+    "snappy": codec.snappy_encode,
+    "lz4": codec.lz4_encode,
+    "zstd": codec.zstd_encode,
+}
 
 
 class Topic(msgspec.Struct):
     """What the sink knows of a topic.
 
-    ``limit``: the most bytes of a batch that it takes; ``batch_bytes``: the most that we give it;
-    ``is_searched``: each record is a batch, to find the one that the broker refuses;
-    ``next_partition``: for a record without a key.
+    ``limit``: the most bytes of a batch that it takes, ``known_at``: when that was asked;
+    ``batch_bytes``: the most that we give it; ``is_searched``: each record is a batch, to find the
+    one that the broker refuses; ``next_partition``: for a record without a key.
     """
 
     partitions: int
     limit: int
     batch_bytes: int
+    known_at: float
     is_searched: bool = False
     next_partition: int = 0
 
@@ -41,11 +53,21 @@ class Topic(msgspec.Struct):
         return self.next_partition
 
 
+class Pack(msgspec.Struct):
+    """A batch of the client for one partition; ``indexes`` are those of its messages."""
+
+    slot: tuple[str, int]
+    builder: Any  # untyped in the library
+    limit: int
+    indexes: list[int] = []
+
+
 class Packing:
     """Puts messages into batches, in order.
 
-    ``topics``: of each message, None for one that is not to be sent. ``key_of``: what the record
-    key is, None for the dedup key. What can't be sent is noted in ``failed`` by its index.
+    ``topics``: of each message, None for one that is not to be sent; ``settled``: those that are
+    in a batch already. ``key_of``: what the record key is, None for the dedup key. What can't be
+    sent is noted in ``failed`` by its index.
     """
 
     def __init__(
@@ -56,7 +78,8 @@ class Packing:
         *,
         encoder: RecordEncoder,
         key_of: Render | None,
-        codec: int,
+        compression: str,
+        max_request_size: int,
         settled: AbstractSet[int],
         failed: dict[int, RelayError],
     ) -> None:
@@ -65,7 +88,8 @@ class Packing:
         self._known = known
         self._encoder = encoder
         self._key_of = key_of
-        self._codec = codec
+        self._compress = _COMPRESS[compression]
+        self._max_request_size = max_request_size
         self._settled = settled
         self._failed = failed
         self._values: list[bytes | MessageUndecodable] = []
@@ -78,51 +102,70 @@ class Packing:
         """True when each message is in a batch, or has failed."""
         return self.packed == len(self._messages)
 
-    def next_chunk(self) -> list[RecordBatch]:
-        """The next batches, one of a partition, about `CHUNK_BYTES` together."""
-        batches: dict[tuple[str, int], RecordBatch] = {}
-        messages, topics, known, settled = self._messages, self._topics, self._known, self._settled
+    def next_chunk(self, new_builder: Callable[[], Any]) -> list[Pack]:
+        """The next batches, one of a partition, about `BATCH_BYTES` together."""
+        packs: dict[tuple[str, int], Pack] = {}
+        messages, topics, settled = self._messages, self._topics, self._settled
         values, keys, key_hashes = self._values, self._keys, self._hashes
-        headers_of, failed = self._encoder.headers, self._failed
-        now_ms = int(time.time() * 1000)
-        size = 0
-        at, end = self.packed, len(messages)
-        while at < end and size < CHUNK_BYTES:
+        headers_of, now_ms = self._encoder.headers, int(time.time() * 1000)
+        size, at, end = 0, self.packed, len(messages)
+        while at < end and size < BATCH_BYTES:
             if at == len(values):
                 self._make_more()
             name = topics[at]
             if name is None or at in settled:
                 at += 1
                 continue
-            value, key = values[at], keys[at]
+            value, key, topic = values[at], keys[at], self._known[name]
             try:
                 if not isinstance(value, bytes):
                     raise value
                 if not isinstance(key, bytes):
                     raise key
-                headers = headers_of(messages[at])
+                message = messages[at]
+                headers = headers_of(message)
+                bytes_ = len(value)
+                if message.headers or bytes_ * 4 > topic.batch_bytes:
+                    bytes_ = self._checked_size(name, topic, key, value, headers)
             except MessageRejected as error:
-                failed[at] = error
+                self._failed[at] = error
                 at += 1
                 continue
-            topic = known[name]
-            partition = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
-            batch = batches.get((name, partition))
-            if batch is None:
-                # The first record is always taken.
+            number = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
+            pack = packs.get((name, number))
+            if pack is None:
                 limit = 1 if topic.is_searched else topic.batch_bytes
-                batch = RecordBatch(name, partition, codec=self._codec, limit=limit)
-                batches[name, partition] = batch
-            indexes = batch.indexes
-            if batch.add(len(indexes), now_ms, key or None, value, headers) is None:
+                pack = packs[name, number] = Pack((name, number), new_builder(), limit)
+            elif pack.limit < BATCH_BYTES:
+                more = _OVERHEAD_BYTES + len(key) + bytes_ + sum(len(one[1]) for one in headers)
+                if pack.builder.size() + more > pack.limit:
+                    break
+            taken = pack.builder.append(
+                timestamp=now_ms, key=key or None, value=value, headers=headers
+            )
+            if taken is None:
                 break
-            indexes.append(at)
-            size += len(value)
+            pack.indexes.append(at)
+            size += bytes_
             at += 1
         self.packed = at
-        for batch in batches.values():
-            batch.keys = [messages[index].dedup_key for index in batch.indexes]
-        return list(batches.values())
+        return list(packs.values())
+
+    def _checked_size(
+        self, name: str, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
+    ) -> int:
+        """Its bytes. Raises `MessageTooLarge` where a batch of its own is too large."""
+        texts = [part for header, text in headers for part in (header.encode(), text)]
+        body = b"".join([key, value, *texts])
+        limit = min(topic.limit, self._max_request_size)
+        if _OVERHEAD_BYTES + len(body) > limit:
+            size = _OVERHEAD_BYTES // 2 + len(self._compress(body))
+            if size > limit:
+                said = f"max_request_size is {limit} bytes"
+                if topic.limit == limit:
+                    said = f"{LIMIT_NAME} of the topic {name!r} is {limit} bytes"
+                raise MessageTooLarge(f"the record has {size} bytes with its batch, {said}")
+        return len(body)
 
     def _make_more(self) -> None:
         """Values, keys and hashes of the next messages."""

@@ -8,9 +8,9 @@ and its key; without a value (a tombstone) it is the delete of its key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
+from aiokafka import ConsumerRecord
 from msgspec import structs
 
 from relay import wire
@@ -24,26 +24,6 @@ _OWN = wire.LOWER.names()
 _FORMAT = wire.LOWER.format
 _DEDUP_KEY = wire.LOWER.dedup_key
 _MARKED_AS_ENVELOPE = (_FORMAT, b"envelope")
-
-
-class Record(Protocol):
-    """One record as the library reads it."""
-
-    @property
-    def offset(self) -> int:
-        """Its place in the partition."""
-
-    @property
-    def key(self) -> bytes | None:
-        """The record key."""
-
-    @property
-    def value(self) -> bytes | None:
-        """The body; None for a tombstone."""
-
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes | None]]:
-        """Names and values, in order; a name can come more than once."""
 
 
 class RecordEncoder:
@@ -86,7 +66,7 @@ class RecordEncoder:
         return headers
 
 
-def decoded(record: Record, topic: str, partition: int) -> RelayMessage | Rejected:
+def decoded(record: ConsumerRecord, topic: str, partition: int) -> RelayMessage | Rejected:
     """The message of a record, or why it is none, with the raw body."""
     headers = record.headers
     if _MARKED_AS_ENVELOPE in headers:
@@ -99,7 +79,7 @@ def decoded(record: Record, topic: str, partition: int) -> RelayMessage | Reject
 
 
 def _of_ours(
-    record: Record, topic: str, partition: int, headers: Mapping[str, str] | None
+    record: ConsumerRecord, topic: str, partition: int, headers: Mapping[str, str] | None
 ) -> RelayMessage | Rejected:
     """``headers`` None: it is an envelope."""
     body = record.value
@@ -125,7 +105,7 @@ def _of_ours(
 
 
 def _of_others(
-    record: Record, topic: str, partition: int, texts: Mapping[str, str]
+    record: ConsumerRecord, topic: str, partition: int, texts: Mapping[str, str]
 ) -> RelayMessage | Rejected:
     own_key = next((text for name, text in texts.items() if name.lower() == _DEDUP_KEY), "")
     body = record.value
@@ -145,8 +125,17 @@ def _of_others(
     return message
 
 
-def _position(record: Record, topic: str, partition: int) -> str:
-    return f"kafka:{topic}:{partition}:{record.offset}"
+def position_key(topic: str, partition: int, offset: int, timestamp: int | None = None) -> str:
+    """The dedup key of a record that brings none.
+
+    A topic that is deleted and created again has the same offsets again, at other times.
+    """
+    known = f"kafka:{topic}:{partition}:{offset}"
+    return known if timestamp is None else f"{known}:{timestamp}"
+
+
+def _position(record: ConsumerRecord, topic: str, partition: int) -> str:
+    return position_key(topic, partition, record.offset, record.timestamp)
 
 
 def _text(text: bytes) -> str:

@@ -5,31 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
 from typing import Any, Self
 
-from aiokafka.protocol.fetch import FetchRequest
-from aiokafka.protocol.offset import OffsetRequest
+import msgspec
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import errors as driver
 
-from relay.backends.kafka.cluster import Cluster, open_cluster
-from relay.backends.kafka.errors import OFFSET_OUT_OF_RANGE, UNKNOWN_TOPIC_OR_PARTITION, of_code
-from relay.backends.kafka.fetch import Page, pages
-from relay.backends.kafka.group import Member, Partition, Rebalancing
-from relay.backends.kafka.options import KafkaSourceOptions, check_at_least, check_connection
-from relay.backends.kafka.record import decoded
+from relay.backends.kafka import client
+from relay.backends.kafka.errors import mapped, of_exception
+from relay.backends.kafka.options import (
+    KafkaSourceOptions,
+    addresses_of,
+    check_at_least,
+    check_connection,
+)
+from relay.backends.kafka.record import decoded, position_key
 from relay.backends.kafka.topic import check_names
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
 from relay.errors import (
     ConfigurationError,
+    MessageUndecodable,
     NotConnected,
     Outage,
     OwnershipLost,
     PositionLost,
     RelayError,
+    TimedOut,
 )
 from relay.message import RelayMessage
 from relay.options import parse_options
@@ -39,39 +45,45 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.9
 # How long `connect` waits for partitions; a poll goes on waiting.
 _ASSIGNMENT_WAIT_S = 10.0
+_HEALTH_TIMEOUT_S = 2.0
 _FETCH_WAIT_MS = 500
 _PARTITION_FETCH_BYTES = 1024 * 1024
-_FETCH_LANE = "fetch"
-_LONGEST_HEARTBEAT_S = 3.0
-# Of the time that the group gives us to finish what is out, what joining again may take.
+_LONGEST_HEARTBEAT_MS = 3000
+# Of the time that the group gives us to finish what is in flight, what joining again may take.
 _DRAIN_SHARE = 0.8
-_EARLIEST, _LATEST = -2, -1
-_ISOLATION = {"read_uncommitted": 0, "read_committed": 1}
+# What a request may take on top of what the broker itself waits for.
+_MARGIN_MS = 5000
+_NEVER_MS = 2**31 - 1
+_UNWATCHED_MS = 5000
 _NAMED_PARTITIONS = 4
+_NOTHING = "(?!)"
+# The client's words for an assignment of others, and a control batch emptied by compaction.
+_OF_OTHER_TOPICS = "assignment for unsubscribed topic"
+_EMPTIED = "Control batch did not contain any records"
 
 
-class _State(Enum):
-    OUT = auto()
-    SETTLED = auto()
-    LOST = auto()
-
-
-class _Position:
+class _Position(msgspec.Struct, eq=False):
     """What one batch holds: by partition its first offset and the one behind its last."""
 
-    __slots__ = ("opening", "ranges", "state")
-
-    def __init__(self, opening: int, ranges: Mapping[Partition, tuple[int, int]]) -> None:
-        self.opening = opening
-        self.ranges = ranges
-        self.state = _State.OUT
+    opening: int
+    ranges: Mapping[TopicPartition, tuple[int, int]]
+    is_lost: bool = False
 
 
-class KafkaSource:
+class _Page(msgspec.Struct):
+    """Records of one partition from ``at`` on; before them is ``start``, behind them ``behind``."""
+
+    partition: TopicPartition
+    records: Sequence[Any]
+    behind: int
+    start: int = 0
+    at: int = 0
+
+
+class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped in the library
     """Reads topics as a member of a consumer group, and commits offsets when told to.
 
-    One task keeps the membership, one more for each broker fetches. They end with `aclose` or
-    `connect`; what goes wrong in one is raised by the next poll.
+    The client keeps the membership and fetches. What goes wrong there is raised by the next poll.
     """
 
     def __init__(
@@ -79,34 +91,43 @@ class KafkaSource:
         options: KafkaSourceOptions,
         *,
         topics: Sequence[str],
-        member: Member,
+        pipeline: str,
         batch_size: int,
         batch_bytes: int,
-        name: str,
     ) -> None:
         self._options = options
         self._topics = topics
-        self._member = member
+        # A topic that is subscribed to by its name is made where it is missing.
+        self._pattern = f"^(?:{'|'.join(map(re.escape, topics))})$"
+        self._pipeline = pipeline
+        self._group = options.group_id or pipeline
+        instance = options.group_instance_id
+        self._instance = (pipeline if instance is None else instance) or None
         self._batch_size = batch_size
         self._batch_bytes = batch_bytes
-        self._name = name
-        self._isolation = _ISOLATION[options.isolation_level]
-        shortest_ms = min(options.session_timeout_ms, options.rebalance_timeout_ms)
-        self._heartbeat_s = min(_LONGEST_HEARTBEAT_S, shortest_ms / 3000)
-        self._most_buffered = max(options.fetch_max_bytes, 2 * batch_bytes)
-        self._cluster: Cluster | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._timeout_s = options.request_timeout_ms / 1000
+        self._server = ",".join(map(str, addresses_of(options, "source")))
+        self._consumer: AIOKafkaConsumer | None = None
+        self._heard = client.Heard(options)
         self._opening = 0
         self._trouble: RelayError | None = None
-        # Where to fetch next, and where the log ends as far as we know.
-        self._positions: dict[Partition, int] = {}
-        self._ends: dict[Partition, int] = {}
+        # Where the next records of each partition begin, and where its log ends.
+        self._positions: dict[TopicPartition, int] = {}
+        self._ends: dict[TopicPartition, int] = {}
+        # When each partition was last answered for, by the client's clock and by ours.
+        self._answered: dict[TopicPartition, tuple[int | None, float]] = {}
+        self._counted = 0
         self._is_assigned = False
-        self._pages: deque[Page] = deque()
-        self._buffered = 0
-        self._room = asyncio.Event()
-        self._out: list[_Position] = []
+        self._is_rebalancing = False
+        self._is_joining_again = False
+        self._coordination: asyncio.Task[Any] | None = None
+        self._fetching: asyncio.Task[list[_Page]] | None = None
+        self._pages: deque[_Page] = deque()
+        # Partitions of which one has a record that the client can't read.
+        self._suspects: list[TopicPartition] = []
+        self._in_flight: list[_Position] = []
         self._all_in = asyncio.Event()
+        self._committing = asyncio.Lock()
         self._wake = asyncio.Event()
         self._is_interrupted = False
 
@@ -126,81 +147,78 @@ class KafkaSource:
         )
         if parsed.group_id == "":
             raise ConfigurationError("source.group_id is empty", remedy="leave it out, or name it")
-        instance = parsed.group_instance_id
-        member = Member(
-            parsed.group_id or context.pipeline,
-            topics,
-            instance=(context.pipeline if instance is None else instance) or None,
-            session_timeout_ms=parsed.session_timeout_ms,
-            rebalance_timeout_ms=parsed.rebalance_timeout_ms,
-        )
         return cls(
             parsed,
             topics=topics,
-            member=member,
+            pipeline=context.pipeline,
             batch_size=context.batch_size,
             batch_bytes=context.batch_bytes,
-            name=f"pgtrickle-relay-{context.pipeline}",
         )
 
     @property
     def keep_alive_interval_s(self) -> float | None:
-        """A third of the session; the signs of life themselves need no help."""
+        """A third of the session; the heartbeats themselves need no help."""
         return self._options.session_timeout_ms / 3000
 
     async def connect(self) -> None:
-        """Open anew and join the group, where it goes on.
+        """Open again and join the group, where it goes on.
 
         Waits a while for partitions; a poll goes on waiting. Raises `DestinationMissing` for a
         topic that is missing, `PositionLost`, `Outage`, `AuthenticationRefused`.
         """
         await self._close()
-        cluster = await open_cluster(self._options, path="source", name=self._name)
-        try:
-            await cluster.learn(self._topics)
-            await self._member.find_coordinator(cluster)
-        except BaseException:
-            await cluster.aclose()
-            raise
         self._opening += 1
-        self._cluster = cluster
-        self._start(self._stay(cluster))
-        deadline = time.monotonic() + _ASSIGNMENT_WAIT_S
-        while not (self._is_assigned or self._trouble or self._is_interrupted):
-            if not await self._woken(deadline):
-                break
+        self._heard = client.Heard(self._options)
+        consumer = self._consumer = self._new_consumer()
         try:
+            await client.start(consumer, self._heard, self._options, "source")
+            with mapped(f"asking for topics at {self._server}"):
+                async with asyncio.timeout(self._timeout_s):
+                    there = await consumer.topics()
+            for topic in self._topics:
+                if topic not in there:
+                    raise client.topic_missing(topic, self._server)
+            consumer.subscribe(pattern=self._pattern, listener=self)
+            deadline = time.monotonic() + _ASSIGNMENT_WAIT_S
+            while not (self._is_assigned or self._is_interrupted):
+                self._take_in()
+                self._open()
+                if not await self._woken(consumer, deadline):
+                    break
             self._open()
-        except RelayError:
+        except BaseException:
             await self._close()
             raise
 
     async def describe(self) -> dict[str, str]:
         """The brokers, the group, and how many partitions are ours."""
-        cluster = self._open()
+        consumer = self._open()
         return {
-            "server": cluster.address,
-            "brokers": str(cluster.brokers),
-            "group": self._member.group,
-            "partitions": f"{len(self._positions)} of"
-            f" {sum(map(cluster.partitions_of, self._topics))}",
+            "server": self._server,
+            "group": self._group,
+            "partitions": f"{len(self._positions)} of {self._count(consumer)}",
+            "state": "assigned" if self._is_assigned else "rebalancing",
         }
 
     async def poll(self) -> Batch:
         """What was fetched, at most a batch; waits up to a second for the first record.
 
-        Hands out nothing while the group shares its partitions anew. Raises what ended the
-        membership or a fetch: `Outage`, `OwnershipLost`, `PositionLost`.
+        Hands out nothing while the group rebalances. Raises what ended the membership or a fetch:
+        `Outage`, `OwnershipLost`, `PositionLost`.
         """
         deadline = time.monotonic() + _POLL_S
         while True:
-            self._open()
-            if self._pages or self._is_interrupted:
+            consumer = self._open()
+            self._take_in()
+            if self._pages or self._is_interrupted or self._trouble is not None:
                 break
-            if not await self._woken(deadline):
+            if not await self._woken(consumer, deadline):
                 break
+        consumer = self._open()
+        if not self._pages and not self._is_interrupted:
+            self._look_around(consumer)
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        return self._batch(was_cut_short=was_cut_short)
+        return await self._batch(consumer, was_cut_short=was_cut_short)
 
     def interrupt(self) -> None:
         """Make the waiting poll, or the next one, return at once."""
@@ -210,15 +228,37 @@ class KafkaSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Commit, for every partition of the batch, the offset behind it."""
         position = self._position(batch)
-        if position.state is _State.SETTLED:
+        if position not in self._in_flight:
             return
-        offsets = {one: range_[1] for one, range_ in position.ranges.items()}
+        consumer = self._open()
+        offsets = {one: behind for one, (_, behind) in position.ranges.items()}
         try:
-            await self._member.commit(self._open(), offsets)
+            with mapped(f"committing offsets of the group {self._group!r}"):
+                async with asyncio.timeout(self._timeout_s), self._committing:
+                    await self._check_generation(consumer, list(offsets))
+                    await consumer.commit(offsets)
         except OwnershipLost as error:
-            self._trouble = self._trouble or error
+            self._fail(error)
+            self._release()
             raise
         self._settle(position)
+
+    async def _check_generation(
+        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+    ) -> None:
+        """Raise `OwnershipLost` where a topic was deleted and created again while nobody looked.
+
+        A fetch finds that at once. Of a partition that is not fetched, since what was fetched is
+        not used up, the broker has forgotten what was committed; a commit would skip what is new.
+        """
+        if not consumer.assignment().issuperset(partitions):
+            raise OwnershipLost("the group rebalances")
+        oldest_ms = time.time() * 1000 - _UNWATCHED_MS
+        unwatched = [
+            one for one in partitions if (consumer.last_poll_timestamp(one) or 0) < oldest_ms
+        ]
+        if None in await asyncio.gather(*map(consumer.committed, unwatched)):
+            raise OwnershipLost(f"one of {', '.join(self._topics)} was deleted and created again")
 
     async def keep_alive(self, batch: Batch) -> None:
         """See that the batch is still ours. Raises `OwnershipLost`, `Outage`."""
@@ -228,174 +268,258 @@ class KafkaSource:
     async def reject(self, batch: Batch) -> None:
         """Give back this batch and all that came after it, so that the order stays.
 
-        The next poll hands it out again. To acknowledge or reject a later batch that is out does
-        nothing more.
+        The next poll hands it out again. To acknowledge or reject a later batch that is in flight
+        does nothing more.
         """
-        position = batch.position
-        if not isinstance(position, _Position) or position not in self._out:
+        position, consumer = batch.position, self._consumer
+        if not isinstance(position, _Position) or position not in self._in_flight:
             return
-        for one in self._out[self._out.index(position) :]:
+        self._take_in()
+        for one in self._in_flight[self._in_flight.index(position) :]:
             for partition, (first, _) in one.ranges.items():
-                if partition in self._positions:
-                    self._go_back(partition, first)
+                if consumer is not None and self._positions.get(partition, first) > first:
+                    self._go_to(consumer, partition, first)
             self._settle(one)
 
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds and nothing has ended the membership."""
-        cluster = self._cluster
-        return cluster is not None and self._trouble is None and await cluster.is_healthy()
+        if self._consumer is None or self._trouble is not None:
+            return False
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                await self._consumer.topics()
+        except (driver.KafkaError, TimeoutError):
+            return False
+        return True
 
     async def aclose(self) -> None:
-        """Leave the group, so that a successor has the partitions at once, and close."""
-        await self._close(is_leaving=True)
+        """Close within seconds.
 
-    async def _close(self, *, is_leaving: bool = False) -> None:
-        cluster, self._cluster = self._cluster, None
-        tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
-        try:
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if cluster is not None and is_leaving:
-                await self._member.leave(cluster)
-        finally:
-            self._let_go()
-            self._trouble = None
-            if cluster is not None:
-                await cluster.aclose()
+        A static member's successor takes its place at once; any other member leaves the group, so
+        that others have its partitions at once.
+        """
+        await self._close()
 
-    def _open(self) -> Cluster:
-        if self._trouble is not None:
-            raise self._trouble
-        if self._cluster is None:
+    def _new_consumer(self) -> AIOKafkaConsumer:
+        options = self._options
+        arguments = client.arguments_of(options, "source", f"pgtrickle-relay-{self._pipeline}")
+        # Joining takes as long as the others need to finish; all else is bounded here.
+        slowest_ms = max(options.rebalance_timeout_ms, options.session_timeout_ms)
+        arguments["request_timeout_ms"] = max(options.request_timeout_ms, slowest_ms + _MARGIN_MS)
+        shortest_ms = min(options.session_timeout_ms, options.rebalance_timeout_ms)
+        return AIOKafkaConsumer(
+            **arguments,
+            group_id=self._group,
+            group_instance_id=self._instance,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level=options.isolation_level,
+            session_timeout_ms=options.session_timeout_ms,
+            rebalance_timeout_ms=options.rebalance_timeout_ms,
+            heartbeat_interval_ms=min(_LONGEST_HEARTBEAT_MS, max(1, shortest_ms // 3)),
+            max_poll_interval_ms=_NEVER_MS,
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
+            fetch_max_bytes=options.fetch_max_bytes,
+            max_partition_fetch_bytes=min(options.fetch_max_bytes, _PARTITION_FETCH_BYTES),
+        )
+
+    async def _close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        # Ended first, so that closing does not wait for a group that rebalances.
+        coordination, self._coordination = self._coordination, None
+        if coordination is not None and not coordination.done():
+            coordination.cancel()
+            await asyncio.wait({coordination})
+        self._release()
+        self._is_rebalancing = self._is_joining_again = False
+        self._trouble = None
+        self._counted = 0
+        if consumer is not None:
+            await client.close(consumer)
+
+    def _open(self) -> AIOKafkaConsumer:
+        trouble = self._trouble or self._heard.trouble
+        if self._consumer is None:
             raise NotConnected("the kafka source is not connected")
-        return self._cluster
+        if trouble is not None:
+            raise trouble
+        return self._consumer
 
     def _position(self, batch: Batch) -> _Position:
         """The position of a batch that is ours. Raises `NotConnected`, `OwnershipLost`."""
         position = batch.position
         if not isinstance(position, _Position) or position.opening != self._opening:
-            raise NotConnected("this batch was handed out before the source was opened anew")
-        if position.state is _State.LOST:
+            raise NotConnected("this batch was handed out before the source was opened again")
+        if position.is_lost:
             raise OwnershipLost("the partitions of this batch went to another member of the group")
         return position
 
-    def _settle(self, position: _Position, state: _State = _State.SETTLED) -> None:
-        position.state = state
-        if position in self._out:
-            self._out.remove(position)
-        if not self._out:
+    def _settle(self, position: _Position) -> None:
+        if position in self._in_flight:
+            self._in_flight.remove(position)
+        if not self._in_flight:
             self._all_in.set()
 
-    def _let_go(self) -> None:
-        """Forget all partitions and what was fetched of them; what is still out is lost."""
-        for position in tuple(self._out):
-            self._settle(position, _State.LOST)
-        self._is_assigned = False
-        self._positions.clear()
-        self._ends.clear()
-        self._pages.clear()
-        self._buffered = 0
-        self._room.set()
-
-    def _start(self, work: Any) -> asyncio.Task[None]:  # a coroutine
-        task: asyncio.Task[None] = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Keep what ended one of our tasks for the next poll."""
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if self._trouble is None:
-            if not isinstance(error, RelayError):
-                _log.error("unexpected error", exc_info=error)
-                error = Outage(f"unexpected {type(error).__name__}: {error}")
-            self._trouble = error
+    def _fail(self, error: RelayError) -> None:
+        self._trouble = self._trouble or error
         self._wake.set()
 
-    async def _woken(self, deadline: float) -> bool:
-        """Wait until something happens; False when the time is over."""
-        self._wake.clear()
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
+    def _take_back(self) -> None:
+        """Hand out nothing more: what was fetched comes again."""
+        self._is_assigned = False
+        self._suspects = []
+        self._pages.clear()
+        if self._fetching is not None:
+            self._fetching.cancel()
+            self._fetching = None
+
+    def _release(self) -> None:
+        """Forget all partitions; what is still in flight is lost."""
+        self._take_back()
+        for position in tuple(self._in_flight):
+            position.is_lost = True
+            self._settle(position)
+        self._positions.clear()
+        self._ends.clear()
+
+    # Membership: called by the client, in the task that keeps it
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Before partitions are given up: wait until what is in flight is settled, within bounds.
+
+        The client joins again when this returns. A task that is cancelled in here joins no more.
+        """
+        consumer = self._member()
+        self._is_rebalancing = True
+        self._take_back()
+        end = None if self._is_joining_again else await self._end_of(consumer, revoked)
+        if end is not None:
+            self._fail(end)
+            self._release()
+            raise asyncio.CancelledError
+        self._all_in.clear()
+        if self._in_flight:
+            with contextlib.suppress(TimeoutError):
+                bound_s = self._options.rebalance_timeout_ms / 1000 * _DRAIN_SHARE
+                async with asyncio.timeout(bound_s):
+                    await self._all_in.wait()
+        self._release()
+        self._is_rebalancing = False
+        if self._trouble is not None:
+            raise asyncio.CancelledError
+
+    def _member(self) -> AIOKafkaConsumer:
+        """The client, of whose coordination this is the task."""
+        if self._consumer is None:
+            raise asyncio.CancelledError
+        self._coordination = asyncio.current_task()
+        return self._consumer
+
+    async def _end_of(
+        self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]
+    ) -> RelayError | None:
+        """Why we are no member any more: then even what is committed already can't be committed."""
+        ours = next(iter(partitions & self._positions.keys()), None)
+        if ours is None:
+            return None
+        try:
+            async with asyncio.timeout(self._timeout_s), self._committing:
+                at = await consumer.committed(ours)
+                if at is not None:
+                    await consumer.commit({ours: at})
+        except driver.CommitFailedError as error:
+            if not isinstance(error.__cause__, driver.RebalanceInProgressError):
+                return OwnershipLost("another member has taken our place in the group")
+        except driver.IllegalStateError:
+            return Outage(f"of the topics {', '.join(self._topics)} one was deleted, or created")
+        except (driver.KafkaError, TimeoutError):
+            return None
+        return None
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Take over what is ours now."""
+        consumer = self._member()
+        self._is_rebalancing = True
+        self._take_back()
+        if self._is_joining_again:
+            self._is_joining_again = False
+            consumer.subscribe(pattern=self._pattern, listener=self)
+            return
+        try:
+            with mapped(f"taking over partitions in the group {self._group!r}"):
+                async with asyncio.timeout(self._timeout_s):
+                    await self._take_over(consumer, sorted(assigned))
+                    has_new = await self._has_partitions_of_nobody(consumer)
+        except RelayError as error:
+            self._fail(error)
+            has_new = False
+        self._counted = self._count(consumer)
+        self._is_rebalancing = False
+        if has_new:
+            self._join_again(consumer)
+            return
+        self._is_assigned = True
+        self._wake.set()
+
+    async def _has_partitions_of_nobody(self, consumer: AIOKafkaConsumer) -> bool:
+        """Whether partitions came before we took the place of the member that shares them.
+
+        The group does not tell who takes that place, and they would stay nobody's. What a member
+        of ours has is committed from the start.
+        """
+        if self._instance is None or self._counted:
             return False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left_s):
-                await self._wake.wait()
-        return True
+        all_ = {
+            TopicPartition(topic, number)
+            for topic in self._topics
+            for number in consumer.partitions_for_topic(topic) or ()
+        }
+        return None in await asyncio.gather(*map(consumer.committed, all_ - self._positions.keys()))
 
-    async def _stay(self, cluster: Cluster) -> None:
-        """Be a member of the group, from round to round."""
-        while True:
-            with contextlib.suppress(Rebalancing):
-                partitions = await self._member.join(cluster)
-                await self._take_over(cluster, partitions)
-                fetching = self._start_fetching(cluster)
-                try:
-                    await self._show_signs_of_life(cluster)
-                except Rebalancing:
-                    for task in fetching:
-                        task.cancel()
-                    await asyncio.gather(*fetching, return_exceptions=True)
-                    await self._drain(cluster)
-                    self._let_go()
+    def _join_again(self, consumer: AIOKafkaConsumer) -> None:
+        """Make the group rebalance: the client joins again when its topics change."""
+        self._take_back()
+        self._is_joining_again = self._is_rebalancing = True
+        consumer.subscribe(pattern=_NOTHING, listener=self)
 
-    async def _take_over(self, cluster: Cluster, partitions: Sequence[Partition]) -> None:
+    async def _take_over(
+        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+    ) -> None:
         """Find where each partition goes on, and make it durable where it never began.
 
         Without that, one that begins at its end would begin later and later until something is
-        acknowledged. Raises `PositionLost`, `Outage`.
+        acknowledged. Raises `PositionLost`.
         """
-        await cluster.learn({topic for topic, _ in partitions})
-        committed = await self._member.committed(cluster, partitions) if partitions else {}
-        earliest = await self._offsets(cluster, partitions, _EARLIEST)
-        latest = await self._offsets(cluster, partitions, _LATEST)
-        starts: dict[Partition, int] = {}
-        for one in partitions:
-            at = committed.get(one)
+        committed = await asyncio.gather(*map(consumer.committed, partitions))
+        earliest = await consumer.beginning_offsets(partitions) if partitions else {}
+        latest = await consumer.end_offsets(partitions) if partitions else {}
+        starts: dict[TopicPartition, int] = {}
+        for one, at in zip(partitions, committed, strict=True):
             if at is None:
                 is_earliest = self._options.auto_offset_reset == "earliest"
                 starts[one] = earliest[one] if is_earliest else latest[one]
             elif not earliest[one] <= at <= latest[one]:
                 starts[one] = self._instead_of(one, at, earliest[one], latest[one])
+            else:
+                self._positions[one] = at
         if starts:
-            await self._member.commit(cluster, starts)
-        self._positions.update({**committed, **starts})
+            await consumer.commit(starts)
+        self._positions |= starts
         self._ends.update(latest)
-        self._is_assigned = True
-        self._wake.set()
+        self._answered.clear()
+        for one in partitions:
+            consumer.seek(one, self._positions[one])
 
-    async def _offsets(
-        self, cluster: Cluster, partitions: Sequence[Partition], which: int
-    ) -> dict[Partition, int]:
-        """Where the log of each partition begins, or ends."""
-        found: dict[Partition, int] = {}
-        for leader, theirs in _by_leader(cluster, partitions).items():
-            doing = f"asking for offsets at {cluster.address}"
-            topics = [(topic, [(one, which) for one in ones]) for topic, ones in theirs.items()]
-            answer = await cluster.ask(leader, OffsetRequest(-1, self._isolation, topics), doing)
-            for topic, ones in answer.topics:
-                for number, code, _, offset in ones:
-                    if code:
-                        cluster.forget(topic)
-                        raise _passing(code, f"{doing}: {topic!r}, partition {number}")
-                    found[topic, number] = offset
-        return found
-
-    def _instead_of(self, partition: Partition, at: int, earliest: int, latest: int) -> int:
+    def _instead_of(self, partition: TopicPartition, at: int, earliest: int, latest: int) -> int:
         """Where to go on when the position is not in the log. Raises `PositionLost`."""
-        topic, number = partition
         missing = (
             f"offsets {at} to {earliest - 1} were removed before they were read"
             if at < earliest
-            else "was the topic made anew?"
+            else "was the topic deleted and created again?"
         )
         found = (
-            f"the group {self._member.group!r} goes on at offset {at} of {topic!r}, partition"
-            f" {number}, which has {earliest} to {latest}: {missing}"
+            f"the group {self._group!r} goes on at offset {at} of {partition.topic!r}, partition"
+            f" {partition.partition}, which has {earliest} to {latest}: {missing}"
         )
         how = self._options.on_position_lost
         if how == "fail":
@@ -405,195 +529,204 @@ class KafkaSource:
             "%s; going on at %s, as on_position_lost says",
             found,
             instead,
-            extra={"pipeline": self._name.removeprefix("pgtrickle-relay-")},
+            extra={"pipeline": self._pipeline},
         )
         return instead
 
-    async def _show_signs_of_life(self, cluster: Cluster) -> None:
-        """Heartbeats, until the group shares its partitions anew or ours have become more."""
-        counts = [cluster.partitions_of(topic) for topic in self._topics]
-        while True:
-            await asyncio.sleep(self._heartbeat_s)
-            await self._member.show_sign_of_life(cluster)
-            await cluster.learn(self._topics)
-            if [cluster.partitions_of(topic) for topic in self._topics] != counts:
-                raise Rebalancing
+    # Fetching
 
-    async def _drain(self, cluster: Cluster) -> None:
-        """Before partitions are let go: wait until what is out is settled, within bounds."""
-        self._take_back_what_was_not_handed_out()
-        deadline = time.monotonic() + self._options.rebalance_timeout_ms / 1000 * _DRAIN_SHARE
-        self._all_in.clear()
-        while self._out and (left_s := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, self._heartbeat_s)):
-                    await self._all_in.wait()
-            with contextlib.suppress(Rebalancing):
-                await self._member.show_sign_of_life(cluster)
+    async def _woken(self, consumer: AIOKafkaConsumer, deadline: float) -> bool:
+        """Fetch, and wait until something happens; False when the time is over."""
+        self._wake.clear()
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        if self._fetching is None and not self._is_rebalancing and self._trouble is None:
+            self._fetching = asyncio.create_task(self._fetch(consumer))
+            self._fetching.add_done_callback(lambda _: self._wake.set())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                await self._wake.wait()
+        return True
 
-    def _take_back_what_was_not_handed_out(self) -> None:
-        self._is_assigned = False
-        self._pages.clear()
-        self._buffered = 0
-        self._room.set()
+    async def _fetch(self, consumer: AIOKafkaConsumer) -> list[_Page]:
+        """The next records; whoever is interrupted meanwhile gets them later.
 
-    def _start_fetching(self, cluster: Cluster) -> list[asyncio.Task[None]]:
-        leaders = _by_leader(cluster, list(self._positions))
-        return [
-            self._start(
-                self._fetch(
-                    cluster, leader, [(topic, one) for topic in topics for one in topics[topic]]
+        A record that the client can't read it would come to again and again. Such a one is looked
+        for record by record, passed, and named.
+        """
+        careful = {"timeout_ms": _FETCH_WAIT_MS // 4, "max_records": 1}
+        swift = {"timeout_ms": int(_POLL_S * 1000), "max_records": self._batch_size}
+        pages: list[_Page] = []
+        for suspect in self._suspects or [None]:
+            at = 0 if suspect is None else await consumer.position(suspect)
+            try:
+                if suspect is None:
+                    found = await consumer.getmany(**swift)
+                else:
+                    found = await consumer.getmany(suspect, **careful)
+            except driver.OffsetOutOfRangeError as error:
+                self._seek_all(consumer)
+                for partition in error.args[0]:
+                    await self._find_place(consumer, partition)
+                return []
+            except (driver.KafkaError, UnicodeDecodeError) as error:
+                if not isinstance(error, UnicodeDecodeError) and _EMPTIED not in str(error):
+                    raise
+                if suspect is None:
+                    # What was read of other partitions went with it.
+                    self._seek_all(consumer)
+                    self._suspects = list(self._positions)
+                    return []
+                consumer.seek(suspect, at + 1)
+                self._suspects = [suspect]
+                return [*pages, _Page(suspect, [_unreadable(suspect, at, error)], at + 1)]
+            for one, records in found.items():
+                pages.append(_Page(one, records, await consumer.position(one)))
+        if len(self._suspects) == 1 or not pages:
+            self._suspects = []
+        return pages
+
+    async def _find_place(self, consumer: AIOKafkaConsumer, partition: TopicPartition) -> None:
+        """Go on elsewhere where the next records are not in the log. Raises `PositionLost`."""
+        offset = self._positions.get(partition, -1)
+        with mapped(f"asking for offsets at {self._server}"):
+            async with asyncio.timeout(self._timeout_s):
+                first = (await consumer.beginning_offsets([partition]))[partition]
+                end = (await consumer.end_offsets([partition]))[partition]
+        if not first <= offset <= end and self._positions.get(partition, -1) == offset >= 0:
+            self._positions[partition] = self._instead_of(partition, offset, first, end)
+            self._ends[partition] = end
+            consumer.seek(partition, self._positions[partition])
+
+    def _seek_all(self, consumer: AIOKafkaConsumer) -> None:
+        for one, at in self._positions.items():
+            consumer.seek(one, at)
+
+    def _take_in(self) -> None:
+        """Buffer what a fetch has brought, or keep what ended it."""
+        task = self._fetching
+        if task is None or not task.done():
+            return
+        self._fetching = None
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            doing = f"reading from Kafka at {self._server}"
+            ours = of_exception(error, doing)
+            if _OF_OTHER_TOPICS in str(error):
+                # Who takes a static member's place gets its partitions, of whatever topics.
+                ours = Outage(
+                    f"the member {self._instance!r} of the group {self._group!r} read other topics",
+                    remedy="its place is taken when its session is over",
+                    retry_after_s=self._options.session_timeout_ms / 1000 + 1,
                 )
-            )
-            for leader, topics in leaders.items()
-        ]
-
-    async def _fetch(self, cluster: Cluster, leader: int, partitions: Sequence[Partition]) -> None:
-        """Fetch from one broker whenever there is room."""
-        doing = f"fetching from broker {leader}"
-        wait_s = (self._options.request_timeout_ms + _FETCH_WAIT_MS) / 1000
-        while True:
-            await self._room.wait()
-            asked = {one: self._positions[one] for one in partitions}
-            answer = await cluster.ask(
-                leader, self._fetch_request(asked), doing, lane=_FETCH_LANE, timeout_s=wait_s
-            )
-            if code := getattr(answer, "error_code", 0):
-                raise of_code(code, doing)
-            for topic, ones in answer.topics:
-                for one in ones:
-                    await self._take(cluster, topic, one, asked)
-            self._wake.set()
-
-    def _fetch_request(self, asked: Mapping[Partition, int]) -> FetchRequest:
-        topics: dict[str, list[tuple[int, int, int]]] = {}
-        most = min(self._options.fetch_max_bytes, _PARTITION_FETCH_BYTES)
-        for (topic, number), offset in asked.items():
-            topics.setdefault(topic, []).append((number, offset, most))
-        return FetchRequest(
-            _FETCH_WAIT_MS, 1, self._options.fetch_max_bytes, self._isolation, list(topics.items())
-        )
-
-    async def _take(
-        self, cluster: Cluster, topic: str, answer: Sequence[Any], asked: Mapping[Partition, int]
-    ) -> None:
-        """Buffer what came of one partition, unless it went elsewhere meanwhile."""
-        number, code, end, stable_end, *rest = answer
-        partition = (topic, number)
-        offset = asked[partition]
-        if self._positions.get(partition) != offset:
+            if ours is None:
+                _log.error("unexpected error", exc_info=error)
+                ours = Outage(f"{doing}: unexpected {type(error).__name__}")
+            self._fail(ours)
             return
-        if code == OFFSET_OUT_OF_RANGE:
-            await self._find_place(cluster, partition, offset)
-            return
-        if code:
-            cluster.forget(topic)
-            raise _passing(code, f"fetching from {topic!r}, partition {number}")
-        self._ends[partition] = stable_end if self._isolation else end
-        # What comes behind has grown with the protocol; the records are always last.
-        aborted = next((one for one in rest[:-1] if isinstance(one, list)), None)
-        found = pages(topic, number, rest[-1] or b"", offset, aborted if self._isolation else None)
-        for page in found:
+        for page in task.result():
+            page.start = self._positions[page.partition]
+            self._positions[page.partition] = page.behind
             self._pages.append(page)
-            self._buffered += page.size
-        if found:
-            self._positions[partition] = found[-1].next_offset
-        if self._buffered >= self._most_buffered:
-            self._room.clear()
 
-    async def _find_place(self, cluster: Cluster, partition: Partition, offset: int) -> None:
-        (earliest,) = (await self._offsets(cluster, [partition], _EARLIEST)).values()
-        (latest,) = (await self._offsets(cluster, [partition], _LATEST)).values()
-        if not earliest <= offset <= latest:
-            instead = self._instead_of(partition, offset, earliest, latest)
-            if self._positions.get(partition) == offset:
-                self._positions[partition] = instead
-                self._ends[partition] = latest
-
-    def _go_back(self, partition: Partition, offset: int) -> None:
+    def _go_to(self, consumer: AIOKafkaConsumer, partition: TopicPartition, offset: int) -> None:
         """Fetch this partition from there again."""
-        if self._positions[partition] <= offset:
-            return
         self._positions[partition] = offset
-        self._pages = deque(
-            page for page in self._pages if (page.topic, page.partition) != partition
-        )
-        self._buffered = sum(page.size for page in self._pages)
-        if self._buffered < self._most_buffered:
-            self._room.set()
+        self._pages = deque(page for page in self._pages if page.partition != partition)
+        consumer.seek(partition, offset)
 
-    def _batch(self, *, was_cut_short: bool) -> Batch:
+    def _look_around(self, consumer: AIOKafkaConsumer) -> None:
+        """What an idle poll looks at. Raises `Outage` for a silent broker and a topic that is gone.
+
+        Where partitions have been added the group rebalances.
+        """
+        if not self._is_assigned:
+            return
+        now = time.monotonic()
+        longest_s = self._timeout_s + 2 * _FETCH_WAIT_MS / 1000
+        for one in consumer.assignment():
+            stamp = consumer.last_poll_timestamp(one)
+            before, since = self._answered.get(one, (-1, now))
+            if stamp != before:
+                self._answered[one] = (stamp, now)
+            elif now - since > longest_s:
+                raise TimedOut(f"reading from {one.topic!r}, partition {one.partition}: no answer")
+        if self._count(consumer) != self._counted and not self._in_flight:
+            self._counted = self._count(consumer)
+            self._join_again(consumer)
+
+    def _count(self, consumer: AIOKafkaConsumer) -> int:
+        """How many partitions the topics have."""
+        return sum(len(consumer.partitions_for_topic(one) or ()) for one in self._topics)
+
+    # Batches
+
+    async def _batch(self, consumer: AIOKafkaConsumer, *, was_cut_short: bool) -> Batch:
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
-        ranges: dict[Partition, tuple[int, int]] = {}
+        ranges: dict[TopicPartition, tuple[int, int]] = {}
         count, size = self._batch_size, 0
         while self._pages and count > 0 and size < self._batch_bytes:
             page = self._pages[0]
-            taken = 0
+            topic, number = page.partition
+            first = page.records[page.at].offset if page.at else page.start
             for record in page.records[page.at : page.at + count]:
-                one = decoded(record, page.topic, page.partition)
+                one = record if isinstance(record, Rejected) else decoded(record, topic, number)
                 if isinstance(one, Rejected):
                     rejected.append(one)
                     size += len(one.message.payload)
                 else:
                     messages.append(one)
                     size += len(one.payload)
-                taken += 1
+                page.at += 1
+                count -= 1
                 if size >= self._batch_bytes:
                     break
-            count -= taken
-            self._note_range(ranges, page, taken)
-        is_end = not self._pages and self._is_assigned and not was_cut_short
-        at_end = is_end and all(
-            self._positions[one] >= end for one, end in self._ends.items() if one in self._positions
-        )
+            is_used_up = page.at == len(page.records)
+            behind = page.behind if is_used_up else page.records[page.at].offset
+            ranges[page.partition] = (ranges.get(page.partition, (first,))[0], behind)
+            if is_used_up:
+                self._pages.popleft()
+        is_end = not was_cut_short and await self._is_at_end(consumer)
         if not ranges:
-            return Batch(is_end_of_backlog=at_end)
+            return Batch(is_end_of_backlog=is_end)
         position = _Position(self._opening, ranges)
-        self._out.append(position)
+        self._in_flight.append(position)
         self._all_in.clear()
         return Batch(
             messages=messages,
             rejected=rejected,
             position=position,
             checkpoint=_checkpoint(ranges),
-            is_end_of_backlog=at_end,
+            is_end_of_backlog=is_end,
         )
 
-    def _note_range(self, ranges: dict[Partition, tuple[int, int]], page: Page, taken: int) -> None:
-        """So many more records of the first page are handed out; it goes when it is used up."""
-        partition = (page.topic, page.partition)
-        first = page.records[page.at].offset if taken else page.next_offset
-        page.at += taken
-        is_used_up = page.at >= len(page.records)
-        behind = page.next_offset if is_used_up else page.records[page.at - 1].offset + 1
-        ranges[partition] = (ranges[partition][0] if partition in ranges else first, behind)
-        if is_used_up:
-            self._pages.popleft()
-            self._buffered -= page.size
-            if self._buffered < self._most_buffered:
-                self._room.set()
+    async def _is_at_end(self, consumer: AIOKafkaConsumer) -> bool:
+        """Whether the client has read all that there is of every partition."""
+        if self._pages or not self._is_assigned:
+            return False
+        is_committed = self._options.isolation_level == "read_committed"
+        for one in consumer.assignment() & self._positions.keys():
+            end = consumer.last_stable_offset(one) if is_committed else consumer.highwater(one)
+            if await consumer.position(one) < (self._ends[one] if end is None or end < 0 else end):
+                return False
+        return True
 
 
-def _by_leader(
-    cluster: Cluster, partitions: Sequence[Partition]
-) -> dict[int, dict[str, list[int]]]:
-    """By broker and topic the partitions that it serves. Raises `NotConnected`."""
-    leaders: dict[int, dict[str, list[int]]] = {}
-    for topic, number in partitions:
-        of_leader = leaders.setdefault(cluster.leader_of(topic, number), {})
-        of_leader.setdefault(topic, []).append(number)
-    return leaders
+def _unreadable(partition: TopicPartition, offset: int, error: Exception) -> Rejected:
+    topic, number = partition
+    why = "a header's name is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    problem = f"record {offset} of {topic!r}, partition {number}, can't be read: {why}"
+    message = RelayMessage(
+        dedup_key=position_key(topic, number, offset), payload=b"", subject=topic
+    )
+    return Rejected(message, MessageUndecodable(problem))
 
 
-def _passing(code: int, doing: str) -> RelayError:
-    """The error for a code of one partition: a topic that moves is missing for a moment."""
-    if code == UNKNOWN_TOPIC_OR_PARTITION:
-        return Outage(f"{doing}: it has moved, or is gone")
-    return of_code(code, doing)
-
-
-def _checkpoint(ranges: Mapping[Partition, tuple[int, int]]) -> str:
+def _checkpoint(ranges: Mapping[TopicPartition, tuple[int, int]]) -> str:
     named = [f"{topic}/{number}@{behind}" for (topic, number), (_, behind) in ranges.items()]
     more = len(named) - _NAMED_PARTITIONS
     return " ".join(named[:_NAMED_PARTITIONS]) + (f" and {more} more" if more > 0 else "")

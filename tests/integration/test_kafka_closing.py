@@ -1,0 +1,160 @@
+"""What the Kafka backends leave behind when they are closed, and how long that takes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from relay.backends.kafka import KafkaSink, KafkaSource
+from tests.contract.kafka_far_side import FarSide, eventually, sink_of, source_of
+from tests.contract.source_contract import collect
+from tests.servers.kafka import KafkaServer
+from tests.servers.proxy import TcpProxy
+
+BOUND_S = 30.0
+CLOSED_WITHIN_S = 9.0
+
+
+@pytest.fixture
+async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+    far_side = FarSide(kafka_server)
+    await far_side.create()
+    yield far_side
+    await far_side.drop()
+
+
+def open_sockets() -> set[int]:
+    found = set()
+    for path in Path("/dev/fd").iterdir():
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(int(path.name)).st_mode)
+        except OSError:
+            continue
+        if is_socket:
+            found.add(int(path.name))
+    return found
+
+
+class Belongings:
+    """The tasks, threads and sockets of this process at one moment."""
+
+    def __init__(self) -> None:
+        self.tasks = asyncio.all_tasks()
+        self.threads = set(threading.enumerate())
+        self.sockets = open_sockets()
+
+    async def are_all(self) -> bool:
+        """Whether there is nothing more than there was."""
+        return (
+            asyncio.all_tasks() <= self.tasks
+            and set(threading.enumerate()) <= self.threads
+            and len(open_sockets()) <= len(self.sockets)
+        )
+
+
+async def closed_in_s(one: KafkaSink | KafkaSource) -> float:
+    started = time.monotonic()
+    async with asyncio.timeout(BOUND_S):
+        await one.aclose()
+    return time.monotonic() - started
+
+
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
+    before = Belongings()
+    sink = sink_of(far_side.server.brokers, far_side.topic)
+    source = source_of(far_side.server.brokers, far_side.topic)
+
+    await sink.connect()
+    await source.connect()
+    assert not (await sink.publish(far_side.numbered(10))).failures
+    await collect(source, 10)
+    await sink.connect()
+    await source.connect()
+    await sink.aclose()
+    await source.aclose()
+
+    await eventually(before.are_all, 5.0)
+
+
+@pytest.mark.parametrize("how", ["cut", "stall"])
+async def test_a_sink_is_closed_in_time_while_its_broker_is_gone_and_leaves_nothing(
+    far_side: FarSide, kafka_proxy: TcpProxy, how: str
+) -> None:
+    before = Belongings()
+    sink = sink_of(kafka_proxy.address, far_side.topic, request_timeout_ms=1000)
+    await sink.connect()
+    assert not (await sink.publish(far_side.numbered(1))).failures
+    if how == "cut":
+        await kafka_proxy.cut()
+    else:
+        kafka_proxy.stall()
+    large = [
+        structs.replace(one, payload=b'"%s"' % (b"x" * 300_000))
+        for one in far_side.numbered(20, start=1)
+    ]
+    assert len((await sink.publish(large)).failures) == 20
+
+    assert await closed_in_s(sink) < CLOSED_WITHIN_S
+
+    await kafka_proxy.cut()
+    await eventually(before.are_all, 10.0)
+    await kafka_proxy.restore()
+
+
+@pytest.mark.parametrize("instance", ["", "named"])
+@pytest.mark.parametrize("how", ["cut", "stall"])
+async def test_a_source_is_closed_in_time_while_its_broker_is_gone_and_leaves_nothing(
+    far_side: FarSide, kafka_proxy: TcpProxy, how: str, instance: str
+) -> None:
+    before = Belongings()
+    keys = {"session_timeout_ms": 2000, "rebalance_timeout_ms": 2000, "request_timeout_ms": 1000}
+    source = source_of(kafka_proxy.address, far_side.topic, group_instance_id=instance, **keys)
+    await source.connect()
+    await far_side.put_all([b"{}"] * 3)
+    await collect(source, 3)
+    if how == "cut":
+        await kafka_proxy.cut()
+    else:
+        kafka_proxy.stall()
+
+    assert await closed_in_s(source) < CLOSED_WITHIN_S
+
+    await kafka_proxy.cut()
+    try:
+        await eventually(before.are_all, 15.0)
+    except TimeoutError:
+        for t in asyncio.all_tasks() - before.tasks:
+            print("LEFT", t, t.get_stack())
+        print(open_sockets(), before.sockets, set(threading.enumerate()) - before.threads)
+        raise
+    await kafka_proxy.restore()
+
+
+async def test_a_source_that_waits_for_the_others_of_its_group_is_closed_in_time(
+    far_side: FarSide,
+) -> None:
+    await far_side.put_all([b"{}"] * 3)
+    busy = source_of(far_side.server.brokers, far_side.topic, pipeline="busy")
+    await busy.connect()
+    await collect(busy, 3)
+    waiting = source_of(far_side.server.brokers, far_side.topic, pipeline="waiting")
+    joining = asyncio.create_task(waiting.connect())
+    await eventually(lambda: _is_rebalancing(busy))
+
+    waiting.interrupt()
+    await joining
+    assert await closed_in_s(waiting) < CLOSED_WITHIN_S
+    # What is in flight keeps its partitions, and is not waited for when it closes.
+    assert await closed_in_s(busy) < CLOSED_WITHIN_S
+
+
+async def _is_rebalancing(source: KafkaSource) -> bool:
+    return (await source.describe())["state"] == "rebalancing"
