@@ -1,0 +1,415 @@
+-- Stream tables of the extension pg_trickle: ordinary tables, captured like any other.
+--
+-- While one is refreshed in full no trigger fires. The extension's history of refreshes tells that
+-- it happened; then the relay has a snapshot of the table written into its outbox, by a function
+-- that stands beside the table and belongs to the table's owner.
+
+create or replace function @schema@.relay_extension_table(table_name text)
+returns oid
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.oid
+    from pg_extension as e
+    join pg_depend as d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+    join pg_class as c on d.classid = 'pg_class'::regclass and c.oid = d.objid
+    where e.extname = 'pg_trickle'
+        and c.relname = table_name
+        and c.relkind = 'r'
+        -- Reading it must run nothing of others.
+        and not c.relrowsecurity
+        and not exists (select from pg_attribute as a where a.attrelid = c.oid and a.atttypid >= 16384)
+$$;
+
+comment on function @schema@.relay_extension_table(text) is
+    'A table of the catalog of pg_trickle, whatever its schema; null where there is none.';
+
+create or replace function @schema@.relay_missing_grant(reader regrole, table_names text[])
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('grant usage on schema %1$s to %2$s; grant select on %3$s to %2$s',
+        min(c.relnamespace::regnamespace::text), reader, string_agg(c.oid::regclass::text, ', ' order by c.relname))
+    from unnest(table_names) as t (name)
+    join pg_class as c on c.oid = @schema@.relay_extension_table(t.name)
+    where not has_schema_privilege(reader, c.relnamespace, 'usage')
+        or not has_table_privilege(reader, c.oid, 'select')
+    having count(*) > 0
+$$;
+
+comment on function @schema@.relay_missing_grant(regrole, text[]) is
+    'What a role lacks to read these tables of pg_trickle, as SQL; null: nothing.';
+
+create or replace function @schema@.relay_check_event_triggers()
+returns void
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    remedy text;
+begin
+    select string_agg(@schema@.relay_missing_grant(r.name, array['pgt_stream_tables', 'pgt_dependencies']), '; ')
+    into remedy
+    from (
+        select quote_ident(current_user)::regrole as name
+        union
+        select n.nspowner::regrole from pg_namespace as n where n.nspname = @schema_name@
+    ) as r
+    where exists (
+        select
+        from pg_event_trigger as t
+        join pg_depend as d on d.classid = 'pg_proc'::regclass and d.objid = t.evtfoid and d.deptype = 'e'
+        join pg_extension as e on d.refclassid = 'pg_extension'::regclass and e.oid = d.refobjid
+        where e.extname = 'pg_trickle' and t.evtenabled <> 'D'
+    );
+    if remedy is not null then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = 'the event triggers of pg_trickle would refuse what is to be created or dropped',
+            detail = 'They read its catalog with the rights of whoever changes a table or function.',
+            hint = remedy;
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_check_event_triggers() is
+    'Says which grant is missing before the event triggers of pg_trickle fail without a word about it.';
+
+create or replace function @schema@.relay_refreshes(relation oid)
+returns table (is_stream boolean, refresh_mode text, newest bigint, has_triggers boolean, missing_grant text)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    streams regclass := @schema@.relay_extension_table('pgt_stream_tables');
+    history regclass := @schema@.relay_extension_table('pgt_refresh_history');
+begin
+    is_stream := false;
+    has_triggers := coalesce(current_setting('pg_trickle.user_triggers', true), '') <> 'off';
+    if streams is null or history is null then
+        return next;
+        return;
+    end if;
+    missing_grant := @schema@.relay_missing_grant(
+        quote_ident(current_user)::regrole, array['pgt_stream_tables', 'pgt_refresh_history']);
+    if missing_grant is not null then
+        is_stream := exists (
+            select from pg_attribute as a
+            where a.attrelid = relation and a.attname = '__pgt_row_id' and not a.attisdropped
+        );
+        return next;
+        return;
+    end if;
+    execute format(
+        $query$
+            select true, s.refresh_mode, (
+                select h.refresh_id
+                from %s as h
+                where h.pgt_id = s.pgt_id
+                    and h.status = 'COMPLETED'
+                    and h.action not in ('NO_DATA', 'SKIP')
+                    -- What triggers see is told already.
+                    and (not $2 or h.action not in ('DIFFERENTIAL', 'INCREMENTAL')
+                        or to_jsonb(h) ->> 'was_full_fallback' = 'true')
+                order by h.refresh_id desc
+                limit 1
+            )
+            from %s as s
+            where s.pgt_relid = $1
+        $query$,
+        history, streams
+    ) into is_stream, refresh_mode, newest using relation, has_triggers;
+    is_stream := coalesce(is_stream, false);
+    return next;
+end
+$$;
+
+comment on function @schema@.relay_refreshes(oid) is
+    'Whether a table is a stream table, and its newest refresh that no trigger saw. Where the history is closed to the catalog''s owner: missing_grant. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
+
+create or replace function @schema@.relay_is_stream_table(relation oid)
+returns boolean
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select r.is_stream from @schema@.relay_refreshes(relation) as r
+$$;
+
+comment on function @schema@.relay_is_stream_table(oid) is
+    'Whether a table is a stream table of pg_trickle. Definer: who enables an outbox may not read the extension''s catalog; it says yes or no.';
+
+create or replace function @schema@.relay_check_refreshes(relation oid)
+returns bigint
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found record;
+begin
+    select r.* into found from @schema@.relay_refreshes(relation) as r;
+    if found.missing_grant is not null and found.is_stream then
+        if not found.has_triggers then
+            raise exception using
+                errcode = 'RL005',
+                message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
+                detail = 'pg_trickle fires no trigger on it (pg_trickle.user_triggers is off), and its history of refreshes can''t be read.',
+                hint = found.missing_grant;
+        end if;
+        raise notice using
+            message = format('full refreshes of %s will not be seen: the history of refreshes can''t be read', relation::regclass),
+            hint = found.missing_grant;
+    elsif found.refresh_mode = 'FULL' or found.is_stream and not found.has_triggers then
+        raise notice '% is refreshed without triggers: its events will be snapshots of all rows', relation::regclass;
+    end if;
+    return coalesce(found.newest, 0);
+end
+$$;
+
+comment on function @schema@.relay_check_refreshes(oid) is
+    'What enable_outbox says about a stream table, RL005 where nothing would be captured; returns the newest refresh that needs no snapshot.';
+
+create or replace function @schema@.relay_snapshot_source(outbox_table text)
+returns text
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        $source$
+-- pgtrickle-relay snapshot, layout 1
+declare
+    relation constant regclass := %1$I.relay_captured_table(%2$L);
+    row_count bigint;
+    snapshot_id bigint;
+begin
+    perform set_config('lock_timeout', '500ms', true), set_config('row_security', 'off', true);
+    -- Whoever has written it has committed: their ids are below, later ones above.
+    execute format('lock table %%s in share mode', relation);
+    execute format('select count(*) from %%s', relation) into row_count;
+    insert into %1$I.%2$I (inserted_count, is_claim_check, payload, key_columns)
+    values (
+        row_count, row_count > 0,
+        case
+            when row_count = 0 then '{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}'
+            else jsonb_build_object('v', 1, 'full_refresh', true, 'claim_check', true,
+                'inserted_count', row_count, 'deleted_count', 0)
+        end,
+        (
+            select %1$I.relay_primary_key(relation)
+            from unnest(%4$L::text[]) as k (name)
+            where not exists (select from pg_attribute as a where a.attrelid = relation and a.attname = k.name)
+            limit 1
+        )
+    )
+    returning id into snapshot_id;
+    for attempt in 1..2 loop
+        begin
+            execute format(
+                'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
+                ' select %%s, row_number() over () - 1, ''INSERT'', %%s from %%s as r',
+                %5$L, %3$L, snapshot_id, %1$I.relay_row_expression(relation, attempt = 2), relation
+            );
+            exit;
+        exception
+            when others then
+                -- Some value can't be told: each by itself.
+                if attempt = 2 then
+                    raise;
+                end if;
+        end;
+    end loop;
+    -- Nothing of the owner's is left to the commit, which the relay makes with its own rights.
+    set constraints all immediate;
+    return snapshot_id;
+end
+$source$,
+        @schema_name@, c.outbox_table_name, c.delta_table_name, coalesce(c.key_columns, '{}'), @schema_name@
+    )
+    from @schema@.pgt_outbox_config as c
+    where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_snapshot_source(text) is
+    'Source of the snapshot function of an outbox. Definer: who enables or repairs it may not see the catalog; it shows names only.';
+
+create or replace function @schema@.relay_snapshot_function_of(outbox_table text)
+returns oid
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- It is known by its text and its owner, so no name has to be kept.
+    return (
+        select p.oid
+        from pg_proc as c
+        join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner and p.pronargs = 0
+        where c.oid = @schema@.relay_capture_function_of(outbox_table)
+            and p.prosrc = @schema@.relay_snapshot_source(outbox_table)
+            and @schema@.relay_function_problem(
+                p.oid, @schema@.relay_captured_table(outbox_table), p.prosrc, 'bigint') is null
+        limit 1
+    );
+end
+$$;
+
+comment on function @schema@.relay_snapshot_function_of(text) is
+    'The function that writes snapshots of the captured stream table; null where none stands as the relay makes it.';
+
+create or replace function @schema@.relay_make_snapshot_function(outbox_table text)
+returns integer
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relation oid := @schema@.relay_captured_table(outbox_table);
+begin
+    if @schema@.relay_is_stream_table(relation) is not true
+        or @schema@.relay_snapshot_function_of(outbox_table) is not null
+    then
+        return 0;
+    end if;
+    perform @schema@.relay_make_function(
+        relation,
+        @schema@.relay_free_name(n.nspname, 'pgtrickle_snapshot_' || c.relname, outbox_table),
+        @schema@.relay_snapshot_source(outbox_table),
+        result => 'bigint')
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = relation;
+    return 1;
+end
+$$;
+
+comment on function @schema@.relay_make_snapshot_function(text) is
+    'Makes the snapshot function of a captured stream table where it has none, as the caller; returns how many it made.';
+
+create or replace function @schema@.relay_due_snapshots(only_outbox text default null)
+returns table (outbox_table text, refresh_id bigint, function text, version text)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if @schema@.relay_extension_table('pgt_refresh_history') is null then
+        return;
+    end if;
+    return query
+    with due as materialized (
+        select c.outbox_table_name, r.newest
+        from @schema@.pgt_outbox_config as c
+        cross join lateral @schema@.relay_refreshes(@schema@.relay_captured_table(c.outbox_table_name)) as r
+        where c.stream_schema is not null
+            and c.outbox_table_name = coalesce(only_outbox, c.outbox_table_name)
+            -- Not only above: the ids of an extension that was dropped and made again begin at 1.
+            and r.newest <> c.snapshot_through
+    )
+    select d.outbox_table_name, d.newest, p.oid::regproc::text, concat_ws(' ', p.oid, p.xmin, p.ctid)
+    from due as d
+    join pg_proc as p on p.oid = @schema@.relay_snapshot_function_of(d.outbox_table_name);
+end
+$$;
+
+comment on function @schema@.relay_due_snapshots(text) is
+    'The outboxes whose stream table was refreshed in full since the last look, each with the function that writes the snapshot. Definer: the relay may see neither the catalog nor that of pg_trickle.';
+
+create or replace function @schema@.relay_begin_snapshot(wanted_outbox text)
+returns table (outbox_table text, refresh_id bigint, function text, version text)
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if pg_try_advisory_xact_lock(hashtextextended(@schema_name@ || ':snapshot ' || wanted_outbox, 0)) then
+        return query select d.* from @schema@.relay_due_snapshots(wanted_outbox) as d;
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_begin_snapshot(text) is
+    'The snapshot that this transaction is to write; no row where another relay writes it, or has.';
+
+create or replace function @schema@.relay_snapshot_is_intact(outbox_table text, version text)
+returns boolean
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (
+        select from pg_proc as p
+        where p.oid = @schema@.relay_snapshot_function_of(outbox_table)
+            and concat_ws(' ', p.oid, p.xmin, p.ctid) = version
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = format('the snapshot function of outbox %I was changed since the relay looked at it', outbox_table);
+    end if;
+    return true;
+end
+$$;
+
+comment on function @schema@.relay_snapshot_is_intact(text, text) is
+    'Before and behind a call of a snapshot function, which its owner can change at any time: RL034 unless it is the one that was looked at.';
+
+create or replace function @schema@.relay_end_snapshot(outbox_table text, refresh_id bigint)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    update @schema@.pgt_outbox_config as c
+    set snapshot_through = refresh_id
+    where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_end_snapshot(text, bigint) is
+    'Notes, in the transaction that writes a snapshot, which refresh it tells. Definer: the relay may not write the catalog.';
+
+create or replace function @schema@.relay_refresh_problems(outbox_table text, relation oid)
+returns table (problem text, remedy text)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return query
+    select x.problem, x.remedy
+    from @schema@.relay_refreshes(relation) as r
+    cross join lateral (values
+        (r.missing_grant is not null, 'full refreshes are not captured: the history of refreshes can''t be read', r.missing_grant),
+        (not r.has_triggers, 'pg_trickle fires no trigger on it: pg_trickle.user_triggers is off', 'set pg_trickle.user_triggers to auto'),
+        (
+            @schema@.relay_snapshot_function_of(outbox_table) is null,
+            'full refreshes are not captured: the snapshot function is missing, or not the one that the relay makes',
+            null
+        )
+    ) as x (is_so, problem, remedy)
+    where r.is_stream and x.is_so;
+end
+$$;
+
+comment on function @schema@.relay_refresh_problems(text, oid) is
+    'What keeps a captured stream table from being told, part of relay_capture_problems. Definer: reads the catalog of pg_trickle.';
