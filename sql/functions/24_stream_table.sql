@@ -99,13 +99,21 @@ begin
         return next;
         return;
     end if;
-    missing_grant := @schema@.relay_missing_grant(
-        quote_ident(current_user)::regrole, array['pgt_stream_tables', 'pgt_refresh_history']);
-    if missing_grant is not null then
-        is_stream := exists (
+    select
+        nullif(concat_ws('; ',
+            @schema@.relay_missing_grant(
+                quote_ident(current_user)::regrole, array['pgt_stream_tables', 'pgt_refresh_history']),
+            case when not has_schema_privilege(to_regrole('pgtrickle_relay'), c.relnamespace, 'usage')
+                then format('grant usage on schema %s to pgtrickle_relay', c.relnamespace::regnamespace) end
+        ), ''),
+        exists (
             select from pg_attribute as a
             where a.attrelid = relation and a.attname = '__pgt_row_id' and not a.attisdropped
-        );
+        )
+    into missing_grant, is_stream
+    from pg_class as c
+    where c.oid = relation;
+    if missing_grant is not null then
         return next;
         return;
     end if;
@@ -134,7 +142,7 @@ end
 $$;
 
 comment on function @schema@.relay_refreshes(oid) is
-    'Whether a table is a stream table, and its newest refresh that no trigger saw. Where the history is closed to the catalog''s owner: missing_grant. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
+    'Whether a table is a stream table, and its newest refresh that no trigger saw. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
 
 create or replace function @schema@.relay_is_stream_table(relation oid)
 returns boolean
@@ -165,11 +173,11 @@ begin
             raise exception using
                 errcode = 'RL005',
                 message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
-                detail = 'pg_trickle fires no trigger on it (pg_trickle.user_triggers is off), and its history of refreshes can''t be read.',
+                detail = 'pg_trickle fires no trigger on it (pg_trickle.user_triggers is off), and rights to follow its refreshes are missing.',
                 hint = found.missing_grant;
         end if;
         raise notice using
-            message = format('full refreshes of %s will not be seen: the history of refreshes can''t be read', relation::regclass),
+            message = format('full refreshes of %s will not be captured: rights are missing', relation::regclass),
             hint = found.missing_grant;
     elsif found.refresh_mode = 'FULL' or found.is_stream and not found.has_triggers then
         raise notice '% is refreshed without triggers: its events will be snapshots of all rows', relation::regclass;
@@ -260,16 +268,34 @@ begin
         from pg_proc as c
         join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner and p.pronargs = 0
         where c.oid = @schema@.relay_capture_function_of(outbox_table)
-            and p.prosrc = @schema@.relay_snapshot_source(outbox_table)
-            and @schema@.relay_function_problem(
-                p.oid, @schema@.relay_captured_table(outbox_table), p.prosrc, 'bigint') is null
+            and starts_with(p.prosrc, E'\n-- pgtrickle-relay snapshot')
+            and position(format('%I.relay_captured_table(%L)', @schema_name@, outbox_table) in p.prosrc) > 0
         limit 1
     );
 end
 $$;
 
 comment on function @schema@.relay_snapshot_function_of(text) is
-    'The function that writes snapshots of the captured stream table; null where none stands as the relay makes it.';
+    'The function that writes snapshots of the captured stream table; null where there is none.';
+
+create or replace function @schema@.relay_snapshot_is_sound(outbox_table text)
+returns boolean
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return @schema@.relay_function_problem(
+        @schema@.relay_snapshot_function_of(outbox_table),
+        @schema@.relay_captured_table(outbox_table),
+        @schema@.relay_snapshot_source(outbox_table),
+        'bigint') is null;
+end
+$$;
+
+comment on function @schema@.relay_snapshot_is_sound(text) is
+    'Whether the snapshot function of a stream table stands as the relay makes it.';
 
 create or replace function @schema@.relay_make_snapshot_function(outbox_table text)
 returns integer
@@ -280,17 +306,17 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     relation oid := @schema@.relay_captured_table(outbox_table);
+    made_before text := (select p.proname from pg_proc as p where p.oid = @schema@.relay_snapshot_function_of(outbox_table));
 begin
-    if @schema@.relay_is_stream_table(relation) is not true
-        or @schema@.relay_snapshot_function_of(outbox_table) is not null
-    then
+    if @schema@.relay_is_stream_table(relation) is not true or @schema@.relay_snapshot_is_sound(outbox_table) then
         return 0;
     end if;
     perform @schema@.relay_make_function(
         relation,
-        @schema@.relay_free_name(n.nspname, 'pgtrickle_snapshot_' || c.relname, outbox_table),
+        coalesce(made_before, @schema@.relay_free_name(n.nspname, 'pgtrickle_snapshot_' || c.relname, outbox_table)),
         @schema@.relay_snapshot_source(outbox_table),
-        result => 'bigint')
+        made_before is not null,
+        'bigint')
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
     where c.oid = relation;
@@ -324,7 +350,8 @@ begin
     )
     select d.outbox_table_name, d.newest, p.oid::regproc::text, concat_ws(' ', p.oid, p.xmin, p.ctid)
     from due as d
-    join pg_proc as p on p.oid = @schema@.relay_snapshot_function_of(d.outbox_table_name);
+    join pg_proc as p on p.oid = @schema@.relay_snapshot_function_of(d.outbox_table_name)
+    where @schema@.relay_snapshot_is_sound(d.outbox_table_name);
 end
 $$;
 
@@ -360,7 +387,7 @@ begin
         select from pg_proc as p
         where p.oid = @schema@.relay_snapshot_function_of(outbox_table)
             and concat_ws(' ', p.oid, p.xmin, p.ctid) = version
-    ) then
+    ) or not @schema@.relay_snapshot_is_sound(outbox_table) then
         raise exception using
             errcode = 'RL034',
             message = format('the snapshot function of outbox %I was changed since the relay looked at it', outbox_table);
@@ -399,10 +426,10 @@ begin
     select x.problem, x.remedy
     from @schema@.relay_refreshes(relation) as r
     cross join lateral (values
-        (r.missing_grant is not null, 'full refreshes are not captured: the history of refreshes can''t be read', r.missing_grant),
+        (r.missing_grant is not null, 'full refreshes are not captured: rights are missing', r.missing_grant),
         (not r.has_triggers, 'pg_trickle fires no trigger on it: pg_trickle.user_triggers is off', 'set pg_trickle.user_triggers to auto'),
         (
-            @schema@.relay_snapshot_function_of(outbox_table) is null,
+            not @schema@.relay_snapshot_is_sound(outbox_table),
             'full refreshes are not captured: the snapshot function is missing, or not the one that the relay makes',
             null
         )

@@ -13,7 +13,7 @@ declare
         'relay_capture_mode', 'relay_wanted_triggers', 'relay_function_problem', 'relay_capture_settings',
         'relay_capture_source', 'relay_capture_quick', 'relay_capture_first', 'relay_source_of', 'relay_capture_function_of',
         'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table', 'relay_is_stream_table',
-        'relay_make_snapshot_function', 'relay_snapshot_source', 'relay_snapshot_function_of',
+        'relay_make_snapshot_function', 'relay_snapshot_source', 'relay_snapshot_function_of', 'relay_snapshot_is_sound',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
         'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
         -- What capture functions call, as the owner of their table.

@@ -354,8 +354,9 @@ async def test_a_stream_table_in_full_mode_is_announced_as_snapshots(beside: Ses
 
     beside.run("select enable_outbox('totals')")
 
-    assert "totals is refreshed without triggers: its events will be snapshots of all rows" in (
-        beside.notices
+    assert (
+        "public.totals is refreshed without triggers: its events will be snapshots of all rows"
+        in (beside.notices)
     )
 
 
@@ -367,9 +368,9 @@ async def test_a_history_that_cannot_be_read_is_said_with_the_grant_and_heals(
 
     beside.run("select enable_outbox('totals')")
 
-    assert any("the history of refreshes can't be read" in said for said in beside.notices)
+    assert any("will not be captured: rights are missing" in said for said in beside.notices)
     ((problem, remedy),) = beside.rows("select problem, remedy from relay_capture_problems()")
-    assert problem == "full refreshes are not captured: the history of refreshes can't be read"
+    assert problem == "full refreshes are not captured: rights are missing"
     refresh(beside, "FULL", FILL)
     await relay.write_snapshots()
     assert outbox(beside) == []
@@ -378,12 +379,17 @@ async def test_a_history_that_cannot_be_read_is_said_with_the_grant_and_heals(
     assert outbox(beside) == [snapshot(PARIS, ROME)]
 
 
+@pytest.fixture
+def no_user_triggers(beside: Session) -> None:
+    """For every session that begins from here on, and for this one."""
+    name = beside.connection.info.dbname
+    beside.run(f"alter database {name} set pg_trickle.user_triggers = 'off'")
+    beside.run("set pg_trickle.user_triggers = 'off'")
+
+
 async def test_without_user_triggers_every_refresh_becomes_a_snapshot(
-    totals: Session, relay: Housekeeping
+    no_user_triggers: None, totals: Session, relay: Housekeeping
 ) -> None:
-    name = totals.connection.info.dbname
-    totals.run(f"alter database {name} set pg_trickle.user_triggers = 'off'")
-    totals.run("set pg_trickle.user_triggers = 'off'")
     refresh(totals, "DIFFERENTIAL", FILL)
 
     assert totals.rows("select problem, remedy from relay_capture_problems()") == [
@@ -395,6 +401,24 @@ async def test_without_user_triggers_every_refresh_becomes_a_snapshot(
     await relay.write_snapshots()
 
     assert outbox(totals) == [snapshot(PARIS, ROME)]
+
+
+async def test_a_stream_table_of_another_schema_asks_for_the_grant_that_the_relay_needs(
+    beside: Session, relay: Housekeeping
+) -> None:
+    beside.run("create schema sales; set search_path = sales, " + OURS)
+    beside.run("select pgtrickle.create_stream_table('totals', 'city text, amount int')")
+    beside.run("select enable_outbox('totals')")
+
+    assert beside.rows("select remedy from relay_capture_problems()") == [
+        ("grant usage on schema sales to pgtrickle_relay",)
+    ]
+    refresh(beside, "FULL", FILL)
+    await relay.write_snapshots()
+    assert outbox(beside) == []
+    beside.run("grant usage on schema sales to pgtrickle_relay")
+    await relay.write_snapshots()
+    assert outbox(beside) == [snapshot(PARIS, ROME)]
 
 
 async def test_a_stream_table_that_nothing_would_tell_of_is_refused(beside: Session) -> None:
