@@ -97,7 +97,7 @@ class Housekeeping:
         await _each([partial(_until_done, sweep, relation) for sweep, relation in sweeps])
 
     async def write_snapshots(self) -> None:
-        """Tell what no trigger saw: stream tables that were refreshed in full. Raises `RelayError`."""
+        """Snapshots of stream tables that were refreshed without triggers. Raises `RelayError`."""
         outboxes = await self._catalog.due_snapshots()
         await _each([partial(self._catalog.snapshot, outbox) for outbox in outboxes])
 

@@ -7,14 +7,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
+import msgspec
 import pytest
 
 from relay import postgres
+from relay.backends.outbox.source import OutboxSource
 from relay.catalog import Catalog
 from relay.errors import MigrationRefused, RelayError
 from relay.housekeeping import Housekeeping
+from relay.message import RelayMessage
 from relay.migrate import migrate, uninstall
 from relay.settings import PostgresSettings, schema_identifier
+from tests.contract.surroundings import backend_context
 from tests.servers.postgres import PostgresServer
 from tests.sql.outbox_session import Row, Session, session
 
@@ -80,20 +84,25 @@ def totals(beside: Session) -> Session:
 
 
 @pytest.fixture
-async def relay(beside: Session) -> AsyncIterator[Housekeeping]:
-    """The chores of a relay that has nothing but its role."""
+async def relay_database(beside: Session) -> AsyncIterator[postgres.Database]:
+    """What a relay sees that has nothing but its role."""
     beside.new_role("relay_beside", "pgtrickle_relay")
     url = beside.dsn.replace("postgres@", "relay_beside@")
     database = postgres.Database(PostgresSettings(url=url, schema=SCHEMA))
     await database.open()
-    yield Housekeeping(
-        catalog=Catalog(database, "default"),
+    yield database
+    await database.aclose()
+
+
+@pytest.fixture
+def relay(relay_database: postgres.Database) -> Housekeeping:
+    return Housekeeping(
+        catalog=Catalog(relay_database, "default"),
         worker_id="w",
         owned=dict,
         report=lambda: b"{}",
         emit=lambda _: None,
     )
-    await database.aclose()
 
 
 def refresh(db: Session, action: str, statements: str, table: str = "totals") -> None:
@@ -284,13 +293,38 @@ async def test_every_kind_of_full_refresh_is_seen_and_an_empty_one_is_a_truncati
     refresh(totals, "REINITIALIZE", FILL)
     await relay.write_snapshots()
     totals.run(
-        "select pgtrickle.refresh('totals', 'DIFFERENTIAL', 'delete from totals where amount = 3', true)"
+        "select pgtrickle.refresh('totals', 'DIFFERENTIAL', 'delete from totals where amount = 3',"
+        " p_is_fallback => true)"
     )
     await relay.write_snapshots()
     refresh(totals, "FULL", "truncate totals")
     await relay.write_snapshots()
 
     assert outbox(totals) == [snapshot(PARIS, ROME), snapshot(ROME), snapshot()]
+
+
+async def test_a_snapshot_goes_out_as_framed_upserts_whose_key_is_the_row_id(
+    totals: Session, relay: Housekeeping, relay_database: postgres.Database
+) -> None:
+    context = backend_context(database=relay_database, catalog=Catalog(relay_database, "default"))
+    context = msgspec.structs.replace(context, pipeline_options={"snapshot_markers": True})
+    source = OutboxSource.from_options({"outbox": "totals"}, context)
+    await source.connect()
+
+    refresh(totals, "FULL", FILL)
+    await relay.write_snapshots()
+    messages: list[RelayMessage] = []
+    async with asyncio.timeout(30):
+        while len(messages) < 4:
+            messages += (await source.poll()).messages
+    await source.aclose()
+
+    assert [(m.op, m.key, m.payload, m.is_full_refresh) for m in messages] == [
+        ("snapshot_begin", None, b"null", True),
+        ("upsert", "1", b'{"city":"Paris","amount":3}', True),
+        ("upsert", "2", b'{"city":"Rome","amount":5}', True),
+        ("snapshot_end", None, b"null", True),
+    ]
 
 
 async def test_of_several_relays_one_writes_the_snapshot(
