@@ -83,7 +83,14 @@ comment on function @schema@.relay_check_event_triggers() is
     'Says which grant is missing before the event triggers of pg_trickle fail without a word about it.';
 
 create or replace function @schema@.relay_refreshes(relation oid)
-returns table (is_stream boolean, refresh_mode text, newest bigint, has_triggers boolean, missing_grant text)
+returns table (
+    is_stream boolean,
+    refresh_mode text,
+    newest bigint,
+    last_id bigint,
+    has_triggers boolean,
+    missing_grant text
+)
 language plpgsql
 stable
 security definer
@@ -121,7 +128,7 @@ begin
         $query$
             select true, s.refresh_mode, (
                 select h.refresh_id
-                from %s as h
+                from %1$s as h
                 where h.pgt_id = s.pgt_id
                     and h.status = 'COMPLETED'
                     and h.action not in ('NO_DATA', 'SKIP')
@@ -130,19 +137,19 @@ begin
                         or to_jsonb(h) ->> 'was_full_fallback' = 'true')
                 order by h.refresh_id desc
                 limit 1
-            )
-            from %s as s
+            ), (select max(h.refresh_id) from %1$s as h)
+            from %2$s as s
             where s.pgt_relid = $1
         $query$,
         history, streams
-    ) into is_stream, refresh_mode, newest using relation, has_triggers;
+    ) into is_stream, refresh_mode, newest, last_id using relation, has_triggers;
     is_stream := coalesce(is_stream, false);
     return next;
 end
 $$;
 
 comment on function @schema@.relay_refreshes(oid) is
-    'Whether a table is a stream table, and its newest refresh that no trigger saw. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
+    'Whether a table is a stream table, its newest refresh that no trigger saw, and the last one of all. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
 
 create or replace function @schema@.relay_is_stream_table(relation oid)
 returns boolean
@@ -345,8 +352,8 @@ begin
         cross join lateral @schema@.relay_refreshes(@schema@.relay_captured_table(c.outbox_table_name)) as r
         where c.stream_schema is not null
             and c.outbox_table_name = coalesce(only_outbox, c.outbox_table_name)
-            -- Not only above: the ids of an extension that was dropped and made again begin at 1.
-            and r.newest <> c.snapshot_through
+            -- The ids of an extension that was dropped and made again begin at 1.
+            and (r.newest > c.snapshot_through or r.newest is not null and r.last_id < c.snapshot_through)
     )
     select d.outbox_table_name, d.newest, p.oid::regproc::text, concat_ws(' ', p.oid, p.xmin, p.ctid)
     from due as d

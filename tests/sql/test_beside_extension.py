@@ -77,6 +77,14 @@ async def beside(empty: Session) -> Session:
 
 
 @pytest.fixture
+def no_user_triggers(beside: Session) -> None:
+    """For every session that begins from here on, and for this one."""
+    name = beside.connection.info.dbname
+    beside.run(f"alter database {name} set pg_trickle.user_triggers = 'off'")
+    beside.run("set pg_trickle.user_triggers = 'off'")
+
+
+@pytest.fixture
 def totals(beside: Session) -> Session:
     beside.run("select pgtrickle.create_stream_table('totals', 'city text, amount int')")
     assert beside.value("select enable_outbox('totals')") == "outbox_totals"
@@ -327,6 +335,29 @@ async def test_a_snapshot_goes_out_as_framed_upserts_whose_key_is_the_row_id(
     ]
 
 
+async def test_refreshes_that_are_numbered_from_1_again_are_seen(
+    totals: Session, relay: Housekeeping
+) -> None:
+    totals.run(f"update {OURS}.pgt_outbox_config set snapshot_through = 900")
+    refresh(totals, "FULL", FILL)
+
+    await relay.write_snapshots()
+    await relay.write_snapshots()
+
+    assert outbox(totals) == [snapshot(PARIS, ROME)]
+
+
+async def test_relays_that_see_different_settings_write_no_snapshot_in_turn(
+    no_user_triggers: None, totals: Session, relay: Housekeeping
+) -> None:
+    refresh(totals, "FULL", FILL)
+    refresh(totals, "DIFFERENTIAL", "delete from totals where city = 'Paris'")
+    await relay.write_snapshots()
+
+    totals.run("set pg_trickle.user_triggers = 'auto'")
+    assert totals.rows("select * from relay_due_snapshots()") == []
+
+
 async def test_of_several_relays_one_writes_the_snapshot(
     totals: Session, relay: Housekeeping
 ) -> None:
@@ -411,14 +442,6 @@ async def test_a_history_that_cannot_be_read_is_said_with_the_grant_and_heals(
     beside.run(remedy)
     await relay.write_snapshots()
     assert outbox(beside) == [snapshot(PARIS, ROME)]
-
-
-@pytest.fixture
-def no_user_triggers(beside: Session) -> None:
-    """For every session that begins from here on, and for this one."""
-    name = beside.connection.info.dbname
-    beside.run(f"alter database {name} set pg_trickle.user_triggers = 'off'")
-    beside.run("set pg_trickle.user_triggers = 'off'")
 
 
 async def test_without_user_triggers_every_refresh_becomes_a_snapshot(
