@@ -401,6 +401,53 @@ async def test_a_snapshot_function_that_its_owner_changed_is_not_called(
     assert outbox(totals) == [snapshot(PARIS, ROME)]
 
 
+async def test_what_a_cast_of_the_owner_defers_runs_as_the_owner_and_never_as_the_relay(
+    beside: Session, relay: Housekeeping
+) -> None:
+    beside.new_role("beside_owner")
+    beside.run("grant create on schema public to beside_owner")
+    beside.run("grant usage on schema pgtrickle to beside_owner")
+    beside.run("grant select on all tables in schema pgtrickle to beside_owner")
+    beside.run("set role beside_owner")
+    beside.run(
+        "create type mood as enum ('good'); create table seen (who text); create table log (n int);"
+        "create function mood_json(mood) returns json language plpgsql as"
+        " $$ begin insert into public.log values (1); return '1'; end $$;"
+        "create cast (mood as json) with function mood_json(mood);"
+        "create function note() returns trigger language plpgsql as"
+        " $$ begin insert into public.seen values (current_user); return null; end $$;"
+        "create constraint trigger later after insert on log deferrable initially deferred"
+        " for each row execute function note()"
+    )
+    beside.run("reset role; select pgtrickle.create_stream_table('totals', 'city mood')")
+    beside.run("alter table totals owner to beside_owner; select enable_outbox('totals')")
+    refresh(beside, "FULL", "insert into totals values (1, 'good', 1)")
+
+    await relay.write_snapshots()
+
+    assert set(beside.rows("select who from seen")) == {("beside_owner",)}
+    assert outbox(beside) == [snapshot({"__pgt_row_id": 1, "city": 1})]
+
+
+async def test_a_table_that_was_given_away_gets_a_snapshot_function_of_its_new_owner(
+    totals: Session, relay: Housekeeping
+) -> None:
+    totals.new_role("beside_heir")
+    totals.run(
+        "grant create on schema public to beside_heir; alter table totals owner to beside_heir"
+    )
+    refresh(totals, "FULL", FILL)
+    await relay.write_snapshots()
+    assert outbox(totals) == []
+    assert len(totals.rows("select * from relay_capture_problems()")) == 2
+
+    totals.run("select repair_outbox('totals')")
+
+    assert totals.rows("select * from relay_capture_problems()") == []
+    await relay.write_snapshots()
+    assert outbox(totals) == [snapshot(PARIS, ROME)]
+
+
 async def test_nobody_but_the_relay_and_the_owner_writes_snapshots(totals: Session) -> None:
     totals.new_role("beside_stranger")
     totals.run("set role beside_stranger")
