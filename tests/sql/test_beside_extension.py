@@ -383,14 +383,21 @@ async def test_a_snapshot_waits_for_who_writes_the_table(
     assert outbox(totals)[1] == snapshot(PARIS)
 
 
+REPLACE = "create or replace function pgtrickle_snapshot_totals() returns bigint language plpgsql"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"{REPLACE} as $$ begin create role stolen; return 1; end $$",
+        "alter function pgtrickle_snapshot_totals() security invoker",
+    ],
+)
 async def test_a_snapshot_function_that_its_owner_changed_is_not_called(
-    totals: Session, relay: Housekeeping
+    totals: Session, relay: Housekeeping, change: str
 ) -> None:
     refresh(totals, "FULL", FILL)
-    totals.run(
-        "create or replace function pgtrickle_snapshot_totals() returns bigint language plpgsql"
-        " as $$ begin create role stolen; return 1; end $$"
-    )
+    totals.run(change)
 
     await relay.write_snapshots()
 
@@ -399,6 +406,20 @@ async def test_a_snapshot_function_that_its_owner_changed_is_not_called(
     totals.run("select repair_outbox('totals')")
     await relay.write_snapshots()
     assert outbox(totals) == [snapshot(PARIS, ROME)]
+
+
+async def test_a_snapshot_function_that_changes_under_the_relay_undoes_what_it_did(
+    totals: Session,
+) -> None:
+    refresh(totals, "FULL", FILL)
+    ((version,),) = totals.rows("select version from relay_due_snapshots()")
+    check = "select relay_snapshot_is_intact('outbox_totals', %s)"
+    assert totals.value(check, version) is True
+
+    totals.run("alter function pgtrickle_snapshot_totals() cost 7")
+
+    with totals.refused("RL034"):
+        totals.run(check, version)
 
 
 async def test_what_a_cast_of_the_owner_defers_runs_as_the_owner_and_never_as_the_relay(
