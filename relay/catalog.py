@@ -369,7 +369,7 @@ class Catalog:
             leaving_nothing(connection, is_needed=True),
             connection.transaction(isolation="read_committed"),
         ):
-            due = await connection.fetchrow("select * from relay_begin_snapshot($1)", outbox_table)
+            due = await connection.fetchrow("select * from relay_due_snapshots($1)", outbox_table)
             if due is None:
                 return
             await connection.execute(

@@ -334,7 +334,7 @@ $$;
 comment on function @schema@.relay_make_snapshot_function(text) is
     'Makes the snapshot function of a captured stream table where it has none, as the caller; returns how many it made.';
 
-create or replace function @schema@.relay_due_snapshots(only_outbox text default null)
+create or replace function @schema@.relay_due_snapshots(to_write text default null)
 returns table (outbox_table text, refresh_id bigint, function text, version text)
 language plpgsql
 volatile
@@ -342,7 +342,9 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if @schema@.relay_extension_table('pgt_refresh_history') is null then
+    if @schema@.relay_extension_table('pgt_refresh_history') is null
+        or not pg_try_advisory_xact_lock(hashtextextended(@schema_name@ || ':snapshot ' || to_write, 0))
+    then
         return;
     end if;
     return query
@@ -351,7 +353,7 @@ begin
         from @schema@.pgt_outbox_config as c
         cross join lateral @schema@.relay_refreshes(@schema@.relay_captured_table(c.outbox_table_name)) as r
         where c.stream_schema is not null
-            and c.outbox_table_name = coalesce(only_outbox, c.outbox_table_name)
+            and c.outbox_table_name = coalesce(to_write, c.outbox_table_name)
             -- The ids of an extension that was dropped and made again begin at 1.
             and (r.newest > c.snapshot_through or r.newest is not null and r.last_id < c.snapshot_through)
     )
@@ -363,24 +365,7 @@ end
 $$;
 
 comment on function @schema@.relay_due_snapshots(text) is
-    'The outboxes whose stream table was refreshed in full since the last look, each with the function that writes the snapshot. Definer: the relay may see neither the catalog nor that of pg_trickle.';
-
-create or replace function @schema@.relay_begin_snapshot(wanted_outbox text)
-returns table (outbox_table text, refresh_id bigint, function text, version text)
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    if pg_try_advisory_xact_lock(hashtextextended(@schema_name@ || ':snapshot ' || wanted_outbox, 0)) then
-        return query select d.* from @schema@.relay_due_snapshots(wanted_outbox) as d;
-    end if;
-end
-$$;
-
-comment on function @schema@.relay_begin_snapshot(text) is
-    'The snapshot that this transaction is to write; no row where another relay writes it, or has.';
+    'The outboxes whose stream table was refreshed in full since the last look, each with the function that writes the snapshot. Of one that is to be written, nothing where another relay writes it. Definer: the relay may see neither the catalog nor that of pg_trickle.';
 
 create or replace function @schema@.relay_snapshot_is_intact(outbox_table text, version text)
 returns boolean

@@ -26,8 +26,8 @@ declare
     relay_functions constant text[] := array[
         -- outboxes
         'relay_outbox_of', 'outbox_rows_consumed', 'relay_note_drained', 'relay_sleep', 'relay_capture_problems',
-        'relay_sweep_outbox', 'relay_swept_outboxes', 'relay_due_snapshots', 'relay_begin_snapshot',
-        'relay_snapshot_is_intact', 'relay_end_snapshot',
+        'relay_sweep_outbox', 'relay_swept_outboxes', 'relay_due_snapshots', 'relay_snapshot_is_intact',
+        'relay_end_snapshot',
         -- pipelines
         'set_relay_outbox', 'set_relay_inbox', 'relay_set_forward', 'relay_object', 'enable_relay', 'disable_relay',
         'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',
