@@ -350,10 +350,19 @@ begin
     return query
     with due as materialized (
         select c.outbox_table_name, r.newest
-        from @schema@.pgt_outbox_config as c
-        cross join lateral @schema@.relay_refreshes(@schema@.relay_captured_table(c.outbox_table_name)) as r
-        where c.stream_schema is not null
-            and c.outbox_table_name = coalesce(to_write, c.outbox_table_name)
+        from (
+            -- Most outboxes are of other tables, which cost nothing here.
+            select distinct a.attrelid as id
+            from pg_trigger as t
+            join pg_attribute as a on a.attrelid = t.tgrelid
+            where t.tgtype & 32 <> 0
+                and starts_with(t.tgname, '!pgtrickle_')
+                and a.attname = '__pgt_row_id'
+                and not a.attisdropped
+        ) as s
+        join @schema@.pgt_outbox_config as c on c.outbox_table_name = @schema@.relay_capturing_outbox(s.id)
+        cross join lateral @schema@.relay_refreshes(s.id) as r
+        where c.outbox_table_name = coalesce(to_write, c.outbox_table_name)
             -- The ids of an extension that was dropped and made again begin at 1.
             and (r.newest > c.snapshot_through or r.newest is not null and r.last_id < c.snapshot_through)
     )
