@@ -67,6 +67,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 # Before and behind a call of a function that its owner can change at any time; parameters 1 to 3.
 INBOX_IS_INTACT = "relay_inbox_is_intact($1, $2, $3)"
+_SNAPSHOT_IS_INTACT = "relay_snapshot_is_intact($1, $2)"
+
+# As long as a table of many gigabytes may take.
+_SNAPSHOT_TIMEOUT_S = 3600.0
 
 
 class InboxDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -346,6 +350,38 @@ class Catalog:
                 max_rows,
             )
         return int(swept)
+
+    async def due_snapshots(self) -> list[str]:
+        """Outboxes whose stream table was refreshed without triggers since the last snapshot."""
+        rows = await self._database.fetch(
+            "looking for full refreshes", "select outbox_table from relay_due_snapshots()"
+        )
+        return [row["outbox_table"] for row in rows]
+
+    async def snapshot(self, outbox_table: str) -> None:
+        """Write all rows of a stream table into its outbox, unless another relay has or does.
+
+        The function that does it belongs to the owner of the table. What is written and how far it
+        looked are one transaction.
+        """
+        async with (
+            self._database.connection("writing a snapshot") as connection,
+            leaving_nothing(connection, is_needed=True),
+            connection.transaction(isolation="read_committed"),
+        ):
+            due = await connection.fetchrow("select * from relay_due_snapshots($1)", outbox_table)
+            if due is None:
+                return
+            await connection.execute(
+                f"select case when {_SNAPSHOT_IS_INTACT} then {due['function']}() end,"
+                f" {_SNAPSHOT_IS_INTACT}",
+                outbox_table,
+                due["version"],
+                timeout=_SNAPSHOT_TIMEOUT_S,
+            )
+            await connection.execute(
+                "select relay_end_snapshot($1, $2)", outbox_table, due["refresh_id"]
+            )
 
     async def dead_letter(
         self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]

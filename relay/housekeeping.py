@@ -1,4 +1,4 @@
-"""What goes on beside the pipelines: measuring lag, sweeping what is delivered, reporting.
+"""What goes on beside the pipelines: measuring lag, sweeping, reporting, snapshots.
 
 Each chore has its own loop. A chore that fails says so once and goes on with its next turn; it
 never disturbs a pipeline.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 from relay.catalog import Catalog, PipelineRow
 from relay.delivery import heed_cancellation
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _SWEEP_ROWS = 1000
 _RETIRE_TIMEOUT_S = 2.0
+_SNAPSHOT_INTERVAL_S = 2.0
 
 
 class Housekeeping:
@@ -48,6 +50,7 @@ class Housekeeping:
             tasks.create_task(_every(lag_interval_s, self.observe_lag))
             tasks.create_task(_every(sweep_interval_s, self._sweep))
             tasks.create_task(_every(report_interval_s, self._report_to_fleet))
+            tasks.create_task(_every(_SNAPSHOT_INTERVAL_S, self.write_snapshots))
 
     async def retire(self) -> None:
         """Leave the fleet's list; what fails here, or takes long, is left to time."""
@@ -86,19 +89,17 @@ class Housekeeping:
 
     async def _sweep(self) -> None:
         """Sweep every outbox, since some have only readers that do not, and our own inboxes."""
-        failed: RelayError | None = None
         inboxes = {_local_inbox(row) for row in self._owned().values()} - {None}
         sweeps = [
             *((self._catalog.sweep, outbox) for outbox in await self._catalog.swept_outboxes()),
             *((self._catalog.sweep_inbox, inbox) for inbox in inboxes if inbox is not None),
         ]
-        for sweep, relation in sweeps:
-            try:
-                await _until_done(sweep, relation)
-            except RelayError as error:
-                failed = error
-        if failed is not None:
-            raise failed
+        await _each([partial(_until_done, sweep, relation) for sweep, relation in sweeps])
+
+    async def write_snapshots(self) -> None:
+        """Snapshots of stream tables that were refreshed without triggers. Raises `RelayError`."""
+        outboxes = await self._catalog.due_snapshots()
+        await _each([partial(self._catalog.snapshot, outbox) for outbox in outboxes])
 
     async def _report_to_fleet(self) -> None:
         await self._catalog.report(self._worker_id, self._report())
@@ -116,6 +117,18 @@ def _local_inbox(row: PipelineRow) -> str | None:
     if row.direction == "forward" or is_remote:
         return None
     return _named(row.config, "sink", "inbox")
+
+
+async def _each(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """One after the other; what fails keeps none of the others, and is raised in the end."""
+    failed: RelayError | None = None
+    for task in tasks:
+        try:
+            await task()
+        except RelayError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 async def _until_done(sweep: Callable[[str, int], Awaitable[int]], relation: str) -> None:

@@ -14,6 +14,7 @@ declare
     suspect text;
     migrating_role text := current_setting('role');
     is_first boolean;
+    has_owner constant boolean := to_regrole('pgtrickle_owner') is not null;
 begin
     select format('extension %s %s', e.extname, e.extversion)
     into suspect
@@ -108,6 +109,35 @@ begin
             errcode = 'object_not_in_prerequisite_state',
             message = 'role pgtrickle_owner has rights of its own: it is the owner of the schema and nothing else',
             hint = 'alter role pgtrickle_owner nosuperuser nologin nocreaterole nocreatedb noreplication nobypassrls, and revoke every role from it';
+    end if;
+
+    select string_agg(x.remedy, '; ')
+    into suspect
+    from (
+        select format('grant usage on schema %1$I to %2$I; grant select on %3$s to %2$I',
+            min(s.nspname), r.name, string_agg(c.oid::regclass::text, ', ' order by c.relname)) as remedy
+        from pg_extension as e
+        join pg_depend as d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+        join pg_class as c on d.classid = 'pg_class'::regclass and c.oid = d.objid
+        join pg_namespace as s on s.oid = c.relnamespace
+        cross join (select owner_role union select current_user) as r (name)
+        where e.extname = 'pg_trickle'
+            and c.relname in ('pgt_stream_tables', 'pgt_dependencies')
+            and (not has_table_privilege(r.name, c.oid, 'select') or not has_schema_privilege(r.name, s.oid, 'usage'))
+            and exists (
+                select
+                from pg_event_trigger as t
+                join pg_depend as f on f.classid = 'pg_proc'::regclass and f.objid = t.evtfoid and f.deptype = 'e'
+                where f.refobjid = e.oid and t.evtenabled <> 'D'
+            )
+        group by r.name
+    ) as x;
+    if suspect is not null then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            message = 'the event triggers of pg_trickle would refuse what is to be created: nothing was changed',
+            detail = 'They read its catalog with the rights of whoever creates a table or function.',
+            hint = case when has_owner then '' else 'create role pgtrickle_owner nologin; ' end || suspect;
     end if;
 
     if not exists (select from pg_namespace as n where n.nspname = @schema_name@) then

@@ -183,7 +183,8 @@ create or replace function @schema@.relay_make_function(
     relation oid,
     function_name text,
     source text,
-    or_replace boolean default false
+    or_replace boolean default false,
+    result regtype default 'trigger'
 )
 returns oid
 language plpgsql
@@ -210,9 +211,9 @@ begin
             hint = format('grant create on schema %I to %s', place.nspname, place.owner);
     end if;
     execute format(
-        'create %s function %I.%I() returns trigger language plpgsql volatile security definer %s as %L',
+        'create %s function %I.%I() returns %s language plpgsql volatile security definer %s as %L',
         case when or_replace then 'or replace' else '' end,
-        place.nspname, function_name, @schema@.relay_capture_settings(false), source
+        place.nspname, function_name, result, @schema@.relay_capture_settings(false), source
     );
     function_id := to_regprocedure(format('%I.%I()', place.nspname, function_name));
     if (select p.proowner <> place.relowner from pg_proc as p where p.oid = function_id) then
@@ -228,12 +229,15 @@ begin
     loop
         execute format('revoke all on function %s from %s', function_id::regprocedure, grantee);
     end loop;
+    if result <> 'trigger'::regtype and to_regrole('pgtrickle_relay') is not null then
+        execute format('grant execute on function %s to pgtrickle_relay', function_id::regprocedure);
+    end if;
     return function_id;
 end
 $$;
 
-comment on function @schema@.relay_make_function(oid, text, text, boolean) is
-    'Makes the capture function beside a table as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it.';
+comment on function @schema@.relay_make_function(oid, text, text, boolean, regtype) is
+    'Makes the capture or snapshot function beside a table as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
 
 create or replace function @schema@.relay_claim_function(function_id oid, operation text default null)
 returns void
@@ -275,7 +279,12 @@ $$;
 comment on function @schema@.relay_require_claim(oid, text) is
     'RL004 unless relay_claim_function was called for this operation in this transaction.';
 
-create or replace function @schema@.relay_function_problem(function_id oid, relation oid, source text)
+create or replace function @schema@.relay_function_problem(
+    function_id oid,
+    relation oid,
+    source text,
+    result regtype default 'trigger'
+)
 returns text
 language sql
 stable
@@ -294,12 +303,16 @@ as $$
             p.prosecdef
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
-            and p.prorettype = 'trigger'::regtype
+            and p.prorettype = result
             and @schema@.relay_capture_settings(true) is not distinct from (
                 select string_agg(lower(split_part(c, '=', 1)) || '=' || split_part(c, '=', 2), ' ' order by place)
                 from unnest(p.proconfig) with ordinality as s (c, place))
         ) then 'the capture function runs with other settings than those that the relay gives it'
-        when p.proacl is null or exists (select from aclexplode(p.proacl) as a where a.grantee <> p.proowner)
+        when p.proacl is null or exists (
+            select from aclexplode(p.proacl) as a
+            where a.grantee <> p.proowner
+                and (result = 'trigger'::regtype or a.grantee is distinct from to_regrole('pgtrickle_relay'))
+        )
             then 'the capture function may be executed by others than its owner'
     end
     from pg_class as c
@@ -307,8 +320,8 @@ as $$
     where c.oid = relation
 $$;
 
-comment on function @schema@.relay_function_problem(oid, oid, text) is
-    'What is wrong with a capture function; null where it stands as the relay makes it.';
+comment on function @schema@.relay_function_problem(oid, oid, text, regtype) is
+    'What is wrong with a capture or snapshot function; null where it stands as the relay makes it.';
 
 create or replace function @schema@.relay_attach(outbox_table text, relation oid, mode text, function_id oid)
 returns integer
@@ -588,6 +601,7 @@ begin
     plan.sleep_sequence_name := @schema@.relay_free_name(@schema_name@, 'outbox_sleep_' || plan.stream_table, seed);
     plan.pgt_id := gen_random_uuid();
     plan.swept_through := 0;
+    plan.snapshot_through := 0;
     plan.enabled_at := now();
     plan.last_drained_count := 0;
     return plan;
@@ -643,6 +657,7 @@ begin
     from pg_proc as p
     join pg_namespace as n on n.oid = p.pronamespace
     where p.oid = function_id;
+    plan.snapshot_through := case plan.capture when 'none' then 0 else @schema@.relay_check_refreshes(relation) end;
     perform @schema@.relay_create_outbox(plan, (select c.relowner from pg_class as c where c.oid = relation));
     return plan.outbox_table_name;
 end
@@ -678,7 +693,7 @@ begin
     plan.retention_hours := wanted.retention_hours;
     plan.claim_check_rows := wanted.claim_check_rows;
     plan.claim_check_bytes := wanted.claim_check_bytes;
-    perform @schema@.relay_create_outbox(plan, current_user::regrole);
+    perform @schema@.relay_create_outbox(plan, quote_ident(current_user)::regrole);
     execute format(
         $grant$
             grant select (id), insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
@@ -734,6 +749,7 @@ begin
     if relation is null and wanted.capture = 'none' and wanted.stream_table <> '' then
         return @schema@.relay_create_stream(wanted);
     end if;
+    perform @schema@.relay_check_event_triggers();
     perform @schema@.relay_check_stream(wanted.stream_table, relation, wanted.key_columns);
     if outbox_table is not null then
         -- A table that was dropped and made again goes on in its outbox.
@@ -766,6 +782,7 @@ begin
     outbox_table := @schema@.relay_register_outbox(wanted, relation, function_id);
     perform @schema@.relay_claim_function(function_id);
     perform @schema@.relay_attach(outbox_table, relation, mode, function_id);
+    perform @schema@.relay_make_snapshot_function(outbox_table);
     return outbox_table;
 end
 $$;
@@ -877,7 +894,7 @@ begin
             errcode = 'RL004',
             message = format('outbox %I does not belong to %s', outbox_table, pg_get_userbyid(owner_role)::regrole),
             detail = 'Its table was dropped, or given away together with its capture function.',
-            hint = format('let a superuser or a member of %s call repair_outbox', current_user::regrole);
+            hint = format('let a superuser or a member of %s call repair_outbox', quote_ident(current_user)::regrole);
     end if;
     problem := @schema@.relay_function_problem(function_id, relation,
         @schema@.relay_source_of(outbox_table, relation, @schema@.relay_mode_of(settings.capture, relation)));
@@ -929,6 +946,7 @@ declare
     problem text := @schema@.relay_function_problem(function_id, captured, source);
     steps integer := 0;
 begin
+    perform @schema@.relay_check_event_triggers();
     if problem is not null and exists (
         select from pg_proc as p join pg_class as c on c.oid = captured where p.oid = function_id and p.proowner = c.relowner
             and p.pronamespace = c.relnamespace
@@ -952,7 +970,8 @@ begin
         perform @schema@.relay_claim_function(function_id);
         steps := 1;
     end if;
-    return steps + @schema@.relay_attach(outbox_table, captured, mode, function_id);
+    steps := steps + @schema@.relay_attach(outbox_table, captured, mode, function_id);
+    return steps + @schema@.relay_make_snapshot_function(outbox_table);
 end
 $$;
 
@@ -1076,8 +1095,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     function_id oid := @schema@.relay_capture_function_of(outbox_table);
+    snapshot_id oid := @schema@.relay_snapshot_function_of(outbox_table);
     step text;
 begin
+    perform @schema@.relay_check_event_triggers();
     if function_id is not null then
         -- Triggers first: a writer holds its table before it waits for the outbox.
         for step in
@@ -1089,7 +1110,11 @@ begin
         end loop;
         perform @schema@.relay_claim_function(function_id, 'disable ' || outbox_table);
         perform @schema@.relay_drop_outbox(outbox_table, function_id);
-        execute format('drop function %s', function_id::regprocedure);
+        for step in
+            select format('drop function %s', p.oid::regprocedure) from pg_proc as p where p.oid in (function_id, snapshot_id)
+        loop
+            execute step;
+        end loop;
     elsif has_function_privilege(format('%I.relay_remove_outbox(text)', @schema_name@), 'execute') then
         perform @schema@.relay_remove_outbox(outbox_table);
     elsif @schema@.relay_outbox_details(outbox_table) ->> 'stream_schema' is null then
@@ -1152,17 +1177,19 @@ as $$
         where c.stream_schema is not null and c.capture <> 'none'
     ), found as (
         select o.outbox_table_name, o.stream_table, format('%I.%I', o.stream_schema, o.stream_table) as relation,
-            'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox' as problem
+            'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox' as problem,
+            null as remedy
         from outbox as o
         where o.captured is null
         union all
         select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
             @schema@.relay_function_problem(o.function_id, o.captured,
-                @schema@.relay_source_of(o.outbox_table_name, o.captured, o.mode))
+                @schema@.relay_source_of(o.outbox_table_name, o.captured, o.mode)),
+            null
         from outbox as o
         where o.captured is not null
         union all
-        select o.outbox_table_name, o.stream_table, t.target::regclass::text, t.problem
+        select o.outbox_table_name, o.stream_table, t.target::regclass::text, t.problem, null
         from outbox as o
         cross join lateral (
             select
@@ -1181,13 +1208,15 @@ as $$
         ) as t
         union all
         select o.outbox_table_name, o.stream_table, f.member::regclass::text,
-            'a foreign table is among the partitions: PostgreSQL refuses to write it through a captured parent'
+            'a foreign table is among the partitions: PostgreSQL refuses to write it through a captured parent',
+            'detach the foreign table'
         from outbox as o
         cross join lateral @schema@.relay_family(o.captured) as f
         where f.kind = 'f'
         union all
         select o.outbox_table_name, o.stream_table, f.member::regclass::text,
-            format('trigger %I runs inside the statement, before capture can see it: what it changes in the same table comes first', t.tgname)
+            format('trigger %I runs inside the statement, before capture can see it: what it changes in the same table comes first', t.tgname),
+            'let an AFTER trigger do it'
         from outbox as o
         cross join lateral @schema@.relay_family(o.captured) as f
         join pg_class as c on c.oid = f.member
@@ -1197,14 +1226,16 @@ as $$
             regexp_replace(c.relname, '([^[:alnum:]_])', '\\\1', 'g'))
         union all
         select o.outbox_table_name, o.stream_table, t.tgrelid::regclass::text,
-            format('trigger %I runs before capture: what it changes is told in the wrong order', t.tgname)
+            format('trigger %I runs before capture: what it changes is told in the wrong order', t.tgname),
+            format('rename the trigger on %s', t.tgrelid::regclass)
         from outbox as o
         cross join lateral @schema@.relay_family(o.captured) as f
         join pg_trigger as t on t.tgrelid = f.member and not t.tgisinternal and t.tgtype & 2 = 0
         where t.tgname < '!pgtrickle_'::name
         union all
         select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
-            format('column %I of the key is gone', k.name)
+            format('column %I of the key is gone', k.name),
+            'give the table a primary key'
         from outbox as o
         cross join lateral unnest(o.key_columns) as k (name)
         where o.captured is not null
@@ -1212,16 +1243,15 @@ as $$
             and not exists (
                 select from pg_attribute as a
                 where a.attrelid = o.captured and a.attname = k.name and not a.attisdropped)
+        union all
+        select o.outbox_table_name, o.stream_table, o.captured::regclass::text, r.problem, r.remedy
+        from outbox as o
+        cross join lateral @schema@.relay_refresh_problems(o.outbox_table_name, o.captured) as r
+        where o.captured is not null
     )
     select f.outbox_table_name, f.stream_table, f.relation, f.problem,
-        case
-            when f.problem like '%foreign table%' then 'detach the foreign table'
-            when f.problem like 'column %' then 'give the table a primary key'
-            when f.problem like '%inside the statement%' then 'let an AFTER trigger do it'
-            when f.problem like '%before capture:%' then format('rename the trigger on %s', f.relation)
-            else format('select %I.repair_outbox(%L)', @schema_name@,
-                coalesce(@schema@.relay_captured_table(f.outbox_table_name)::regclass::text, f.relation))
-        end
+        coalesce(f.remedy, format('select %I.repair_outbox(%L)', @schema_name@,
+            coalesce(@schema@.relay_captured_table(f.outbox_table_name)::regclass::text, f.relation)))
     from found as f
     where f.problem is not null
     order by 1, 3, 4

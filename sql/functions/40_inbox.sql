@@ -369,6 +369,7 @@ declare
     v_role text;
     f record;
 begin
+    perform @schema@.relay_check_event_triggers();
     if v_problems <> '{}' then
         raise exception using
             errcode = 'RL032',
@@ -677,6 +678,7 @@ declare
     v_cascade text := case when p_cascade then 'cascade' else 'restrict' end;
     f record;
 begin
+    perform @schema@.relay_check_event_triggers();
     -- Only what still has our comment: another's object may have taken the name.
     for f in
         select format('view %I.%I', p_inbox.inbox_schema, c.relname) as part, c.relowner as owner

@@ -12,6 +12,8 @@ declare
         'relay_make_function', 'relay_claim_function', 'relay_attach', 'relay_check_stream', 'relay_mode_of',
         'relay_capture_mode', 'relay_wanted_triggers', 'relay_function_problem', 'relay_capture_settings',
         'relay_capture_source', 'relay_capture_quick', 'relay_capture_first', 'relay_source_of', 'relay_capture_function_of',
+        'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table', 'relay_is_stream_table',
+        'relay_make_snapshot_function', 'relay_snapshot_source', 'relay_snapshot_function_of', 'relay_snapshot_is_sound',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
         'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
         -- What capture functions call, as the owner of their table.
@@ -24,7 +26,8 @@ declare
     relay_functions constant text[] := array[
         -- outboxes
         'relay_outbox_of', 'outbox_rows_consumed', 'relay_note_drained', 'relay_sleep', 'relay_capture_problems',
-        'relay_sweep_outbox', 'relay_swept_outboxes',
+        'relay_sweep_outbox', 'relay_swept_outboxes', 'relay_due_snapshots', 'relay_snapshot_is_intact',
+        'relay_end_snapshot',
         -- pipelines
         'set_relay_outbox', 'set_relay_inbox', 'relay_set_forward', 'relay_object', 'enable_relay', 'disable_relay',
         'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',

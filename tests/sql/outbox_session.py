@@ -27,6 +27,7 @@ class Session:
     """One connection in autocommit; SQL text is the tests' own."""
 
     def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
         self.connection = psycopg.connect(dsn, autocommit=True)
         self.notices: list[str] = []
         self.connection.add_notice_handler(
