@@ -495,7 +495,7 @@ declare
     v_problems text[];
     v_other @schema@.relay_inboxes;
 begin
-    if i.inbox_schema = @schema_name@ and (i.adopted or v_owner <> current_user::regrole) then
+    if i.inbox_schema = @schema_name@ and (i.adopted or v_owner <> quote_ident(current_user)::regrole) then
         v_problems := array['the table stands in the schema of the catalog'];
     else
         i.parts := coalesce(i.parts, '{}');
@@ -723,7 +723,7 @@ begin
         if exists (
             select from pg_class as c
             where c.relname = i.inbox_table and c.relnamespace = to_regnamespace(quote_ident(@schema_name@))
-                and (c.relowner <> current_user::regrole or c.relkind not in ('r', 'p'))
+                and (c.relowner <> quote_ident(current_user)::regrole or c.relkind not in ('r', 'p'))
         ) then
             raise exception using
                 errcode = '42501',
