@@ -364,6 +364,56 @@ $$;
 comment on function @schema@.relay_capture_first(text[]) is
     'Part of a capture function in front of row triggers of others: the first row of a statement, known by its primary key, tells all of them, so that what other triggers do comes behind.';
 
+create or replace function @schema@.relay_first_by(relation oid, mode text)
+returns text[]
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select @schema@.relay_primary_key(relation)
+    where exists (select from pg_index as i where i.indrelid = relation and i.indisprimary and i.indimmediate)
+        and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
+        and (mode = 'row' or exists (
+            select
+            from pg_trigger as t
+            where t.tgrelid = relation
+                and not t.tgisinternal
+                and t.tgtype & 66 = 0
+                and t.tgtype & 28 <> 0
+                and not starts_with(t.tgname, '!pgtrickle_')
+        ))
+$$;
+
+comment on function @schema@.relay_first_by(oid, text) is
+    'The primary key of a table that triggers of others may change before a statement is told as a whole; null where none does, or it has no such key.';
+
+create or replace function @schema@.relay_current_rows(relation oid, operation text)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select format(
+        '(select t.* from only %s as t where (%s) in (%s))',
+        relation::regclass,
+        string_agg(format('t.%I', k.name), ', ' order by k.place),
+        concat_ws(
+            ' union all ',
+            case when operation <> 'DELETE' then 'select ' || string_agg(format('n.%I', k.name), ', ' order by k.place) || ' from new_rows as n' end,
+            case when operation <> 'INSERT' then 'select ' || string_agg(format('o.%I', k.name), ', ' order by k.place) || ' from old_rows as o' end)
+    )
+    from unnest(@schema@.relay_primary_key(relation)) with ordinality as k (name, place)
+    where exists (select from pg_index as i where i.indrelid = relation and i.indisprimary and i.indimmediate)
+        -- Rows that a policy hides from the owner are told as they were written.
+        and not row_security_active(relation)
+    having count(*) > 0
+$$;
+
+comment on function @schema@.relay_current_rows(oid, text) is
+    'SQL text for the rows of a statement as they are now: one that makes several kinds of change is told in parts, and triggers of others may have changed its rows in between.';
+
 create or replace function @schema@.relay_capture_source(
     outbox_table text,
     delta_table text,
@@ -383,26 +433,11 @@ as $$
         $source$
 -- pgtrickle-relay capture, layout 1
 #variable_conflict use_variable
-%1$s
-    begin
-        if %2$s = 'INSERT' then%3$s
-        elsif tg_op = 'UPDATE' then%4$s
-        elsif tg_op = 'DELETE' then%5$s
-        else
-            insert into %6$I.%7$I (payload)
-            select '{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}'
-            where not %6$I.relay_has_rows_below(tg_relid);
-        end if;
-        if found then
-            return null;
-        end if;
-    exception
-        when others then
-            -- Some value can't be told, or the row can't be written: what follows finds out.
-            null;
-    end;
-
+%1$s%2$s
 declare
+    current_rows constant text := %3$s;
+    has_new constant boolean := tg_op <> 'DELETE' or current_rows is not null;
+    has_old constant boolean := tg_op <> 'INSERT';
     max_rows constant bigint := %8$s;
     row_json text := %6$I.relay_row_expression(tg_relid, false);
     is_guarded boolean := false;
@@ -432,21 +467,21 @@ begin
     loop
         begin
             is_claim_check := false;
-            if tg_op <> 'DELETE' then
+            if has_new then
                 execute format(few, row_json, new_rows_sql, max_rows + 1)
                 into new_count, new_list, new_bytes%11$s;
             end if;
-            if tg_op <> 'INSERT' then
+            if has_old then
                 execute format(few, row_json, old_rows_sql, max_rows + 1)
                 into old_count, old_list, old_bytes%12$s;
             end if;
             if new_count + old_count > max_rows or new_bytes + old_bytes > %13$s then
                 is_claim_check := true;
-                if tg_op <> 'DELETE' then
+                if has_new then
                     execute format('select count(%%s) from %%s as r', row_json, new_rows_sql)
                     into new_count%11$s;
                 end if;
-                if tg_op <> 'INSERT' then
+                if has_old then
                     execute format('select count(%%s) from %%s as r', row_json, old_rows_sql)
                     into old_count%12$s;
                 end if;
@@ -457,10 +492,10 @@ begin
                 if is_guarded then
                     -- Each row can be told, but all of them are too large for one value.
                     is_claim_check := true;
-                    if tg_op <> 'DELETE' then
+                    if has_new then
                         execute format('select count(*) from %%s as r', new_rows_sql) into new_count%11$s;
                     end if;
-                    if tg_op <> 'INSERT' then
+                    if has_old then
                         execute format('select count(*) from %%s as r', old_rows_sql) into old_count%12$s;
                     end if;
                     exit;
@@ -494,14 +529,14 @@ begin
         key_now
     )
     returning id into captured_id;
-    if is_claim_check and tg_op <> 'DELETE' then
+    if is_claim_check and has_new then
         execute format(
             'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
             ' select %%s, row_number() over () - 1, ''INSERT'', %%s from %%s as r',
             %15$L, %17$L, captured_id, row_json, new_rows_sql
         )%11$s;
     end if;
-    if is_claim_check and tg_op <> 'INSERT' then
+    if is_claim_check and has_old then
         execute format(
             'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
             ' select %%s, %%s + row_number() over () - 1, ''DELETE'', %%s from %%s as r',
@@ -514,16 +549,38 @@ end
 $source$,
         case when capture = 'row' then format(E'declare\n    is_each boolean := tg_argv[0] = %L;\nbegin%s',
             'each', @schema@.relay_capture_first(first_by)) else 'begin' end,
-        -- A row that is told by itself has no transition tables.
-        case when capture = 'row' then 'is_each then null; elsif tg_op' else 'tg_op' end,
-        @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
-        @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
-        @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+        case when capture = 'row' or first_by is not null then '' else format(
+            $quick$
+    begin
+        if tg_op = 'INSERT' then%s
+        elsif tg_op = 'UPDATE' then%s
+        elsif tg_op = 'DELETE' then%s
+        end if;
+        if found then
+            return null;
+        end if;
+    exception
+        when others then
+            -- Some value can't be told, or the row can't be written: what follows finds out.
+            null;
+    end;
+$quick$,
+            @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+            @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
+            @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes)
+        ) end,
+        case
+            when first_by is null then 'null'
+            else format('%s%I.relay_current_rows(tg_relid, tg_op)%s',
+                case when capture = 'row' then 'case when not is_each then ' else '' end, @schema_name@,
+                case when capture = 'row' then ' end' else '' end)
+        end,
+        '', '',
         @schema_name@,
         outbox_table,
         claim_check_rows,
-        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'new_rows' end$sql$
-            else quote_literal('new_rows') end,
+        format($sql$coalesce(current_rows, %s'new_rows')$sql$,
+            case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' end, $sql$ else '' end),
         case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'old_rows' end$sql$
             else quote_literal('old_rows') end,
         case when capture = 'row' then ' using new' else '' end,

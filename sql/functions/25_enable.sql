@@ -171,7 +171,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select @schema@.relay_capture_source(
         c.outbox_table_name, c.delta_table_name, c.key_columns, mode,
-        @schema@.relay_primary_key(relation), c.claim_check_rows, c.claim_check_bytes)
+        @schema@.relay_first_by(relation, mode), c.claim_check_rows, c.claim_check_bytes)
     from @schema@.pgt_outbox_config as c
     where c.outbox_table_name = outbox_table
 $$;
@@ -641,7 +641,8 @@ begin
     perform @schema@.relay_check_stream(null, relation, wanted.key_columns);
     problem := @schema@.relay_function_problem(function_id, relation, @schema@.relay_capture_source(
         plan.outbox_table_name, plan.delta_table_name, wanted.key_columns,
-        @schema@.relay_mode_of(wanted.capture, relation), @schema@.relay_primary_key(relation),
+        @schema@.relay_mode_of(wanted.capture, relation),
+        @schema@.relay_first_by(relation, @schema@.relay_mode_of(wanted.capture, relation)),
         wanted.claim_check_rows, wanted.claim_check_bytes));
     if problem is not null then
         raise exception using errcode = 'RL005', message = format('%s cannot have an outbox: %s', relation::regclass, problem);
@@ -777,7 +778,7 @@ begin
         relation,
         @schema@.relay_free_name(plan.stream_schema, 'pgtrickle_capture_' || plan.stream_table, plan.outbox_table_name),
         @schema@.relay_capture_source(plan.outbox_table_name, plan.delta_table_name, wanted.key_columns, mode,
-            @schema@.relay_primary_key(relation), wanted.claim_check_rows, wanted.claim_check_bytes));
+            @schema@.relay_first_by(relation, mode), wanted.claim_check_rows, wanted.claim_check_bytes));
     perform @schema@.relay_claim_function(function_id, 'enable ' || plan.outbox_table_name);
     outbox_table := @schema@.relay_register_outbox(wanted, relation, function_id);
     perform @schema@.relay_claim_function(function_id);
