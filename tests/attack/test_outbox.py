@@ -230,7 +230,7 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
              f"'outbox_orders', 'al.orders'::regclass, '{mine}'::regprocedure)"),
             (claim.format(mine, "enable outbox_orders"), "select pgtrickle.relay_register_outbox("
              "row('outbox_x', 'al', 'orders', 'outbox_delta_rows_x', 's', null, 'auto', null, null,"
-             " null, true, 1, 1, 24, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
+             " null, true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
              f" 'al.orders'::regclass, '{mine}'::regprocedure)"),
         ):  # fmt: skip
             refused(mallory, "; ".join(steps), states="RL004 RL005 40001 42501")

@@ -46,8 +46,11 @@ def place() -> Iterator[_Place]:
         yield _Place(Path(name), user)
 
 
-async def test_the_demo_ends_with_one_json_object_and_nothing_lost(relay_process: Start) -> None:
-    demo = await relay_process("demo", "--seconds", "3", "--json")
+@pytest.mark.parametrize("overrides", [(), ("postgres.schema='Relay \"x\"'",)])
+async def test_the_demo_ends_with_one_json_object_and_nothing_lost(
+    relay_process: Start, overrides: tuple[str, ...]
+) -> None:
+    demo = await relay_process("demo", "--seconds", "3", "--json", *overrides)
 
     assert await demo.wait() == 0, demo.output
 
@@ -197,7 +200,9 @@ async def test_an_event_that_is_not_in_the_inbox_counts_as_not_received(place: _
     server = _Postgres(place)
     await server.start()
     try:
-        connection = await asyncpg.connect(server.url)
+        connection = await asyncpg.connect(
+            server.url, server_settings={"search_path": "public, pgtrickle"}
+        )
         try:
             await migrate(connection, on_step=lambda _: None)
             shop = Shop(connection)

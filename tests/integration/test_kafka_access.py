@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from relay.backends.kafka import KafkaSink, KafkaSource
+from relay.backends.kafka.options import KafkaSinkOptions
 from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
@@ -19,6 +20,7 @@ from relay.errors import (
     TimedOut,
 )
 from relay.message import RelayMessage
+from relay.options import declared_keys
 from relay.pipeline_config import with_profile
 from tests.contract.kafka_far_side import FarSide, login, new_name, sink_of, source_of
 from tests.contract.surroundings import backend_context
@@ -169,7 +171,11 @@ async def test_settings_of_the_client_library_come_from_a_profile_and_take_effec
 ) -> None:
     profile = {"type": "kafka", "brokers": kafka_proxy.address, "client": {"max_idle_ms": 200}}
     options = with_profile(
-        "sink", "kafka", {"profile": "main", "topic": far_side.topic}, {"main": profile}
+        "sink",
+        "kafka",
+        {"profile": "main", "topic": far_side.topic},
+        {"main": profile},
+        declared_keys(KafkaSinkOptions),
     )
     sink = KafkaSink.from_options({"type": "kafka", **options}, backend_context())
     await sink.connect()
@@ -181,7 +187,7 @@ async def test_settings_of_the_client_library_come_from_a_profile_and_take_effec
     with pytest.raises(ConfigurationError, match=r"source\.client\.max_idle is not a known key"):
         source_of("h", "t", client={"max_idle": 1})
     with pytest.raises(ConfigurationError, match="belongs into a profile"):
-        with_profile("sink", "kafka", {"client": {}}, {})
+        with_profile("sink", "kafka", {"client": {}}, {}, declared_keys(KafkaSinkOptions))
 
 
 async def test_a_missing_topic_is_one_line_that_says_how_to_make_it_and_is_not_made(

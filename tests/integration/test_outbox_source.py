@@ -72,6 +72,21 @@ async def test_captured_changes_arrive_in_order_with_keys(world: OutboxWorld) ->
     await source.aclose()
 
 
+@pytest.mark.shows("source:outbox.outbox_table")
+async def test_the_outbox_that_a_name_meant_is_read_whatever_the_name_means_now(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher)
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+    bound = {"outbox": "orders_before", "outbox_table": "outbox_orders"}
+    source = OutboxSource.from_options(bound, world.context())
+
+    await source.connect()
+
+    assert ops(await polled(source, 1)) == [("insert", "1")]
+    await source.aclose()
+
+
 @pytest.mark.shows("pipeline:collapse_updates")
 async def test_an_update_is_one_message_where_updates_are_collapsed(world: OutboxWorld) -> None:
     await enable_orders(world.publisher, ", claim_check_rows => 3")

@@ -53,7 +53,7 @@ async def test_a_drain_with_a_pipeline_that_can_not_run_delivers_the_others_and_
 ) -> None:
     output = await world.to_file("out")
     await world.forward(
-        "bad", {"type": "nats", "url": "nats://127.0.0.1:1", "password": "${env:ABSENT}"}
+        "bad", {"type": "nats", "url": "nats://127.0.0.1:1", "token": "${env:ABSENT}"}
     )
 
     drain = await world.relay("drain", is_awaited=False)

@@ -86,7 +86,7 @@ async def test_a_million_gaps_of_a_group_slow_its_polls_down_by_nothing(
 ) -> None:
     async with outbox_world(migrated_database.dsn) as world:
         db, writer = world.publisher, await world.connect_publisher()
-        await db.execute("select pgtrickle.enable_outbox('events', capture => false)")
+        await db.execute("select pgtrickle.enable_outbox('events', capture => 'none')")
         await db.execute("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")
         await writer.execute("begin")
         await writer.execute("insert into pgtrickle.outbox_events (payload) values ('{}')")

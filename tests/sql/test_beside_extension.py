@@ -311,6 +311,7 @@ async def test_every_kind_of_full_refresh_is_seen_and_an_empty_one_is_a_truncati
     assert outbox(totals) == [snapshot(PARIS, ROME), snapshot(ROME), snapshot()]
 
 
+@pytest.mark.shows("setting:postgres.schema")
 async def test_a_snapshot_goes_out_as_framed_upserts_whose_key_is_the_row_id(
     totals: Session, relay: Housekeeping, relay_database: postgres.Database
 ) -> None:

@@ -167,7 +167,7 @@ async def test_a_fresh_installation_equals_an_upgraded_one_that_keeps_its_data(
     with session(second_empty.dsn) as old:
         old.run(
             "insert into pgtrickle.pgt_outbox_config values ('outbox_x', null, 'x', 'd', 's',"
-            " gen_random_uuid(), 'none', null, null, null, true, 1, 1, 48, 0, now(), null, 0)"
+            " gen_random_uuid(), 'none', null, null, null, true, 1, 1, 48, 0, 0, now(), null, 0)"
         )
         old.run(
             "insert into pgtrickle.relay_outbox_high_water (outbox_table_name, last_id)"
