@@ -128,11 +128,15 @@ begin
             hint = 'Stop this worker. What it has not committed is delivered again by the owner.';
     end if;
 
-    if p_is_reset or cardinality(p_closed_first_ids) > 0 then
+    if p_is_reset then
+        delete from @schema@.relay_pending_gaps as g
+        where g.relay_group_id = p_relay_group_id and g.pipeline_id = p_pipeline;
+    elsif cardinality(p_closed_first_ids) > 0 then
+        -- By the index: one condition for both would read all gaps.
         delete from @schema@.relay_pending_gaps as g
         where g.relay_group_id = p_relay_group_id
             and g.pipeline_id = p_pipeline
-            and (p_is_reset or g.first_id = any (p_closed_first_ids));
+            and g.first_id = any (p_closed_first_ids);
     end if;
     if cardinality(p_opened_first_ids) > 0 then
         -- A commit whose answer was lost is repeated: its gaps are there already.
