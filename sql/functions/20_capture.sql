@@ -438,8 +438,8 @@ declare
     current_rows constant text := %3$s;
     has_new constant boolean := tg_op <> 'DELETE' or current_rows is not null;
     has_old constant boolean := tg_op <> 'INSERT';
-    max_rows constant bigint := %8$s;
-    row_json text := %6$I.relay_row_expression(tg_relid, false);
+    max_rows constant bigint := %6$s;
+    row_json text := %4$I.relay_row_expression(tg_relid, false);
     is_guarded boolean := false;
     is_claim_check boolean;
     new_count bigint := 0;
@@ -450,16 +450,16 @@ declare
     old_bytes bigint := 0;
     few constant text := 'select count(*), coalesce(jsonb_agg(c.j), ''[]''), coalesce(sum(pg_column_size(c.j)), 0)'
         ' from (select %%s as j from %%s as r limit %%s) as c';
-    new_rows_sql constant text := %9$s;
-    old_rows_sql constant text := %10$s;
+    new_rows_sql constant text := %7$s;
+    old_rows_sql constant text := %8$s;
     key_now text[];
     captured_id bigint;
 begin
     if tg_op = 'TRUNCATE' then
-        if %6$I.relay_has_rows_below(tg_relid) then
+        if %4$I.relay_has_rows_below(tg_relid) then
             raise warning 'truncate only %% is not captured: its children keep their rows', tg_relid::regclass;
         else
-            insert into %6$I.%7$I (payload)
+            insert into %4$I.%5$I (payload)
             values ('{"v": 1, "full_refresh": true, "inserted": [], "deleted": []}');
         end if;
         return null;
@@ -469,21 +469,21 @@ begin
             is_claim_check := false;
             if has_new then
                 execute format(few, row_json, new_rows_sql, max_rows + 1)
-                into new_count, new_list, new_bytes%11$s;
+                into new_count, new_list, new_bytes%9$s;
             end if;
             if has_old then
                 execute format(few, row_json, old_rows_sql, max_rows + 1)
-                into old_count, old_list, old_bytes%12$s;
+                into old_count, old_list, old_bytes%10$s;
             end if;
-            if new_count + old_count > max_rows or new_bytes + old_bytes > %13$s then
+            if new_count + old_count > max_rows or new_bytes + old_bytes > %11$s then
                 is_claim_check := true;
                 if has_new then
                     execute format('select count(%%s) from %%s as r', row_json, new_rows_sql)
-                    into new_count%11$s;
+                    into new_count%9$s;
                 end if;
                 if has_old then
                     execute format('select count(%%s) from %%s as r', row_json, old_rows_sql)
-                    into old_count%12$s;
+                    into old_count%10$s;
                 end if;
             end if;
             exit;
@@ -493,32 +493,32 @@ begin
                     -- Each row can be told, but all of them are too large for one value.
                     is_claim_check := true;
                     if has_new then
-                        execute format('select count(*) from %%s as r', new_rows_sql) into new_count%11$s;
+                        execute format('select count(*) from %%s as r', new_rows_sql) into new_count%9$s;
                     end if;
                     if has_old then
-                        execute format('select count(*) from %%s as r', old_rows_sql) into old_count%12$s;
+                        execute format('select count(*) from %%s as r', old_rows_sql) into old_count%10$s;
                     end if;
                     exit;
                 end if;
                 is_guarded := true;
-                row_json := %6$I.relay_row_expression(tg_relid, true);
+                row_json := %4$I.relay_row_expression(tg_relid, true);
         end;
     end loop;
     if new_count + old_count = 0 then
         return null;
     end if;
-    if not has_column_privilege(%14$L::regclass, 'payload', 'insert') then
+    if not has_column_privilege(%12$L::regclass, 'payload', 'insert') then
         raise exception using
             errcode = 'insufficient_privilege',
             message = format('%%I may not write the outbox of %%s', current_user, tg_relid::regclass),
             detail = 'The table or its capture function has another owner now.',
-            hint = format('select %%I.repair_outbox(%%L)', %15$L, tg_relid::regclass);
+            hint = format('select %%I.repair_outbox(%%L)', %4$L, tg_relid::regclass);
     end if;
-    if not coalesce(new_list -> 0, old_list -> 0, '{}') ?& %16$L::text[] then
-        key_now := %6$I.relay_primary_key(tg_relid);
+    if not coalesce(new_list -> 0, old_list -> 0, '{}') ?& %13$L::text[] then
+        key_now := %4$I.relay_primary_key(tg_relid);
     end if;
 
-    insert into %6$I.%7$I (inserted_count, deleted_count, is_claim_check, payload, key_columns)
+    insert into %4$I.%5$I (inserted_count, deleted_count, is_claim_check, payload, key_columns)
     values (
         new_count, old_count, is_claim_check,
         case
@@ -533,15 +533,15 @@ begin
         execute format(
             'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
             ' select %%s, row_number() over () - 1, ''INSERT'', %%s from %%s as r',
-            %15$L, %17$L, captured_id, row_json, new_rows_sql
-        )%11$s;
+            %4$L, %14$L, captured_id, row_json, new_rows_sql
+        )%9$s;
     end if;
     if is_claim_check and has_old then
         execute format(
             'insert into %%I.%%I (outbox_id, row_num, row_op, row_data)'
             ' select %%s, %%s + row_number() over () - 1, ''DELETE'', %%s from %%s as r',
-            %15$L, %17$L, captured_id, new_count, row_json, old_rows_sql
-        )%12$s;
+            %4$L, %14$L, captured_id, new_count, row_json, old_rows_sql
+        )%10$s;
     end if;
     return null;
 end;
@@ -575,7 +575,6 @@ $quick$,
                 case when capture = 'row' then 'case when not is_each then ' else '' end, @schema_name@,
                 case when capture = 'row' then ' end' else '' end)
         end,
-        '', '',
         @schema_name@,
         outbox_table,
         claim_check_rows,
@@ -587,7 +586,6 @@ $quick$,
         case when capture = 'row' then ' using old' else '' end,
         claim_check_bytes,
         format('%I.%I', @schema_name@, outbox_table),
-        @schema_name@,
         coalesce(key_columns, '{}'),
         delta_table
     )
