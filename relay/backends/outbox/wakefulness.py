@@ -54,11 +54,6 @@ class Wakefulness:
         """How long to leave new rows alone before the next poll, so that it finds many at once."""
         return GATHER_S if self._is_busy and not self._is_behind else 0.0
 
-    @property
-    def is_woken_by_publishers(self) -> bool:
-        """True while publishers are asked to notify."""
-        return self._asleep_until is not None
-
     async def found(self, *, is_full: bool) -> None:
         """A poll found something. Raises `Outage`."""
         now = asyncio.get_running_loop().time()
