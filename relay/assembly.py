@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from relay.catalog import Catalog, DeadLetter, PipelineRow, StoredDeadLetter
+from relay.catalog import Catalog, PipelineRow
 from relay.context import BackendContext
 from relay.contracts import Sink
-from relay.delivery import RetryPolicy, Transform
+from relay.dead_letter import Transform
+from relay.delivery import RetryPolicy
 from relay.errors import ConfigurationError
 from relay.events import Direction, Event, PipelineDescribed
 from relay.mapping import compile_reverse
@@ -23,35 +24,6 @@ from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
-
-
-class CatalogDeadLetters:
-    """The dead-letter queue of one pipeline, in the catalog."""
-
-    def __init__(self, catalog: Catalog, pipeline: str, direction: Direction) -> None:
-        self._catalog = catalog
-        self._pipeline = pipeline
-        self._direction = direction
-
-    async def store(self, letters: Sequence[DeadLetter]) -> list[int]:
-        """Keep these; gives their ids in order."""
-        return await self._catalog.dead_letter(self._pipeline, self._direction, letters)
-
-    async def take(self, max_rows: int) -> list[StoredDeadLetter]:
-        """Those for which a retry was asked."""
-        return await self._catalog.take_dead_letters(self._pipeline, max_rows)
-
-    async def settle(self, ids: Sequence[int]) -> None:
-        """These were delivered."""
-        await self._catalog.settle_dead_letters(ids)
-
-    async def fail(self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]) -> None:
-        """These were rejected again."""
-        await self._catalog.fail_dead_letters(letters, errors)
-
-    async def put_back(self, ids: Sequence[int]) -> None:
-        """Ask for a retry of these."""
-        await self._catalog.put_back(ids)
 
 
 class Assembly:
@@ -128,7 +100,7 @@ class Assembly:
             source=source,
             sink=sink,
             transform=_transform(row.direction, config, sink),
-            dead_letters=CatalogDeadLetters(self._catalog, row.name, row.direction),
+            dead_letters=self._catalog,
             emit=self._emit,
             policy=RetryPolicy(
                 initial_s=pace.retry_initial_s,

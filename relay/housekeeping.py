@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
+from relay.cancellation import reraise_cancellation
 from relay.catalog import Catalog, PipelineRow
-from relay.delivery import heed_cancellation
 from relay.errors import RelayError
 from relay.events import Event, LagObserved
 
@@ -145,7 +145,7 @@ async def _every(interval_s: float, chore: Callable[[], Awaitable[None]]) -> Non
         try:
             await chore()
         except Exception as error:  # noqa: BLE001 - a chore never disturbs a pipeline
-            heed_cancellation(error)
+            reraise_cancellation(error)
             if not is_failing:
                 is_expected = isinstance(error, RelayError)
                 _log.warning(

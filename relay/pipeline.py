@@ -23,21 +23,13 @@ from typing import TypeGuard
 
 import msgspec
 
+from relay.cancellation import reraise_cancellation
 from relay.contracts import Batch, Sink, Source
-from relay.delivery import (
-    DeadLetters,
-    Delivery,
-    Prepared,
-    RetryPolicy,
-    Settlement,
-    Stopping,
-    Transform,
-    Voice,
-    described,
-    heed_cancellation,
-)
+from relay.dead_letter import DeadLetterQueue, DeadLetters, Transform
+from relay.delivery import Delivery, Prepared, RetryPolicy, Stopping
 from relay.errors import EndOfInput, ErrorKind, RelayError
 from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Polled
+from relay.pipeline_events import PipelineEvents
 
 _log = logging.getLogger(__name__)
 
@@ -80,20 +72,26 @@ class Pipeline:
         self._stop = asyncio.Event()
         self._is_draining = False
         self._is_running = False
-        self._voice = Voice(name, direction, emit)
+        self._events = PipelineEvents(name, direction, emit)
+        self._dead_letters = DeadLetterQueue(
+            dead_letters=dead_letters,
+            transform=transform,
+            events=self._events,
+            look_again_s=policy.max_s,
+        )
         self._delivery = Delivery(
             sink=sink,
             transform=transform,
-            dead_letters=dead_letters,
+            dead_letters=self._dead_letters,
             policy=policy,
-            voice=self._voice,
+            events=self._events,
             stop=self._stop,
         )
 
     def stop(self) -> None:
-        """Ask for an end: the batch that is being published is finished, the rest given back."""
+        """Ask for an end: the batch in flight is finished, the rest released."""
         if self._is_running:
-            self._voice.state(PipelineState.STOPPING)
+            self._events.state(PipelineState.STOPPING)
         self._stop.set()
         self._source.interrupt()
 
@@ -103,12 +101,12 @@ class Pipeline:
 
     def retry_dead_letters(self) -> None:
         """Dead letters of this pipeline are to be tried again."""
-        self._delivery.want_dead_letter_retry()
+        self._dead_letters.want_retry()
 
     async def run(self) -> Ending:
         """Run until stopped, drained or at the end of the input; closes source and sink."""
         backoff = self._policy.backoff()
-        self._voice.state(PipelineState.STARTING)
+        self._events.state(PipelineState.STARTING)
         self._is_running = True
         ending = Ending.STOPPED
         try:
@@ -120,7 +118,7 @@ class Pipeline:
                 except Stopping:
                     break
                 except Exception as error:  # noqa: BLE001 - nothing reaches the siblings
-                    heed_cancellation(error)
+                    reraise_cancellation(error)
                     asked_s = error.retry_after_s if isinstance(error, RelayError) else None
                     await self._recover(error, backoff.next_s(asked_s), backoff.attempt)
                     if self._is_draining and not _is_worth_waiting(error):
@@ -130,7 +128,7 @@ class Pipeline:
             self._is_running = False
             await self._close()
         if ending is not Ending.FAILED:
-            self._voice.state(PipelineState(ending.value))
+            self._events.state(PipelineState(ending.value))
         return ending
 
     async def _session(self, connected: Callable[[], None]) -> None:
@@ -138,7 +136,8 @@ class Pipeline:
         session = _Session(
             source=self._source,
             delivery=self._delivery,
-            voice=self._voice,
+            dead_letters=self._dead_letters,
+            events=self._events,
             stop=self._stop,
             is_draining=lambda: self._is_draining,
             prefetch=self._prefetch,
@@ -146,26 +145,25 @@ class Pipeline:
         )
         try:
             await self._source.connect()
-            details = await described(self._source)
-            self._voice.connection("source", is_connected=True, details=details)
+            await self._events.connected("source", self._source)
             await self._delivery.connect()
-            self._voice.state(PipelineState.RUNNING)
+            self._events.state(PipelineState.RUNNING)
             await session.run()
         except BaseExceptionGroup as group:
             raise _weightiest(group) from group
         finally:
-            self._voice.connection("source", is_connected=False)
+            self._events.disconnected("source")
 
     async def _recover(self, error: Exception, delay_s: float, attempt: int) -> None:
         if _is_worth_waiting(error):
-            self._voice.retried("source", attempt, delay_s, error)
+            self._events.retried("source", attempt, delay_s, error)
         else:
             delay_s = self._failed_retry_s
             reason = str(error)
             if not isinstance(error, RelayError):
-                _log.error("unexpected error", exc_info=error, extra=self._extra())
+                _log.error("unexpected error", exc_info=error, extra=self._events.labels)
                 reason = f"unexpected {type(error).__name__}: {error}"
-            self._voice.state(PipelineState.FAILED, reason)
+            self._events.state(PipelineState.FAILED, reason)
             if self._is_draining:
                 return
         with contextlib.suppress(TimeoutError):
@@ -183,10 +181,7 @@ class Pipeline:
         try:
             await close()
         except Exception:  # noqa: BLE001 - nothing reaches the siblings
-            _log.exception("a pipeline could not be closed in order", extra=self._extra())
-
-    def _extra(self) -> dict[str, str]:
-        return {"pipeline": self._voice.pipeline, "direction": self._voice.direction}
+            _log.exception("a pipeline could not be closed in order", extra=self._events.labels)
 
 
 def _is_worth_waiting(error: Exception) -> TypeGuard[RelayError]:
@@ -205,7 +200,8 @@ class _Session:
         *,
         source: Source,
         delivery: Delivery,
-        voice: Voice,
+        dead_letters: DeadLetterQueue,
+        events: PipelineEvents,
         stop: asyncio.Event,
         is_draining: Callable[[], bool],
         prefetch: int,
@@ -213,7 +209,8 @@ class _Session:
     ) -> None:
         self._source = source
         self._delivery = delivery
-        self._voice = voice
+        self._dead_letters = dead_letters
+        self._events = events
         self._stop = stop
         self._is_draining = is_draining
         self._progressed = progressed
@@ -222,28 +219,24 @@ class _Session:
         )
         self._settled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(2)
         self._room = asyncio.Semaphore(prefetch + 1)
-        self._out: deque[Batch] = deque()
-        self._untold: deque[Settlement] = deque()
+        self._unacknowledged: deque[Batch] = deque()
 
     async def run(self) -> None:
-        """Until stop, drain or end of input; what is still out then is given back.
+        """Until stop, drain or end of input; what is unacknowledged then is released.
 
         Raises what the source or the delivery raised, in an exception group.
         """
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                background = [
-                    tasks.create_task(self._keep_alive()),
-                    tasks.create_task(self._delivery.retry_dead_letters()),
-                ]
-                tasks.create_task(self._poll())
-                tasks.create_task(self._publish())
-                await tasks.create_task(self._acknowledge())
-                for task in background:
-                    task.cancel()
-        finally:
-            self._tell()
-        for batch in reversed(self._out):
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self._keep_alive()),
+                tasks.create_task(self._dead_letters.retry(self._delivery.attempt)),
+            ]
+            tasks.create_task(self._poll())
+            tasks.create_task(self._publish())
+            await tasks.create_task(self._acknowledge())
+            for task in background:
+                task.cancel()
+        for batch in reversed(self._unacknowledged):
             await self._source.reject(batch)
 
     async def _poll(self) -> None:
@@ -256,12 +249,11 @@ class _Session:
                 batch = await self._source.poll()
             except EndOfInput:
                 break
-            heed_cancellation()
+            reraise_cancellation()
             self._progressed()
-            self._voice.emit(
+            self._events.emit(
                 Polled(
-                    pipeline=self._voice.pipeline,
-                    direction=self._voice.direction,
+                    **self._events.labels,
                     messages=len(batch.messages),
                     rejected=len(batch.rejected),
                     full_refresh=any(map(_is_full_refresh, batch.messages)),
@@ -273,7 +265,7 @@ class _Session:
                 if self._is_draining() and batch.is_end_of_backlog:
                     break
                 continue
-            self._out.append(batch)
+            self._unacknowledged.append(batch)
             await self._polled.put((batch, self._delivery.prepare(batch)))
         await self._polled.put(_Finished())
 
@@ -282,32 +274,25 @@ class _Session:
             batch, prepared = polled
             if not self._stop.is_set():
                 with contextlib.suppress(Stopping):
-                    self._untold.append(await self._delivery.settle(prepared))
-                    heed_cancellation()
+                    await self._delivery.settle(prepared)
+                    reraise_cancellation()
                     await self._settled.put(batch)
             self._room.release()
         await self._settled.put(_Finished())
 
     async def _acknowledge(self) -> None:
         while not isinstance(batch := await self._settled.get(), _Finished):
-            self._tell()
             await self._source.acknowledge(batch)
-            heed_cancellation()
-            self._out.popleft()
-            self._voice.emit(
+            reraise_cancellation()
+            self._unacknowledged.popleft()
+            self._events.emit(
                 BatchAcknowledged(
-                    pipeline=self._voice.pipeline,
-                    direction=self._voice.direction,
+                    **self._events.labels,
                     messages=len(batch.messages) + len(batch.rejected),
                     checkpoint=batch.checkpoint,
                     offset=int(batch.checkpoint) if batch.checkpoint.isdecimal() else None,
                 )
             )
-
-    def _tell(self) -> None:
-        """Tell what was settled: here, while the publisher is at the next batch."""
-        while self._untold:
-            self._delivery.tell(self._untold.popleft())
 
     async def _keep_alive(self) -> None:
         interval_s = self._source.keep_alive_interval_s
@@ -315,9 +300,9 @@ class _Session:
             return
         while True:
             await asyncio.sleep(interval_s)
-            for batch in tuple(self._out):
+            for batch in tuple(self._unacknowledged):
                 await self._source.keep_alive(batch)
-                heed_cancellation()
+                reraise_cancellation()
 
 
 def _weightiest(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -12,7 +12,7 @@ from relay.catalog import DeadLetter, StoredDeadLetter
 from relay.contracts import Sink, Source
 from relay.delivery import RetryPolicy
 from relay.errors import Outage
-from relay.events import BatchAcknowledged, Event, PipelineState, StateChanged
+from relay.events import BatchAcknowledged, Direction, Event, PipelineState, StateChanged
 from relay.message import RelayMessage
 from relay.pipeline import Ending, Pipeline
 from relay.wire import encoder
@@ -69,7 +69,12 @@ class KeptLetters:
         self.outages = 0
         self.tried = 0
 
-    async def store(self, letters: Sequence[DeadLetter]) -> list[int]:
+    async def dead_letter(
+        self,
+        pipeline: str,  # noqa: ARG002 - one pipeline has them
+        direction: Direction,  # noqa: ARG002
+        letters: Sequence[DeadLetter],
+    ) -> list[int]:
         self.tried += 1
         if self.outages:
             self.outages -= 1
@@ -79,7 +84,11 @@ class KeptLetters:
         self.letters.update(zip(ids, letters, strict=True))
         return ids
 
-    async def take(self, max_rows: int) -> list[StoredDeadLetter]:
+    async def take_dead_letters(
+        self,
+        pipeline: str,  # noqa: ARG002 - one pipeline has them
+        max_rows: int,
+    ) -> list[StoredDeadLetter]:
         ids = self.requested[:max_rows]
         return [
             StoredDeadLetter(
@@ -91,12 +100,14 @@ class KeptLetters:
             for id_ in ids
         ]
 
-    async def settle(self, ids: Sequence[int]) -> None:
+    async def settle_dead_letters(self, ids: Sequence[int]) -> None:
         for id_ in ids:
             del self.letters[id_]
             self.requested.remove(id_)
 
-    async def fail(self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]) -> None:
+    async def fail_dead_letters(
+        self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
+    ) -> None:
         for letter, error in zip(letters, errors, strict=True):
             self.failed[letter.id] = error
             self.requested.remove(letter.id)

@@ -1,0 +1,187 @@
+"""The dead letters of one pipeline: storing them, and publishing them again when asked to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from relay.cancellation import reraise_cancellation
+from relay.catalog import DeadLetter, StoredDeadLetter
+from relay.contracts import Failure
+from relay.errors import ErrorKind, MessageRejected, Outage, RelayError
+from relay.events import DeadLettered, DeadLettersRetried, Direction
+from relay.message import RelayMessage
+from relay.pipeline_events import PipelineEvents
+
+# All of these, in order. Raises `MessageRejected` where one of them is refused; asked for one at a
+# time it then shows which.
+Transform = Callable[[Sequence[RelayMessage]], list[RelayMessage]]
+# One attempt; None where the sink must not be tried now.
+Attempt = Callable[[Sequence[RelayMessage]], Awaitable[Sequence[Failure] | None]]
+
+_RETRY_ROWS = 100
+
+
+class DeadLetters(Protocol):
+    """What is asked of `relay.catalog.Catalog`; every method is durable when it returns."""
+
+    async def dead_letter(
+        self, pipeline: str, direction: Direction, letters: Sequence[DeadLetter]
+    ) -> list[int]:
+        """Keep these; gives their ids in order."""
+
+    async def take_dead_letters(self, pipeline: str, max_rows: int) -> list[StoredDeadLetter]:
+        """Those for which a retry was asked."""
+
+    async def settle_dead_letters(self, ids: Sequence[int]) -> None:
+        """These were delivered."""
+
+    async def fail_dead_letters(
+        self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
+    ) -> None:
+        """These were rejected again."""
+
+    async def put_back(self, ids: Sequence[int]) -> None:
+        """Ask for a retry of these."""
+
+
+class DeadLetterQueue:
+    """Stores what is rejected, and retries what is requested.
+
+    *Suspect* are the dead letters since the sink last accepted anything: should it turn out that
+    the sink is broken, they are not poison.
+    """
+
+    def __init__(
+        self,
+        *,
+        dead_letters: DeadLetters,
+        transform: Transform,
+        events: PipelineEvents,
+        look_again_s: float,
+    ) -> None:
+        self._dead_letters = dead_letters
+        self._transform = transform
+        self._events = events
+        self._look_again_s = look_again_s
+        self._retry_wanted = asyncio.Event()
+        self._suspects: list[int] = []
+
+    def want_retry(self) -> None:
+        """Somebody asked for dead letters to be tried again."""
+        self._retry_wanted.set()
+
+    def clear_suspects(self) -> None:
+        """The sink works."""
+        self._suspects.clear()
+
+    async def put_back_suspects(self) -> None:
+        """Request a retry of the suspects, since the sink is broken. Raises `Outage`."""
+        if suspects := tuple(self._suspects):
+            await self._dead_letters.put_back(suspects)
+            del self._suspects[: len(suspects)]
+            self._retry_wanted.set()
+
+    async def store(
+        self,
+        refused: Sequence[tuple[RelayMessage, RelayError]],
+        *,
+        attempts: int,
+        is_transformed: bool,
+    ) -> None:
+        """Dead-letter these. Raises `Outage`, and then none is stored."""
+        letters = [
+            DeadLetter(
+                message=message,
+                is_transformed=is_transformed,
+                error_kind=error.kind.value,
+                error=str(error),
+                attempts=attempts,
+            )
+            for message, error in refused
+        ]
+        ids = await self._dead_letters.dead_letter(**self._events.labels, letters=letters)
+        self._suspect(ids, [error for _, error in refused])
+        for (kind, text), count in Counter(
+            (error.kind, str(error)) for _, error in refused
+        ).items():
+            self._events.emit(
+                DeadLettered(**self._events.labels, messages=count, kind=kind, error=text)
+            )
+
+    async def retry(self, attempt: Attempt) -> None:
+        """Publish dead letters again whenever somebody asks; runs until cancelled.
+
+        They go out after newer events of their key: a retry repeats an event, not a history.
+        Raises `ConfigurationError`.
+        """
+        self._retry_wanted.set()
+        is_any_left = False
+        while True:
+            reraise_cancellation()
+            try:
+                async with asyncio.timeout(self._look_again_s):
+                    await self._retry_wanted.wait()
+            except TimeoutError:
+                if not is_any_left:
+                    continue
+            self._retry_wanted.clear()
+            is_any_left = True
+            try:
+                is_any_left = not await self._publish_requested(attempt)
+            except Outage as error:
+                # They stay requested: an outage of the catalog must not end the session for them.
+                reraise_cancellation(error)
+
+    async def _publish_requested(self, attempt: Attempt) -> bool:
+        """True when no request is left."""
+        pipeline = self._events.labels["pipeline"]
+        while letters := await self._dead_letters.take_dead_letters(pipeline, _RETRY_ROWS):
+            if not await self._publish(letters, attempt):
+                return False
+        return True
+
+    async def _publish(self, letters: Sequence[StoredDeadLetter], attempt: Attempt) -> bool:
+        """True when all were settled one way or the other; an outage leaves them requested."""
+        tried: list[StoredDeadLetter] = []
+        messages: list[RelayMessage] = []
+        rejected: list[tuple[StoredDeadLetter, RelayError]] = []
+        for letter in letters:
+            try:
+                messages += (
+                    [letter.message] if letter.is_transformed else self._transform([letter.message])
+                )
+                tried.append(letter)
+            except MessageRejected as error:
+                rejected.append((letter, error))
+        failures = await attempt(messages)
+        if failures is None:
+            return False
+        failed = {failure.index for failure in failures}
+        delivered = [letter.id for index, letter in enumerate(tried) if index not in failed]
+        refused = [failure for failure in failures if failure.error.kind is ErrorKind.MESSAGE]
+        rejected += [(tried[failure.index], failure.error) for failure in refused]
+        if delivered:
+            await self._dead_letters.settle_dead_letters(delivered)
+        if rejected:
+            again, errors = zip(*rejected, strict=True)
+            await self._dead_letters.fail_dead_letters(again, [str(error) for error in errors])
+            self._suspect([letter.id for letter in again], errors)
+        self._events.emit(
+            DeadLettersRetried(
+                **self._events.labels, delivered=len(delivered), failed=len(rejected)
+            )
+        )
+        return len(refused) == len(failures)
+
+    def _suspect(self, ids: Sequence[int], errors: Sequence[RelayError]) -> None:
+        self._suspects += [
+            id_ for id_, error in zip(ids, errors, strict=True) if is_sinks_verdict(error)
+        ]
+
+
+def is_sinks_verdict(error: RelayError) -> bool:
+    """Whether the sink itself has looked at the message and rejected it."""
+    return isinstance(error, MessageRejected) and not error.found_before_sending
