@@ -9,13 +9,13 @@ from typing import ClassVar
 
 import pytest
 
-from relay.backends.memory import SPELLING, Faults, MemoryChannel, MemorySink
 from relay.contracts import Sink
 from relay.errors import MessageRejected, Outage, TimedOut
 from relay.message import RelayMessage
 from relay.wire import restore
 from tests.contract.evidence import numbered, until
 from tests.contract.sink_contract import SinkContract, SinkHarness, deliver
+from tests.servers.memory import SPELLING, Faults, MemoryChannel, MemorySink
 
 LIMIT_BYTES = 64 * 1024
 

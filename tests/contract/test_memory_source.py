@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 
-from relay.backends.memory import SPELLING, MemoryChannel, MemorySource, Record
 from relay.contracts import Source
 from relay.errors import EndOfInput
 from relay.message import RelayMessage
 from relay.wire import Encoded, encoder
 from tests.contract.evidence import dedup_keys, numbered
 from tests.contract.source_contract import SourceContract, SourceHarness, collect, messages_of
+from tests.servers.memory import SPELLING, MemoryChannel, MemorySource, Record
 
 
 class MemorySourceHarness(SourceHarness):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from relay.backends.memory import MemoryChannel, MemorySink, MemorySource
 from relay.catalog import Catalog, PipelineRow
 from relay.contracts import PublishResult
 from relay.coordinator import Coordinator
@@ -14,6 +13,7 @@ from relay.message import RelayMessage
 from relay.pipeline import Pipeline
 from relay.postgres import Database
 from relay.settings import PostgresSettings, RelaySettings
+from tests.servers.memory import MemoryChannel, MemorySink, MemorySource
 from tests.servers.postgres import Database as ServerDatabase
 from tests.unit.in_memory import BOUND_S, Line, message
 

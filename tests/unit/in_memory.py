@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from relay.backends.memory import SPELLING, Faults, MemoryChannel, MemorySink, MemorySource, Record
 from relay.catalog import DeadLetter, StoredDeadLetter
 from relay.contracts import Sink, Source
 from relay.delivery import RetryPolicy
@@ -16,6 +15,7 @@ from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Sta
 from relay.message import RelayMessage
 from relay.pipeline import Ending, Pipeline
 from relay.wire import encoder
+from tests.servers.memory import SPELLING, Faults, MemoryChannel, MemorySink, MemorySource, Record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

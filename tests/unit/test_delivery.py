@@ -10,7 +10,6 @@ from datetime import datetime
 import msgspec
 import pytest
 
-from relay.backends.memory import MemoryChannel, MemorySink
 from relay.backoff import LONGEST_ASKED_WAIT_S
 from relay.catalog import StoredDeadLetter
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
@@ -36,6 +35,7 @@ from relay.events import (
 )
 from relay.message import RelayMessage
 from relay.pipeline import Ending
+from tests.servers.memory import MemoryChannel, MemorySink
 from tests.unit.in_memory import KeptLetters, Line, message
 
 POISON = MessageRejected("not for this sink")

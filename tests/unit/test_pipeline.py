@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from relay.backends.memory import MemoryChannel, MemorySink, MemorySource
 from relay.contracts import ALL_ACCEPTED, Batch, PublishResult
 from relay.delivery import RetryPolicy
 from relay.errors import ConfigurationError, LeaseLost, Outage
@@ -23,6 +22,7 @@ from relay.events import (
 )
 from relay.message import RelayMessage
 from relay.pipeline import Ending
+from tests.servers.memory import MemoryChannel, MemorySink, MemorySource
 from tests.unit.in_memory import BOUND_S, Line, message
 
 

@@ -1,11 +1,11 @@
 """A broker in memory with a source and a sink, for tests of whatever stands around the contracts.
 
 Guarantees: those of the contracts, kept as a real broker keeps them: messages travel encoded, a
-lost connection voids what is out, an acknowledgement settles once and for good. Ordering: strict;
-a publish stops at the first transient failure and fails all behind it, so that no message
+lost connection voids what is in flight, an acknowledgement settles once and for good. Ordering:
+strict; a publish stops at the first transient failure and fails all behind it, so that no message
 overtakes another of its key; it costs nothing here. Deduplication: by dedup key, where the
-channel says so. What it does not do: survive the process. No pipeline can name it; tests build
-it, and disturb it through `Faults` and `MemoryChannel.cut`.
+channel says so. What it does not do: survive the process. Tests build it, and disturb it through
+`Faults` and `MemoryChannel.cut`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class MemoryChannel:
-    """The far side: an append-only log with one shared position for all its sources.
+    """The broker: an append-only log with one shared position for all its sources.
 
     ``oversize_bytes``: bodies above it are refused. ``deduplicates``: a dedup key that is there
     already is accepted and not stored again.
@@ -81,12 +81,12 @@ class MemoryChannel:
         return True
 
     def take(self, max_rows: int) -> list[int]:
-        """Hand out the next numbers in order; they are the caller's until it gives them back."""
+        """Hand out the next numbers in order; they are the caller's until released."""
         taken = self._ready[:max_rows]
         del self._ready[:max_rows]
         return taken
 
-    def give_back(self, numbers: Sequence[int]) -> None:
+    def release(self, numbers: Sequence[int]) -> None:
         """Make these available again, in their old places."""
         for number in numbers:
             bisect.insort(self._ready, number)
@@ -148,7 +148,7 @@ class Faults:
 
 
 class _Connection:
-    """One side's connection to a channel; a cut makes it useless until it is made anew."""
+    """One side's connection to a channel; a cut makes it useless until it is opened again."""
 
     def __init__(self, channel: MemoryChannel) -> None:
         self._channel = channel
@@ -255,7 +255,7 @@ class MemorySource:
         self._changed = asyncio.Event()
         self._is_interrupted = False
         self._opened = 0
-        self._out: set[int] = set()
+        self._unacknowledged: set[int] = set()
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -264,7 +264,7 @@ class MemorySource:
 
     async def connect(self) -> None:
         """See `relay.contracts.Source`."""
-        self._give_back_all()
+        self._release_all()
         self._connection.open()
         self._opened += 1
         self._channel.wait_on(self._changed)
@@ -295,7 +295,7 @@ class MemorySource:
     async def acknowledge(self, batch: Batch) -> None:
         """See `relay.contracts.Source`."""
         self._connection.require()
-        self._out.difference_update(self._numbers(batch))
+        self._unacknowledged.difference_update(self._numbers(batch))
 
     async def keep_alive(self, batch: Batch) -> None:  # noqa: ARG002 - the contract's signature
         """See `relay.contracts.Source`."""
@@ -303,9 +303,9 @@ class MemorySource:
 
     async def reject(self, batch: Batch) -> None:
         """See `relay.contracts.Source`."""
-        numbers = self._out.intersection(self._numbers(batch))
-        self._out -= numbers
-        self._channel.give_back(sorted(numbers))
+        numbers = self._unacknowledged.intersection(self._numbers(batch))
+        self._unacknowledged -= numbers
+        self._channel.release(sorted(numbers))
 
     async def is_healthy(self) -> bool:
         """See `relay.contracts.Source`."""
@@ -315,10 +315,10 @@ class MemorySource:
         """See `relay.contracts.Source`."""
         self._connection.close()
         self._channel.forget(self._changed)
-        self._give_back_all()
+        self._release_all()
 
     def _batch(self, numbers: Sequence[int]) -> Batch:
-        self._out.update(numbers)
+        self._unacknowledged.update(numbers)
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
         for number in numbers:
@@ -342,9 +342,9 @@ class MemorySource:
             return ()
         return position.numbers
 
-    def _give_back_all(self) -> None:
-        numbers, self._out = self._out, set()
-        self._channel.give_back(sorted(numbers))
+    def _release_all(self) -> None:
+        numbers, self._unacknowledged = self._unacknowledged, set()
+        self._channel.release(sorted(numbers))
 
 
 def _decode(number: int, record: Record) -> RelayMessage | Rejected:
