@@ -80,6 +80,13 @@ _BY_STATE: Mapping[str, type[RelayError]] = {
     "25006": NotConnected,
 }
 
+# What no row of an insert can be blamed for, by class or state: connections, transactions,
+# authorization, resources, locks, operators, foreign servers, the server itself, our own functions.
+_OF_NO_ROW = frozenset(
+    {"08", "25", "28", "3D", "40", "53", "55006", "55P03", "57", "58", "F0", "HV", "RL", "XX"}
+)
+# The function of the server that finds a row against a policy; 42501 too, as a missing right.
+_POLICY_CHECK = "ExecWithCheckOptions"
 
 # What to do, where the server gives no hint.
 _REMEDIES: Mapping[str, str] = {
@@ -95,10 +102,15 @@ def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         # Of class 0A too, but another try, with the table as it is now, heals it.
         return Outage(f"PostgreSQL, while {doing}: a table was altered meanwhile [{state}]")
-    found = _OWN.get(state) or _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or Outage
+    found = _listed(state) or Outage
+    if getattr(error, "server_source_function", None) == _POLICY_CHECK:
+        found = MessageRejected
     hint = getattr(error, "hint", None) or _REMEDIES.get(state, "")
     detail = getattr(error, "detail", None) if state.startswith("RL") else None
     message = getattr(error, "message", None) or str(error) or type(error).__name__
+    if found is CatalogMissing and getattr(error, "context", None):
+        # What is missing was named inside a function, such as somebody's trigger.
+        found = ConfigurationError
     if found is CatalogMissing:
         return CatalogMissing(
             "the database has no relay catalog, or an older one",
@@ -106,6 +118,28 @@ def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
         )
     said = f"{message}: {detail}" if detail else message
     return found(f"PostgreSQL, while {doing}: {mask_urls(said)} [{state}]", remedy=mask_urls(hint))
+
+
+def rejection_of_row(error: RelayError) -> MessageRejected | None:
+    """The verdict on the one row whose insert raised this; None where no row is to blame.
+
+    A ``configuration`` error may be one row's, too, such as a right that a trigger needs for some
+    rows only: that it is so, another row shows that is accepted.
+    """
+    cause = error.__cause__
+    if isinstance(error, MessageRejected) or not isinstance(cause, asyncpg.PostgresError):
+        return error if isinstance(error, MessageRejected) else None
+    state = cause.sqlstate or ""
+    is_stale = isinstance(cause, asyncpg.InvalidCachedStatementError)
+    if is_stale or not state or not _OF_NO_ROW.isdisjoint((state, state[:2])):
+        return None
+    rejection = MessageRejected(error.problem, remedy=error.remedy)
+    rejection.__cause__ = cause
+    return rejection
+
+
+def _listed(state: str) -> type[RelayError] | None:
+    return _OWN.get(state) or _BY_STATE.get(state) or _BY_STATE.get(state[:2])
 
 
 @contextlib.contextmanager

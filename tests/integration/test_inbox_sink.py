@@ -313,7 +313,6 @@ async def test_a_column_that_goes_away_while_running_is_left_out_after_the_next_
         ("40P01", ErrorKind.OUTAGE),
         ("53100", ErrorKind.OUTAGE),
         ("25006", ErrorKind.OUTAGE),
-        ("42501", ErrorKind.CONFIGURATION),
     ],
 )
 async def test_what_is_wrong_with_the_whole_is_said_once_and_not_searched_for(
@@ -335,6 +334,152 @@ async def test_what_is_wrong_with_the_whole_is_said_once_and_not_searched_for(
 
     assert raised.value.kind is kind
     assert rows(database.dsn, "select last_value from tries") == [(1,)]
+
+
+ROW_TRIGGER = (
+    "create function public.look() returns trigger language plpgsql as $$ begin {0}; return new;"
+    " end $$",
+    "create trigger look before insert on public.inbox for each row execute function public.look()",
+)
+IF_BAD = "if new.event_id like 'bad%' then {0}; end if"
+
+
+@contextlib.contextmanager
+def inbox_of_a_writer(server_database: ServerDatabase, *statements: str) -> Iterator[str]:
+    """`public.inbox`, altered so, and a login that may write to it and do nothing else."""
+    role = f"{server_database.name}_writer"
+    run(
+        server_database.dsn,
+        "create table public.inbox (event_id text primary key, payload jsonb)",
+        "create table public.secret (id text)",
+        f"create role {role} login",
+        f"grant insert, select (event_id) on public.inbox to {role}",
+        *statements,
+    )
+    try:
+        yield server_database.server.database_dsn(server_database.name, user=role)
+    finally:
+        run(server_database.dsn, f"drop owned by {role}", f"drop role {role}")
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        (
+            "alter table public.inbox enable row level security",
+            "create policy p on public.inbox for insert with check (event_id like 'm:%')",
+            "create policy r on public.inbox for select using (true)",
+        ),
+        [
+            text.format(IF_BAD.format("insert into public.secret values ('x')"))
+            for text in ROW_TRIGGER
+        ],
+        [text.format(IF_BAD.format("perform gone()")) for text in ROW_TRIGGER],
+        *(
+            [
+                text.format(IF_BAD.format(f"raise exception 'no' using errcode = '{state}'"))
+                for text in ROW_TRIGGER
+            ]
+            for state in ("P0001", "MY001", "42501", "42P01", "38000", "55000")
+        ),
+        (
+            "create domain public.id as text check (value like 'm:%')",
+            "alter table public.inbox alter event_id type public.id",
+        ),
+    ],
+    ids=[
+        "policy",
+        "right of a trigger",
+        "function of a trigger",
+        "P0001",
+        "MY001",
+        "42501",
+        "42P01",
+        "38000",
+        "55000",
+        "domain",
+    ],
+)
+@pytest.mark.parametrize("count", [0, 4])
+async def test_what_may_be_one_rows_fault_is_searched_for_before_it_stops_all(
+    database: ServerDatabase, statements: Sequence[str], count: int
+) -> None:
+    bad = RelayMessage(dedup_key="bad", payload=b"{}")
+    good = numbered(count)
+    with inbox_of_a_writer(database, *statements) as dsn:
+        async with connected(dsn, inbox_table="inbox", schema="public") as sink:
+            result = await sink.publish([*good[:2], bad, *good[2:]])
+
+        assert failed(result) == [min(2, count)]
+        assert event_ids(database.dsn, "public.inbox") == numbered_ids(range(count))
+
+
+async def test_a_row_against_a_policy_of_an_adopted_table_costs_only_itself(
+    migrated_database: ServerDatabase, relay_dsn: str
+) -> None:
+    owner = f"{migrated_database.name}_owner"
+    run(
+        migrated_database.dsn,
+        f"create role {owner}",
+        "create table public.mine (event_id text primary key, payload jsonb)",
+        f"alter table public.mine owner to {owner}",
+        "alter table public.mine enable row level security, force row level security",
+        "create policy p on public.mine for all using (true) with check (event_id like 'm:%')",
+        f"grant create, usage on schema public to {owner}",
+        f"grant pgtrickle_relay to {owner}",
+        f"set session authorization {owner};"
+        " select pgtrickle.enable_inbox_tracking('mine', 'public.mine', event_type_column => null,"
+        " source_column => null, aggregate_id_column => null, received_at_column => null,"
+        " processed_at_column => null, error_column => null, retry_count_column => null,"
+        " trace_id_column => null)",
+    )
+    try:
+        bad = RelayMessage(dedup_key="bad", payload=b"{}")
+        async with connected(relay_dsn, inbox="mine") as sink:
+            result = await sink.publish([*numbered(3), bad])
+
+        assert failed(result) == [3]
+        assert event_ids(migrated_database.dsn, "public.mine") == numbered_ids(range(3))
+    finally:
+        run(migrated_database.dsn, f"drop owned by {owner} cascade", f"drop role {owner}")
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["revoke insert on public.inbox from public, {role}"],
+        [text.format("insert into public.secret values ('x')") for text in ROW_TRIGGER],
+        [text.format("perform gone()") for text in ROW_TRIGGER],
+    ],
+    ids=["right on the table", "right of a trigger", "function of a trigger"],
+)
+async def test_what_fails_every_row_alike_is_a_wrong_configuration(
+    database: ServerDatabase, statements: Sequence[str]
+) -> None:
+    with inbox_of_a_writer(database) as dsn:
+        async with connected(dsn, inbox_table="inbox", schema="public") as sink:
+            await sink.publish(numbered(1))
+            run(
+                database.dsn,
+                *(text.replace("{role}", f"{database.name}_writer") for text in statements),
+            )
+            with pytest.raises(ConfigurationError) as raised:
+                await sink.publish(numbered(4, prefix="late"))
+
+    assert "migrate" not in str(raised.value)
+    assert len(event_ids(database.dsn, "public.inbox")) == 1
+
+
+async def test_a_right_on_the_table_that_is_gone_is_no_fault_of_a_single_row(
+    database: ServerDatabase,
+) -> None:
+    with inbox_of_a_writer(database) as dsn:
+        async with connected(dsn, inbox_table="inbox", schema="public") as sink:
+            run(database.dsn, f"revoke insert on public.inbox from {database.name}_writer")
+            with pytest.raises(AuthenticationRefused, match="permission denied"):
+                await sink.publish(numbered(1))
+            with pytest.raises(AuthenticationRefused, match="grant insert"):
+                await sink.connect()
 
 
 async def test_an_adopted_table_is_written_under_its_own_names_and_types(

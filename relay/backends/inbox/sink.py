@@ -18,6 +18,7 @@ from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
     CatalogMissing,
     ConfigurationError,
+    ErrorKind,
     MessageRejected,
     NotConnected,
     Outage,
@@ -30,6 +31,7 @@ from relay.postgres import (
     leave_nothing,
     leaving_nothing,
     postgres_errors,
+    rejection_of_row,
 )
 from relay.template import Render, compile_routing
 
@@ -195,7 +197,7 @@ class _Insert:
     reads: tuple[Read, ...]
 
     async def write(self, rows: Rows, written: _Written) -> None:
-        """Write all at once; where that is refused for some row's sake, find it."""
+        """Write all at once; where that may be refused for some row's sake, find it."""
         try:
             async with (
                 self.database.connection(_DOING) as connection,
@@ -203,9 +205,11 @@ class _Insert:
             ):
                 written.rows += await self._run(connection, rows)
             return
-        except MessageRejected as error:
+        except RelayError as error:
+            if rejection_of_row(error) is None:
+                raise
             refusal = error
-        if len(rows) == 1:
+        if len(rows) == 1 and isinstance(refusal, MessageRejected):
             written.failures.append(Failure(rows.indexes[0], refusal))
         elif len(rows) <= _SEARCHED_ROWS:
             await self._search(rows, written, refusal)
@@ -213,10 +217,12 @@ class _Insert:
             for start in range(0, len(rows), _SEARCHED_ROWS):
                 await self._search(rows.part(start, start + _SEARCHED_ROWS), written, None)
 
-    async def _search(
-        self, rows: Rows, written: _Written, known_error: MessageRejected | None
-    ) -> None:
-        """Write, in one transaction, all rows but those that are refused."""
+    async def _search(self, rows: Rows, written: _Written, known_error: RelayError | None) -> None:
+        """Write, in one transaction, all rows but those that are refused.
+
+        Raises a configuration error that no row is needed for, or that meets every row of several.
+        """
+        found = _Written()
         try:
             async with (
                 self.database.connection(_DOING) as connection,
@@ -225,18 +231,26 @@ class _Insert:
             ):
                 # A deferred constraint that waited for the commit would refuse all rows.
                 await connection.execute("set constraints all immediate")
-                await self._bisect(connection, rows, written, known_error)
+                no_rows = rows.part(0, 0)
+                if (error := await self._try(connection, no_rows, found)) is not None:
+                    raise error
+                await self._bisect(connection, rows, found, known_error)
+                if 1 < len(found.failures) == len(rows):
+                    _raise_common_cause(found.failures)
         except MessageRejected as error:
-            raise Outage(
-                f"the inbox refuses the commit, for the sake of no row: {error}"
-            ) from error
+            raise Outage(f"the inbox refuses all rows, for the sake of none: {error}") from error
+        written.rows += found.rows
+        written.failures += [
+            Failure(failure.index, rejection_of_row(failure.error) or failure.error)
+            for failure in found.failures
+        ]
 
     async def _bisect(
         self,
         connection: PooledConnection,
         rows: Rows,
         written: _Written,
-        known_error: MessageRejected | None,
+        known_error: RelayError | None,
     ) -> None:
         """Write the rows, halving where they are refused; in order, each half behind the other.
 
@@ -259,15 +273,17 @@ class _Insert:
 
     async def _try(
         self, connection: PooledConnection, rows: Rows, written: _Written
-    ) -> MessageRejected | None:
-        """Write the rows under a savepoint; gives the error where some row is refused."""
+    ) -> RelayError | None:
+        """Write the rows under a savepoint; gives the error where some row may be refused."""
         try:
             with postgres_errors(_DOING):
                 if self._is_foreign:
                     await leave_nothing(connection)
                 async with connection.transaction():
                     written.rows += await self._run(connection, rows)
-        except MessageRejected as error:
+        except RelayError as error:
+            if rejection_of_row(error) is None:
+                raise
             return error
         return None
 
@@ -292,8 +308,15 @@ def _sent(column: Sequence[Value]) -> Sequence[Value]:
     https://www.postgresql.org/docs/current/functions-array.html; the longest array, that of the
     event ids, says how many rows there are.
     """
-    is_empty = column[0] is None and column.count(None) == len(column)
+    is_empty = not column or (column[0] is None and column.count(None) == len(column))
     return () if is_empty else column
+
+
+def _raise_common_cause(failures: Sequence[Failure]) -> None:
+    """Every row failed: unless each has trouble of its own, the configuration is what is wrong."""
+    errors = [failure.error for failure in failures]
+    if all(error.kind is ErrorKind.CONFIGURATION for error in errors):
+        raise errors[0]
 
 
 @dataclass
