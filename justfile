@@ -19,6 +19,10 @@ demo *arguments:
 test *arguments:
     @scripts/test {{ arguments }}
 
+# every backend under load for so many seconds, while relays and servers are killed at random
+soak seconds="1800":
+    @PGTRICKLE_SOAK_SECONDS={{ seconds }} scripts/test tests/soak -s -n 0
+
 # format, lint, types, import floors, SQL style, version agreement
 check:
     @scripts/check
