@@ -64,7 +64,7 @@ class Relay:
             stalled_after_s=settings.metrics.stalled_after_s,
             mask=self.mask,
         )
-        self._metrics = Metrics(stalled=self.board.stalled)
+        self._metrics = Metrics(self.board)
         self.database = Database(postgres)
         self.catalog = Catalog(self.database, settings.relay.group_id)
         self.coordinator = Coordinator(
@@ -97,7 +97,6 @@ class Relay:
             measure_lag=self._housekeeping.observe_lag,
         )
         self.events.subscribe(self.board)
-        self.events.subscribe(self._metrics)
 
     def mask(self, text: str) -> str:
         """The text without any secret that this process has resolved."""

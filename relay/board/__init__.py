@@ -1,7 +1,7 @@
-"""The present picture of this relay: what health, `/status`, the status view and the fleet show.
+"""The state of this relay, folded from its events once: `PipelineStats` for each pipeline.
 
-The board listens to events and remembers, per pipeline, only what the picture needs; `snapshot`
-gives it frozen. Here, once, stands what counts as well, as stalled, as delivered and as gone.
+Metrics, health, `/status`, the status view and the fleet read it; `Board.snapshot` gives it frozen.
+Here, once, stands what counts as well, as stalled, as delivered and as gone.
 
 Well: the database is connected and no pipeline is suspended, failed, stalled, or in trouble for
 longer than a short grace. Trouble begins with a failure and ends with *progress*: a batch
@@ -16,18 +16,18 @@ poll returns (a source answers within a second or so, even if it has nothing).
 from __future__ import annotations
 
 from relay.board.board import Board
-from relay.board.picture import RECENT_BATCHES
-from relay.board.roster import Roster
+from relay.board.stats import RECENT_BATCHES, PipelineStats
 from relay.board.status import Latency, PipelineStatus, RecentBatch, RelayStatus
-from relay.board.window import RATE_SECONDS
+from relay.board.window import RATE_SECONDS, Histogram
 
 __all__ = [
     "RATE_SECONDS",
     "RECENT_BATCHES",
     "Board",
+    "Histogram",
     "Latency",
+    "PipelineStats",
     "PipelineStatus",
     "RecentBatch",
     "RelayStatus",
-    "Roster",
 ]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from relay import __version__
-from relay.board.picture import Picture
-from relay.board.roster import Roster
+from relay.board.membership import Membership
+from relay.board.stats import PipelineStats
 from relay.board.status import RelayStatus
-from relay.events import Event, OwnershipChanged, PipelineEvent
+from relay.events import Event, OwnershipChanged, PipelineDescribed, PipelineEvent
 
 
 class Board:
-    """An observer that keeps the picture; ask it for a `snapshot` in the event loop's thread.
+    """An observer that keeps `PipelineStats`; ask it for a `snapshot` in the event loop's thread.
 
     ``mask`` takes secrets out of error texts. ``clock`` is monotonic and in seconds, ``now`` the
     time of day with zone: a clock that jumps changes what is shown, never what is judged.
@@ -37,57 +37,60 @@ class Board:
         self._clock = clock
         self._now = now
         self._started_at = now()
-        self._is_database_connected = False
         self._database_reason = ""
         self._is_coordinated = False
-        self._members = 0
-        self._roster = Roster()
-        self._pictures: dict[str, Picture] = {}
+        self._membership = Membership()
+        self.pipelines: dict[str, PipelineStats] = {}
+        self.is_database_connected = False
+        self.owned = 0
+        self.members = 0
 
     def __call__(self, event: Event) -> None:
-        """Take one event into the picture."""
-        for name in self._roster.observe(event):
-            del self._pictures[name]
+        """Take one event into account."""
+        for name in self._membership.observe(event):
+            del self.pipelines[name]
         if isinstance(event, PipelineEvent):
-            if event.pipeline in self._roster:
-                self._picture(event).observe(event, self._clock())
+            if event.pipeline in self._membership:
+                self._stats(event).observe(event)
         elif isinstance(event, OwnershipChanged):
             self._is_coordinated = True
-            self._members = event.members
+            self.owned = len(event.pipelines) - len(event.everywhere)
+            self.members = event.members
         else:
-            self._is_database_connected = event.is_connected
+            self.is_database_connected = event.is_connected
             self._database_reason = self._mask(event.reason)
 
     def snapshot(self) -> RelayStatus:
-        """The picture now."""
-        clock_s, now = self._clock(), self._now()
+        """Everything as it stands now."""
         return RelayStatus(
             worker_id=self._worker_id,
             group_id=self._group_id,
             version=__version__,
             started_at=self._started_at,
-            taken_at=now,
-            database_connected=self._is_database_connected,
+            taken_at=self._now(),
+            database_connected=self.is_database_connected,
             database_reason=self._database_reason,
             is_coordinated=self._is_coordinated,
-            members=self._members,
-            pipelines=[
-                self._pictures[name].status(clock_s, now, self._stalled_after_s)
-                for name in sorted(self._pictures)
-            ],
+            members=self.members,
+            pipelines=[self.pipelines[name].status() for name in sorted(self.pipelines)],
         )
 
-    def stalled(self) -> Mapping[str, bool]:
-        """For each pipeline whether it is stalled now; much cheaper than a snapshot."""
-        clock_s = self._clock()
-        return {
-            name: picture.is_stalled(clock_s, self._stalled_after_s)
-            for name, picture in self._pictures.items()
-        }
-
-    def _picture(self, event: PipelineEvent) -> Picture:
-        picture = self._pictures.get(event.pipeline)
-        if picture is None:
-            picture = Picture(event.pipeline, event.direction, self._mask, self._clock())
-            self._pictures[event.pipeline] = picture
-        return picture
+    def _stats(self, event: PipelineEvent) -> PipelineStats:
+        """Those of the event's pipeline; fresh ones where it connects something else now."""
+        stats = self.pipelines.get(event.pipeline)
+        if isinstance(event, PipelineDescribed) and stats is not None and stats.source:
+            labels = (event.direction, event.source, event.sink)
+            if labels != (stats.direction, stats.source, stats.sink):
+                stats = None
+        if stats is None:
+            stats = PipelineStats(
+                name=event.pipeline,
+                direction=event.direction,
+                mask=self._mask,
+                clock=self._clock,
+                now=self._now,
+                stalled_after_s=self._stalled_after_s,
+                since_s=self._clock(),
+            )
+            self.pipelines[event.pipeline] = stats
+        return stats

@@ -1,4 +1,4 @@
-"""Rates and latencies of the last minute, in constant memory."""
+"""Rates and latencies of the last minute, and histograms since ever, in constant memory."""
 
 from __future__ import annotations
 
@@ -73,6 +73,39 @@ class LatencyWindow:
             p95_s=_quantile(merged, total * 0.95),
             p99_s=_quantile(merged, total * 0.99),
         )
+
+
+class Histogram:
+    """Counts per bucket; many observations at once cost one sort."""
+
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        self._bounds_s = bounds_s
+        self._counts = [0] * (len(bounds_s) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, seconds: Sequence[float]) -> None:
+        """A clock that is ahead of the database's gives no negative latency, but 0."""
+        if not seconds:
+            return
+        ascending = sorted(seconds)
+        if ascending[0] < 0:
+            ascending = [max(0.0, value) for value in ascending]
+        below = 0
+        for bucket, bound_s in enumerate(self._bounds_s):
+            through = bisect_right(ascending, bound_s, below)
+            self._counts[bucket] += through - below
+            below = through
+        self._counts[-1] += len(ascending) - below
+        self._sum_s += math.fsum(ascending)
+
+    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
+        """Buckets as Prometheus wants them, each with all below it, and the sum in seconds."""
+        running = 0
+        buckets = []
+        for bound_s, count in zip((*self._bounds_s, math.inf), self._counts, strict=True):
+            running += count
+            buckets.append(("+Inf" if math.isinf(bound_s) else str(bound_s), float(running)))
+        return buckets, self._sum_s
 
 
 def _quantile(counts: Sequence[int], rank: float) -> float:

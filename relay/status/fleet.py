@@ -13,7 +13,7 @@ from relay.catalog import PipelineRow
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """One picture: what each relay says of itself, and every pipeline of the catalog.
+    """What each relay says of itself, and every pipeline of the catalog.
 
     ``catalog`` also has the pipelines that no relay runs, paused ones above all; it may be older
     than what the relays say.
@@ -24,7 +24,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline of the picture. ``status`` and ``owner`` are absent where nobody runs it."""
+    """One pipeline of the fleet. ``status`` and ``owner`` are absent where nobody runs it."""
 
     name: str
     source: str
@@ -80,7 +80,7 @@ class Watched(Protocol):
     """
 
     def fleet(self) -> Fleet:
-        """The picture now; quick, and called in the event loop's thread."""
+        """The fleet now; quick, and called in the event loop's thread."""
 
     async def refresh(self) -> None:
         """Fetch what `fleet` can't know by itself."""
@@ -96,7 +96,7 @@ class Watched(Protocol):
 
 
 def lines_of(fleet: Fleet) -> list[PipelineLine]:
-    """Every pipeline of the picture once for each relay that runs it, ordered by name."""
+    """Every pipeline of the fleet once for each relay that runs it, ordered by name."""
     rows = {row.name: row for row in fleet.catalog}
     lines = [
         _run_line(status, relay.worker_id, rows)

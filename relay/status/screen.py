@@ -42,7 +42,7 @@ _HELP = (
     ("/", "show only the pipelines whose name, source, sink or state contains a text"),
     ("p", "pause the selected pipeline, or resume it; asks first"),
     ("r", "try all dead letters of the selected pipeline again; asks first"),
-    ("Ctrl-L", "draw the screen anew"),
+    ("Ctrl-L", "draw the screen again"),
     ("q", "leave the view"),
 )
 
@@ -66,8 +66,8 @@ class Mode(StrEnum):
     HELP = "help"
 
 
-class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """How the user looks at the fleet. ``selected`` is a pipeline's name and its owner's."""
+class ViewState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user has chosen to see. ``selected`` is a pipeline's name and its owner's."""
 
     selected: tuple[str, str] | None = None
     is_open: bool = False
@@ -82,30 +82,30 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is on the screen; ``heading`` is a remark of whoever shows the view."""
 
     fleet: Fleet
-    look: Look
+    view: ViewState
     now: datetime
     log: Sequence[LogLine] = ()
     heading: str = ""
 
 
-def visible_lines(fleet: Fleet, look: Look) -> list[PipelineLine]:
-    """The pipelines that the look leaves in, in its order."""
-    wanted = look.filter.casefold()
+def visible_lines(fleet: Fleet, view: ViewState) -> list[PipelineLine]:
+    """The pipelines that the view leaves in, in its order."""
+    wanted = view.filter.casefold()
     lines = [
         line
         for line in lines_of(fleet)
         if wanted in f"{line.name} {line.source} {line.sink} {line.state}".casefold()
     ]
-    order = _ORDERS.get(look.sort)
+    order = _ORDERS.get(view.sort)
     return lines if order is None else sorted(lines, key=order)
 
 
-def selected_line(lines: Sequence[PipelineLine], look: Look) -> PipelineLine | None:
+def selected_line(lines: Sequence[PipelineLine], view: ViewState) -> PipelineLine | None:
     """The selected pipeline; the first one where the selected one is not there."""
     for line in lines:
-        if (line.name, line.owner) == look.selected:
+        if (line.name, line.owner) == view.selected:
             return line
-    same = [line for line in lines if look.selected and line.name == look.selected[0]]
+    same = [line for line in lines if view.selected and line.name == view.selected[0]]
     return next(iter([*same, *lines]), None)
 
 
@@ -117,7 +117,7 @@ _ORDERS: Mapping[Sort, Callable[[PipelineLine], float]] = {
 }
 
 
-class Painter:
+class Renderer:
     """Draws scenes for one kind of terminal.
 
     ``colours`` None: bold and reverse only. ``is_unicode`` False: nothing beyond ASCII of our own.
@@ -132,7 +132,7 @@ class Painter:
         self._console = Console(file=StringIO(), force_terminal=True, legacy_windows=False)
 
     @classmethod
-    def for_standard_output(cls) -> Painter:
+    def for_standard_output(cls) -> Renderer:
         """As `NO_COLOR`, `COLORTERM`, `TERM` and the locale say."""
         encoding = (sys.stdout.encoding or "ascii").lower().replace("-", "")
         console = Console(file=sys.stdout)
@@ -143,16 +143,16 @@ class Painter:
             is_unicode=encoding == "utf8",
         )
 
-    def paint(self, scene: Scene, width: int, height: int) -> list[str]:
+    def render(self, scene: Scene, width: int, height: int) -> list[str]:
         """The screen as lines of text with their escape sequences."""
         return [self._encoded(line) for line in self.draw(scene, width, height)]
 
     def draw(self, scene: Scene, width: int, height: int) -> list[Text]:
         """The screen as exactly ``height`` lines of exactly ``width`` cells."""
-        lines = visible_lines(scene.fleet, scene.look)
-        chosen = selected_line(lines, scene.look)
+        lines = visible_lines(scene.fleet, scene.view)
+        chosen = selected_line(lines, scene.view)
         room = max(0, height - _HEADING_LINES - _FOOTER_LINES)
-        if scene.look.mode is Mode.HELP:
+        if scene.view.mode is Mode.HELP:
             body = self._help()
         else:
             body = self._body(scene, lines, chosen, width, room)
@@ -209,7 +209,7 @@ class Painter:
     ) -> list[Text]:
         """Table above, details where open, log below; the table and the log give way."""
         wanted = max(2, len(lines) + 1)
-        if scene.look.is_open and chosen is not None:
+        if scene.view.is_open and chosen is not None:
             table_rows = min(wanted, max(2, room // 4))
             log_rows = _SMALLEST_LOG
             detail_rows = max(0, room - table_rows - log_rows - 2)
@@ -217,7 +217,7 @@ class Painter:
             table_rows = min(wanted, max(2, room - _SMALLEST_LOG - 1))
             detail_rows = 0
             log_rows = max(0, room - table_rows - 1)
-        body = self._table(scene.look, lines, chosen, width, table_rows)
+        body = self._table(scene.view, lines, chosen, width, table_rows)
         if detail_rows and chosen is not None:
             body.append(_rule(chosen.name, width, self._is_unicode))
             body.extend(_filled(self._detail(chosen, width, detail_rows), detail_rows))
@@ -226,7 +226,7 @@ class Painter:
 
     def _table(
         self,
-        look: Look,
+        view: ViewState,
         lines: Sequence[PipelineLine],
         chosen: PipelineLine | None,
         width: int,
@@ -235,7 +235,7 @@ class Painter:
         columns = _columns(width, self._arrow, self._sparks)
         head = Text(style="bold")
         for column in columns:
-            title = f"{column.title}*" if column.sort is look.sort else column.title
+            title = f"{column.title}*" if column.sort is view.sort else column.title
             head.append_text(_cell(Text(title), column))
         shown = _window(lines, chosen, rows - 1)
         table = [head]
@@ -247,7 +247,7 @@ class Painter:
                 row.stylize("reverse")
             table.append(row)
         if not lines:
-            table.append(Text(f"  {_why_empty(look)}", "dim"))
+            table.append(Text(f"  {_why_empty(view)}", "dim"))
         return _filled(table, rows)
 
     def _detail(self, line: PipelineLine, width: int, rows: int) -> list[Text]:
@@ -277,22 +277,22 @@ class Painter:
         return lines
 
     def _footer(self, scene: Scene) -> Text:
-        look = scene.look
-        match look.mode:
+        view = scene.view
+        match view.mode:
             case Mode.FILTER:
-                return Text(f" filter: {_clean(look.filter)}_   enter keep  esc drop", "reverse")
+                return Text(f" filter: {_clean(view.filter)}_   enter keep  esc drop", "reverse")
             case Mode.CONFIRM:
-                return Text(f" {_clean(look.question)}  y yes  n no", "bold reverse")
+                return Text(f" {_clean(view.question)}  y yes  n no", "bold reverse")
             case Mode.HELP:
                 return Text(" any key goes back", "reverse")
             case Mode.BROWSE:
                 pass
-        if look.notice:
-            return Text(f" {_clean(look.notice)}", "bold reverse")
+        if view.notice:
+            return Text(f" {_clean(view.notice)}", "bold reverse")
         arrows = "↑↓" if self._is_unicode else "jk"
         keys = f" {arrows} move  enter detail  s sort  / filter  p pause  r retry  ? help  q quit"
         return Text(
-            f" filter: {_clean(look.filter)} (esc drops it) {keys}" if look.filter else keys,
+            f" filter: {_clean(view.filter)} (esc drops it) {keys}" if view.filter else keys,
             "reverse",
         )
 
@@ -458,8 +458,8 @@ def _log_lines(log: Sequence[LogLine], rows: int) -> list[Text]:
     ]
 
 
-def _why_empty(look: Look) -> str:
-    if look.filter:
+def _why_empty(view: ViewState) -> str:
+    if view.filter:
         return "no pipeline matches the filter"
     return "no pipelines yet: select pgtrickle.set_relay_outbox(...) makes one"
 

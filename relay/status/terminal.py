@@ -1,7 +1,7 @@
 """One terminal, taken over for full-screen drawing and given back on every way out.
 
-Drawing and writing happen in a thread that always takes the latest picture: a terminal that does
-not take its output costs pictures, and holds up nobody. Only lines that have changed are written.
+Drawing and writing happen in a thread that always takes the latest frame: a terminal that does
+not take its output costs frames, and holds up nobody. Only lines that have changed are written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Drawing = Callable[[int, int], Sequence[str]]
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"
 _LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
 # Terminals that know it show everything in between at once; the others ignore it.
-_BEGIN_PICTURE, _END_PICTURE = "\x1b[?2026h", "\x1b[?2026l"
+_BEGIN_FRAME, _END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
 _ESCAPE_WAIT_S = 0.05
 _CLOSE_WAIT_S = 0.5
 _FALLBACK_SIZE = (80, 24)
@@ -57,14 +57,14 @@ class Terminal:
         self._input = sys.stdin.fileno()
         self._output = sys.stdout.fileno()
         self._keys = KeyReader()
-        self._pictures = _Pictures(self._output)
+        self._frames = _Frames(self._output)
         self._give_back_input: Callable[[], None] | None = None
         self._escape: asyncio.TimerHandle | None = None
 
     @property
     def is_busy(self) -> bool:
-        """True while the picture given last has not been begun."""
-        return self._pictures.is_waiting
+        """True while the frame given last has not been begun."""
+        return self._frames.is_waiting
 
     def open(self) -> None:
         """Take the terminal over. To be undone with `close`."""
@@ -77,7 +77,7 @@ class Terminal:
         atexit.register(self.restore)
         try:
             _take_keys_singly(self._input)
-            self._pictures.start(lambda: loop.call_soon_threadsafe(self._on_gone))
+            self._frames.start(lambda: loop.call_soon_threadsafe(self._on_gone))
             loop.add_reader(self._input, self._read)
         except BaseException:
             self.restore()
@@ -85,11 +85,11 @@ class Terminal:
 
     def show(self, drawing: Drawing) -> None:
         """Draw this next; ``drawing`` is called in another thread, with width and height."""
-        self._pictures.show(drawing)
+        self._frames.show(drawing)
 
     def redraw(self) -> None:
-        """Write the next picture in full, whatever the screen seems to have."""
-        self._pictures.forget()
+        """Write the next frame in full, whatever the screen seems to have."""
+        self._frames.forget()
 
     def close(self) -> None:
         """Stop reading and drawing and give the terminal back. Idempotent."""
@@ -105,7 +105,7 @@ class Terminal:
         if give_back_input is None:
             return
         atexit.unregister(self.restore)
-        self._pictures.stop()
+        self._frames.stop()
         with contextlib.suppress(OSError, termios.error):
             give_back_input()
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ class Terminal:
             self._on_key(key)
 
 
-class _Pictures:
+class _Frames:
     """The thread that draws and writes."""
 
     def __init__(self, output: int) -> None:
@@ -179,7 +179,7 @@ class _Pictures:
                 self._draw(drawing)
         except OSError:
             self._tell_gone()
-        except Exception:  # noqa: BLE001 - a picture that fails ends the view, not the relay
+        except Exception:  # noqa: BLE001 - a frame that fails ends the view, not the relay
             _log.exception("the status view failed")
             self._tell_gone()
 
@@ -204,7 +204,7 @@ class _Pictures:
                 written.append(f"\x1b[{row + 1};1H{line}\x1b[0m")
         self._on_screen = lines
         if written:
-            self._write(f"{_BEGIN_PICTURE}{''.join(written)}{_END_PICTURE}")
+            self._write(f"{_BEGIN_FRAME}{''.join(written)}{_END_FRAME}")
 
     def _write(self, text: str) -> None:
         rest = memoryview(text.encode("utf-8", "replace"))

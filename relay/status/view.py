@@ -1,7 +1,7 @@
 """The status view: what keys do, and when the screen is drawn.
 
-The view never fails or delays the relay it looks at. Pictures are taken in the event loop, drawn
-and written in a thread (`relay.status.terminal`); a picture is taken only when the one before was
+The view never fails or delays the relay it looks at. Frames are taken in the event loop, drawn
+and written in a thread (`relay.status.terminal`); a frame is taken only when the one before was
 begun. An action that fails is a line at the bottom of the screen.
 """
 
@@ -21,11 +21,11 @@ from relay.errors import RelayError
 from relay.settings import UiSettings
 from relay.status.fleet import LogTail, PipelineLine, Watched
 from relay.status.screen import (
-    Look,
     Mode,
-    Painter,
+    Renderer,
     Scene,
     Sort,
+    ViewState,
     now,
     selected_line,
     visible_lines,
@@ -62,9 +62,9 @@ class StatusView:
         self._refresh_s = settings.refresh_ms / 1000
         self._on_closed = on_closed
         self._heading = heading
-        self._painter = Painter.for_standard_output()
+        self._renderer = Renderer.for_standard_output()
         self._terminal = Terminal(self._on_key, on_closed)
-        self._look = Look()
+        self._view = ViewState()
         self._confirmed: Action | None = None
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._touched = asyncio.Event()
@@ -106,12 +106,12 @@ class StatusView:
             if not self._terminal.is_busy:
                 scene = Scene(
                     fleet=self._watched.fleet(),
-                    look=self._look,
+                    view=self._view,
                     now=now(),
                     log=self._log.entries(),
                     heading=self._heading(),
                 )
-                self._terminal.show(partial(self._painter.paint, scene))
+                self._terminal.show(partial(self._renderer.render, scene))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._refresh_s):
                     await self._touched.wait()
@@ -136,7 +136,7 @@ class StatusView:
             self._change(notice=notice)
 
     def _on_key(self, key: str) -> None:
-        match self._look.mode:
+        match self._view.mode:
             case Mode.FILTER:
                 self._edit_filter(key)
             case Mode.CONFIRM:
@@ -162,14 +162,14 @@ class StatusView:
             case "end":
                 self._move_to(-1)
             case "enter":
-                self._change(is_open=not self._look.is_open)
-            case "escape" if self._look.is_open:
+                self._change(is_open=not self._view.is_open)
+            case "escape" if self._view.is_open:
                 self._change(is_open=False)
             case "escape":
                 self._chosen()
                 self._change(filter="")
             case "s":
-                sort = _after(self._look.sort)
+                sort = _after(self._view.sort)
                 self._change(sort=sort, notice=f"sorted by {sort.value}")
             case "/":
                 self._change(mode=Mode.FILTER)
@@ -188,7 +188,7 @@ class StatusView:
                 pass
 
     def _edit_filter(self, key: str) -> None:
-        text = self._look.filter
+        text = self._view.filter
         match key:
             case "enter":
                 self._change(mode=Mode.BROWSE)
@@ -247,26 +247,26 @@ class StatusView:
             self._actions.put_nowait(action)
 
     def _move(self, by: int) -> None:
-        lines = visible_lines(self._watched.fleet(), self._look)
-        chosen = selected_line(lines, self._look)
+        lines = visible_lines(self._watched.fleet(), self._view)
+        chosen = selected_line(lines, self._view)
         if chosen is not None:
             at = min(max(0, lines.index(chosen) + by), len(lines) - 1)
             self._change(selected=(lines[at].name, lines[at].owner))
 
     def _move_to(self, index: int) -> None:
-        lines = visible_lines(self._watched.fleet(), self._look)
+        lines = visible_lines(self._watched.fleet(), self._view)
         if lines:
             self._change(selected=(lines[index].name, lines[index].owner))
 
     def _chosen(self) -> PipelineLine | None:
         """The selected pipeline; it stays selected if the order changes from now on."""
-        line = selected_line(visible_lines(self._watched.fleet(), self._look), self._look)
+        line = selected_line(visible_lines(self._watched.fleet(), self._view), self._view)
         if line is not None:
             self._change(selected=(line.name, line.owner))
         return line
 
     def _change(self, **fields: object) -> None:
-        self._look = msgspec.structs.replace(self._look, **fields)
+        self._view = msgspec.structs.replace(self._view, **fields)
         self._touched.set()
 
 

@@ -13,7 +13,7 @@ from relay.catalog import PipelineRow
 from relay.errors import Outage
 from relay.events import PipelineState
 from relay.status import Fleet
-from relay.status.screen import Look, Scene
+from relay.status.screen import Scene, ViewState
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -139,9 +139,15 @@ def fleet_of(
 FLEET = fleet_of(HEALTHY, TROUBLED, catalog=[PAUSED])
 
 
-def scene(look: Look | None = None, fleet: Fleet = FLEET, heading: str = "") -> Scene:
+def scene(view: ViewState | None = None, fleet: Fleet = FLEET, heading: str = "") -> Scene:
     """What is on the screen, at a time that does not pass."""
-    return Scene(fleet=fleet, look=look or Look(), now=NOW, log=Log().entries(), heading=heading)
+    return Scene(
+        fleet=fleet,
+        view=view or ViewState(),
+        now=NOW,
+        log=Log().entries(),
+        heading=heading,
+    )
 
 
 class RecordingFleet:

@@ -11,11 +11,11 @@ from rich.color import ColorSystem
 
 from relay.status import plain_table
 from relay.status.fleet import Fleet, lines_of
-from relay.status.screen import Look, Mode, Painter, Sort
+from relay.status.screen import Mode, Renderer, Sort, ViewState
 from tests.status.scene import FLEET, HEALTHY, TROUBLED, fleet_of, scene
 
 SCREENS = Path(__file__).parent / "screens"
-OPEN = Look(is_open=True, selected=("orders-to-nats", "worker-a"))
+OPEN = ViewState(is_open=True, selected=("orders-to-nats", "worker-a"))
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5;\d+|9[0-7])[;m]")
 
@@ -30,71 +30,73 @@ def _clock_in_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def painter() -> Painter:
-    return Painter(colours=ColorSystem.STANDARD, is_unicode=True)
+def renderer() -> Renderer:
+    return Renderer(colours=ColorSystem.STANDARD, is_unicode=True)
 
 
-def test_the_table_at_80_by_24(painter: Painter) -> None:
-    assert _drawn(painter, Look(), 80, 24) == _expected("table-80x24")
+def test_the_table_at_80_by_24(renderer: Renderer) -> None:
+    assert _drawn(renderer, ViewState(), 80, 24) == _expected("table-80x24")
 
 
-def test_the_details_at_120_by_40(painter: Painter) -> None:
-    assert _drawn(painter, OPEN, 120, 40) == _expected("details-120x40")
+def test_the_details_at_120_by_40(renderer: Renderer) -> None:
+    assert _drawn(renderer, OPEN, 120, 40) == _expected("details-120x40")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (81, 25), (109, 30), (110, 30), (200, 60), (20, 5)])
-@pytest.mark.parametrize("look", [Look(), OPEN, Look(mode=Mode.HELP), Look(filter="nothing")])
+@pytest.mark.parametrize(
+    "view", [ViewState(), OPEN, ViewState(mode=Mode.HELP), ViewState(filter="nothing")]
+)
 def test_every_line_fills_the_screen_exactly(
-    painter: Painter, look: Look, size: tuple[int, int]
+    renderer: Renderer, view: ViewState, size: tuple[int, int]
 ) -> None:
     width, height = size
 
-    lines = painter.draw(scene(look, heading="x" * 300), width, height)
+    lines = renderer.draw(scene(view, heading="x" * 300), width, height)
 
     assert len(lines) == height
     assert {line.cell_len for line in lines} == {width}
 
 
-def test_a_name_with_escape_sequences_does_not_reach_the_terminal(painter: Painter) -> None:
+def test_a_name_with_escape_sequences_does_not_reach_the_terminal(renderer: Renderer) -> None:
     wicked = msgspec.structs.replace(
         HEALTHY, name="\x1b]0;owned\x07", reason="\x9b31m", trouble="\r\nline", sink="\x1b[2J"
     )
-    look = Look(is_open=True, filter="\x1b")
+    view = ViewState(is_open=True, filter="\x1b")
 
-    lines = painter.draw(scene(look, fleet_of(wicked)), 120, 40)
+    lines = renderer.draw(scene(view, fleet_of(wicked)), 120, 40)
 
     assert not [c for line in lines for c in line.plain if not c.isprintable()]
 
 
 def test_without_colours_the_selection_and_every_state_can_still_be_read() -> None:
-    painter = Painter(colours=None, is_unicode=True)
+    renderer = Renderer(colours=None, is_unicode=True)
 
-    painted = "\n".join(painter.paint(scene(), 80, 24))
+    rendered = "\n".join(renderer.render(scene(), 80, 24))
 
-    assert not _COLOUR.search(painted)
-    assert "\x1b[7m" in painted
+    assert not _COLOUR.search(rendered)
+    assert "\x1b[7m" in rendered
     for words in ("▸", "running", "retrying", "paused"):
-        assert words in painted
+        assert words in rendered
 
 
-def test_with_colours_trouble_is_coloured(painter: Painter) -> None:
-    assert _COLOUR.search("\n".join(painter.paint(scene(), 80, 24)))
+def test_with_colours_trouble_is_coloured(renderer: Renderer) -> None:
+    assert _COLOUR.search("\n".join(renderer.render(scene(), 80, 24)))
 
 
 def test_a_terminal_without_unicode_gets_ascii_only() -> None:
-    painter = Painter(colours=None, is_unicode=False)
+    renderer = Renderer(colours=None, is_unicode=False)
 
-    for look in (Look(), OPEN, Look(mode=Mode.HELP)):
-        drawn = _drawn(painter, msgspec.structs.replace(look), 80, 24)
+    for view in (ViewState(), OPEN, ViewState(mode=Mode.HELP)):
+        drawn = _drawn(renderer, msgspec.structs.replace(view), 80, 24)
         assert drawn.replace("…", "").isascii()
 
 
 @pytest.mark.parametrize("at", [0, 57, 99])
-def test_the_selected_one_of_many_pipelines_is_on_the_screen(painter: Painter, at: int) -> None:
+def test_the_selected_one_of_many_pipelines_is_on_the_screen(renderer: Renderer, at: int) -> None:
     many = [msgspec.structs.replace(HEALTHY, name=f"pipeline-{n:02}") for n in range(100)]
-    look = Look(selected=(f"pipeline-{at:02}", "worker-a"))
+    view = ViewState(selected=(f"pipeline-{at:02}", "worker-a"))
 
-    drawn = _drawn_of(painter, look, many)
+    drawn = _drawn_of(renderer, view, many)
 
     assert f"▸ pipeline-{at:02}" in drawn
 
@@ -109,18 +111,20 @@ def test_the_selected_one_of_many_pipelines_is_on_the_screen(painter: Painter, a
         (Sort.ERRORS, "invoices-from-nats"),
     ],
 )
-def test_the_table_is_sorted_by_the_chosen_column(painter: Painter, sort: Sort, first: str) -> None:
-    assert first in _drawn(painter, Look(sort=sort), 80, 24).splitlines()[3]
+def test_the_table_is_sorted_by_the_chosen_column(
+    renderer: Renderer, sort: Sort, first: str
+) -> None:
+    assert first in _drawn(renderer, ViewState(sort=sort), 80, 24).splitlines()[3]
 
 
-def test_a_stalled_pipeline_says_so_in_its_state(painter: Painter) -> None:
+def test_a_stalled_pipeline_says_so_in_its_state(renderer: Renderer) -> None:
     stalled = msgspec.structs.replace(HEALTHY, is_stalled=True)
 
-    assert "stalled" in _drawn_of(painter, Look(), [stalled])
+    assert "stalled" in _drawn_of(renderer, ViewState(), [stalled])
 
 
 def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_counts_once(
-    painter: Painter,
+    renderer: Renderer,
 ) -> None:
     slow = msgspec.structs.replace(HEALTHY, rate_per_s=3.0)
     fleet = Fleet(
@@ -130,7 +134,7 @@ def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_count
         ]
     )
 
-    lines = [line.plain for line in painter.draw(scene(fleet=fleet), 120, 24)]
+    lines = [line.plain for line in renderer.draw(scene(fleet=fleet), 120, 24)]
 
     assert "1 pipeline " in lines[1]
     assert "worker-a" in lines[3]
@@ -141,8 +145,8 @@ def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_count
     ]
 
 
-def test_an_empty_catalog_says_how_to_begin(painter: Painter) -> None:
-    assert "set_relay_outbox" in _drawn_of(painter, Look(), [])
+def test_an_empty_catalog_says_how_to_begin(renderer: Renderer) -> None:
+    assert "set_relay_outbox" in _drawn_of(renderer, ViewState(), [])
 
 
 def test_a_pipe_gets_a_plain_table() -> None:
@@ -158,18 +162,18 @@ def test_a_pipe_gets_a_plain_table() -> None:
     assert "\x1b" not in "".join(lines)
 
 
-def _drawn(painter: Painter, look: Look, width: int, height: int) -> str:
-    lines = painter.draw(scene(look), width, height)
+def _drawn(renderer: Renderer, view: ViewState, width: int, height: int) -> str:
+    lines = renderer.draw(scene(view), width, height)
     return "".join(f"{line.plain.rstrip()}\n" for line in lines)
 
 
-def _drawn_of(painter: Painter, look: Look, pipelines: list[object]) -> str:
+def _drawn_of(renderer: Renderer, view: ViewState, pipelines: list[object]) -> str:
     fleet = msgspec.structs.replace(
         FLEET,
         relays=[msgspec.structs.replace(FLEET.relays[0], pipelines=pipelines)],
         catalog=[],
     )
-    return "\n".join(line.plain for line in painter.draw(scene(look, fleet), 80, 24))
+    return "\n".join(line.plain for line in renderer.draw(scene(view, fleet), 80, 24))
 
 
 def _expected(name: str) -> str:

@@ -207,10 +207,10 @@ def test_an_exception_gives_the_terminal_back(start: Start, report: Path) -> Non
     assert b"RuntimeError: as asked" in terminal.output.rpartition(b"\x1b[?1049l")[2]
 
 
-def test_a_stalled_terminal_costs_pictures_and_nothing_else(start: Start, report: Path) -> None:
+def test_a_stalled_terminal_costs_frames_and_nothing_else(start: Start, report: Path) -> None:
     terminal = start("busy", columns=200, lines=60)
 
-    # Nobody reads any more: the kernel's buffer is full after a few pictures.
+    # Nobody reads any more: the kernel's buffer is full after a few frames.
     beats = _read(report).beats
     _until(report, lambda seen: seen.beats > beats + 100)
     terminal.signal(signal.SIGTERM)

@@ -33,7 +33,7 @@ class Site:
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self.board = Board(worker_id="w1", group_id="default", stalled_after_s=60, mask=str)
-        self.metrics = Metrics(stalled=self.board.stalled)
+        self.metrics = Metrics(self.board)
         self.session = session
         self.lag: int | Exception = 0
         self.server = HttpServer(
@@ -58,7 +58,6 @@ class Site:
 
     def emit(self, event: Event) -> None:
         self.board(event)
-        self.metrics(event)
 
     def run_a_pipeline(self) -> None:
         self.emit(DatabaseChanged(is_connected=True))
@@ -259,7 +258,7 @@ async def test_closing_ends_within_bounds_with_a_client_still_connected(site: Si
 @pytest.mark.shows("setting:metrics.enabled")
 async def test_disabled_metrics_open_no_port() -> None:
     board = Board(worker_id="w", group_id="g", stalled_after_s=60, mask=str)
-    metrics = Metrics(stalled=board.stalled)
+    metrics = Metrics(board)
     settings = MetricsSettings(enabled=False, addr="127.0.0.1:0")
 
     async with HttpServer(
@@ -271,7 +270,7 @@ async def test_disabled_metrics_open_no_port() -> None:
 @pytest.mark.shows("setting:metrics.addr")
 async def test_an_address_in_use_is_an_error_that_names_the_setting() -> None:
     board = Board(worker_id="w", group_id="g", stalled_after_s=60, mask=str)
-    metrics = Metrics(stalled=board.stalled)
+    metrics = Metrics(board)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay import __version__
+from relay.board import Board
 from relay.errors import ErrorKind
 from relay.events import (
     BatchAcknowledged,
@@ -43,11 +45,19 @@ class Counted:
     """Metrics with a forward pipeline into NATS, one into an inbox, and a reverse one from NATS."""
 
     def __init__(self) -> None:
-        self.stalled: dict[str, bool] = {}
-        self.metrics = Metrics(stalled=lambda: self.stalled, now=lambda: NOW)
-        self.metrics(_described("fwd", "forward", "outbox", "nats"))
-        self.metrics(_described("copy", "forward", "outbox", "pg-inbox"))
-        self.metrics(_described("rev", "reverse", "nats", "pg-inbox"))
+        self.clock_s = 0.0
+        self.board = Board(
+            worker_id="w1",
+            group_id="default",
+            stalled_after_s=60,
+            mask=str,
+            clock=lambda: self.clock_s,
+            now=lambda: datetime.fromtimestamp(NOW, UTC),
+        )
+        self.metrics = Metrics(self.board)
+        self.board(_described("fwd", "forward", "outbox", "nats"))
+        self.board(_described("copy", "forward", "outbox", "pg-inbox"))
+        self.board(_described("rev", "reverse", "nats", "pg-inbox"))
 
     async def samples(self) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
         body, _ = await self.metrics.render("")
@@ -227,7 +237,7 @@ async def test_the_event_moves_the_metric(effect: Effect) -> None:
     counted = Counted()
     assert await counted.value(effect.name, **effect.labels) == effect.before
 
-    counted.metrics(effect.event)
+    counted.board(effect.event)
 
     assert await counted.value(effect.name, **effect.labels) == effect.after
 
@@ -255,7 +265,8 @@ async def test_a_stalled_pipeline_is_visible() -> None:
     counted = Counted()
     assert await counted.value("pipeline_stalled", **FWD) == 0
 
-    counted.stalled["fwd"] = True
+    counted.board(_lag())
+    counted.clock_s = 60.0
 
     assert await counted.value("pipeline_stalled", **FWD) == 1
 
@@ -266,9 +277,9 @@ async def test_the_version_is_a_label_of_build_info() -> None:
 
 async def test_only_the_present_state_is_1() -> None:
     counted = Counted()
-    counted.metrics(_state(PipelineState.RUNNING))
+    counted.board(_state(PipelineState.RUNNING))
 
-    counted.metrics(_state(PipelineState.RETRYING))
+    counted.board(_state(PipelineState.RETRYING))
 
     for state in PipelineState:
         expected = 1 if state is PipelineState.RETRYING else 0
@@ -278,8 +289,8 @@ async def test_only_the_present_state_is_1() -> None:
 async def test_a_reverse_pipeline_has_no_outbox_lag_and_publishes_nothing() -> None:
     counted = Counted()
 
-    counted.metrics(_lag("rev", "reverse"))
-    counted.metrics(_published("rev", "reverse"))
+    counted.board(_lag("rev", "reverse"))
+    counted.board(_published("rev", "reverse"))
 
     assert await counted.value("consumer_lag_rows", **REV) is None
     assert await counted.value("messages_published_total", **REV, backend="pg-inbox") is None
@@ -288,9 +299,9 @@ async def test_a_reverse_pipeline_has_no_outbox_lag_and_publishes_nothing() -> N
 
 async def test_delivered_dead_letters_leave_the_queue_at_once() -> None:
     counted = Counted()
-    counted.metrics(_lag())
+    counted.board(_lag())
 
-    counted.metrics(DeadLettersRetried(pipeline="fwd", direction="forward", delivered=4, failed=1))
+    counted.board(DeadLettersRetried(pipeline="fwd", direction="forward", delivered=4, failed=1))
 
     assert await counted.value("dlq_depth", **FWD) == 2
 
@@ -298,7 +309,7 @@ async def test_delivered_dead_letters_leave_the_queue_at_once() -> None:
 async def test_a_batch_in_which_nothing_was_published_is_no_observation() -> None:
     counted = Counted()
 
-    counted.metrics(_published(messages=0))
+    counted.board(_published(messages=0))
 
     assert await counted.value("batch_publish_duration_seconds_count", **TO_NATS) == 0
 
@@ -306,7 +317,7 @@ async def test_a_batch_in_which_nothing_was_published_is_no_observation() -> Non
 async def test_latency_buckets_are_cumulative_with_their_bounds_included() -> None:
     counted = Counted()
 
-    counted.metrics(_published(latencies_s=[0.25, 0.001, -5.0, 4000.0, 0.3]))
+    counted.board(_published(latencies_s=[0.25, 0.001, -5.0, 4000.0, 0.3]))
 
     async def through(bound: str) -> float | None:
         return await counted.value("delivery_latency_seconds_bucket", **TO_NATS, le=bound)
@@ -322,29 +333,29 @@ async def test_latency_buckets_are_cumulative_with_their_bounds_included() -> No
 
 async def test_the_series_of_a_pipeline_that_is_gone_are_removed() -> None:
     counted = Counted()
-    counted.metrics(_published())
+    counted.board(_published())
 
-    counted.metrics(OwnershipChanged(pipelines=["rev"], members=1))
-    counted.metrics(_connected("sink"))
+    counted.board(OwnershipChanged(pipelines=["rev"], members=1))
+    counted.board(_connected("sink"))
 
     named = {dict(labels).get("pipeline") for _, labels in await counted.samples()}
     assert named == {"rev", None}
 
 
-async def test_a_pipeline_that_is_described_anew_keeps_its_counts() -> None:
+async def test_a_pipeline_that_is_described_again_keeps_its_counts() -> None:
     counted = Counted()
-    counted.metrics(_published())
+    counted.board(_published())
 
-    counted.metrics(_described("fwd", "forward", "outbox", "nats"))
+    counted.board(_described("fwd", "forward", "outbox", "nats"))
 
     assert await counted.value("messages_published_total", **TO_NATS) == 10
 
 
 async def test_a_pipeline_with_another_backend_leaves_no_series_of_the_former() -> None:
     counted = Counted()
-    counted.metrics(_published())
+    counted.board(_published())
 
-    counted.metrics(_described("fwd", "forward", "outbox", "kafka"))
+    counted.board(_described("fwd", "forward", "outbox", "kafka"))
 
     assert await counted.value("messages_published_total", **TO_NATS) is None
     assert await counted.value("messages_published_total", **FWD, backend="kafka") == 0
@@ -352,7 +363,7 @@ async def test_a_pipeline_with_another_backend_leaves_no_series_of_the_former() 
 
 async def test_openmetrics_is_given_to_whom_asks_for_it() -> None:
     counted = Counted()
-    counted.metrics(_published(latencies_s=[0.2]))
+    counted.board(_published(latencies_s=[0.2]))
 
     body, content_type = await counted.metrics.render("application/openmetrics-text; version=1.0.0")
 
@@ -371,7 +382,7 @@ def test_a_batch_of_a_thousand_latencies_costs_less_than_300_microseconds() -> N
 
     def duration_s(event: Event) -> float:
         started = time.perf_counter()
-        counted.metrics(event)
+        counted.board(event)
         return time.perf_counter() - started
 
     # The best of many: a shared machine makes any single one slow.

@@ -11,7 +11,7 @@ AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
 _BEGINNINGS = frozenset({PipelineState.STARTING, PipelineState.FAILED})
 
 
-class Roster:
+class Membership:
     """Which pipelines an observer has to show; every observer that shows pipelines keeps one.
 
     A pipeline comes with its description or with its first state, and goes when the relay owns it

@@ -1,21 +1,23 @@
-"""What the board remembers of one pipeline, and how it is judged."""
+"""What is counted and remembered of one pipeline, and how it is judged."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import msgspec
 
-from relay.board.roster import AT_REST
+from relay.board.membership import AT_REST
 from relay.board.status import PipelineStatus, RecentBatch
-from relay.board.window import LatencyWindow, RateWindow
+from relay.board.window import Histogram, LatencyWindow, RateWindow
+from relay.errors import ErrorKind
 from relay.events import (
     BatchAcknowledged,
     BatchPublished,
+    ClaimCheckFetched,
     ConnectionChanged,
     DeadLettered,
     DeadLettersRetried,
@@ -26,6 +28,7 @@ from relay.events import (
     PipelineState,
     Polled,
     Retried,
+    Side,
     StateChanged,
 )
 
@@ -34,17 +37,33 @@ RECENT_BATCHES = 20
 _RATE_AVERAGED_OVER_S = 5
 _TROUBLE_GRACE_S = 10.0
 
-_AT_ONCE_UNWELL = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED})
-_TROUBLED = frozenset({PipelineState.FAILED, PipelineState.SUSPENDED, PipelineState.RETRYING})
+_DURATION_BOUNDS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+_LATENCY_BOUNDS_S = (*_DURATION_BOUNDS_S, 300.0, 1800.0, 3600.0)
+
+# These are unwell at once, and an error of this kind.
+_UNWELL = {
+    PipelineState.FAILED: ErrorKind.CONFIGURATION,
+    PipelineState.SUSPENDED: ErrorKind.OUTAGE,
+}
+_TROUBLED = frozenset({*_UNWELL, PipelineState.RETRYING})
 
 
 @dataclass(slots=True)
-class Picture:
-    """What is remembered of one pipeline. Times are of the monotonic clock, in seconds."""
+class PipelineStats:
+    """The fold of one pipeline's events. Names in ``_s`` are of the monotonic clock, in seconds.
+
+    ``accepted`` counts messages that the sink has accepted, retried dead letters with them.
+    ``errors`` counts failed attempts, dead-lettered messages and entries into failed or suspended.
+    """
 
     name: str
     direction: Direction
     mask: Callable[[str], str]
+    clock: Callable[[], float]
+    now: Callable[[], datetime]
+    stalled_after_s: float
     since_s: float
     source: str = ""
     sink: str = ""
@@ -53,20 +72,25 @@ class Picture:
     reason: str = ""
     source_connected: bool = False
     sink_connected: bool = False
-    published: int = 0
-    consumed: int = 0
+    polls: int = 0
+    full_refresh_batches: int = 0
+    claim_check_pages: int = 0
+    accepted: int = 0
     duplicates: int = 0
     dead_lettered: int = 0
-    errors: int = 0
+    acknowledged_batches: int = 0
+    retries: Counter[Side] = field(default_factory=Counter)
+    errors: Counter[ErrorKind] = field(default_factory=Counter)
     last_error: str = ""
     last_error_s: float | None = None
     checkpoint: str = ""
     offset: int | None = None
     in_flight: int = 0
     lag: LagObserved | None = None
+    dead_letters: int | None = None
     found_nothing: bool = False
     polled_s: float = -math.inf
-    progress_s: float | None = None
+    progress_at: datetime | None = None
     troubled_s: float | None = None
     behind_s: float | None = None
     in_flight_s: float | None = None
@@ -76,8 +100,13 @@ class Picture:
     )
     rate: RateWindow = field(default_factory=RateWindow)
     latencies: LatencyWindow = field(default_factory=LatencyWindow)
+    poll_durations: Histogram = field(default_factory=lambda: Histogram(_DURATION_BOUNDS_S))
+    publish_durations: Histogram = field(default_factory=lambda: Histogram(_DURATION_BOUNDS_S))
+    delivery_latencies: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BOUNDS_S))
 
-    def observe(self, event: PipelineEvent, clock_s: float) -> None:
+    def observe(self, event: PipelineEvent) -> None:
+        """Take one event into account."""
+        clock_s = self.clock()
         match event:
             case Polled():
                 self._polled(event, clock_s)
@@ -87,14 +116,21 @@ class Picture:
                 self._acknowledged(event, clock_s)
             case LagObserved():
                 self.lag = event
+                self.dead_letters = event.dead_letters
                 self.behind_s = _first(self.behind_s, clock_s) if event.lag_rows > 0 else None
             case Retried():
-                self._failed(event.error, clock_s)
+                self.retries[event.side] += 1
+                self._failed(event.kind, event.error, clock_s)
                 self.troubled_s = _first(self.troubled_s, clock_s)
             case DeadLettered():
-                self._failed(event.error, clock_s)
+                self.dead_lettered += event.messages
+                self.dead_letters = (self.dead_letters or 0) + event.messages
+                self._failed(event.kind, event.error, clock_s, event.messages)
             case DeadLettersRetried():
                 self._accepted(event.delivered, clock_s)
+                self.dead_letters = max(0, (self.dead_letters or 0) - event.delivered)
+            case ClaimCheckFetched():
+                self.claim_check_pages += 1
             case StateChanged():
                 self._changed(event, clock_s)
             case ConnectionChanged():
@@ -107,6 +143,9 @@ class Picture:
 
     def _polled(self, event: Polled, clock_s: float) -> None:
         self.polled_s = clock_s
+        self.polls += 1
+        self.full_refresh_batches += event.full_refresh
+        self.poll_durations.observe((event.duration_s,))
         taken = event.messages + event.rejected
         self.found_nothing = taken == 0
         if taken and not self.in_flight:
@@ -118,32 +157,33 @@ class Picture:
     def _settled(self, event: BatchPublished, clock_s: float) -> None:
         self._accepted(event.messages, clock_s)
         self.duplicates += event.duplicates
-        self.dead_lettered += event.dead_lettered
+        if event.messages or event.dead_lettered:
+            self.publish_durations.observe((event.duration_s,))
+        self.delivery_latencies.observe(event.latencies_s)
         self.latencies.add(event.latencies_s, clock_s)
         self.waiting.append(msgspec.structs.replace(event, latencies_s=()))
 
     def _accepted(self, messages: int, clock_s: float) -> None:
-        if self.direction == "forward":
-            self.published += messages
-        else:
-            self.consumed += messages
+        self.accepted += messages
         self.rate.add(messages, clock_s)
 
     def _acknowledged(self, event: BatchAcknowledged, clock_s: float) -> None:
         self.in_flight = max(0, self.in_flight - event.messages)
         self.in_flight_s = clock_s if self.in_flight else None
-        self.progress_s = clock_s
+        self.progress_at = self.now()
+        self.acknowledged_batches += 1
         self.behind_s = None
         self.troubled_s = None
         self.checkpoint = event.checkpoint
-        self.offset = event.offset
+        if event.offset is not None:
+            self.offset = event.offset
         if self.waiting:
             settled = self.waiting.popleft()
             if event.messages:
                 self.recent.append((clock_s, event.checkpoint, settled))
 
-    def _failed(self, error: str, clock_s: float) -> None:
-        self.errors += 1
+    def _failed(self, kind: ErrorKind, error: str, clock_s: float, times: int = 1) -> None:
+        self.errors[kind] += times
         self.last_error = self.mask(error)
         self.last_error_s = clock_s
 
@@ -154,8 +194,8 @@ class Picture:
         self.reason = self.mask(event.reason)
         if event.state in _TROUBLED:
             self.troubled_s = _first(self.troubled_s, clock_s)
-        if event.state in _AT_ONCE_UNWELL:
-            self._failed(event.reason, clock_s)
+        if event.state in _UNWELL:
+            self._failed(_UNWELL[event.state], event.reason, clock_s)
         if event.state in AT_REST:
             self._forget_in_flight()
             self.troubled_s = None
@@ -175,8 +215,8 @@ class Picture:
         self.found_nothing = False
         self.waiting.clear()
 
-    def is_stalled(self, clock_s: float, stalled_after_s: float) -> bool:
-        """For so long there was something to do, and no progress."""
+    def is_stalled(self) -> bool:
+        """For ``stalled_after_s`` there was something to do, and no progress."""
         if self.state in AT_REST:
             return False
         begun = [since for since in (self.behind_s, self.in_flight_s) if since is not None]
@@ -184,10 +224,10 @@ class Picture:
             begun.append(self.since_s)
         elif self.state is PipelineState.RUNNING and not self.in_flight:
             begun.append(max(self.polled_s, self.since_s))
-        return bool(begun) and clock_s - min(begun) >= stalled_after_s
+        return bool(begun) and self.clock() - min(begun) >= self.stalled_after_s
 
     def _trouble(self, clock_s: float, *, is_stalled: bool) -> str:
-        if self.state in _AT_ONCE_UNWELL:
+        if self.state in _UNWELL:
             return f"{self.state.value}: {self.reason}"
         if self.troubled_s is not None and clock_s - self.troubled_s >= _TROUBLE_GRACE_S:
             so_long = f"{clock_s - self.troubled_s:.0f} s"
@@ -216,11 +256,14 @@ class Picture:
             return self.state.value
         return "" if self.found_nothing else "the last poll found messages"
 
-    def status(self, clock_s: float, now: datetime, stalled_after_s: float) -> PipelineStatus:
+    def status(self) -> PipelineStatus:
+        """As it stands now, frozen."""
+        clock_s, now = self.clock(), self.now()
+
         def at(then_s: float) -> datetime:
             return now - timedelta(seconds=clock_s - then_s)
 
-        is_stalled = self.is_stalled(clock_s, stalled_after_s)
+        is_stalled = self.is_stalled()
         trouble = self._trouble(clock_s, is_stalled=is_stalled)
         undelivered = self._undelivered()
         history = self.rate.history(clock_s)
@@ -240,11 +283,11 @@ class Picture:
             undelivered=undelivered,
             source_connected=self.source_connected,
             sink_connected=self.sink_connected,
-            published=self.published,
-            consumed=self.consumed,
+            published=self.accepted if self.direction == "forward" else 0,
+            consumed=self.accepted if self.direction == "reverse" else 0,
             duplicates=self.duplicates,
             dead_lettered=self.dead_lettered,
-            errors=self.errors,
+            errors=self.errors.total(),
             last_error=self.last_error,
             last_error_at=None if self.last_error_s is None else at(self.last_error_s),
             checkpoint=self.checkpoint,
@@ -252,7 +295,7 @@ class Picture:
             in_flight=self.in_flight,
             lag_rows=None if self.lag is None else self.lag.lag_rows,
             oldest_unsent_age_s=None if self.lag is None else self.lag.oldest_unsent_age_s,
-            dead_letters=None if self.lag is None else self.lag.dead_letters,
+            dead_letters=self.dead_letters,
             rate_per_s=sum(history[-_RATE_AVERAGED_OVER_S:]) / _RATE_AVERAGED_OVER_S,
             rate_history=history,
             latency=self.latencies.percentiles(clock_s),
@@ -268,7 +311,7 @@ class Picture:
                 )
                 for acknowledged_s, checkpoint, batch in self.recent
             ],
-            last_progress_at=None if self.progress_s is None else at(self.progress_s),
+            last_progress_at=self.progress_at,
         )
 
 
