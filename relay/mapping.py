@@ -9,6 +9,10 @@ A rule is one text, in one of six forms:
 - ``record_key``: the message's key;
 - ``body_digest``: the SHA-256 of the payload, in hexadecimal.
 
+A CloudEvent of somebody else is taken apart first (`relay.cloudevent`). The rules for dedup key and
+event type look at the message as it came, and where it lacks what they name at the event in it;
+those for columns at the event.
+
 What a rule names and a message lacks costs that message alone: `MessageUndecodable`.
 """
 
@@ -19,6 +23,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from relay.cloudevent import unwrapped
 from relay.errors import ConfigurationError, MessageUndecodable
 from relay.message import RelayMessage
 
@@ -33,20 +38,22 @@ _AsText = Callable[[bytes | None, tuple[str, ...]], str | None]
 def compile_reverse(dedup_key_from: str | None, event_type_from: str | None) -> Reshape:
     """A function that gives a message the dedup key and the subject that these rules find.
 
-    None leaves the field as the source set it. Raises `ConfigurationError` for a rule that is
-    none; the returned function raises `MessageUndecodable` where a message lacks what a rule
-    names, or has an empty text there: an empty dedup key would make all such messages one.
+    None leaves the field as the source set it, or the CloudEvent in the message. Raises
+    `ConfigurationError` for a rule that is none; the returned function raises `MessageUndecodable`
+    where a message lacks what a rule names, or has an empty text there: an empty dedup key would
+    make all such messages one.
     """
     dedup_key_of = _compile_required("dedup_key_from", dedup_key_from)
     event_type_of = _compile_required("event_type_from", event_type_from)
     if dedup_key_of is None and event_type_of is None:
-        return lambda message: message
+        return unwrapped
 
     def reshape(message: RelayMessage) -> RelayMessage:
+        event = unwrapped(message)
         return msgspec.structs.replace(
-            message,
-            dedup_key=message.dedup_key if dedup_key_of is None else dedup_key_of(message),
-            subject=message.subject if event_type_of is None else event_type_of(message),
+            event,
+            dedup_key=event.dedup_key if dedup_key_of is None else dedup_key_of(message, event),
+            subject=event.subject if event_type_of is None else event_type_of(message, event),
         )
 
     return reshape
@@ -112,7 +119,9 @@ def _compile_text(spec: str, as_text: _AsText) -> ReadText:
     )
 
 
-def _compile_required(key: str, spec: str | None) -> Callable[[RelayMessage], str] | None:
+def _compile_required(
+    key: str, spec: str | None
+) -> Callable[[RelayMessage, RelayMessage], str] | None:
     if spec is None:
         return None
     try:
@@ -120,8 +129,8 @@ def _compile_required(key: str, spec: str | None) -> Callable[[RelayMessage], st
     except ConfigurationError as error:
         raise ConfigurationError(f"{key}: {error.problem}", remedy=error.remedy) from None
 
-    def required(message: RelayMessage) -> str:
-        found = read(message)
+    def required(message: RelayMessage, event: RelayMessage) -> str:
+        found = read(message) or (None if event is message else read(event))
         if not found:
             raise MessageUndecodable(f"{key} asks for {spec}, which the message lacks")
         return found

@@ -6,6 +6,7 @@ unless something must look inside.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Literal, cast, get_args
@@ -18,6 +19,7 @@ Op = Literal[
 
 NO_HEADERS: Mapping[str, str] = {}
 _OPS = frozenset(get_args(Op))
+_LOOKS_ESCAPED = re.compile(rb"\\(?=x[0-9a-f]{2})")
 
 
 class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -56,3 +58,14 @@ class RelayMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 def op_named(name: str) -> Op:
     """The op of that name; ``event`` for a name that is none of ours."""
     return cast("Op", name) if name in _OPS else "event"
+
+
+def text_of(received: bytes) -> str:
+    """What somebody else sent where a text is due, such as an id: no other bytes give the same.
+
+    UTF-8 is decoded. A byte that is none is written ``\\xff``, as is a backslash that would make
+    such a text out of others.
+    """
+    if b"\\x" in received:
+        received = _LOOKS_ESCAPED.sub(rb"\\x5c", received)
+    return received.decode("utf-8", "backslashreplace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -153,6 +154,54 @@ async def test_repeats_are_written_once_and_what_has_no_name_each_time(
         rows = inbox.rows()
         assert rows[:3] == ["k", "many:0", "many:1"]
         assert len(rows) == 5
+
+
+async def test_cloudevents_in_every_mode_are_written_once_under_their_own_identity(
+    migrated_database: ServerDatabase,
+) -> None:
+    event = b'{"specversion":"1.0","id":"%d","source":"/shop","type":"paid","data":{"a":1}}'
+    binary = [
+        *((b"ce-specversion", b"1.0"), (b"ce-id", b"2"), (b"ce-source", b"/shop")),
+        *((b"ce-type", b"paid"), (b"content-type", b"application/json")),
+    ]
+    kind = (b"content-type", b"application/cloudevents+json")
+    many = (b"content-type", b"application/cloudevents-batch+json")
+    async with receiving(migrated_database.dsn) as inbox:
+        for number in range(2):
+            # What a retry may change says nothing about the event.
+            retried = (b"Idempotency-Key", b"%d" % number)
+            await call(inbox.addr, event % 1, [kind, retried])
+            await call(inbox.addr, b'{"a":1}', [*binary, retried])
+            await call(inbox.addr, b"[%b,%b]" % (event % 3, event % 4), [many, retried])
+
+        assert inbox.rows() == [f'["/shop","{number}"]' for number in range(1, 5)]
+        assert set(inbox.rows("select event_type || payload from public.inbox")) == {'paid{"a": 1}'}
+
+
+async def test_a_repeated_event_of_stripe_is_written_once_under_its_id_and_type(
+    migrated_database: ServerDatabase,
+) -> None:
+    body = b'{"id":"evt_1","object":"event","type":"charge.succeeded","data":{}}'
+    async with receiving(
+        migrated_database.dsn, signature="stripe", hmac_secret="whsec_stripe"
+    ) as inbox:
+        for ago_s in range(2):
+            timestamp = int(time.time()) - ago_s
+            digest = hmac.new(b"whsec_stripe", b"%d.%b" % (timestamp, body), "sha256").hexdigest()
+            signed = (b"Stripe-Signature", f"t={timestamp},v1={digest}".encode())
+            assert (await call(inbox.addr, body, [signed])).status == 200
+
+        assert inbox.rows() == ["evt_1"]
+        assert inbox.rows("select event_type from public.inbox") == ["charge.succeeded"]
+
+
+async def test_ids_that_are_not_utf_8_are_kept_apart(migrated_database: ServerDatabase) -> None:
+    ids = [b"\xff", b"\xfe", b"\\xff", b"\xc3\x84"]
+    async with receiving(migrated_database.dsn) as inbox:
+        for id_ in [*ids, *ids]:
+            await call(inbox.addr, b'{"a":1}', [(b"Idempotency-Key", id_)])
+
+        assert inbox.rows() == ["\\xff", "\\xfe", "\\x5cxff", "Ä"]
 
 
 async def test_equal_bodies_are_one_event_where_the_pipeline_says_so(

@@ -16,6 +16,7 @@ from relay.wire import ENVELOPE_VERSION, Envelope, is_json, restore
 SAMPLE_BYTES = 64 * 1024
 """How much of a line that is too long is kept."""
 
+_OURS = b'"pgtrickleop"'
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -132,7 +133,11 @@ def decode_line(
         if line.is_too_long:
             raise MessageTooLarge(f"the line is longer than max_line_bytes, {max_line_bytes}")
         if content in ("envelope", "cloudevents"):
-            return _marked(line.body, content)
+            marked = _marked(line.body, content)
+            if content == "envelope" or _OURS in line.body:
+                return marked
+            # A CloudEvent of somebody else is taken apart where those of all sources are.
+            return RelayMessage(dedup_key=fallback_key, subject=subject, payload=line.body)
         if content == "auto" and _is_our_envelope(line.body):
             return _marked(line.body, "envelope")
         return _plain(line.body, fallback_key, subject)

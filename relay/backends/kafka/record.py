@@ -16,7 +16,7 @@ from msgspec import structs
 from relay import wire
 from relay.contracts import Rejected
 from relay.errors import MessageUndecodable
-from relay.message import NO_HEADERS, RelayMessage
+from relay.message import NO_HEADERS, RelayMessage, text_of
 
 Header = tuple[str, bytes]
 
@@ -72,7 +72,7 @@ def decoded(record: ConsumerRecord, topic: str, partition: int) -> RelayMessage 
     if _MARKED_AS_ENVELOPE in headers:
         # The body has everything; the other headers are for those who filter.
         return _of_ours(record, topic, partition, None)
-    texts = {name: _text(text) for name, text in headers if text is not None}
+    texts = {name: text_of(text) for name, text in headers if text is not None}
     if any(name.lower() == _FORMAT for name in texts):
         return _of_ours(record, topic, partition, texts)
     return _of_others(record, topic, partition, texts)
@@ -92,7 +92,7 @@ def _of_ours(
             else wire.restore(body, headers, wire.LOWER)
         )
     except MessageUndecodable as error:
-        texts = {name: _text(text) for name, text in record.headers if text is not None}
+        texts = {name: text_of(text) for name, text in record.headers if text is not None}
         broken = RelayMessage(
             dedup_key=texts.get(_DEDUP_KEY) or _position(record, topic, partition),
             payload=body or b"",
@@ -112,7 +112,7 @@ def _of_others(
     message = RelayMessage(
         dedup_key=own_key or _position(record, topic, partition),
         payload=b"null" if body is None else body,
-        key=None if record.key is None else _text(record.key),
+        key=None if record.key is None else text_of(record.key),
         subject=topic,
         op="delete" if body is None else "event",
         headers={name: text for name, text in texts.items() if name.lower() not in _OWN}
@@ -136,7 +136,3 @@ def position_key(topic: str, partition: int, offset: int, timestamp: int | None 
 
 def _position(record: ConsumerRecord, topic: str, partition: int) -> str:
     return position_key(topic, partition, record.offset, record.timestamp)
-
-
-def _text(text: bytes) -> str:
-    return text.decode("utf-8", "backslashreplace")

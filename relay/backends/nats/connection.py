@@ -32,6 +32,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.message import text_of
 from relay.tls import client_context
 
 _REQUEST_TIMEOUT_S = 5
@@ -101,7 +102,7 @@ class LineClient(Client):
     def _build_message(
         self, _: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Received:
-        return Received(subject.decode("utf-8", "replace"), reply.decode(), data, headers)
+        return Received(text_of(subject), reply.decode(), data, headers)
 
 
 class Connection:

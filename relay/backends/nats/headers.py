@@ -13,7 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+from relay.message import text_of
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED_STREAM = "Nats-Expected-Stream"
@@ -40,7 +42,7 @@ def parse(block: bytes) -> dict[str, str]:
 
     What a server says in the first line is under ``Status`` and ``Description``.
     """
-    first, *lines = block.decode("utf-8", "replace").split("\r\n")
+    first, *lines = text_of(block).split("\r\n")
     code, _, text = first[len("NATS/1.0") :].strip().partition(" ")
     headers = {"Status": code, "Description": text} if code.isdigit() else {}
     for line in lines:
@@ -87,7 +89,7 @@ def _unquoted(value: str) -> str:
     try:
         return unquote(value, errors="surrogatepass")
     except UnicodeDecodeError:
-        return unquote(value, errors="replace")
+        return text_of(unquote_to_bytes(value))
 
 
 def percent(found: re.Match[str]) -> str:

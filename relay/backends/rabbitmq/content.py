@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import sha256
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 from uuid import uuid4
 
 import msgspec
@@ -27,7 +27,7 @@ from relay.backends.rabbitmq.options import MAX_NAME_BYTES
 from relay.backends.rabbitmq.transport import UNREADABLE
 from relay.contracts import Rejected
 from relay.errors import MessageTooLarge, MessageUndecodable
-from relay.message import NO_HEADERS, RelayMessage
+from relay.message import NO_HEADERS, RelayMessage, text_of
 
 _RESERVED = re.compile(r"CC$|BCC$|pgtrickle-", re.IGNORECASE)
 _ENVELOPE = wire.CONTENT_TYPES["envelope"]
@@ -157,7 +157,7 @@ def _as_text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bytes | bytearray):
-        return bytes(value).decode("utf-8", "backslashreplace")
+        return text_of(bytes(value))
     try:
         return msgspec.json.encode(value, enc_hook=str).decode()
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
@@ -182,4 +182,4 @@ def _wire_name(name: str) -> str:
 
 
 def _own_name(name: str) -> str:
-    return unquote(name, errors="replace") if "%" in name else name
+    return text_of(unquote_to_bytes(name)) if "%" in name else name

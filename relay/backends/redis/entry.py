@@ -20,7 +20,7 @@ from relay import wire
 from relay.backends.redis.connection import Reply
 from relay.contracts import Rejected
 from relay.errors import MessageUndecodable
-from relay.message import NO_HEADERS, RelayMessage
+from relay.message import NO_HEADERS, RelayMessage, text_of
 
 HEADER = "header:"
 
@@ -90,9 +90,9 @@ def _of_ours(
     fields: Mapping[bytes, bytes], position: str, stream: str, id_: str
 ) -> RelayMessage | Rejected:
     body = fields.get(_PAYLOAD)
-    own = {_OWN[name]: _text(text) for name, text in fields.items() if name in _OWN}
+    own = {_OWN[name]: text_of(text) for name, text in fields.items() if name in _OWN}
     headers = {
-        _text(name).removeprefix(HEADER): _text(text)
+        text_of(name).removeprefix(HEADER): text_of(text)
         for name, text in fields.items()
         if name.startswith(HEADER.encode())
     }
@@ -102,7 +102,7 @@ def _of_ours(
         restored = wire.restore(body, own, wire.FIELD)
     except MessageUndecodable as error:
         broken = RelayMessage(
-            dedup_key=_text(fields.get(_DEDUP_KEY, b"")) or position,
+            dedup_key=text_of(fields.get(_DEDUP_KEY, b"")) or position,
             payload=body or b"",
             subject=stream,
             headers=headers,
@@ -124,12 +124,12 @@ def _of_others(
     body = fields.get(payload_field)
     own_key = fields.get(_DEDUP_KEY)
     rest = {
-        _text(name): _text(text)
+        text_of(name): text_of(text)
         for name, text in fields.items()
         if name != payload_field and name not in _OWN
     }
     message = RelayMessage(
-        dedup_key=_text(own_key) if own_key else position,
+        dedup_key=text_of(own_key) if own_key else position,
         payload=msgspec.json.encode(rest) if body is None else body,
         subject=stream,
         headers=NO_HEADERS if body is None else rest,
@@ -144,7 +144,3 @@ def _of_others(
         reason = f"entry {id_} of {stream!r} has a field that is not UTF-8"
         return Rejected(message, MessageUndecodable(reason))
     return message
-
-
-def _text(text: bytes) -> str:
-    return text.decode("utf-8", "backslashreplace")

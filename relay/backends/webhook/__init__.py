@@ -29,9 +29,10 @@ completely. What is bad (authentication, signature, JSON, size) is refused with 
 in JSON, and never becomes a dead letter. 503 with ``Retry-After`` says that it can't be written
 now: no answer within ``answer_timeout_ms``, too much waiting already, or an end of the pipeline. A
 request whose sender has gone away, or was told 503 after its messages were handed on, may still be
-delivered. The dedup key is ours where the message is ours, else ``Idempotency-Key``, else the
-sender's id (``webhook-id``, ``svix-id``, ``X-GitHub-Delivery``), with ``:{index}`` behind it for an
-element of an array, else a random UUID: then a repetition can't be told from a new message, unless
+delivered. The dedup key is ours where the message is ours, with ``signature: stripe`` the event's
+id in the body (and its ``type`` the event type), else ``Idempotency-Key``, else the sender's id
+(``webhook-id``, ``svix-id``, ``X-GitHub-Delivery``), with ``:{index}`` behind it for an element of
+an array, else a random UUID: then a repetition can't be told from a new message, unless
 ``dedup_key_from`` names what can.
 
 Every relay of the group listens, since a load balancer sends anywhere; relays on one host need a

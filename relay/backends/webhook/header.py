@@ -14,8 +14,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
+from relay.message import text_of
 from relay.wire import HTTP
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -115,7 +116,7 @@ def _unquoted(value: str) -> str:
     try:
         return unquote(value, errors="surrogatepass")
     except UnicodeDecodeError:
-        return unquote(value, errors="replace")
+        return text_of(unquote_to_bytes(value))
 
 
 def _percent(found: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from relay.backends.webhook.header import RESERVED, SUBJECT, TRANSPORT, decode, without
 from relay.backends.webhook.options import WebhookSourceOptions
 from relay.errors import MessageTooLarge, MessageUndecodable
-from relay.message import RelayMessage
+from relay.message import RelayMessage, text_of
 from relay.wire import HTTP, is_json, restore
 
 # In this order; the last is used by GitHub alone.
@@ -22,7 +22,16 @@ _OWN_KEY = (HTTP.dedup_key.lower(), f"{HTTP.dedup_key.lower()}*")
 # Each takes memory and time of its own, however small it is, and all are read in one go.
 _MOST_ELEMENTS = 100_000
 
+
+class _StripeEvent(msgspec.Struct, frozen=True, gc=False):
+    """https://docs.stripe.com/api/events/object"""
+
+    id: str
+    type: str
+
+
 _array = msgspec.json.Decoder(list[msgspec.Raw])
+_stripe_event = msgspec.json.Decoder(_StripeEvent)
 
 
 class Intake:
@@ -33,6 +42,7 @@ class Intake:
         secrets = {(options.auth_header or "authorization").lower()}
         self._unkept = TRANSPORT | secrets
         self._reserved = RESERVED | secrets
+        self._is_stripe = options.signature == "stripe"
 
     def unreadable(self, headers: Mapping[str, str]) -> str | None:
         """Why a body under these headers is not looked at; None where it is."""
@@ -85,6 +95,12 @@ class Intake:
                 return str(uuid.uuid4())
             return f"{name}:{index}" if is_array else name
 
+        if self._is_stripe and not is_array and (event := _event_of_stripe(bodies[0])) is not None:
+            return [
+                RelayMessage(
+                    dedup_key=event.id, payload=bodies[0], subject=event.type, headers=kept
+                )
+            ]
         return [
             RelayMessage(dedup_key=dedup_key(index), payload=body, subject=self._path, headers=kept)
             for index, body in enumerate(bodies)
@@ -118,6 +134,15 @@ class Intake:
         return messages
 
 
+def _event_of_stripe(body: bytes) -> _StripeEvent | None:
+    """Its body is signed, its headers are not, and a repetition has the same id in it."""
+    try:
+        event = _stripe_event.decode(body)
+    except msgspec.MsgspecError:
+        return None
+    return event if event.id and event.type else None
+
+
 def _elements(array: bytes) -> Sequence[bytes]:
     elements = _array.decode(array)
     if len(elements) > _MOST_ELEMENTS:
@@ -128,5 +153,5 @@ def _elements(array: bytes) -> Sequence[bytes]:
 
 
 def _as_text(value: str) -> str:
-    """Bytes of a header that are not UTF-8 can't be stored as text."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """The server gives bytes of a header that are not UTF-8 as lone surrogates."""
+    return text_of(value.encode("utf-8", "surrogateescape"))
