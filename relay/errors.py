@@ -6,14 +6,14 @@ RelayError
 │   ├── SecretUnresolved      a ${env:…} or ${file:…} reference leads nowhere
 │   ├── TemplateInvalid       a subject, topic or key template that cannot be compiled
 │   ├── DriverMissing         the backend's client library is not installed
-│   ├── AuthenticationRefused the far side does not accept our credentials
+│   ├── AuthenticationRefused the broker does not accept our credentials
 │   ├── DestinationMissing    the stream, topic, queue, table or path does not exist
 │   ├── OutboxUnsafe          the outbox cannot be read without risking an event
 │   └── PositionLost          the committed position no longer fits the source
 ├── CatalogError              kind configuration: the database lacks what the relay needs
 │   ├── CatalogMissing        `migrate` has not been run
 │   └── MigrationRefused      the database is newer, a standby, or was changed by hand
-├── Outage                    kind outage: the far side is away; wait and try again
+├── Outage                    kind outage: the broker is away; wait and try again
 │   ├── NotConnected          used before connect, or after the connection was lost
 │   └── TimedOut              no answer within the time allowed; it may have been accepted
 ├── OwnershipLost             kind outage: another relay holds this pipeline now
@@ -79,7 +79,7 @@ class DriverMissing(ConfigurationError):
 
 
 class AuthenticationRefused(ConfigurationError):
-    """The far side refused our credentials, certificate or permissions."""
+    """The broker or destination refused our credentials, certificate or permissions."""
 
 
 class DestinationMissing(ConfigurationError):
@@ -109,9 +109,9 @@ class MigrationRefused(CatalogError):
 
 
 class Outage(RelayError):
-    """The far side is away, overloaded or refuses everything; nothing is wrong with the message.
+    """The broker or destination is away or overloaded; nothing is wrong with the message.
 
-    It may ask for a rest of ``retry_after_s`` seconds, which it is granted up to an hour.
+    It may ask to back off for ``retry_after_s`` seconds; up to an hour is granted.
     """
 
     kind = ErrorKind.OUTAGE
@@ -128,7 +128,7 @@ class NotConnected(Outage):
 
 
 class TimedOut(Outage):
-    """No answer came in time. The far side may or may not have accepted what was sent."""
+    """No answer came in time. What was sent may or may not have been accepted."""
 
 
 class OwnershipLost(RelayError):
@@ -142,10 +142,10 @@ class LeaseLost(OwnershipLost):
 
 
 class MessageRejected(RelayError):
-    """The far side, or the format, refuses this one message for good.
+    """The destination, or the format, rejects this one message for good.
 
     ``found_before_sending`` is true where the relay itself saw it: that says nothing about the
-    health of the far side.
+    health of the destination.
     """
 
     kind = ErrorKind.MESSAGE
@@ -153,7 +153,7 @@ class MessageRejected(RelayError):
 
 
 class MessageTooLarge(MessageRejected):
-    """The message exceeds a limit of the far side, which the text names."""
+    """The message exceeds a limit of the destination, which the text names."""
 
     found_before_sending = True
 
