@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-# What a far side asks for may be a mistake: nobody waits longer than this for its sake.
+# What a destination asks for may be a mistake: nobody waits longer than this for its sake.
 LONGEST_ASKED_WAIT_S = 3600.0
 
 
@@ -35,7 +35,7 @@ class Backoff:
         return self._attempt
 
     def next_s(self, asked_s: float | None = None) -> float:
-        """The next wait in seconds; at least ``asked_s``, which the far side asked for.
+        """The next wait in seconds; at least ``asked_s``, which the destination asked for.
 
         Of that no more than `LONGEST_ASKED_WAIT_S` is granted.
         """

@@ -63,8 +63,8 @@ class PublishResult(msgspec.Struct, frozen=True, kw_only=True):
     ``failures`` is in ascending order of ``index``. A failure of kind ``message`` is permanent,
     any other transient: the loop publishes those again, in order, and not before the longest time
     that any of them asks for (`relay.errors.Outage`). `NotConnected` and `TimedOut` say that the
-    connection is gone: the loop connects anew before it publishes again.
-    ``duplicates`` counts accepted messages that the far side already had.
+    connection is gone: the loop connects again before it publishes again.
+    ``duplicates`` counts accepted messages that the destination already had.
     """
 
     failures: Sequence[Failure] = ()
@@ -78,24 +78,24 @@ class Source(Protocol):
     """Where messages come from.
 
     One task calls `poll`; `acknowledge`, `keep_alive` and `reject` may run beside it, for batches
-    that are out. Batches are acknowledged in the order in which they were polled.
+    that are unacknowledged. Batches are acknowledged in the order in which they were polled.
 
     Loss: until a batch is acknowledged the source hands it out again after a reconnect, a crash or
     `reject`. `connect` after a failure or a forced stop resumes from what was acknowledged.
-    Order: as the far side keeps it; within a batch, and from batch to batch.
-    Where: in the one relay that owns the pipeline. A source to which others come, at whichever
-    relay they please, says ``runs_everywhere = True`` on its class and runs in every relay of the
-    group at once; it keeps no position in the catalog, since a position has one owner.
+    Order: as the broker keeps it; within a batch, and from batch to batch.
+    Where: in the one relay that owns the pipeline. Push sources (an HTTP receiver) run on every
+    relay of the group: they say ``runs_everywhere = True`` on their class, and keep no position in
+    the catalog, since a position has one owner.
     """
 
     @property
     def keep_alive_interval_s(self) -> float | None:
-        """How often batches that are out must be kept alive, in seconds; None where never."""
+        """How often unacknowledged batches must be kept alive, in seconds; None where never."""
 
     async def connect(self) -> None:
-        """Open, and resume from what was acknowledged. Forgets all batches that are out.
+        """Open, and resume from what was acknowledged. Forgets all unacknowledged batches.
 
-        Idempotent: on an open source it starts anew. Raises `Outage`, `ConfigurationError`.
+        Idempotent: an open source starts over. Raises `Outage`, `ConfigurationError`.
         """
 
     async def poll(self) -> Batch:
@@ -103,7 +103,7 @@ class Source(Protocol):
 
         Never cancelled by the loop while it may hold messages: `interrupt` ends its wait instead.
         Raises `EndOfInput` when all was handed out and nothing more can come; `Outage` when the
-        connection is gone, after which every batch that is out is void; `PositionLost`.
+        connection is gone, after which every unacknowledged batch is void; `PositionLost`.
         """
 
     def interrupt(self) -> None:
@@ -116,10 +116,10 @@ class Source(Protocol):
         """
 
     async def keep_alive(self, batch: Batch) -> None:
-        """Tell the far side that this batch is still being worked on."""
+        """Extend the time that the broker gives for this batch."""
 
     async def reject(self, batch: Batch) -> None:
-        """Give this batch back so that it is handed out again at once, to anybody."""
+        """Release this batch (nack), so that it is handed out again at once, to anybody."""
 
     async def is_healthy(self) -> bool:
         """True when a poll would be answered now. Never raises, returns within seconds."""
@@ -133,13 +133,13 @@ class Sink(Protocol):
 
     Order: messages of one key are accepted in the order given, within a publish and from one to
     the next, under the backend's documented ``ordering``.
-    Loss: a message counts as accepted only when it is durable on the far side.
+    Loss: a message counts as accepted only when it is durable at the destination.
     Cancellation: a cancelled publish may have been accepted in part; the loop repeats it with the
     same keys.
     """
 
     async def connect(self) -> None:
-        """Open, or start anew when open. Raises `Outage`, `ConfigurationError`."""
+        """Open, or reconnect when open. Raises `Outage`, `ConfigurationError`."""
 
     def subject_of(self, message: RelayMessage) -> str:
         """The subject, topic, stream or routing key that this message will go to.
@@ -150,7 +150,7 @@ class Sink(Protocol):
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         """Publish all, in order, and wait for what is accepted. Called by one task at a time.
 
-        One bad message never condemns its neighbours. Raises `Outage` where nothing can be said
+        One bad message never fails its neighbours. Raises `Outage` where nothing can be said
         of any message (all are then repeated) and `ConfigurationError`.
         """
 
@@ -163,7 +163,7 @@ class Sink(Protocol):
 
 @runtime_checkable
 class Describing(Protocol):
-    """What a source or a sink may offer besides: facts about its far side, for logs and people."""
+    """What a source or a sink may offer besides: facts about its broker, for logs and people."""
 
     async def describe(self) -> Mapping[str, str]:
         """A few facts by name, such as the server and how long it deduplicates; no secrets.

@@ -1,4 +1,4 @@
-"""What the core tells its observers: metrics, health, logs, the status view and tests.
+"""What the core emits to its observers: metrics, health, logs, the status view and tests.
 
 The core emits, and does not know who listens. Observers run in the event loop's thread, must be
 quick, and never fail the core: what an observer raises is logged and dropped.
@@ -55,7 +55,7 @@ class StateChanged(PipelineEvent, frozen=True, kw_only=True):
 
 
 class ConnectionChanged(PipelineEvent, frozen=True, kw_only=True):
-    """One side was connected or lost. ``details``: what it tells of its far side, if anything."""
+    """One side was connected or lost. ``details``: what it says of its broker, if anything."""
 
     side: Side
     is_connected: bool
@@ -74,7 +74,7 @@ class Polled(PipelineEvent, frozen=True, kw_only=True):
 class BatchPublished(PipelineEvent, frozen=True, kw_only=True):
     """All messages of a batch are settled: accepted, or dead-lettered.
 
-    Where a stop came first it tells how far the batch had come; it will be repeated as a whole.
+    Where a stop came first it says how far the batch had come; it will be repeated as a whole.
     ``latencies_s``: for each accepted message that has a creation time, creation to acceptance.
     """
 
@@ -113,7 +113,7 @@ class DeadLettered(PipelineEvent, frozen=True, kw_only=True):
 
 
 class DeadLettersRetried(PipelineEvent, frozen=True, kw_only=True):
-    """Dead letters were published again: so many were accepted, so many failed anew."""
+    """Dead letters were published again: so many were accepted, so many failed again."""
 
     delivered: int
     failed: int
@@ -169,7 +169,7 @@ class Events:
         return lambda: self._observers.remove(observer)
 
     def emit(self, event: Event) -> None:
-        """Tell all observers. Never raises."""
+        """Call all observers. Never raises."""
         for observer in tuple(self._observers):
             try:
                 observer(event)
