@@ -53,7 +53,7 @@ class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """Ownership of one pipeline's position, valid until somebody claims it anew.
+    """Ownership of one pipeline's position, valid until somebody claims it again.
 
     ``gap_first_ids`` and ``gap_last_ids`` are the pending gaps, as ranges with both ends included.
     """
@@ -432,7 +432,7 @@ class Catalog:
     async def fail_dead_letters(
         self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
     ) -> None:
-        """These failed again, as they were taken; what another relay has told since stays."""
+        """Record failed retries, unless the row changed since it was taken."""
         text = await self._database_text()
         await self._database.execute(
             "recording failed retries",
@@ -443,7 +443,7 @@ class Catalog:
         )
 
     async def put_back(self, ids: Sequence[int]) -> None:
-        """Ask for a retry of these: what condemned them was an outage."""
+        """Ask for a retry of these: they were rejected during an outage."""
         await self._database.execute(
             "putting back dead letters", "select relay_dlq_put_back($1)", list(ids)
         )

@@ -259,7 +259,7 @@ class Database:
     def subscribe(self, channel: str, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` with the payload of each notification; returns what ends that.
 
-        It is also called, with an empty payload, whenever the listening connection was made anew,
+        It is also called, with an empty payload, whenever the listening connection was made again,
         because notifications may have been missed. ``channel`` is one of the relay's constants.
         """
         self._listeners.setdefault(channel, []).append(listener)
