@@ -1,7 +1,7 @@
 """Settling one batch: every message of it ends accepted by the sink or durable as a dead letter.
 
 Here, and only here, stands what happens when a publish fails: retry what is transient, in order
-and for ever unless told otherwise; dead-letter what is rejected for good; and recognise that a
+and for ever unless limited; dead-letter what is rejected for good; and recognise that a
 sink which rejects everything is broken, not fed with poison.
 
 A destination that asks to back off (HTTP's ``Retry-After``) is obeyed: nothing is published before

@@ -139,7 +139,7 @@ async def _until_done(sweep: Callable[[str, int], Awaitable[int]], relation: str
 
 
 async def _every(interval_s: float, chore: Callable[[], Awaitable[None]]) -> None:
-    """Do it for ever; of failures in a row the first is told, and then that they are over."""
+    """Do it for ever; of failures in a row the first is logged, and then that they are over."""
     is_failing = False
     while True:
         try:

@@ -59,13 +59,13 @@ def test_nothing_is_sent_after_a_transient_failure_and_the_rest_fails_with_it() 
     ]
 
 
-def test_a_sender_with_nothing_to_send_is_left_alone_until_what_is_under_way_has_settled() -> None:
-    grounded = Flight(messages(["a", "a", "b", "c"]), is_strict=True, window=2)
-    assert taken(grounded) == [0, 2]
-    grounded.fail(0, Outage("full"))
-    assert not grounded.wants_sender
-    grounded.accept([2])
-    assert grounded.wants_sender
+def test_a_sender_with_nothing_to_send_is_left_alone_until_what_is_in_flight_has_settled() -> None:
+    stopped = Flight(messages(["a", "a", "b", "c"]), is_strict=True, window=2)
+    assert taken(stopped) == [0, 2]
+    stopped.fail(0, Outage("full"))
+    assert not stopped.wants_sender
+    stopped.accept([2])
+    assert stopped.wants_sender
 
     heavy = Flight(messages(["a", "b", "c", "c"]), is_strict=True, window=100, window_bytes=10)
     for index in (0, 1):
@@ -87,14 +87,14 @@ def test_a_rejected_message_lets_its_successor_go() -> None:
     assert taken(flight) == [1]
 
 
-def test_numbers_of_nothing_under_way_settle_nothing() -> None:
+def test_numbers_of_nothing_in_flight_settle_nothing() -> None:
     flight = Flight(messages([None] * 3), is_strict=True, window=2)
     assert taken(flight) == [0, 1]
 
     flight.accept([-1, -3, 2, 3, 1, 1])
 
-    assert flight.under_way() == [0]
-    assert [flight.is_under_way(index) for index in (-3, 0, 1, 2, 3)] == [
+    assert flight.in_flight() == [0]
+    assert [flight.is_in_flight(index) for index in (-3, 0, 1, 2, 3)] == [
         False,
         True,
         False,
@@ -113,7 +113,7 @@ def test_a_chunk_has_what_single_takes_would_give_in_the_same_order() -> None:
     flight.accept([0, 1, 3])
 
     assert list(flight.take_chunk(9, 99)) == [2, 4]
-    assert flight.under_way() == [2, 4]
+    assert flight.in_flight() == [2, 4]
 
     free = Flight(messages(["a", "b", "c", "d"]), is_strict=True, window=3)
     assert list(free.take_chunk(2, 99)) == [0, 1]
@@ -134,7 +134,7 @@ def test_what_is_put_back_is_next_and_comes_before_what_waited_for_its_key(
 
     flight.put_back(chunk[1:])
 
-    assert flight.under_way() == [0]
+    assert flight.in_flight() == [0]
     assert taken(flight) == ([1, 2, 3, 4] if keys[3] == "d" else [1, 2, 4])
     flight.accept([2])
     assert taken(flight) == ([] if keys[3] == "d" else [3])
@@ -148,18 +148,18 @@ def test_a_chunk_ends_with_the_message_that_reaches_its_bytes() -> None:
     assert list(flight.take_chunk(9, 3)) == [0, 1]
     assert list(flight.take_chunk(9, 1)) == [2]
     assert list(flight.take_chunk(1, 99)) == [3]
-    assert flight.under_way() == [0, 1, 2, 3]
+    assert flight.in_flight() == [0, 1, 2, 3]
 
 
-def test_the_bytes_under_way_are_those_of_unsettled_messages() -> None:
+def test_the_bytes_in_flight_are_those_of_unsettled_messages() -> None:
     flight = Flight(messages(["a", "b"]), is_strict=True, window=2)
     for index in taken(flight):
         flight.weigh(index, 10 + index)
-    assert flight.bytes_under_way == 21
+    assert flight.bytes_in_flight == 21
 
     flight.accept([1])
 
-    assert flight.bytes_under_way == 10
+    assert flight.bytes_in_flight == 10
 
 
 @given(
@@ -180,14 +180,14 @@ def test_whatever_happens_every_message_is_settled_once_and_keys_keep_their_orde
             flight.put_back(chunk[chance.randint(1, 4) :])
         taken(flight)
         assert flight.is_over or not flight.wants_sender
-        under_way = flight.under_way()
-        assert len(under_way) <= window
-        flying = [keys[index] for index in under_way if keys[index] is not None]
+        in_flight = flight.in_flight()
+        assert len(in_flight) <= window
+        flying = [keys[index] for index in in_flight if keys[index] is not None]
         assert not is_strict or len(flying) == len(set(flying))
-        index = chance.choice(under_way)
+        index = chance.choice(in_flight)
         what = chance.random()
         if what < 0.2:
-            several = under_way[: chance.randint(2, 8)]
+            several = in_flight[: chance.randint(2, 8)]
             flight.accept(several)
             accepted += several
         elif what < 0.8:

@@ -277,7 +277,7 @@ class NatsSink:
         """Note what became of one message; `publish` is woken once for all that came together."""
         flight = self._flight
         index = int(reply.subject[len(self._reply_prefix) :]) - self._first_number
-        if flight is None or not flight.is_under_way(index):
+        if flight is None or not flight.is_in_flight(index):
             return
         self._wake.set()
         try:
@@ -328,6 +328,6 @@ def _fail_denied(flight: Flight, denied: Sequence[str]) -> None:
     The server names the subject; the client library gives its words in lower case.
     """
     for text in denied:
-        for index in flight.under_way():
+        for index in flight.in_flight():
             if f'publish to "{flight.messages[index].subject.lower()}"' in text:
                 flight.fail(index, of_server_text(text, "publishing"))

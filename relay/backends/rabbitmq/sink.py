@@ -191,7 +191,7 @@ class RabbitSink:
                 flight.fail(index, error)
                 continue
             message_id = properties.message_id or ""
-            if flight.is_under_way(publish.indices.get(message_id, -1)):
+            if flight.is_in_flight(publish.indices.get(message_id, -1)):
                 # The client knows what comes back by its id alone.
                 flight.put_back([index])
                 return
