@@ -93,7 +93,7 @@ class EventLog:
             )
 
     def close(self) -> None:
-        """Sum up what has repeated and was not told yet."""
+        """Sum up what has repeated and was not logged yet."""
         self._sum_up(float("inf"))
 
     def _pipeline(self, event: PipelineEvent) -> None:
@@ -126,7 +126,7 @@ class EventLog:
                 )
             case PipelineDescribed():
                 if self._described.get(event.pipeline) != event:
-                    self._begin_anew(event.pipeline)
+                    self._begin_run(event.pipeline)
                 self._described[event.pipeline] = event
             case Polled() | BatchPublished() | BatchAcknowledged() | ClaimCheckFetched():
                 self._work(event)
@@ -152,7 +152,7 @@ class EventLog:
         level = logging.DEBUG if is_in_trouble else logging.INFO
         if event.state in (PipelineState.STOPPED, PipelineState.COMPLETED):
             level = logging.INFO
-            self._begin_anew(event.pipeline)
+            self._begin_run(event.pipeline)
         self._say(event, level, _WORDS[event.state], state=event.state.value)
 
     def _connection(self, event: ConnectionChanged) -> None:
@@ -163,8 +163,8 @@ class EventLog:
         level = logging.DEBUG if event.pipeline in self._troubles else logging.INFO
         word = "connected" if event.is_connected else "disconnected"
         facts = "; ".join(f"{name}: {fact}" for name, fact in event.details.items())
-        told = f" ({facts})" if facts else ""
-        self._say(event, level, f"{event.side} {word}{told}", side=event.side)
+        detail = f" ({facts})" if facts else ""
+        self._say(event, level, f"{event.side} {word}{detail}", side=event.side)
 
     def _retried(self, event: Retried) -> None:
         self._trouble(event)
@@ -240,13 +240,13 @@ class EventLog:
         self._sum_up_of("")
         _log.info("the database is connected%s", f": {event.reason}" if event.reason else "")
 
-    def _begin_anew(self, pipeline: str) -> None:
-        """What comes now belongs to another run: it is told even if it resembles the last."""
+    def _begin_run(self, pipeline: str) -> None:
+        """What comes now belongs to another run: it is logged even if it resembles the last."""
         self._sum_up_of(pipeline)
         self._troubles.pop(pipeline, None)
 
     def _forget(self, pipeline: str) -> None:
-        self._begin_anew(pipeline)
+        self._begin_run(pipeline)
         self._states.pop(pipeline, None)
         self._described.pop(pipeline, None)
         for side in ("source", "sink"):
@@ -261,7 +261,7 @@ class EventLog:
             repeat.fields = fields
             return
         if len(self._repeats) >= _MOST_REPEATS:
-            self._tell(self._repeats.pop(next(iter(self._repeats))))
+            self._log_repeat(self._repeats.pop(next(iter(self._repeats))))
         self._repeats[likeness] = _Repeat(self._clock(), level, message, fields)
         _log.log(level, "%s", message, extra=fields)
 
@@ -272,13 +272,13 @@ class EventLog:
             if repeat.first_s > until_s:
                 return
             del self._repeats[likeness]
-            self._tell(repeat)
+            self._log_repeat(repeat)
 
     def _sum_up_of(self, pipeline: str) -> None:
         for likeness in [likeness for likeness in self._repeats if likeness[0] == pipeline]:
-            self._tell(self._repeats.pop(likeness))
+            self._log_repeat(self._repeats.pop(likeness))
 
-    def _tell(self, repeat: _Repeat) -> None:
+    def _log_repeat(self, repeat: _Repeat) -> None:
         if repeat.count:
             _log.log(
                 repeat.level,

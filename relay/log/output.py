@@ -79,7 +79,7 @@ class Logs:
         self._handler.writes = shown
 
     def close(self) -> None:
-        """Write what is queued, for at most two seconds, and give logging back. Idempotent."""
+        """Write what is queued, for at most two seconds, and restore logging. Idempotent."""
         atexit.unregister(self.close)
         restore, self._restore = self._restore, _nothing
         restore()
@@ -202,7 +202,7 @@ class _Writer:
             try:
                 self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
-            except (OSError, ValueError):  # closed, or nobody reads: nothing is left to tell it to
+            except (OSError, ValueError):  # closed, or nobody reads: nobody is left to read it
                 self.dropped += len(lines)
                 self._told_dropped = self.dropped
 

@@ -74,7 +74,7 @@ class LogTail(Protocol):
 
 
 class Watched(Protocol):
-    """Relays that can be looked at and told what to do.
+    """Relays that can be looked at and operated.
 
     The asynchronous calls raise `RelayError`; the view shows it and goes on.
     """

@@ -1,4 +1,4 @@
-"""One terminal, taken over for full-screen drawing and given back on every way out.
+"""One terminal, taken over for full-screen drawing and restored on every way out.
 
 Drawing and writing happen in a thread that always takes the latest frame: a terminal that does
 not take its output costs frames, and holds up nobody. Only lines that have changed are written.
@@ -58,7 +58,7 @@ class Terminal:
         self._output = sys.stdout.fileno()
         self._keys = KeyReader()
         self._frames = _Frames(self._output)
-        self._give_back_input: Callable[[], None] | None = None
+        self._restore_input: Callable[[], None] | None = None
         self._escape: asyncio.TimerHandle | None = None
 
     @property
@@ -70,8 +70,8 @@ class Terminal:
         """Take the terminal over. To be undone with `close`."""
         loop = asyncio.get_running_loop()
         sys.stdout.flush()
-        # Not TCSADRAIN: a terminal that takes no output would never let us go.
-        self._give_back_input = partial(
+        # Not TCSADRAIN: a terminal that takes no output would never return.
+        self._restore_input = partial(
             termios.tcsetattr, self._input, termios.TCSANOW, termios.tcgetattr(self._input)
         )
         atexit.register(self.restore)
@@ -101,13 +101,13 @@ class Terminal:
 
     def restore(self) -> None:
         """Give the terminal back, from any thread and without an event loop. Idempotent."""
-        give_back_input, self._give_back_input = self._give_back_input, None
-        if give_back_input is None:
+        restore_input, self._restore_input = self._restore_input, None
+        if restore_input is None:
             return
         atexit.unregister(self.restore)
         self._frames.stop()
         with contextlib.suppress(OSError, termios.error):
-            give_back_input()
+            restore_input()
         with contextlib.suppress(OSError):
             if select.select((), (self._output,), (), 0)[1]:
                 os.write(self._output, _LEAVE.encode())
@@ -184,7 +184,7 @@ class _Frames:
             self._tell_gone()
 
     def _tell_gone(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to call
             self._on_gone()
 
     def _taken(self) -> Drawing | None:

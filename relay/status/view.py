@@ -45,7 +45,7 @@ class StatusView:
 
     ``on_closed`` is called in the event loop's thread when the user quits or the terminal is gone.
     ``heading`` gives a remark for the first line of the screen. Use it as a context manager, where
-    `can_show` is true: leaving the block gives the terminal back, whatever the reason.
+    `can_show` is true: leaving the block restores the terminal, whatever the reason.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class StatusView:
             await asyncio.wait([self._running])
 
     def restore(self) -> None:
-        """Give the terminal back at once; for exits that run no cleanup."""
+        """Restore the terminal at once; for exits that run no cleanup."""
         self._terminal.restore()
 
     async def _run(self) -> None:
