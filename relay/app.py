@@ -17,14 +17,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 
-import msgspec
-
 from relay import __version__, log
 from relay.assembly import Assembly
 from relay.board import Board
 from relay.catalog import CONFIG_CHANNEL, OUTBOX_CHANNEL, Catalog
 from relay.coordinator import Coordinator
-from relay.errors import CatalogMissing
 from relay.events import Events
 from relay.housekeeping import Housekeeping
 from relay.http import HttpServer
@@ -33,8 +30,16 @@ from relay.metrics import Metrics
 from relay.migrate import MigrationStep, contents, migrate, uninstall
 from relay.postgres import Database, connect
 from relay.process import keep_freed_memory, rare_collections
-from relay.secrets import OPERATOR, SecretPolicy, Secrets
-from relay.settings import PostgresSettings, Settings, UiSettings
+from relay.profiles import check_profiles
+from relay.settings import Settings, UiSettings
+from relay.start import (
+    catalog_secrets,
+    naming_the_variable,
+    opened,
+    operator_secrets,
+    other_groups,
+    resolved,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +52,11 @@ class Relay:
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self._settings = settings
-        operator_secrets = Secrets(OPERATOR, environment)
-        catalog_secrets = Secrets(
-            SecretPolicy(
-                file_roots=settings.secrets.file_roots, env_allow=settings.secrets.env_allow
-            ),
-            environment,
-        )
-        self._masks = (operator_secrets.mask, catalog_secrets.mask)
-        postgres = resolved(settings.postgres, operator_secrets)
+        check_profiles(settings.backends)
+        operator = operator_secrets(environment)
+        pipelines = catalog_secrets(settings, environment)
+        self._masks = (operator.mask, pipelines.mask)
+        postgres = resolved(settings.postgres, operator)
         self.worker_id = settings.relay.worker_id or _own_name()
         self.events = Events()
         self.board = Board(
@@ -76,8 +77,8 @@ class Relay:
                 settings=settings,
                 database=self.database,
                 catalog=self.catalog,
-                secrets=catalog_secrets,
-                operator_secrets=operator_secrets,
+                secrets=pipelines,
+                operator_secrets=operator,
                 worker_id=self.worker_id,
                 emit=self.events.emit,
             ),
@@ -109,20 +110,33 @@ class Relay:
 
         Raises `ConfigurationError`, `CatalogMissing`, or `Outage` when it can't even start.
         """
-        async with AsyncExitStack() as opened:
-            await opened.enter_async_context(self.http)
-            await self.database.open()
-            opened.push_async_callback(self.database.aclose)
-            await self._require_catalog()
-            await opened.enter_async_context(self._background())
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.http)
+            await stack.enter_async_context(opened(self.database, self.catalog))
+            await self._announce()
+            await stack.enter_async_context(self._background())
             return await self.coordinator.run(until_drained=until_drained)
 
-    async def _require_catalog(self) -> None:
-        version = await self.catalog.version()
-        if _numbers(version) < _numbers(__version__):
-            raise CatalogMissing(
-                f"the catalog is of version {version}, this relay of {__version__}",
-                remedy="run `pgtrickle-relay migrate`",
+    async def _announce(self) -> None:
+        """The first line of a start, and a warning where this start delivers everything again."""
+        rows = [row for row in await self.catalog.pipelines() if row.enabled]
+        address = self.http.address
+        _log.info(
+            "pgtrickle-relay %s: group %s, database %s, http %s, %d pipeline%s",
+            __version__,
+            self.catalog.group_id,
+            await self.database.whereabouts(),
+            "off" if address is None else f"{address[0]}:{address[1]}",
+            len(rows),
+            "" if len(rows) == 1 else "s",
+        )
+        others = other_groups(await self.catalog.readers(), self.catalog.group_id)
+        if others and any(row.direction == "forward" for row in rows):
+            _log.warning(
+                "relay group %s is new here and delivers everything from the start again, while"
+                " others have positions: %s; is relay.group_id what you mean?",
+                self.catalog.group_id,
+                ", ".join(others),
             )
 
     @contextlib.asynccontextmanager
@@ -165,8 +179,9 @@ async def run_relay(settings: Settings, *, until_drained: bool = False) -> int:
 
 async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:
     """Install or upgrade the catalog, saying what is done; the exit code."""
-    postgres = resolved(settings.postgres, Secrets(OPERATOR, os.environ))
-    connection = await connect(postgres, purpose="migrate")
+    postgres = resolved(settings.postgres, operator_secrets(os.environ))
+    with naming_the_variable(postgres):
+        connection = await connect(postgres, purpose="migrate")
 
     def on_step(step: MigrationStep) -> None:
         if step.is_applied:
@@ -189,8 +204,9 @@ async def run_uninstall(
     settings: Settings, *, confirm: Callable[[str], bool], say: Callable[[str], None]
 ) -> int:
     """Remove the catalog with all outboxes and inboxes, once ``confirm`` agrees; the exit code."""
-    postgres = resolved(settings.postgres, Secrets(OPERATOR, os.environ))
-    connection = await connect(postgres, purpose="migrate")
+    postgres = resolved(settings.postgres, operator_secrets(os.environ))
+    with naming_the_variable(postgres):
+        connection = await connect(postgres, purpose="migrate")
     try:
         kept = await contents(connection, postgres.schema)
         if not kept:
@@ -213,11 +229,6 @@ async def run_uninstall(
         " the whole cluster"
     )
     return 0
-
-
-def resolved(settings: PostgresSettings, secrets: Secrets) -> PostgresSettings:
-    """The same settings with secret references resolved. Raises `SecretUnresolved`."""
-    return msgspec.convert(secrets.resolve(msgspec.to_builtins(settings)), PostgresSettings)
 
 
 @contextlib.asynccontextmanager
@@ -282,7 +293,3 @@ def _signals(
 
 def _own_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{randomness.token_hex(2)}"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -130,6 +130,20 @@ class Lag(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str | None
 
 
+class Reader(msgspec.Struct, frozen=True, kw_only=True):
+    """Who reads an outbox: a pipeline in a relay group, or a consumer group of an application.
+
+    ``relay_group_id`` and ``last_change_id`` are None where a pipeline has no position yet.
+    """
+
+    relay_group_id: str | None
+    pipeline: str | None
+    consumer_group: str | None
+    outbox_table: str | None
+    last_change_id: int | None
+    updated_at: datetime | None
+
+
 class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stream_table: str = ""
     outbox_id: int | None = None
@@ -458,6 +472,13 @@ class Catalog:
             list(pipelines),
         )
         return [Lag(**dict(row)) for row in rows]
+
+    async def readers(self) -> list[Reader]:
+        """Who reads which outbox, in all relay groups, and how far each has come."""
+        rows = await self._database.fetch(
+            "looking who reads the outboxes", "select * from relay_readers()"
+        )
+        return [Reader(**dict(row)) for row in rows]
 
     async def dead_letter_counts(self) -> dict[str, int]:
         """How many dead letters each pipeline has."""

@@ -27,7 +27,7 @@ from aiohttp import web
 
 from relay.board import Board, RelayStatus
 from relay.errors import ConfigurationError, RelayError
-from relay.settings import MetricsSettings
+from relay.settings import MetricsSettings, parse_address
 
 Render = Callable[[str], Awaitable[tuple[bytes, str]]]
 
@@ -158,24 +158,6 @@ class HttpServer:
 
     async def _status(self, _: web.Request) -> web.Response:
         return web.Response(body=self._board.snapshot().to_json(), content_type="application/json")
-
-
-def parse_address(addr: str) -> tuple[str | None, int]:
-    """Host and port of ``host:port``, ``[v6]:port`` or ``:port`` (every address: None).
-
-    Raises `ConfigurationError` naming ``metrics.addr``.
-    """
-    host, colon, port = addr.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        is_port = False
-    if not colon or not is_port:
-        raise ConfigurationError(
-            f"metrics.addr {addr!r} is not host:port", remedy="for example 0.0.0.0:9090"
-        )
-    return host or None, int(port)
 
 
 def _why(error: OSError) -> str:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 # In a docstring: a key at the beginning of a line, and what is said of it, indented further on.
 _MEANING = re.compile(r"^(\w+): (.+(?:\n +.+)*)", re.MULTILINE)
+_NO_TEXT = re.compile(r"Expected `str(?: \| null)?`, got `(?:int|float|bool)`")
 _AT = re.compile(r" - at `([^`]*)`$")
 
 
@@ -229,10 +230,10 @@ def _in_words(error: str, into: type[T], path: str) -> ConfigurationError:
     if missing:
         return ConfigurationError(f"{where}.{missing[1]} is missing".lstrip("."))
     choices = _choices(into, inside)
-    return ConfigurationError(
-        f"{where}: {error[:1].lower()}{error[1:]}",
-        remedy=f"use one of {', '.join(choices)}" if choices else "",
-    )
+    remedy = f"use one of {', '.join(choices)}" if choices else ""
+    if _NO_TEXT.match(error):
+        remedy = "put the value in quotes"
+    return ConfigurationError(f"{where}: {error[:1].lower()}{error[1:]}", remedy=remedy)
 
 
 def _choices(into: type[T], path: str) -> list[str]:

@@ -42,6 +42,8 @@ Listener = Callable[[str], None]
 # the next character as it is.
 # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE
 _PAIR = re.compile(r"\s*(\w+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)*))(?=\s|$)", re.DOTALL)
+# The driver's words where sslmode asks for TLS; it has no class of its own for that.
+_NO_TLS = "rejected SSL upgrade"
 _TLS_FILES = ("sslrootcert", "sslcert", "sslkey")
 
 _KEEPALIVE = {
@@ -158,6 +160,13 @@ def postgres_errors(doing: str) -> Iterator[None]:
         ) from error
     except ssl.SSLError as error:
         raise NotConnected(f"PostgreSQL is out of reach while {doing}: {_told(error)}") from error
+    except ConnectionError as error:
+        if _NO_TLS not in str(error):
+            raise not_connected(error, f"PostgreSQL is out of reach while {doing}") from error
+        raise ConfigurationError(
+            f"the PostgreSQL server offers no TLS while {doing}",
+            remedy="turn TLS on at the server, or choose another sslmode",
+        ) from error
     except OSError as error:
         raise not_connected(error, f"PostgreSQL is out of reach while {doing}") from error
     except EOFError as error:
@@ -240,6 +249,16 @@ class Database:
         with postgres_errors(doing):
             async with self._pool.acquire(timeout=self._settings.connect_timeout_s) as connection:
                 yield connection
+
+    async def whereabouts(self) -> str:
+        """Database, and role and server as the server sees them, in a few words."""
+        row = await self.fetch_row(
+            "asking where we are",
+            "select current_database() as name, current_user as role,"
+            " coalesce(host(inet_server_addr()) || ':' || inet_server_port(), 'a local socket')"
+            " as address",
+        )
+        return "?" if row is None else f"{row['name']} as {row['role']} at {row['address']}"
 
     async def fetch(self, doing: str, query: str, *args: object) -> list[asyncpg.Record]:
         """All rows of one statement."""
@@ -331,6 +350,8 @@ def _dsn(settings: PostgresSettings) -> str:
         if (value := getattr(settings, name)) is not None
     }
     parts = urlsplit(url)
+    if parts.fragment or "@" in parts.path or parts.netloc.count("@") > 1:
+        raise ValueError("a special character of the password ends the host")
     stated = {**dict(parse_qsl(parts.query, strict_parsing=bool(parts.query))), **tls}
     if "connect_timeout" in stated:
         raise ConfigurationError(

@@ -1,8 +1,8 @@
 """The runtime settings of one relay process, typed and frozen.
 
-`relay.cli` composes them with Hydra and hands one `Settings` down; nobody below knows where they
-came from. Keys and defaults here are those of ``conf/config.yaml``; a test keeps the two equal.
-Durations end in ``_s`` (seconds) or ``_ms``, sizes in ``_bytes``.
+`relay.overlays` composes them with Hydra and hands one `Settings` down; nobody below knows where
+they came from. Keys and defaults here are those of ``conf/config.yaml``; a test keeps the two
+equal. Durations end in ``_s`` (seconds) or ``_ms``, sizes in ``_bytes``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,24 @@ def schema_identifier(schema: str) -> str:
     if re.fullmatch(rf"{DEFAULT_SCHEMA}[a-z0-9_]*", schema):
         return schema
     return '"' + schema.replace('"', '""') + '"'
+
+
+def parse_address(addr: str) -> tuple[str | None, int]:
+    """Host and port of ``host:port``, ``[v6]:port`` or ``:port`` (every address: None).
+
+    Raises `ConfigurationError` naming ``metrics.addr``.
+    """
+    host, colon, port = addr.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        is_port = False
+    if not colon or not is_port:
+        raise ConfigurationError(
+            f"metrics.addr {addr!r} is not host:port", remedy="for example 0.0.0.0:9090"
+        )
+    return host or None, int(port)
 
 
 class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +203,11 @@ def checked(settings: Settings) -> Settings:
         raise ConfigurationError(
             "postgres.schema can't be the name of a schema of the relay's",
             remedy="write 1 to 63 bytes that don't begin with pg_ and have no $ in them",
+        )
+    parse_address(settings.metrics.addr)
+    if not settings.relay.group_id.strip():
+        raise ConfigurationError(
+            "relay.group_id is empty", remedy="leave it out for the group called default"
         )
     if settings.relay.retry_max_ms < settings.relay.retry_initial_ms:
         raise ConfigurationError("relay.retry_max_ms must not be below relay.retry_initial_ms")

@@ -91,7 +91,14 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "relay_dlq_retry_all",
         "relay_dlq_purge",
     ),
-    "sql-fleet": ("relay_lag", "relay_fleet", "relay_forget_group", "relay_schema_version"),
+    "sql-fleet": (
+        "relay_lag",
+        "relay_fleet",
+        "relay_readers",
+        "relay_outbox_sizes",
+        "relay_forget_group",
+        "relay_schema_version",
+    ),
     "sql-working": (
         "relay_outbox_of",
         "relay_sleep",
@@ -336,7 +343,7 @@ def help_part() -> str:
     former = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = _HELP_COLUMNS
     try:
-        text = cli._parser("run").format_help()  # noqa: SLF001 - what --help prints
+        text = cli._parser().format_help()  # noqa: SLF001 - what --help prints
     finally:
         if former is None:
             del os.environ["COLUMNS"]

@@ -41,7 +41,7 @@ declare
         'relay_dead_letter', 'relay_dlq_list', 'relay_dlq_retry', 'relay_dlq_retry_all', 'relay_dlq_purge',
         'relay_dlq_stats', 'relay_dlq_take', 'relay_dlq_settle', 'relay_dlq_fail', 'relay_dlq_put_back',
         -- the fleet
-        'relay_report', 'relay_retire', 'relay_fleet',
+        'relay_report', 'relay_retire', 'relay_fleet', 'relay_readers', 'relay_outbox_sizes',
         -- inboxes, and what runs as the caller inside them
         'relay_inbox', 'relay_inbox_is_intact', 'create_inbox', 'enable_inbox_tracking', 'disable_inbox_tracking',
         'drop_inbox', 'inbox_status', 'inbox_health', 'relay_base_type',

@@ -14,8 +14,8 @@ import yaml
 from psycopg import sql
 
 from relay import cli
-from relay.cli import compose_settings, type_settings
 from relay.metrics import METRICS, PREFIX
+from relay.overlays import compose_settings, type_settings
 from tests.docs import sql_block
 from tests.docs.conftest import MakeStage
 from tests.docs.expectation import is_as_said
