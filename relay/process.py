@@ -35,7 +35,7 @@ def rare_collections() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Keep what one batch has freed for the next, up to `_KEPT_BYTES`, where the C library can.
 
-    Each batch needs some buffers of about a megabyte. Given back to the system in between, their
+    Each batch needs some buffers of about a megabyte. Returned to the system in between, their
     pages would be made and cleared each time: up to a tenth of a busy relay's time on a
     virtual machine (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """

@@ -5,7 +5,7 @@ end with this process, however it ends: each is started by a shell that stops it
 the pipe from us closes.
 
 PostgreSQL's data directory is kept between runs, because making one takes longer than all the
-rest; it holds nothing worth keeping, and one that does not start is made anew. PostgreSQL refuses
+rest; it holds nothing worth keeping, and one that does not start is made again. PostgreSQL refuses
 to run as root, so root lends it an unprivileged user and a directory which that user can reach.
 """
 
@@ -328,7 +328,7 @@ def _is_initialised(place: _Place, major: int) -> bool:
 
 
 def _initialise(place: _Place, binaries: Path) -> None:
-    """Make the data directory anew, with a password that only we and the server can read."""
+    """Make a new data directory, with a password that only we and the server can read."""
     shutil.rmtree(place.data, ignore_errors=True)
     place.password_file.unlink(missing_ok=True)
     descriptor = os.open(place.password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -397,7 +397,7 @@ def _popen(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let go of the leash; a server that does not obey in time is killed."""
+    """Release the leash; a server that does not obey in time is killed."""
     if process.stdin is not None:
         process.stdin.close()
     try:

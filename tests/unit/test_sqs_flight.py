@@ -30,7 +30,7 @@ def batches_of(flight: Flight) -> list[list[int]]:
     batches = []
     while batch := flight.take():
         batches.append(batch)
-        flight.land(batch, {})
+        flight.settle(batch, {})
     return batches
 
 
@@ -60,7 +60,7 @@ def test_of_one_key_only_one_message_is_under_way() -> None:
     first = flight.take()
     assert first == [0, 2, 4]
     assert flight.take() == []
-    flight.land(first, {})
+    flight.settle(first, {})
 
     assert batches_of(flight) == [[1], [3]]
 
@@ -84,7 +84,7 @@ def test_of_one_group_only_one_batch_is_under_way() -> None:
     first = flight.take()
     assert first == [*range(10)]
     assert flight.take() == []
-    flight.land(first, {})
+    flight.settle(first, {})
 
     assert flight.take() == [*range(10, 15)]
 
@@ -93,7 +93,7 @@ def test_what_has_waited_goes_before_what_has_not() -> None:
     flight = flight_of(["a", "a", *(f"k{number}" for number in range(20))])
 
     first = flight.take()
-    flight.land(first, {})
+    flight.settle(first, {})
 
     assert flight.take()[0] == 1
 
@@ -102,10 +102,10 @@ def test_a_messages_own_failure_stops_nothing() -> None:
     flight = flight_of(["a", "a"])
     refused = MessageRejected("no")
 
-    flight.land(flight.take(), {0: refused})
+    flight.settle(flight.take(), {0: refused})
 
     assert flight.take() == [1]
-    flight.land([1], {})
+    flight.settle([1], {})
     flight.fail_unsent()
     assert flight.errors == {0: refused}
 
@@ -115,9 +115,9 @@ def test_an_outage_stops_everything_and_is_the_failure_of_all_that_was_not_sent(
     first, second = flight.take(), flight.take()
     away = Outage("away")
 
-    flight.land(first, dict.fromkeys(first, away))
+    flight.settle(first, dict.fromkeys(first, away))
     assert flight.take() == []
-    flight.land(second, {})
+    flight.settle(second, {})
     flight.fail_unsent()
 
     assert flight.errors.keys() == {*range(14)} - {*second}

@@ -245,7 +245,7 @@ class FileInput:
         if self._is_marked(file, mark):
             self._use(file, mark)
         else:
-            # Cut back and written anew, or another file under a reused number.
+            # Truncated and rewritten, or another file under a reused number.
             os.close(file)
             self._begin(path, mark.generation + 1)
 

@@ -26,7 +26,7 @@ class Output(Protocol):
         """False before `open`, after `close`, and after a failure."""
 
     def open(self) -> None:
-        """Make ready; on an open output, start anew. Raises `Outage`, `ConfigurationError`."""
+        """Make ready; on an open output, start over. Raises `Outage`, `ConfigurationError`."""
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Write all, in order; durable when it returns. Raises `Outage`, `ConfigurationError`."""
@@ -139,7 +139,7 @@ class FileOutput:
             os.fsync(file)
 
     def _follow_path(self) -> None:
-        """Open the file anew where somebody moved or removed it: nobody would find our lines."""
+        """Reopen the file where somebody moved or removed it: nobody would find our lines."""
         if self._file is not None and not _is_at(self._file, self._path):
             self.open()
 

@@ -44,7 +44,7 @@ class FileSource:
         self._epoch: int | None = None
         self._openings = 0
         self._sequence = 0
-        # Batches that are out: their number to where they began.
+        # Unacknowledged batches: their number to where they began.
         self._out: dict[int, Mark] = {}
         self._interrupted = asyncio.Event()
         self._pause_s = context.poll_interval_s
@@ -100,7 +100,7 @@ class FileSource:
         self._interrupted.set()
 
     async def acknowledge(self, batch: Batch) -> None:
-        """Write the position behind the batch; a batch that is not out any more is left alone."""
+        """Write the position behind the batch; a void batch is left alone."""
         position = batch.position
         if not isinstance(position, _Position) or position.sequence not in self._out:
             return
@@ -163,7 +163,7 @@ class FileSource:
             ) from None
 
     async def _read(self) -> Reading:
-        """What the thread reads next; nothing where the file was opened anew meanwhile."""
+        """What the thread reads next; nothing where the file was reopened meanwhile."""
         context = self._context
         reading = await asyncio.get_running_loop().run_in_executor(
             self._require(), self._input.read, context.batch_size, context.batch_bytes

@@ -30,7 +30,7 @@ class StdinInput:
     """A stream of the process, read by one pipeline at a time.
 
     ``undelivered`` holds what was read and is in nobody's hands; it stays here when a pipeline
-    lets go, so that the next one on this stream loses nothing.
+    releases it, so that the next one on this stream loses nothing.
     """
 
     def __init__(self, file: int, name: str = "stdin") -> None:
@@ -148,7 +148,7 @@ class StdinSource:
         if self._thread is None:
             self._stdin.claim(self._options.max_line_bytes)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="stdin-source")
-        self._give_back_from(0)
+        self._release_from(0)
 
     async def poll(self) -> Batch:
         """See `relay.contracts.Source`."""
@@ -184,18 +184,18 @@ class StdinSource:
     async def reject(self, batch: Batch) -> None:
         """Hand the batch out again, and those behind it."""
         if isinstance(batch.position, int) and batch.position in self._out:
-            self._give_back_from(batch.position)
+            self._release_from(batch.position)
 
     async def is_healthy(self) -> bool:
         """True while stdin is ours."""
         return self._thread is not None
 
     async def aclose(self) -> None:
-        """Let go of stdin; what was not acknowledged stays for the next source on it."""
+        """Release stdin; what was not acknowledged stays for the next source on it."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._give_back_from(0)
+        self._release_from(0)
         self._stdin.interrupt()
         releasing = asyncio.get_running_loop().run_in_executor(thread, self._stdin.release)
         thread.shutdown(wait=False)
@@ -224,7 +224,7 @@ class StdinSource:
             checkpoint=str(self._sequence),
         )
 
-    def _give_back_from(self, sequence: int) -> None:
+    def _release_from(self, sequence: int) -> None:
         for number in sorted((known for known in self._out if known >= sequence), reverse=True):
             self._stdin.undelivered.extendleft(reversed(self._out.pop(number)))
 

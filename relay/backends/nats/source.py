@@ -71,7 +71,7 @@ class _Settling(msgspec.Struct):
 
 
 class NatsSource:
-    """Reads a durable pull consumer of JetStream and acknowledges when told to."""
+    """Reads a durable pull consumer of JetStream and acknowledges when asked to."""
 
     def __init__(self, options: NatsSourceOptions, context: BackendContext) -> None:
         """`from_options` checks what this takes."""

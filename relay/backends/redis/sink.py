@@ -77,7 +77,7 @@ class RedisSink:
         return cls(parsed, context)
 
     async def connect(self) -> None:
-        """Open again, and learn the server's limit for one value where it tells."""
+        """Open again, and learn the server's limit for one value where it says."""
         await self.aclose()
         self._connection = await connect(self._options, name=self._name, path="sink")
         limit = await _setting(self._connection, b"proto-max-bulk-len")
@@ -85,7 +85,7 @@ class RedisSink:
         self._unconfirmed.clear()
 
     async def describe(self) -> dict[str, str]:
-        """The server, and what it does with an entry before it answers, as far as it tells."""
+        """The server, and what it does with an entry before it answers, as far as it says."""
         connection = self._open()
         described = {"server": connection.address}
         information = await connection.facts(b"INFO")
@@ -277,7 +277,7 @@ class RedisSink:
 
 
 async def _setting(connection: Connection, name: bytes) -> str:
-    """One setting of the server as text, empty where it does not tell."""
+    """One setting of the server as text, empty where it does not say."""
     match await connection.facts(b"CONFIG", b"GET", name):
         case [_, bytes() as value]:
             return value.decode("utf-8", "replace")

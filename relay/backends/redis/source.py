@@ -58,7 +58,7 @@ class _Position(msgspec.Struct, frozen=True):
 
 
 class RedisSource:
-    """Reads a stream as a consumer of a group and acknowledges when told to.
+    """Reads a stream as a consumer of a group and acknowledges when asked to.
 
     Reading what is new blocks, on a connection of its own; everything else goes over the other. At
     most one read is in flight, as a task that outlives an interrupted poll and ends with `aclose`

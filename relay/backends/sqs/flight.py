@@ -1,4 +1,4 @@
-"""The bookkeeping of messages that are sent in batches, several batches at a time."""
+"""Tracks one publish in batches, several of which are in flight at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ MOST_ENTRIES = 10
 
 
 class Flight:
-    """The messages of one publish, by their numbers, from waiting to settled.
+    """The messages of one publish, by their numbers, from pending to settled.
 
     ``groups`` are their message groups, None for one that nothing has to wait for; ``sizes`` their
     bytes. A batch has at most ten messages and ``batch_bytes``, unless one alone is larger. A
-    message waits while another of its group is in a batch that has not landed. The same batch may
+    message waits while another of its group is in a batch in flight. The same batch may
     hold several of a group, in order, but only one of a key: ``keys``, None for one that may
-    stand beside its like. The first failure that is not the fault of its own message grounds the
-    flight: nothing more is taken.
+    stand beside its like. After the first transient failure nothing more is taken.
     """
 
     def __init__(
@@ -30,15 +29,15 @@ class Flight:
         batch_bytes: int,
     ) -> None:
         self.errors: dict[int, RelayError] = {}
-        # Those of the failed that only waited behind what grounded the flight.
+        # Those of the failed that only waited behind the first transient failure.
         self.unsent: set[int] = set()
         self._groups = groups
         self._sizes = sizes
         self._keys = keys
         self._batch_bytes = batch_bytes
-        self._grounded: RelayError | None = None
+        self._stopped_by: RelayError | None = None
         self._ready: deque[int] = deque()
-        # Groups of which a message is ready or under way, each with those that wait for it.
+        # Groups of which a message is ready or in flight, each with those that wait for it.
         self._behind: dict[str, deque[int]] = {}
         for number, group in enumerate(groups):
             if group is None:
@@ -52,7 +51,7 @@ class Flight:
     def take(self) -> list[int]:
         """The next batch that may be sent now; none for none."""
         batch: list[int] = []
-        if self._grounded is not None:
+        if self._stopped_by is not None:
             return batch
         left = self._batch_bytes
         while self._ready and len(batch) < MOST_ENTRIES:
@@ -61,15 +60,15 @@ class Flight:
             left -= self._take_group(self._ready.popleft(), batch, left)
         return batch
 
-    def land(self, batch: Sequence[int], errors: Mapping[int, RelayError]) -> None:
+    def settle(self, batch: Sequence[int], errors: Mapping[int, RelayError]) -> None:
         """A batch that was taken is answered: these of its messages failed."""
         freed: list[int] = []
         for number in batch:
             error = errors.get(number)
             if error is not None:
                 self.errors[number] = error
-                if error.kind is not ErrorKind.MESSAGE and self._grounded is None:
-                    self._grounded = error
+                if error.kind is not ErrorKind.MESSAGE and self._stopped_by is None:
+                    self._stopped_by = error
         for group in dict.fromkeys(self._groups[number] for number in batch):
             if group is None:
                 continue
@@ -81,11 +80,11 @@ class Flight:
         self._ready.extendleft(reversed(freed))
 
     def fail_unsent(self) -> None:
-        """Once all that was taken has landed: what was not taken fails as what grounded it."""
-        if self._grounded is None:
+        """Once all that was taken is settled: the rest fails with the first transient failure."""
+        if self._stopped_by is None:
             return
         for number in (*self._ready, *(one for behind in self._behind.values() for one in behind)):
-            self.errors[number] = self._grounded
+            self.errors[number] = self._stopped_by
             self.unsent.add(number)
 
     def _take_group(self, number: int, batch: list[int], left: int) -> int:

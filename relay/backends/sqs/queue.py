@@ -29,7 +29,7 @@ MOST_MESSAGES = 10
 _CLASSIC_BYTES = 256 * 1024
 _HEALTH_TIMEOUT_S = 2.0
 _CLOSE_TIMEOUT_S = 2.0
-# Calls beside those under way: looks at the queue, and keeping batches alive.
+# Calls beside those in flight: looks at the queue, and keeping batches alive.
 _SPARE_CONNECTIONS = 4
 
 Answer = Mapping[str, object]
@@ -122,7 +122,7 @@ class Queue:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._closing.aclose()
-        except Exception:  # noqa: BLE001, S110 - whatever the library meets, it is let go
+        except Exception:  # noqa: BLE001, S110 - whatever the library meets, it is closed
             pass
 
     @property

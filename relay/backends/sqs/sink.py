@@ -85,7 +85,7 @@ class SqsSink:
         )
 
     async def connect(self) -> None:
-        """Open anew, and learn the queue's limit for one message where it tells."""
+        """Reconnect, and learn the queue's limit for one message where it says."""
         await self.aclose()
         self._queue = await open_queue(self._options, path="sink")
 
@@ -171,21 +171,21 @@ class SqsSink:
 
     async def _fly(self, queue: Queue, flight: Flight, items: Sequence[_Item]) -> None:
         """Send batch after batch, so many at a time, until nothing more may be sent."""
-        under_way: dict[asyncio.Task[dict[int, RelayError]], list[int]] = {}
+        in_flight: dict[asyncio.Task[dict[int, RelayError]], list[int]] = {}
         try:
             while True:
-                while len(under_way) < self._options.max_in_flight and (batch := flight.take()):
+                while len(in_flight) < self._options.max_in_flight and (batch := flight.take()):
                     sending = asyncio.create_task(self._send(queue, items, batch))
-                    under_way[sending] = batch
-                if not under_way:
+                    in_flight[sending] = batch
+                if not in_flight:
                     break
-                landed, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                for sent in landed:
-                    flight.land(under_way.pop(sent), sent.result())
+                settled, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+                for sent in settled:
+                    flight.settle(in_flight.pop(sent), sent.result())
         finally:
-            for sending in under_way:
+            for sending in in_flight:
                 sending.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(*in_flight, return_exceptions=True)
         flight.fail_unsent()
 
     async def _send(

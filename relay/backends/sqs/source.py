@@ -35,7 +35,7 @@ class _Position(msgspec.Struct, frozen=True):
 
 
 class SqsSource:
-    """Receives from one queue and deletes when told to.
+    """Receives from one queue and deletes when asked to.
 
     Receives are tasks that outlive an interrupted poll and end with `aclose` or `connect` at the
     latest: what they bring is handed out by the next poll. One waits while the queue is empty, up
@@ -57,7 +57,7 @@ class SqsSource:
         self._fresh: set[asyncio.Task[Sequence[Received]]] = set()
         self._buffer: deque[Received] = deque()
         self._buffered_since = 0.0
-        # The receipt handle of everything that is buffered or out.
+        # The receipt handle of everything that is buffered or unacknowledged.
         self._held: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._is_interrupted = False
@@ -75,7 +75,7 @@ class SqsSource:
         return self._options.visibility_timeout / 3
 
     async def connect(self) -> None:
-        """Open anew. What an earlier opening still held is shown to all again at once.
+        """Reconnect. What an earlier connection still held is shown to all again at once.
 
         Raises `DestinationMissing` where there is no such queue.
         """
@@ -128,10 +128,10 @@ class SqsSource:
         """
         queue = self._open()
         if not self._is_current(batch):
-            raise NotConnected("this batch was received before the source was opened anew")
+            raise NotConnected("this batch was received before the source reconnected")
         handles = self._handles(batch)
         refused = await self._settle(handles, queue.delete)
-        self._let_go(handles)
+        self._forget(handles)
         if not refused:
             return
         error = of_entry(refused[0], f"deleting from the queue {queue.name}")
@@ -146,8 +146,8 @@ class SqsSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Hide this batch, and what is waiting to be polled, for another ``visibility_timeout``.
 
-        A call that fails is made again the next time, and before the time has run out: to start
-        anew for it would show all that we hold, and the queue counts each receipt.
+        A call that fails is made again the next time, and before the time has run out: to
+        reconnect for it would show all that we hold, and the queue counts each receipt.
         """
         queue = self._open()
         self._take_received()
@@ -166,7 +166,7 @@ class SqsSource:
         queue = self._open()
         handles = [*self._handles(batch), *(one["ReceiptHandle"] for one in self._buffer)]
         self._buffer.clear()
-        self._let_go(handles)
+        self._forget(handles)
         await self._settle(handles, lambda some: queue.hide(some, 0))
 
     async def is_healthy(self) -> bool:
@@ -175,7 +175,7 @@ class SqsSource:
         return queue is not None and await queue.is_healthy()
 
     async def aclose(self) -> None:
-        """Give back everything that is not acknowledged, and close."""
+        """Release everything that is unacknowledged, and close."""
         await self._close_connections()
         self._held.clear()
 
@@ -202,7 +202,7 @@ class SqsSource:
             await queue.aclose()
 
     async def _end_receives(self) -> None:
-        """Wait for the receives that are under way and note what they brought."""
+        """Wait for the receives that are in flight and note what they brought."""
         if self._receiving:
             await asyncio.wait(self._receiving)
         while self._receiving:
@@ -214,9 +214,9 @@ class SqsSource:
         """Show everything that we hold to all again."""
         handles = list(self._held)
         await self._settle(handles, lambda some: queue.hide(some, 0))
-        self._let_go(handles)
+        self._forget(handles)
 
-    def _let_go(self, handles: Sequence[str]) -> None:
+    def _forget(self, handles: Sequence[str]) -> None:
         for handle in handles:
             self._held.pop(handle, None)
         if handles:

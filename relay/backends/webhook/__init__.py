@@ -3,7 +3,7 @@
 **Sink.** A message is accepted when the request that carries it was answered 2xx. With
 ``batch_mode``, the default, messages go as one JSON array per request, one request at a time, so
 that order is kept whatever happens; it costs a round trip per batch. Without it each message is a
-request of its own and up to ``max_in_flight`` are under way. With ``ordering`` ``strict``, the
+request of its own and up to ``max_in_flight`` are in flight. With ``ordering`` ``strict``, the
 default, a message then waits for the answer to the one before it *of its own key*; that costs
 nothing while keys vary, and a round trip per event where one key has them all. With
 ``pipelined`` nothing waits, and an event may be accepted before its predecessor of the same key.

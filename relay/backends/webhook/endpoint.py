@@ -39,7 +39,7 @@ class _Pool:
     def __init__(self, connections: int, tls: ssl.SSLContext | None) -> None:
         self._tls = tls
         self._room = asyncio.Semaphore(connections)
-        # The last one used comes first: the far side is the least likely to have closed it.
+        # The last one used comes first: the receiver is the least likely to have closed it.
         self._free: list[httpx.AsyncHTTPTransport] = []
         self._is_closed = False
 

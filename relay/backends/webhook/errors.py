@@ -45,7 +45,7 @@ CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
     httpx.StreamError: NotConnected,
 }
 
-# A status from 400 on that is not here and not to be retried condemns the messages it is about.
+# A status from 400 on that is not here and not to be retried rejects the messages it is about.
 STATUSES: Mapping[int, tuple[type[RelayError], str]] = {
     401: (AuthenticationRefused, "set bearer_token, username and password, or headers"),
     403: (AuthenticationRefused, "ask who runs the receiver for this permission"),

@@ -139,7 +139,7 @@ class Listener:
             self._left.add(path)
 
     async def aclose(self) -> None:
-        """Stop listening; answers that are under way get a second."""
+        """Stop listening; answers that are in flight get a second."""
         server, self._server = self._server, None
         handler, self._web = self._web, None
         if server is not None:
