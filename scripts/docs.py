@@ -599,7 +599,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
 
 
 def regenerated(text: str) -> str:
-    """The document with every generated part written anew. Raises `Unexplained`."""
+    """The document with every generated part rewritten. Raises `Unexplained`."""
 
     def written(found: re.Match[str]) -> str:
         make = PARTS.get(found[2])

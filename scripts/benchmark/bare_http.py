@@ -195,7 +195,7 @@ def request(port: int, path: str, key: str, body: bytes) -> bytes:
 async def post_all(port: int, requests: Sequence[bytes], connections: int) -> float:
     """Post all over so many connections; how long that took, in seconds.
 
-    Each connection has one request under way. Raises `RuntimeError` where one gets no 200.
+    Each connection has one request in flight. Raises `RuntimeError` where one gets no 200.
     """
     loop = asyncio.get_running_loop()
     posters = [

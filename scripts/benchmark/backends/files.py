@@ -20,7 +20,7 @@ from scripts.benchmark.surroundings import Surroundings
 # As many as the relay puts into a batch by default, which it syncs as a whole.
 FLOOR_BATCH_LINES: Final = RelaySettings().batch_size
 
-# A large buffer, made anew for each look, would cost more than what it holds.
+# A large buffer, made for each look, would cost more than what it holds.
 _LOOK_BYTES: Final = 1 << 16
 
 

@@ -36,7 +36,7 @@ REGION: Final = "eu-central-1"
 
 # The server takes some 1,500 events a second and gives away some 400.
 _MOST_EVENTS: Final = 3_000
-# As many as the relay has under way by default.
+# As many as the relay has in flight by default.
 _CALLS_AT_ONCE: Final = 8
 _PER_CALL: Final = 10
 _SILENCE_S: Final = 30.0
@@ -78,7 +78,7 @@ class _Queues:
     def _queue_url(self) -> str:
         return f"{self._url}/123456789012/bench-{self._made}"
 
-    async def anew(self) -> None:
+    async def recreate(self) -> None:
         """Make another, empty queue."""
         self._made += 1
         await self._client.create_queue(QueueName=f"bench-{self._made}")
@@ -227,7 +227,7 @@ class ToSqs(Destination):
         return self._queues.place
 
     async def empty(self) -> None:
-        await self._queues.anew()
+        await self._queues.recreate()
         self._entries = ()
 
     async def until_holding(self, messages: int, timeout_s: float) -> Stretch:
@@ -238,7 +238,7 @@ class ToSqs(Destination):
         return {_decode_envelope(str(one["MessageBody"])).dedup_key for one in self._entries}
 
     async def floor(self) -> float:
-        await self._queues.anew()
+        await self._queues.recreate()
         return len(self._entries) / await self._queues.add(self._entries)
 
 
@@ -270,11 +270,11 @@ class FromSqs(Origin):
 
     async def fill(self, messages: int) -> None:
         self._entries = [{"MessageBody": payload(number).decode()} for number in range(messages)]
-        await self._queues.anew()
+        await self._queues.recreate()
         await self._queues.add(self._entries)
 
     async def floor(self) -> float:
         # The queue gave them away.
-        await self._queues.anew()
+        await self._queues.recreate()
         await self._queues.add(self._entries)
         return len(self._entries) / await self._queues.consume(len(self._entries))

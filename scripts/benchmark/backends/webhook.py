@@ -22,7 +22,7 @@ from scripts.benchmark.bare_http import Receiver, post_all, receiver, request
 from scripts.benchmark.server import free_port, until_accepting
 from scripts.benchmark.surroundings import Surroundings
 
-# As many requests as the sink has under way by default where each event has its own.
+# As many requests as the sink has in flight by default where each event has its own.
 SINK_CONNECTIONS: Final = 16
 # Senders that wait for the commit of their request before they send the next.
 SOURCE_CONNECTIONS: Final = 64
@@ -42,8 +42,8 @@ class ToWebhook(Destination):
     title = "a webhook in arrays"
     is_batched: ClassVar[bool] = True
 
-    def __init__(self, far_side: Receiver) -> None:
-        self._far_side = far_side
+    def __init__(self, destination: Receiver) -> None:
+        self._destination = destination
         self._bodies: Sequence[bytes] = ()
         self._events = 0
 
@@ -51,22 +51,22 @@ class ToWebhook(Destination):
     @contextlib.asynccontextmanager
     async def opened(cls, _: Surroundings) -> AsyncIterator[Destination]:
         """Part of the protocol."""
-        async with receiver() as far_side:
-            yield cls(far_side)
+        async with receiver() as destination:
+            yield cls(destination)
 
     def sink(self) -> Mapping[str, object]:
-        return {"type": "webhook", "url": self._far_side.url, "batch_mode": self.is_batched}
+        return {"type": "webhook", "url": self._destination.url, "batch_mode": self.is_batched}
 
     async def empty(self) -> None:
-        await self._far_side.empty()
+        await self._destination.empty()
         self._bodies = ()
 
     async def until_holding(self, messages: int, timeout_s: float) -> Stretch:
         async def count() -> int:
-            return (await self._far_side.received()).envelopes
+            return (await self._destination.received()).envelopes
 
         looked = await observed(count, messages, timeout_s)
-        received = await self._far_side.received()
+        received = await self._destination.received()
         if received.requests < 2:
             return looked
         # What came with the first request came before the stretch begins.
@@ -74,19 +74,19 @@ class ToWebhook(Destination):
         return Stretch(behind, received.last_at - received.first_at)
 
     async def read(self) -> set[str]:
-        self._bodies = await self._far_side.bodies()
+        self._bodies = await self._destination.bodies()
         events = [event for body in self._bodies for event in _events(body)]
         self._events = len(events)
         return {event.dedup_key for event in events}
 
     async def floor(self) -> float:
-        await self._far_side.empty()
-        port = self._far_side.port
+        await self._destination.empty()
+        port = self._destination.port
         requests = [
             request(port, "/events", str(number), body) for number, body in enumerate(self._bodies)
         ]
         elapsed_s = await post_all(port, requests, 1 if self.is_batched else SINK_CONNECTIONS)
-        if (await self._far_side.received()).envelopes != self._events:
+        if (await self._destination.received()).envelopes != self._events:
             raise RuntimeError("the receiver does not have what it acknowledged")
         return self._events / elapsed_s
 
@@ -98,7 +98,7 @@ class ToWebhookEach(ToWebhook):
     is_batched = False
 
     async def floor(self) -> float:
-        await self._far_side.empty()
+        await self._destination.empty()
         waiting = iter(enumerate(self._bodies))
 
         async def post() -> None:
@@ -106,7 +106,7 @@ class ToWebhookEach(ToWebhook):
             async with httpx.AsyncClient(trust_env=False, timeout=_SILENCE_S) as client:
                 for number, body in waiting:
                     headers = {"Content-Type": "application/json", "Idempotency-Key": str(number)}
-                    answer = await client.post(self._far_side.url, content=body, headers=headers)
+                    answer = await client.post(self._destination.url, content=body, headers=headers)
                     answer.raise_for_status()
 
         started = time.perf_counter()
@@ -114,7 +114,7 @@ class ToWebhookEach(ToWebhook):
             for _ in range(SINK_CONNECTIONS):
                 tasks.create_task(post())
         elapsed_s = time.perf_counter() - started
-        if (await self._far_side.received()).envelopes != self._events:
+        if (await self._destination.received()).envelopes != self._events:
             raise RuntimeError("the receiver does not have what it acknowledged")
         return self._events / elapsed_s
 
@@ -130,8 +130,8 @@ class FromWebhook(Origin):
     hard_bar_per_s: float | None = None
     messages_per_request: ClassVar[int] = MESSAGES_PER_ARRAY
 
-    def __init__(self, far_side: Receiver) -> None:
-        self._far_side = far_side
+    def __init__(self, destination: Receiver) -> None:
+        self._destination = destination
         self._port = free_port()
         self._messages = 0
         self._runs = 0
@@ -140,8 +140,8 @@ class FromWebhook(Origin):
     @contextlib.asynccontextmanager
     async def opened(cls, _: Surroundings) -> AsyncIterator[Origin]:
         """Part of the protocol."""
-        async with receiver() as far_side:
-            yield cls(far_side)
+        async with receiver() as destination:
+            yield cls(destination)
 
     def source(self) -> Mapping[str, object]:
         return {
@@ -161,10 +161,10 @@ class FromWebhook(Origin):
         await post_all(self._port, self._requests(self._port), SOURCE_CONNECTIONS)
 
     async def floor(self) -> float:
-        await self._far_side.empty()
-        requests = self._requests(self._far_side.port)
-        elapsed_s = await post_all(self._far_side.port, requests, SOURCE_CONNECTIONS)
-        if (await self._far_side.received()).requests != len(requests):
+        await self._destination.empty()
+        requests = self._requests(self._destination.port)
+        elapsed_s = await post_all(self._destination.port, requests, SOURCE_CONNECTIONS)
+        if (await self._destination.received()).requests != len(requests):
             raise RuntimeError("the receiver does not have what it acknowledged")
         return self._messages / elapsed_s
 
