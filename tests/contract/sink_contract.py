@@ -1,7 +1,7 @@
-"""The contract of sinks as tests; every backend's sink passes them against its real far side.
+"""The contract of sinks as tests; every backend's sink passes them against its real broker.
 
 A backend subclasses `SinkContract` as `Test<Name>Sink`, sets ``backend`` and ``lacks``, and
-supplies a fixture ``harness`` that yields a `SinkHarness` over a far side of the test's own
+supplies a fixture ``harness`` that yields a `SinkHarness` over a broker of the test's own
 (a fresh stream, topic, file), which it removes again.
 """
 
@@ -43,7 +43,7 @@ from tests.contract.evidence import (
 
 
 class SinkHarness(DriverErrors, Protocol):
-    """One sink's far side and how to disturb it.
+    """One sink's broker and how to disturb it.
 
     What belongs to a lacking evidence is never called; a harness that subclasses this protocol
     inherits bodies that say so.
@@ -55,7 +55,7 @@ class SinkHarness(DriverErrors, Protocol):
         return SERIALIZED_FIELDS
 
     def make(self) -> Sink:
-        """A sink to this test's far side, not connected, with the backend's default options."""
+        """A sink to this test's broker, not connected, with the backend's default options."""
         ...
 
     def make_strict(self) -> Sink:
@@ -63,7 +63,7 @@ class SinkHarness(DriverErrors, Protocol):
         return self.make()
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
-        """All that the far side holds, in its order and with repeats, read past the sink.
+        """All that the broker holds, in its order and with repeats, read past the sink.
 
         Waits until that are ``at_least`` different dedup keys (`tests.contract.evidence.until`
         helps). ``subject`` is the one the message was sent to, the rest restored as a consumer
@@ -72,7 +72,7 @@ class SinkHarness(DriverErrors, Protocol):
         ...
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
-        """A message that the sink or its far side refuses for good."""
+        """A message that the sink or its broker refuses for good."""
         ...
 
     async def cut(self) -> None:
@@ -88,7 +88,7 @@ class SinkHarness(DriverErrors, Protocol):
         raise lacking("restart")
 
     def oversize(self, dedup_key: str) -> RelayMessage:  # noqa: ARG002 - for the harnesses
-        """A message just above the far side's limit (evidence ``oversize``)."""
+        """A message just above the broker's limit (evidence ``oversize``)."""
         raise lacking("oversize")
 
     async def make_tls(self, *, trusted: bool) -> Sink:  # noqa: ARG002 - for the harnesses
@@ -184,7 +184,7 @@ class SinkContract(Contract):
         await sink.aclose()
 
     @shows("at least once")
-    async def test_what_is_accepted_is_held_by_the_far_side(self, harness: SinkHarness) -> None:
+    async def test_what_is_accepted_is_held_by_the_broker(self, harness: SinkHarness) -> None:
         sink = harness.make()
         await sink.connect()
         messages = numbered(50)
@@ -208,7 +208,7 @@ class SinkContract(Contract):
         await sink.aclose()
 
     @shows("deduplication")
-    async def test_the_far_side_holds_a_repeated_message_once_and_the_repeat_is_counted(
+    async def test_the_broker_holds_a_repeated_message_once_and_the_repeat_is_counted(
         self, harness: SinkHarness
     ) -> None:
         sink = harness.make()
@@ -448,7 +448,7 @@ class SinkContract(Contract):
         await sink.aclose()
 
     async def _publish_in_vain(self, sink: Sink, messages: Sequence[RelayMessage]) -> None:
-        """Publish while the far side is away: an outage, or every message a transient failure."""
+        """Publish while the broker is away: an outage, or every message a transient failure."""
         async with asyncio.timeout(BOUND_S):
             try:
                 result = await sink.publish(messages)

@@ -1,7 +1,7 @@
-"""The contract of sources as tests; every backend's source passes them against its real far side.
+"""The contract of sources as tests; every backend's source passes them against its real broker.
 
 A backend subclasses `SourceContract` as `Test<Name>Source`, sets ``backend`` and ``lacks``, and
-supplies a fixture ``harness`` that yields a `SourceHarness` over a far side of the test's own.
+supplies a fixture ``harness`` that yields a `SourceHarness` over a broker of the test's own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AT_ONCE_S = 5.0
 
 
 class SourceHarness(DriverErrors, Protocol):
-    """One source's far side and how to disturb it.
+    """One source's broker and how to disturb it.
 
     What belongs to a lacking evidence is never called; a harness that subclasses this protocol
     inherits bodies that say so.
@@ -60,16 +60,16 @@ class SourceHarness(DriverErrors, Protocol):
         return True
 
     def make(self, *, batch_size: int = 100) -> Source:
-        """A source on this test's far side, not connected.
+        """A source on this test's broker, not connected.
 
         Every source of one harness stands for the same pipeline, so that a second one resumes
-        from what the first acknowledged. Time until the far side redelivers by itself: 30 s or
+        from what the first acknowledged. Time until the broker redelivers by itself: 30 s or
         more, never at once.
         """
         ...
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        """Put messages on the far side as our own sink would, in order; durable when it returns."""
+        """Put messages on the broker as our own sink would, in order; durable when it returns."""
         ...
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
@@ -92,7 +92,7 @@ class SourceHarness(DriverErrors, Protocol):
         raise lacking("restart")
 
     def make_short_lived(self) -> tuple[Source, float]:
-        """A source and after how many seconds its far side takes back a batch that nobody keeps
+        """A source and after how many seconds its broker takes back a batch that nobody keeps
         alive, which must be 3 at most (evidence ``keep alive``)."""
         raise lacking("keep alive")
 

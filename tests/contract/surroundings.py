@@ -64,7 +64,7 @@ def backend_context(
     """A context for one backend; without a database it can't talk to any."""
 
     def forget(event: Event) -> None:
-        """The contract suites observe the far side, not the relay."""
+        """The contract suites observe the broker, not the relay."""
 
     return BackendContext(
         pipeline=pipeline,

@@ -10,7 +10,7 @@ from relay.backends.nats import NatsSink
 from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
-from tests.contract.nats_far_side import FarSide, NatsHarness, port_of, sink_of
+from tests.contract.nats_broker import Broker, NatsHarness, port_of, sink_of
 from tests.contract.sink_contract import SinkContract, SinkHarness
 from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
@@ -23,12 +23,12 @@ TLS = 'tls { cert_file: "server.pem", key_file: "server.key" }'
 class NatsSinkHarness(NatsHarness, SinkHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., NatsServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
@@ -36,7 +36,7 @@ class NatsSinkHarness(NatsHarness, SinkHarness):
         return sink_of(self.url)
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
-        return await until(self.far_side.restored, at_least)
+        return await until(self.broker.restored, at_least)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
         return RelayMessage(dedup_key=dedup_key, payload=b"{}", subject="orders..insert")
@@ -69,8 +69,8 @@ class TestNatsSink(SinkContract):
         nats_server_with: Callable[..., NatsServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[NatsSinkHarness]:
-        far_side = FarSide(nats_server, "contract_sink")
-        await far_side.create()
+        broker = Broker(nats_server, "contract_sink")
+        await broker.create()
         proxy = await tcp_proxy(*port_of(nats_server.url))
-        yield NatsSinkHarness(far_side, proxy, nats_server_with, tls_files)
-        await far_side.drop()
+        yield NatsSinkHarness(broker, proxy, nats_server_with, tls_files)
+        await broker.drop()

@@ -8,7 +8,7 @@ import pytest
 
 from relay.contracts import Source
 from relay.message import RelayMessage
-from tests.contract.nats_far_side import FarSide, NatsHarness, port_of, sink_of, source_of
+from tests.contract.nats_broker import Broker, NatsHarness, port_of, sink_of, source_of
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
@@ -20,12 +20,12 @@ TLS = 'tls { cert_file: "server.pem", key_file: "server.key" }'
 class NatsSourceHarness(NatsHarness, SourceHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., NatsServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
@@ -33,7 +33,7 @@ class NatsSourceHarness(NatsHarness, SourceHarness):
         return source_of(self.url, batch_size=batch_size)
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        sink = sink_of(self.far_side.server.url)
+        sink = sink_of(self.broker.server.url)
         await sink.connect()
         try:
             result = await sink.publish(messages)
@@ -43,7 +43,7 @@ class NatsSourceHarness(NatsHarness, SourceHarness):
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
         for body in bodies:
-            await self.far_side.put("orders.theirs", body)
+            await self.broker.put("orders.theirs", body)
         return bodies
 
     def make_short_lived(self) -> tuple[Source, float]:
@@ -74,8 +74,8 @@ class TestNatsSource(SourceContract):
         nats_server_with: Callable[..., NatsServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[NatsSourceHarness]:
-        far_side = FarSide(nats_server, "contract_source")
-        await far_side.create()
+        broker = Broker(nats_server, "contract_source")
+        await broker.create()
         proxy = await tcp_proxy(*port_of(nats_server.url))
-        yield NatsSourceHarness(far_side, proxy, nats_server_with, tls_files)
-        await far_side.drop()
+        yield NatsSourceHarness(broker, proxy, nats_server_with, tls_files)
+        await broker.drop()

@@ -11,7 +11,7 @@ from relay.backends.redis import RedisSink
 from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
-from tests.contract.redis_far_side import FarSide, RedisHarness, sink_of, user_lines
+from tests.contract.redis_broker import Broker, RedisHarness, sink_of, user_lines
 from tests.contract.sink_contract import SinkContract, SinkHarness
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
@@ -23,23 +23,23 @@ LIMIT_BYTES = 1024 * 1024
 class RedisSinkHarness(RedisHarness, SinkHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., RedisServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
     def make(self) -> RedisSink:
-        return sink_of(self.url, self.far_side.stream, max_message_bytes=LIMIT_BYTES)
+        return sink_of(self.url, self.broker.stream, max_message_bytes=LIMIT_BYTES)
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
         return await until(self._all, at_least)
 
     async def _all(self) -> Sequence[RelayMessage]:
-        return [*await self.far_side.restored(), *await self.far_side.restored("orders.upsert")]
+        return [*await self.broker.restored(), *await self.broker.restored("orders.upsert")]
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
         return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
@@ -72,8 +72,8 @@ class TestRedisSink(SinkContract):
         redis_server_with: Callable[..., RedisServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[RedisSinkHarness]:
-        far_side = FarSide(redis_server, "orders.insert")
-        await far_side.drop("orders.upsert")
+        broker = Broker(redis_server, "orders.insert")
+        await broker.drop("orders.upsert")
         proxy = await tcp_proxy(*redis_server.address)
-        yield RedisSinkHarness(far_side, proxy, redis_server_with, tls_files)
-        await far_side.drop("orders.upsert")
+        yield RedisSinkHarness(broker, proxy, redis_server_with, tls_files)
+        await broker.drop("orders.upsert")

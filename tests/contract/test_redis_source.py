@@ -8,7 +8,7 @@ import pytest
 
 from relay.contracts import Source
 from relay.message import RelayMessage
-from tests.contract.redis_far_side import FarSide, RedisHarness, source_of, user_lines
+from tests.contract.redis_broker import Broker, RedisHarness, source_of, user_lines
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
@@ -18,28 +18,28 @@ from tests.servers.tls import TlsFiles
 class RedisSourceHarness(RedisHarness, SourceHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., RedisServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
     def make(self, *, batch_size: int = 100) -> Source:
-        return source_of(self.url, self.far_side.stream, batch_size=batch_size)
+        return source_of(self.url, self.broker.stream, batch_size=batch_size)
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        await self.far_side.feed(messages)
+        await self.broker.feed(messages)
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
         for body in bodies:
-            await self.far_side.put({"payload": body})
+            await self.broker.put({"payload": body})
         return bodies
 
     def make_short_lived(self) -> tuple[Source, float]:
-        return source_of(self.url, self.far_side.stream, claim_idle_ms=1000), 1.0
+        return source_of(self.url, self.broker.stream, claim_idle_ms=1000), 1.0
 
     async def make_tls(self, *, trusted: bool) -> Source:
         server = self._server_with("", self._tls_files.contents(), is_tls=True)
@@ -63,8 +63,8 @@ class TestRedisSource(SourceContract):
         redis_server_with: Callable[..., RedisServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[RedisSourceHarness]:
-        far_side = FarSide(redis_server, "contract.source")
-        await far_side.drop()
+        broker = Broker(redis_server, "contract.source")
+        await broker.drop()
         proxy = await tcp_proxy(*redis_server.address)
-        yield RedisSourceHarness(far_side, proxy, redis_server_with, tls_files)
-        await far_side.drop()
+        yield RedisSourceHarness(broker, proxy, redis_server_with, tls_files)
+        await broker.drop()

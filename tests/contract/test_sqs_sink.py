@@ -12,7 +12,7 @@ from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
 from tests.contract.sink_contract import SinkContract, SinkHarness
-from tests.contract.sqs_far_side import FarSide, SqsHarness, far_side_of, lasting_queue, sink_of
+from tests.contract.sqs_broker import Broker, SqsHarness, broker_of, lasting_queue, sink_of
 from tests.servers.proxy import TcpProxy
 from tests.servers.sqs import SqsServer
 from tests.servers.tls import TlsFiles
@@ -24,25 +24,25 @@ CHECKING = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
 class SqsSinkHarness(SqsHarness, SinkHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., SqsServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
     def make(self, ordering: str = "pipelined") -> SqsSink:
         # Strictly ordered, hundreds of messages of one key take as many calls.
-        keys = self.far_side.keys
+        keys = self.broker.keys
         return sink_of(self.url, ordering=ordering, max_message_bytes=LIMIT_BYTES, **keys)
 
     def make_strict(self) -> SqsSink:
         return self.make("strict")
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
-        return await until(self.far_side.restored, at_least)
+        return await until(self.broker.restored, at_least)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
         return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
@@ -55,11 +55,11 @@ class SqsSinkHarness(SqsHarness, SinkHarness):
         files = self._tls_files
         authority = files.authority if trusted else files.other_authority
         url = await lasting_queue(server, tls_ca=str(files.authority))
-        return sink_of(url, tls_ca=str(authority), **self.far_side.keys)
+        return sink_of(url, tls_ca=str(authority), **self.broker.keys)
 
     async def make_unauthorized(self) -> Sink:
         server = self._server_with(CHECKING)
-        return sink_of(f"{server.url}/123456789012/orders", **self.far_side.keys)
+        return sink_of(f"{server.url}/123456789012/orders", **self.broker.keys)
 
 
 class TestSqsSink(SinkContract):
@@ -82,6 +82,6 @@ class TestSqsSink(SinkContract):
         sqs_server_with: Callable[..., SqsServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[SqsSinkHarness]:
-        async with far_side_of(sqs_server, is_fifo=True) as far_side:
+        async with broker_of(sqs_server, is_fifo=True) as broker:
             proxy = await tcp_proxy(*sqs_server.address)
-            yield SqsSinkHarness(far_side, proxy, sqs_server_with, tls_files)
+            yield SqsSinkHarness(broker, proxy, sqs_server_with, tls_files)

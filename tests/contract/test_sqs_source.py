@@ -13,10 +13,10 @@ import pytest
 from relay.contracts import Source
 from relay.message import RelayMessage
 from tests.contract.source_contract import SourceContract, SourceHarness
-from tests.contract.sqs_far_side import (
-    FarSide,
+from tests.contract.sqs_broker import (
+    Broker,
     SqsHarness,
-    far_side_of,
+    broker_of,
     lasting_queue,
     source_of,
 )
@@ -33,12 +33,12 @@ VISIBILITY_S = 10
 class SqsSourceHarness(SqsHarness, SourceHarness):
     def __init__(
         self,
-        far_side: FarSide,
+        broker: Broker,
         proxy: TcpProxy,
         server_with: Callable[..., SqsServer],
         tls_files: TlsFiles,
     ) -> None:
-        super().__init__(far_side, proxy)
+        super().__init__(broker, proxy)
         self._server_with = server_with
         self._tls_files = tls_files
 
@@ -53,30 +53,30 @@ class SqsSourceHarness(SqsHarness, SourceHarness):
             batch_size=batch_size,
             visibility_timeout=VISIBILITY_S,
             max_in_flight=1,
-            **self.far_side.keys,
+            **self.broker.keys,
         )
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        await self.far_side.feed(messages)
+        await self.broker.feed(messages)
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
         held = [body for body in bodies if is_text_of_sqs(body)]
-        await self.far_side.put(*(body.decode() for body in held))
+        await self.broker.put(*(body.decode() for body in held))
         return held
 
     def make_short_lived(self) -> tuple[Source, float]:
-        return source_of(self.url, visibility_timeout=3, **self.far_side.keys), 3.0
+        return source_of(self.url, visibility_timeout=3, **self.broker.keys), 3.0
 
     async def make_tls(self, *, trusted: bool) -> Source:
         server = self._server_with(tls=self._tls_files)
         files = self._tls_files
         authority = files.authority if trusted else files.other_authority
         url = await lasting_queue(server, tls_ca=str(files.authority))
-        return source_of(url, tls_ca=str(authority), **self.far_side.keys)
+        return source_of(url, tls_ca=str(authority), **self.broker.keys)
 
     async def make_unauthorized(self) -> Source:
         server = self._server_with(CHECKING)
-        return source_of(f"{server.url}/123456789012/orders", **self.far_side.keys)
+        return source_of(f"{server.url}/123456789012/orders", **self.broker.keys)
 
 
 def is_text_of_sqs(body: bytes) -> bool:
@@ -104,6 +104,6 @@ class TestSqsSource(SourceContract):
         sqs_server_with: Callable[..., SqsServer],
         tls_files: TlsFiles,
     ) -> AsyncIterator[SqsSourceHarness]:
-        async with far_side_of(sqs_server) as far_side:
+        async with broker_of(sqs_server) as broker:
             proxy = await tcp_proxy(*sqs_server.address)
-            yield SqsSourceHarness(far_side, proxy, sqs_server_with, tls_files)
+            yield SqsSourceHarness(broker, proxy, sqs_server_with, tls_files)

@@ -16,7 +16,7 @@ from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
 from tests.contract.sink_contract import SinkContract, SinkHarness
-from tests.contract.webhook_far_side import driver_exceptions, host_of, restored, sink_of
+from tests.contract.webhook_client import driver_exceptions, host_of, restored, sink_of
 from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.proxy import TcpProxy
 from tests.servers.tls import TlsFiles

@@ -1,4 +1,4 @@
-"""The webhook source under the contract; its far side is a sender that repeats what is refused."""
+"""The webhook source under the contract; its broker is a sender that repeats what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relay.message import RelayMessage
 from relay.wire import is_json
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.contract.surroundings import backend_context
-from tests.contract.webhook_far_side import (
+from tests.contract.webhook_client import (
     PATH,
     ObservedSource,
     Sender,

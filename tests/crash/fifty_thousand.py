@@ -1,4 +1,4 @@
-"""Fifty thousand events through the real relay, which is killed, and whose far side goes away.
+"""Fifty thousand events through the real relay, which is killed, and whose broker goes away.
 
 `ForwardProof` and `ReverseProof` hold the tests. A backend has one file, ``test_<backend>.py``,
 that subclasses them as `TestForward` and `TestReverse` and supplies one fixture each:
@@ -9,16 +9,16 @@ that subclasses them as `TestForward` and `TestReverse` and supplies one fixture
 - ``origin``, an `Origin`: where messages come from. It says which source leads there, puts
   messages there whose payload is ``{"id": n, …}`` and takes the server away and brings it back.
 
-Both start empty, have a far side of the test's own (a fresh stream, topic, queue, file), and are
+Both start empty, have a broker of the test's own (a fresh stream, topic, queue, file), and are
 taken down by their fixture. A server of the session may be used; it is up again when a test ends.
-Where there is no server that keeps anything, the far side is taken away by the cutting proxy or by
-stopping the listener; where there is no far side but a file, PostgreSQL goes away instead.
+Where there is no server that keeps anything, the broker is taken away by the cutting proxy or by
+stopping the listener; where there is no broker but a file, PostgreSQL goes away instead.
 
 What the tests do with them: events are written in slices, and a blow falls when some of a slice
 have arrived and others have not. That is observed and never hoped for: a slice that was through
 before the blow is followed by another. In the end there are at least fifty thousand events; each
 has arrived, a repetition is equal to the event it repeats, and events of a key came first in their
-order. An inbox has each message once. A far side that takes minutes for so many says with
+order. An inbox has each message once. A broker that takes minutes for so many says with
 ``event_count`` how many it gets.
 """
 
@@ -184,7 +184,7 @@ class _Flow(Protocol):
         ...
 
     async def write_while_away(self, first: int, count: int) -> int:
-        """Write so many more behind the far side's back where that is possible; how many."""
+        """Write so many more behind the broker's back where that is possible; how many."""
         ...
 
     async def count(self) -> int:
@@ -192,7 +192,7 @@ class _Flow(Protocol):
         ...
 
     async def take_away(self, blow: Blow) -> None:
-        """Take the far side away."""
+        """Take the broker away."""
         ...
 
     async def until_missed(self, relay: RelayProcess) -> None:
@@ -200,7 +200,7 @@ class _Flow(Protocol):
         ...
 
     async def bring_back(self) -> None:
-        """Bring the far side back."""
+        """Bring the broker back."""
         ...
 
 
@@ -234,8 +234,8 @@ class _Scenario:
         await relay.kill()
         return await self._flow.count() < self.written
 
-    async def take_the_far_side_away(self, relay: RelayProcess, blow: Blow) -> bool:
-        """Write a slice and take the far side away in the middle; False when it was through."""
+    async def take_the_broker_away(self, relay: RelayProcess, blow: Blow) -> bool:
+        """Write a slice and take the broker away in the middle; False when it was through."""
         before = await self._flow.count()
         await self._flow.world.run("select pgtrickle.disable_relay($1)", PIPELINE)
         await self.write(self._slice)
@@ -278,16 +278,16 @@ async def _killed_again_and_again(flow: _Flow) -> int:
 
 
 async def _with_outages(flow: _Flow) -> int:
-    """Take the far side away while a relay is at work; how many events were written."""
+    """Take the broker away while a relay is at work; how many events were written."""
     async with asyncio.timeout(BOUND_S), asyncio.TaskGroup() as writers:
         scenario = _Scenario(flow, writers)
         relay = await scenario.relay()
         for blow in _OUTAGES:
             for _ in range(_ATTEMPTS):
-                if await scenario.take_the_far_side_away(relay, blow):
+                if await scenario.take_the_broker_away(relay, blow):
                     break
             else:
-                pytest.fail("the far side never went away in the middle")
+                pytest.fail("the broker never went away in the middle")
         await scenario.write_the_rest()
     assert relay.returncode is None, relay.output
     return scenario.written
@@ -437,7 +437,7 @@ class ForwardProof(_Proof):
 
         await flow.assert_nothing_is_lost(written)
 
-    async def test_fifty_thousand_events_survive_a_far_side_that_goes_away(
+    async def test_fifty_thousand_events_survive_a_broker_that_goes_away(
         self, world: RelayWorld, destination: Destination
     ) -> None:
         flow = _Forward(world, destination)
@@ -461,7 +461,7 @@ class ReverseProof(_Proof):
 
         await flow.assert_nothing_is_lost(written)
 
-    async def test_fifty_thousand_messages_survive_a_far_side_that_goes_away(
+    async def test_fifty_thousand_messages_survive_a_broker_that_goes_away(
         self, world: RelayWorld, origin: Origin
     ) -> None:
         flow = _Reverse(world, origin)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 
 import pytest
 
-from tests.contract.sqs_far_side import FarSide, far_side_of
+from tests.contract.sqs_broker import Broker, broker_of
 from tests.crash.fifty_thousand import (
     Arrived,
     Blow,
@@ -40,16 +40,16 @@ class _Queue:
 
     event_count = _EVENTS
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        self._far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        self._broker = broker
         self._proxy = proxy
 
     @property
     def _place(self) -> Mapping[str, object]:
         return {
             "type": "sqs",
-            "queue_url": self._far_side.through(self._proxy),
-            "region": self._far_side.server.region,
+            "queue_url": self._broker.through(self._proxy),
+            "region": self._broker.server.region,
         }
 
     async def take_away(self, blow: Blow) -> None:
@@ -73,8 +73,8 @@ class _ToSqs(_Queue, Destination):
 
     deduplicates = True
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        super().__init__(far_side, proxy)
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        super().__init__(broker, proxy)
         self._taken = 0
 
     def sink(self) -> Mapping[str, object]:
@@ -83,10 +83,10 @@ class _ToSqs(_Queue, Destination):
     async def count(self) -> int:
         # What the server said last may be older than the last event.
         await asyncio.sleep(_COUNT_AGE_S)
-        return self._taken + int(await self._far_side.attribute("ApproximateNumberOfMessages"))
+        return self._taken + int(await self._broker.attribute("ApproximateNumberOfMessages"))
 
     async def events(self) -> Sequence[Arrived]:
-        found = await self._far_side.take()
+        found = await self._broker.take()
         self._taken = len(found)
         return [arrived(one["Body"].encode()) for one in found]
 
@@ -101,7 +101,7 @@ class _FromSqs(_Queue, Origin):
                 {"Id": str(id_), "MessageBody": payload(id_).decode()}
                 for id_ in ids[start : start + _PER_CALL]
             ]
-            answer = await self._far_side.ask("send_message_batch", Entries=entries)
+            answer = await self._broker.ask("send_message_batch", Entries=entries)
             assert not answer.get("Failed")
 
 
@@ -120,12 +120,12 @@ class TestForward(ForwardProof):
     async def destination(
         self, sqs_server: SqsServer, proxy: TcpProxy
     ) -> AsyncIterator[Destination]:
-        async with far_side_of(sqs_server, is_fifo=True) as far_side:
-            yield _ToSqs(far_side, proxy)
+        async with broker_of(sqs_server, is_fifo=True) as broker:
+            yield _ToSqs(broker, proxy)
 
 
 class TestReverse(ReverseProof):
     @pytest.fixture
     async def origin(self, sqs_server: SqsServer, proxy: TcpProxy) -> AsyncIterator[Origin]:
-        async with far_side_of(sqs_server) as far_side:
-            yield _FromSqs(far_side, proxy)
+        async with broker_of(sqs_server) as broker:
+            yield _FromSqs(broker, proxy)

@@ -15,7 +15,7 @@ from relay.backends.nats import NatsSource
 from relay.errors import AuthenticationRefused, ConfigurationError, DestinationMissing, RelayError
 from relay.message import RelayMessage
 from tests.contract.evidence import numbered
-from tests.contract.nats_far_side import FarSide, sink_of, source_of
+from tests.contract.nats_broker import Broker, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.contract.surroundings import backend_context
 from tests.integration.test_nats_access import MUTUAL_TLS, TLS, new_key, operated
@@ -26,11 +26,11 @@ ServerWith = Callable[..., NatsServer]
 
 
 @pytest.fixture
-async def far_side(nats_server: NatsServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(nats_server, "effects")
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(nats_server: NatsServer) -> AsyncIterator[Broker]:
+    broker = Broker(nats_server, "effects")
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 async def is_let_in(server: NatsServer, **keys: str | bool) -> bool:
@@ -126,10 +126,10 @@ async def test_a_source_demands_tls_and_may_be_told_to_trust_anybody(
 @pytest.mark.shows("source:nats.max_deliver")
 @pytest.mark.parametrize("max_deliver,comes_again", [(-1, True), (1, False)])
 async def test_a_message_is_delivered_so_often(
-    far_side: FarSide, max_deliver: int, comes_again: bool
+    broker: Broker, max_deliver: int, comes_again: bool
 ) -> None:
-    await far_side.put("orders.theirs", b"{}")
-    source = source_of(far_side.server.url, max_deliver=max_deliver)
+    await broker.put("orders.theirs", b"{}")
+    source = source_of(broker.server.url, max_deliver=max_deliver)
     await source.connect()
     (batch,) = await collect(source, 1)
 

@@ -1,4 +1,4 @@
-"""The real relay, its database and its far sides: what the tests of the process share.
+"""The real relay, its database and its brokers: what the tests of the process share.
 
 Every relay logs in as a role that is a member of `pgtrickle_relay` and nothing else.
 """

@@ -11,7 +11,7 @@ import pytest
 from relay.contracts import Source
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
-from tests.contract import kafka_far_side, nats_far_side, rabbitmq_far_side
+from tests.contract import kafka_far_side, nats_broker, rabbitmq_far_side
 from tests.contract.source_contract import collect, messages_of
 from tests.servers.kafka import KafkaServer
 from tests.servers.nats import NatsServer
@@ -43,38 +43,38 @@ def _spelled(prefix: str) -> Mapping[str, str]:
 
 
 async def test_over_kafka(kafka_server: KafkaServer) -> None:
-    far_side = kafka_far_side.FarSide(kafka_server)
-    await far_side.create()
+    broker = kafka_far_side.FarSide(kafka_server)
+    await broker.create()
     headers = [(name, text.encode()) for name, text in _spelled("ce_").items()]
-    await far_side.put(DATA, headers=[*headers, ("content-type", b"application/json")])
-    await far_side.put(STRUCTURED, headers=[("content-type", CONTENT_TYPE.encode())])
+    await broker.put(DATA, headers=[*headers, ("content-type", b"application/json")])
+    await broker.put(STRUCTURED, headers=[("content-type", CONTENT_TYPE.encode())])
 
-    await assert_both_arrive(kafka_far_side.source_of(kafka_server.brokers, far_side.topic))
-    await far_side.drop()
+    await assert_both_arrive(kafka_far_side.source_of(kafka_server.brokers, broker.topic))
+    await broker.drop()
 
 
 async def test_over_nats(nats_server: NatsServer) -> None:
-    async with _stream(nats_server) as far_side:
-        await far_side.put("orders.ce", DATA, headers={**_spelled("ce-"), "Nats-Msg-Id": "one"})
-        await far_side.put("orders.ce", STRUCTURED, headers={"content-type": CONTENT_TYPE})
+    async with _stream(nats_server) as broker:
+        await broker.put("orders.ce", DATA, headers={**_spelled("ce-"), "Nats-Msg-Id": "one"})
+        await broker.put("orders.ce", STRUCTURED, headers={"content-type": CONTENT_TYPE})
 
-        await assert_both_arrive(nats_far_side.source_of(nats_server.url))
+        await assert_both_arrive(nats_broker.source_of(nats_server.url))
 
 
 @contextlib.asynccontextmanager
-async def _stream(server: NatsServer) -> AsyncIterator[nats_far_side.FarSide]:
-    far_side = nats_far_side.FarSide(server, "cloudevents")
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def _stream(server: NatsServer) -> AsyncIterator[nats_broker.Broker]:
+    broker = nats_broker.Broker(server, "cloudevents")
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 @pytest.mark.parametrize("prefix", ["cloudEvents:", "cloudEvents_"])
 async def test_over_amqp(rabbitmq_server: RabbitServer, prefix: str) -> None:
-    far_side = rabbitmq_far_side.FarSide(rabbitmq_server, "cloudevents")
-    await far_side.make()
-    await far_side.put(DATA, headers=_spelled(prefix), content_type="application/json")
-    await far_side.put(STRUCTURED, content_type=CONTENT_TYPE)
+    broker = rabbitmq_far_side.FarSide(rabbitmq_server, "cloudevents")
+    await broker.make()
+    await broker.put(DATA, headers=_spelled(prefix), content_type="application/json")
+    await broker.put(STRUCTURED, content_type=CONTENT_TYPE)
 
-    await assert_both_arrive(rabbitmq_far_side.source_of(rabbitmq_server.url, far_side.queue))
-    await far_side.drop()
+    await assert_both_arrive(rabbitmq_far_side.source_of(rabbitmq_server.url, broker.queue))
+    await broker.drop()

@@ -55,7 +55,7 @@ class Stuck(MemorySink):
 
 
 class SlowToClose(MemorySource):
-    """Has a last word with its far side."""
+    """Has a last word with its broker."""
 
     def __init__(self, channel: MemoryChannel) -> None:
         super().__init__(channel, batch_size=1)

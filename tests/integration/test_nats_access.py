@@ -16,7 +16,7 @@ import pytest
 
 from relay.errors import AuthenticationRefused, ConfigurationError, Outage, RelayError
 from tests.contract.evidence import numbered
-from tests.contract.nats_far_side import sink_of, source_of
+from tests.contract.nats_broker import sink_of, source_of
 from tests.servers.finding import free_port
 from tests.servers.nats import NatsServer
 from tests.servers.tls import TlsFiles

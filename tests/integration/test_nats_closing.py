@@ -13,7 +13,7 @@ import pytest
 from relay.backends.nats import NatsSink, NatsSource
 from relay.errors import RelayError
 from tests.contract.evidence import numbered
-from tests.contract.nats_far_side import FarSide, port_of, sink_of, source_of
+from tests.contract.nats_broker import Broker, port_of, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.servers.finding import free_port
 from tests.servers.nats import NatsServer
@@ -24,11 +24,11 @@ BOUND_S = 15
 
 
 @pytest.fixture
-async def far_side(nats_server: NatsServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(nats_server, "closing")
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(nats_server: NatsServer) -> AsyncIterator[Broker]:
+    broker = Broker(nats_server, "closing")
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 class Left:
@@ -54,17 +54,17 @@ def _socket(file: Path) -> str | None:
     return name if name.startswith("socket:") else None
 
 
-async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(broker: Broker) -> None:
     left = Left()
 
     for _ in range(2):
-        sink = sink_of(far_side.server.url)
+        sink = sink_of(broker.server.url)
         await sink.connect()
         assert not (await sink.publish(numbered(100))).failures
         assert await sink.is_healthy()
         await sink.aclose()
 
-        source = source_of(far_side.server.url)
+        source = source_of(broker.server.url)
         await source.connect()
         await collect(source, 50)
         await source.aclose()
@@ -87,10 +87,10 @@ async def test_a_start_that_fails_leaves_no_task_thread_or_socket(
 
 @pytest.mark.parametrize("blow", ["cut", "stall"])
 async def test_a_stop_while_the_server_is_gone_is_bounded_and_leaves_nothing(
-    far_side: FarSide, tcp_proxy: Proxies, blow: str
+    broker: Broker, tcp_proxy: Proxies, blow: str
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    url = proxy.url(far_side.server.url)
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    url = proxy.url(broker.server.url)
     left = Left()
     backends: list[NatsSink | NatsSource] = [sink_of(url), source_of(url)]
     for backend in backends:

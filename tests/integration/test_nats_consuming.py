@@ -23,7 +23,7 @@ from tests.contract.evidence import (
     numbered,
     reconnect,
 )
-from tests.contract.nats_far_side import FarSide, port_of, sink_of, source_of
+from tests.contract.nats_broker import Broker, port_of, sink_of, source_of
 from tests.contract.source_contract import AT_ONCE_S, collect, messages_of
 from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
@@ -33,33 +33,33 @@ LONG_BEFORE_REDELIVERY_S = 20
 
 
 @pytest.fixture
-async def far_side(nats_server: NatsServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(nats_server, "consuming")
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(nats_server: NatsServer) -> AsyncIterator[Broker]:
+    broker = Broker(nats_server, "consuming")
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
-async def feed(far_side: FarSide, messages: list[RelayMessage], **keys: str) -> None:
-    sink = sink_of(far_side.server.url, format=keys.get("format", "envelope"))
+async def feed(broker: Broker, messages: list[RelayMessage], **keys: str) -> None:
+    sink = sink_of(broker.server.url, format=keys.get("format", "envelope"))
     await sink.connect()
     assert not (await sink.publish(messages)).failures
     await sink.aclose()
 
 
-async def connected(far_side: FarSide, **keys: Any) -> NatsSource:
-    source = source_of(far_side.server.url, **keys)
+async def connected(broker: Broker, **keys: Any) -> NatsSource:
+    source = source_of(broker.server.url, **keys)
     await source.connect()
     return source
 
 
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
 async def test_every_field_survives_the_way_through_the_broker(
-    far_side: FarSide, format_: str
+    broker: Broker, format_: str
 ) -> None:
     sent = complete_message()
-    await feed(far_side, [sent], format=format_)
-    source = await connected(far_side)
+    await feed(broker, [sent], format=format_)
+    source = await connected(broker)
 
     (arrived,) = messages_of(await collect(source, 1))
 
@@ -67,7 +67,7 @@ async def test_every_field_survives_the_way_through_the_broker(
     await source.aclose()
 
 
-async def test_headers_with_strange_characters_survive_every_format(far_side: FarSide) -> None:
+async def test_headers_with_strange_characters_survive_every_format(broker: Broker) -> None:
     headers = {
         "plain": "text",
         "Nats-Rollup": "all",
@@ -82,8 +82,8 @@ async def test_headers_with_strange_characters_survive_every_format(far_side: Fa
         message = RelayMessage(
             dedup_key=f"h:{number}", payload=b"{}", subject="orders.x", headers=headers
         )
-        await feed(far_side, [message], format=format_)
-    source = await connected(far_side)
+        await feed(broker, [message], format=format_)
+    source = await connected(broker)
 
     arrived = messages_of(await collect(source, 3))
 
@@ -92,11 +92,11 @@ async def test_headers_with_strange_characters_survive_every_format(far_side: Fa
 
 
 async def test_a_plain_message_is_named_by_its_message_id_else_by_its_place(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.put("orders.theirs", b'{"a":1}', {"Nats-Msg-Id": "theirs-1", "X": "y"})
-    await far_side.put("orders.theirs", b'{"a":2}')
-    source = await connected(far_side)
+    await broker.put("orders.theirs", b'{"a":1}', {"Nats-Msg-Id": "theirs-1", "X": "y"})
+    await broker.put("orders.theirs", b'{"a":2}')
+    source = await connected(broker)
 
     first, second = messages_of(await collect(source, 2))
 
@@ -117,16 +117,16 @@ async def test_a_plain_message_is_named_by_its_message_id_else_by_its_place(
     ],
 )
 async def test_bytes_that_are_no_headers_and_no_text_cost_nobody_anything(
-    far_side: FarSide, lines: bytes
+    broker: Broker, lines: bytes
 ) -> None:
-    await feed(far_side, numbered(1))
-    reader, writer = await asyncio.open_connection(*port_of(far_side.server.url))
+    await feed(broker, numbered(1))
+    reader, writer = await asyncio.open_connection(*port_of(broker.server.url))
     writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + lines + b"PING\r\n")
     while await reader.readline() != b"PONG\r\n":
         continue
     writer.close()
-    await feed(far_side, numbered(1, start=1))
-    source = await connected(far_side)
+    await feed(broker, numbered(1, start=1))
+    source = await connected(broker)
 
     first, strange, last = messages_of(await collect(source, 3))
 
@@ -134,12 +134,12 @@ async def test_bytes_that_are_no_headers_and_no_text_cost_nobody_anything(
     await source.aclose()
 
 
-async def test_places_of_a_stream_that_was_made_again_are_other_places(far_side: FarSide) -> None:
+async def test_places_of_a_stream_that_was_made_again_are_other_places(broker: Broker) -> None:
     keys = []
     for _ in range(2):
-        await far_side.create()
-        await far_side.put("orders.theirs", b"{}")
-        source = await connected(far_side)
+        await broker.create()
+        await broker.put("orders.theirs", b"{}")
+        source = await connected(broker)
         keys += dedup_keys(messages_of(await collect(source, 1)))
         await source.aclose()
 
@@ -147,11 +147,11 @@ async def test_places_of_a_stream_that_was_made_again_are_other_places(far_side:
 
 
 async def test_after_a_lost_connection_everything_comes_again_at_once_and_in_order(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    await feed(far_side, numbered(300))
-    source = source_of(proxy.url(far_side.server.url), batch_size=50)
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    await feed(broker, numbered(300))
+    source = source_of(proxy.url(broker.server.url), batch_size=50)
     await source.connect()
     first = await source.poll()
     await source.acknowledge(first)
@@ -161,7 +161,7 @@ async def test_after_a_lost_connection_everything_comes_again_at_once_and_in_ord
     with pytest.raises(Outage):
         await source.acknowledge(held)
     await reconnect(source.connect)
-    await feed(far_side, numbered(20, start=300))
+    await feed(broker, numbered(20, start=300))
 
     settled = len(first.messages)
     again = await collect(source, 320 - settled, timeout_s=AT_ONCE_S)
@@ -170,17 +170,17 @@ async def test_after_a_lost_connection_everything_comes_again_at_once_and_in_ord
 
 
 async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    await feed(far_side, numbered(100))
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    killed = source_of(proxy.url(far_side.server.url), batch_size=40)
+    await feed(broker, numbered(100))
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    killed = source_of(proxy.url(broker.server.url), batch_size=40)
     await killed.connect()
     await killed.poll()
     await proxy.reset_connections()
-    await feed(far_side, numbered(10, start=100))
+    await feed(broker, numbered(10, start=100))
 
-    successor = await connected(far_side)
+    successor = await connected(broker)
 
     again = await collect(successor, 110, timeout_s=AT_ONCE_S)
     assert dedup_keys(messages_of(again)) == dedup_keys(numbered(110))
@@ -188,9 +188,9 @@ async def test_what_a_killed_process_held_comes_at_once_and_before_what_is_new(
     await successor.aclose()
 
 
-async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSide) -> None:
-    await feed(far_side, numbered(5))
-    source = await connected(far_side)
+async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(broker: Broker) -> None:
+    await feed(broker, numbered(5))
+    source = await connected(broker)
     (old, *_) = await collect(source, 5)
     await source.connect()
 
@@ -201,9 +201,9 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSi
     await source.aclose()
 
 
-async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSide) -> None:
-    await feed(far_side, numbered(200))
-    source = await connected(far_side, batch_size=20)
+async def test_rejecting_gives_back_in_order_what_is_waiting_too(broker: Broker) -> None:
+    await feed(broker, numbered(200))
+    source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(3)]
     settled = len(batches[0].messages)
     await source.acknowledge(batches[0])
@@ -217,11 +217,11 @@ async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSi
 
 
 async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     count = 5000
-    await feed(far_side, numbered(count))
-    source = await connected(far_side, batch_size=500)
+    await feed(broker, numbered(count))
+    source = await connected(broker, batch_size=500)
     for _ in range(15):
         # The next messages are asked for, and on their way, when this returns.
         (batch, *_) = await collect(source, 1)
@@ -237,9 +237,9 @@ async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
     await source.aclose()
 
 
-async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side: FarSide) -> None:
-    await feed(far_side, numbered(60))
-    source = await connected(far_side, batch_size=20)
+async def test_what_is_given_back_last_batch_first_comes_again_in_order(broker: Broker) -> None:
+    await feed(broker, numbered(60))
+    source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(3)]
     given_back = sum(len(batch.messages) for batch in batches)
     assert sum(bool(batch.messages) for batch in batches) > 1
@@ -248,7 +248,7 @@ async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side
         await source.reject(batch)
     await source.aclose()
 
-    successor = await connected(far_side, batch_size=20)
+    successor = await connected(broker, batch_size=20)
     again = await collect(successor, 60, timeout_s=AT_ONCE_S)
     assert given_back > 20
     assert dedup_keys(messages_of(again)) == dedup_keys(numbered(60))
@@ -257,35 +257,35 @@ async def test_what_is_given_back_last_batch_first_comes_again_in_order(far_side
 
 @pytest.mark.shows("source:nats.ack_wait_seconds")
 async def test_a_redelivery_of_what_is_unacknowledged_is_not_handed_out_twice(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await feed(far_side, numbered(5))
-    source = await connected(far_side, ack_wait_seconds=1)
+    await feed(broker, numbered(5))
+    source = await connected(broker, ack_wait_seconds=1)
     batches = await collect(source, 5)
 
     # Nobody keeps the batch alive: the server delivers it again while it is unacknowledged.
     async with asyncio.timeout(10):
-        while not (await far_side.consumer()).num_redelivered:
+        while not (await broker.consumer()).num_redelivered:
             assert (await source.poll()).is_empty
     assert (await source.poll()).is_empty
-    await feed(far_side, numbered(1, start=5))
+    await feed(broker, numbered(1, start=5))
     later = await collect(source, 1)
 
     assert dedup_keys(messages_of(later)) == ["m:5"]
     for batch in [*batches, *later]:
         await source.acknowledge(batch)
     await source.aclose()
-    successor = await connected(far_side, ack_wait_seconds=1)
+    successor = await connected(broker, ack_wait_seconds=1)
     assert (await successor.poll()).is_empty
     await successor.aclose()
 
 
-async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(far_side: FarSide) -> None:
-    await feed(far_side, numbered(60))
-    source = await connected(far_side, batch_size=20, ack_wait_seconds=1)
+async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(broker: Broker) -> None:
+    await feed(broker, numbered(60))
+    source = await connected(broker, batch_size=20, ack_wait_seconds=1)
     first = await source.poll()
     async with asyncio.timeout(10):
-        while ((await far_side.consumer()).num_ack_pending or 0) <= len(first.messages):
+        while ((await broker.consumer()).num_ack_pending or 0) <= len(first.messages):
             continue
     ends_at = time.monotonic() + 2.5
 
@@ -293,7 +293,7 @@ async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(far_side: Far
         await source.keep_alive(first)
         await asyncio.sleep(source.keep_alive_interval_s or 0)
 
-    consumer = await far_side.consumer()
+    consumer = await broker.consumer()
     assert (consumer.num_ack_pending or 0) > len(first.messages)
     assert not consumer.num_redelivered
     await source.aclose()
@@ -301,14 +301,14 @@ async def test_keeping_alive_covers_what_waits_behind_a_slow_batch(far_side: Far
 
 @pytest.mark.shows("source:nats.durable_name")
 async def test_an_existing_consumer_that_differs_is_named_with_the_difference(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.create_consumer(
+    await broker.create_consumer(
         "theirs", ack_policy="all", filter_subject="orders.x", ack_wait=5_000_000_000
     )
 
     with pytest.raises(ConfigurationError) as caught:
-        await connected(far_side, durable_name="theirs")
+        await connected(broker, durable_name="theirs")
 
     text = str(caught.value)
     assert "subject orders.x, not orders.>" in text
@@ -316,26 +316,26 @@ async def test_an_existing_consumer_that_differs_is_named_with_the_difference(
     assert "ack_wait_seconds 5, not 30" in text
 
 
-async def test_a_push_consumer_is_refused(far_side: FarSide) -> None:
-    await far_side.create_consumer(
+async def test_a_push_consumer_is_refused(broker: Broker) -> None:
+    await broker.create_consumer(
         "pushed", ack_policy="explicit", filter_subject="orders.>", deliver_subject="somewhere"
     )
 
     with pytest.raises(ConfigurationError, match="push delivery"):
-        await connected(far_side, durable_name="pushed")
+        await connected(broker, durable_name="pushed")
 
 
 @pytest.mark.shows("source:nats.subject")
-async def test_a_subject_that_no_stream_stores_is_said_on_connecting(far_side: FarSide) -> None:
+async def test_a_subject_that_no_stream_stores_is_said_on_connecting(broker: Broker) -> None:
     with pytest.raises(DestinationMissing, match=r"nobody\.stores\.this"):
-        await connected(far_side, subject="nobody.stores.this")
+        await connected(broker, subject="nobody.stores.this")
 
 
-async def test_a_consumer_deleted_while_it_is_read_is_a_lost_position(far_side: FarSide) -> None:
-    source = await connected(far_side, durable_name="short")
+async def test_a_consumer_deleted_while_it_is_read_is_a_lost_position(broker: Broker) -> None:
+    source = await connected(broker, durable_name="short")
     await source.poll()
     polling = asyncio.create_task(_poll_until_it_fails(source))
-    await far_side.drop_consumer("short")
+    await broker.drop_consumer("short")
 
     with pytest.raises(PositionLost, match="deliver_policy"):
         await asyncio.wait_for(polling, 10)
@@ -347,11 +347,11 @@ async def test_a_consumer_deleted_while_it_is_read_is_a_lost_position(far_side: 
 )
 @pytest.mark.shows("source:nats.deliver_policy")
 async def test_a_new_consumer_begins_where_its_policy_says(
-    far_side: FarSide, policy: str, expected: list[int]
+    broker: Broker, policy: str, expected: list[int]
 ) -> None:
-    await feed(far_side, numbered(3))
-    source = await connected(far_side, deliver_policy=policy)
-    await feed(far_side, numbered(1, start=3))
+    await feed(broker, numbered(3))
+    source = await connected(broker, deliver_policy=policy)
+    await feed(broker, numbered(1, start=3))
 
     arrived = messages_of(await collect(source, len(expected)))
 
@@ -360,12 +360,12 @@ async def test_a_new_consumer_begins_where_its_policy_says(
 
 
 async def test_messages_larger_than_a_batch_are_handed_out_one_at_a_time(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     bodies = [b'"%s"' % (b"%d" % number * 900_000) for number in range(4)]
     for body in bodies:
-        await far_side.put("orders.theirs", body)
-    source = await connected(far_side, batch_bytes=1000)
+        await broker.put("orders.theirs", body)
+    source = await connected(broker, batch_bytes=1000)
 
     batches = await collect(source, 4)
 
@@ -375,10 +375,10 @@ async def test_messages_larger_than_a_batch_are_handed_out_one_at_a_time(
 
 
 async def test_a_silent_server_is_an_outage_within_seconds(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    source = source_of(proxy.url(far_side.server.url))
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    source = source_of(proxy.url(broker.server.url))
     await source.connect()
     await source.poll()
     proxy.stall()
@@ -392,11 +392,11 @@ async def test_a_silent_server_is_an_outage_within_seconds(
 
 @pytest.mark.speed
 async def test_a_hundred_thousand_messages_are_consumed_and_confirmed_in_seconds(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     count = 100_000
-    await feed(far_side, numbered(count, keys=1000))
-    source = await connected(far_side, batch_size=2000)
+    await feed(broker, numbered(count, keys=1000))
+    source = await connected(broker, batch_size=2000)
 
     started = time.perf_counter()
     arrived = 0
@@ -420,22 +420,22 @@ async def _poll_until_it_fails(source: NatsSource) -> None:
 
 
 async def test_what_was_held_far_apart_in_a_busy_stream_comes_before_what_is_new(
-    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.backends.nats.source._WIDEST_RECLAIM", 100)
-    await feed(far_side, numbered(1))
+    await feed(broker, numbered(1))
     others = [structs.replace(one, subject="orders.update") for one in numbered(200, prefix="o")]
-    await feed(far_side, others)
-    await feed(far_side, numbered(1, start=1))
+    await feed(broker, others)
+    await feed(broker, numbered(1, start=1))
     keys: dict[str, Any] = {"subject": "orders.insert", "ack_wait_seconds": 1}
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    killed = source_of(proxy.url(far_side.server.url), **keys)
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    killed = source_of(proxy.url(broker.server.url), **keys)
     await killed.connect()
     assert dedup_keys(messages_of(await collect(killed, 2))) == ["m:0", "m:1"]
     await proxy.reset_connections()
-    await feed(far_side, numbered(1, start=2))
+    await feed(broker, numbered(1, start=2))
 
-    successor = await connected(far_side, **keys)
+    successor = await connected(broker, **keys)
     first = await successor.poll()
 
     again = await collect(successor, 3)

@@ -30,7 +30,7 @@ from tests.contract.evidence import (
     numbered,
     until,
 )
-from tests.contract.nats_far_side import FarSide, port_of, sink_of
+from tests.contract.nats_broker import Broker, port_of, sink_of
 from tests.contract.sink_contract import deliver
 from tests.servers.nats import NatsServer
 from tests.servers.proxy import TcpProxy
@@ -40,11 +40,11 @@ LIMIT_BYTES = 1024 * 1024
 
 
 @pytest.fixture
-async def far_side(nats_server: NatsServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(nats_server, "publishing")
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(nats_server: NatsServer) -> AsyncIterator[Broker]:
+    broker = Broker(nats_server, "publishing")
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 def large(dedup_key: str, size: int) -> RelayMessage:
@@ -52,14 +52,14 @@ def large(dedup_key: str, size: int) -> RelayMessage:
 
 
 async def test_a_repeated_event_is_stored_once_and_counted_as_a_duplicate(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url)
+    sink = sink_of(broker.server.url)
     await sink.connect()
     first = await sink.publish(numbered(500))
     await sink.aclose()
 
-    again = sink_of(far_side.server.url)
+    again = sink_of(broker.server.url)
     await again.connect()
     second = await again.publish(numbered(600))
     await again.aclose()
@@ -67,13 +67,13 @@ async def test_a_repeated_event_is_stored_once_and_counted_as_a_duplicate(
     assert (first.duplicates, second.duplicates) == (0, 500)
     assert not first.failures
     assert not second.failures
-    assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(600))
+    assert dedup_keys(await broker.restored()) == dedup_keys(numbered(600))
 
 
 async def test_a_message_above_the_servers_limit_fails_alone_and_the_limit_is_named(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url)
+    sink = sink_of(broker.server.url)
     await sink.connect()
     good = numbered(10)
 
@@ -83,13 +83,13 @@ async def test_a_message_above_the_servers_limit_fails_alone_and_the_limit_is_na
     assert index == 5
     assert isinstance(error, MessageTooLarge)
     assert str(LIMIT_BYTES) in str(error)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
     await sink.aclose()
 
 
-async def test_a_message_above_the_streams_limit_fails_alone(far_side: FarSide) -> None:
-    await far_side.update(max_msg_size=2000)
-    sink = sink_of(far_side.server.url)
+async def test_a_message_above_the_streams_limit_fails_alone(broker: Broker) -> None:
+    await broker.update(max_msg_size=2000)
+    sink = sink_of(broker.server.url)
     await sink.connect()
     good = numbered(10)
 
@@ -98,17 +98,17 @@ async def test_a_message_above_the_streams_limit_fails_alone(far_side: FarSide) 
     ((index, error),) = [(one.index, one.error) for one in result.failures]
     assert index == 5
     assert isinstance(error, MessageTooLarge)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
     await sink.aclose()
 
 
 @pytest.mark.parametrize("ordering", ["strict", "pipelined"])
 @pytest.mark.parametrize("keys", [1500, 7])
 async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
-    far_side: FarSide, ordering: str, keys: int
+    broker: Broker, ordering: str, keys: int
 ) -> None:
-    await far_side.update(max_msg_size=2000)
-    sink = sink_of(far_side.server.url, ordering=ordering)
+    await broker.update(max_msg_size=2000)
+    sink = sink_of(broker.server.url, ordering=ordering)
     await sink.connect()
     good = numbered(1500, keys=keys)
 
@@ -116,7 +116,7 @@ async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
         result = await sink.publish([*good[:3], large("big", 5000), *good[3:]])
 
     assert [one.index for one in result.failures] == [3]
-    restored = await far_side.restored()
+    restored = await broker.restored()
     assert sorted(dedup_keys(restored)) == sorted(dedup_keys(good))
     if ordering == "strict":
         assert_per_key_order(restored, good)
@@ -124,14 +124,14 @@ async def test_a_message_that_the_stream_refuses_among_many_costs_only_itself(
 
 
 async def test_a_late_acknowledgement_settles_nothing_of_the_next_publish(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     # A listener that is no stream: it receives, and acknowledges nothing.
     listener = Client()
-    await listener.connect(far_side.server.url)
+    await listener.connect(broker.server.url)
     await listener.subscribe("silent.>")
     await listener.flush()
-    sink = sink_of(far_side.server.url, ack_timeout_ms=500)
+    sink = sink_of(broker.server.url, ack_timeout_ms=500)
     await sink.connect()
     cancelled = asyncio.create_task(sink.publish(numbered(3000, keys=3000)))
     await asyncio.sleep(0)
@@ -142,18 +142,18 @@ async def test_a_late_acknowledgement_settles_nothing_of_the_next_publish(
     silent = [msgspec.structs.replace(one, subject="silent.x") for one in numbered(200)]
     result = await sink.publish(silent)
 
-    assert await far_side.restored()
+    assert await broker.restored()
     assert [one.index for one in result.failures] == list(range(200))
     await sink.aclose()
     await listener.close()
 
 
 async def test_after_a_transient_failure_nothing_more_of_its_key_is_sent(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.create(max_msgs_per_subject=1, discard="new", discard_new_per_subject=True)
-    await far_side.put("orders.full", b"{}")
-    sink = sink_of(far_side.server.url)
+    await broker.create(max_msgs_per_subject=1, discard="new", discard_new_per_subject=True)
+    await broker.put("orders.full", b"{}")
+    sink = sink_of(broker.server.url)
     await sink.connect()
     messages = [
         RelayMessage(dedup_key=subject, key="one", payload=b"{}", subject=subject)
@@ -169,13 +169,13 @@ async def test_after_a_transient_failure_nothing_more_of_its_key_is_sent(
     ]
     assert {one.error.kind for one in result.failures} == {ErrorKind.OUTAGE}
     assert "'orders.full'" in str(result.failures[0].error)
-    subjects = [subject for subject, _, _ in await far_side.messages()]
+    subjects = [subject for subject, _, _ in await broker.messages()]
     assert subjects == ["orders.full", "orders.free"]
     await sink.aclose()
 
 
-async def test_headers_beyond_what_jetstream_keeps_are_too_large(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.url)
+async def test_headers_beyond_what_jetstream_keeps_are_too_large(broker: Broker) -> None:
+    sink = sink_of(broker.server.url)
     await sink.connect()
     heavy = RelayMessage(
         dedup_key="heavy", payload=b"{}", subject="orders.x", headers={"note": "x" * 70_000}
@@ -189,10 +189,10 @@ async def test_headers_beyond_what_jetstream_keeps_are_too_large(far_side: FarSi
 
 
 async def test_a_full_stream_is_an_outage_that_keeps_the_order_until_it_has_room(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.update(max_msgs=37, discard="new")
-    sink = sink_of(far_side.server.url, max_in_flight=16)
+    await broker.update(max_msgs=37, discard="new")
+    sink = sink_of(broker.server.url, max_in_flight=16)
     await sink.connect()
     messages = numbered(200, keys=5)
 
@@ -201,9 +201,9 @@ async def test_a_full_stream_is_an_outage_that_keeps_the_order_until_it_has_room
     assert len(result.failures) == 163
     assert all(one.error.kind is ErrorKind.OUTAGE for one in result.failures)
     assert "maximum messages exceeded" in str(result.failures[0].error)
-    await far_side.update()
+    await broker.update()
     await deliver(sink, [messages[one.index] for one in result.failures])
-    arrived = await far_side.restored()
+    arrived = await broker.restored()
     for key in {message.key for message in messages}:
         expected = [message.dedup_key for message in messages if message.key == key]
         assert [message.dedup_key for message in arrived if message.key == key] == expected
@@ -214,7 +214,7 @@ async def test_a_full_server_is_an_outage_that_says_what_to_do_and_passes(
     nats_server_with: Callable[..., NatsServer],
 ) -> None:
     server = nats_server_with('jetstream: { store_dir: "jetstream", max_file_store: 1MB }')
-    full = FarSide(server, "full")
+    full = Broker(server, "full")
     await full.create()
     sink = sink_of(server.url)
     await sink.connect()
@@ -236,32 +236,32 @@ async def test_a_full_server_is_an_outage_that_says_what_to_do_and_passes(
 
 @pytest.mark.shows("pipeline:ordering")
 async def test_pipelined_ordering_lets_messages_of_one_key_be_in_flight_together(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url, ordering="pipelined")
+    sink = sink_of(broker.server.url, ordering="pipelined")
     await sink.connect()
 
     result = await sink.publish(numbered(2000, keys=1))
 
     assert not result.failures
-    assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(2000))
+    assert dedup_keys(await broker.restored()) == dedup_keys(numbered(2000))
     await sink.aclose()
 
 
 async def test_a_restart_of_the_server_in_mid_batch_loses_and_repeats_nothing(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url)
+    sink = sink_of(broker.server.url)
     await sink.connect()
     messages = numbered(5000, keys=50)
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         publishing = tasks.create_task(_deliver_in_batches(sink, messages))
-        await until(far_side.restored, 200)
-        await asyncio.to_thread(far_side.server.restart)
+        await until(broker.restored, 200)
+        await asyncio.to_thread(broker.server.restart)
     assert publishing.done()
 
-    arrived = await far_side.restored()
+    arrived = await broker.restored()
     assert sorted(dedup_keys(arrived)) == sorted(dedup_keys(messages))
     for key in {message.key for message in messages}:
         expected = [message.dedup_key for message in messages if message.key == key]
@@ -270,10 +270,10 @@ async def test_a_restart_of_the_server_in_mid_batch_loses_and_repeats_nothing(
 
 
 async def test_a_connection_cut_in_mid_publish_leaves_no_message_without_a_verdict(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    sink = sink_of(proxy.url(far_side.server.url))
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    sink = sink_of(proxy.url(broker.server.url))
     await sink.connect()
     messages = numbered(3000, keys=100)
     proxy.cut_after(300_000, "to_server")
@@ -283,7 +283,7 @@ async def test_a_connection_cut_in_mid_publish_leaves_no_message_without_a_verdi
     assert result.failures
     assert all(isinstance(one.error, Outage) for one in result.failures)
     failed = {one.index for one in result.failures}
-    stored = set(dedup_keys(await far_side.restored()))
+    stored = set(dedup_keys(await broker.restored()))
     accepted = {one.dedup_key for at, one in enumerate(messages) if at not in failed}
     assert accepted <= stored
     with pytest.raises(NotConnected):
@@ -293,10 +293,10 @@ async def test_a_connection_cut_in_mid_publish_leaves_no_message_without_a_verdi
 
 @pytest.mark.shows("sink:nats.ack_timeout_ms", "error:TimedOut")
 async def test_a_server_that_goes_silent_ends_the_publish_after_the_ack_timeout(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    sink = sink_of(proxy.url(far_side.server.url), ack_timeout_ms=300)
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    sink = sink_of(proxy.url(broker.server.url), ack_timeout_ms=300)
     await sink.connect()
     proxy.stall()
 
@@ -312,10 +312,10 @@ async def test_a_server_that_goes_silent_ends_the_publish_after_the_ack_timeout(
 
 
 async def test_a_stalled_server_does_not_hold_up_a_large_publish_or_the_close(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*port_of(far_side.server.url))
-    sink = sink_of(proxy.url(far_side.server.url), ack_timeout_ms=300)
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    sink = sink_of(proxy.url(broker.server.url), ack_timeout_ms=300)
     await sink.connect()
     proxy.stall()
 
@@ -328,9 +328,9 @@ async def test_a_stalled_server_does_not_hold_up_a_large_publish_or_the_close(
 
 
 async def test_a_subject_without_a_stream_is_a_configuration_error_with_a_remedy(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url)
+    sink = sink_of(broker.server.url)
     await sink.connect()
     lost = RelayMessage(dedup_key="lost", payload=b"{}", subject="nobody.listens")
 
@@ -343,8 +343,8 @@ async def test_a_subject_without_a_stream_is_a_configuration_error_with_a_remedy
     await sink.aclose()
 
 
-async def test_a_named_stream_that_is_missing_is_said_on_connecting(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.url, stream="absent")
+async def test_a_named_stream_that_is_missing_is_said_on_connecting(broker: Broker) -> None:
+    sink = sink_of(broker.server.url, stream="absent")
 
     with pytest.raises(DestinationMissing, match="create_stream"):
         await sink.connect()
@@ -356,11 +356,11 @@ async def test_a_named_stream_that_is_missing_is_said_on_connecting(far_side: Fa
 async def test_a_stream_is_created_on_file_storage_with_the_window_asked_for(
     nats_server: NatsServer,
 ) -> None:
-    far_side = FarSide(nats_server, "made_by_the_sink")
+    broker = Broker(nats_server, "made_by_the_sink")
     sink = sink_of(
         nats_server.url,
         subject_template="made.{stream_table}.{op}",
-        stream=far_side.stream,
+        stream=broker.stream,
         create_stream=True,
         duplicate_window_s=77,
     )
@@ -371,16 +371,16 @@ async def test_a_stream_is_created_on_file_storage_with_the_window_asked_for(
         described = await sink.describe()
     finally:
         await sink.aclose()
-        await far_side.drop()
+        await broker.drop()
 
     assert not result.failures
     assert described["stream made_by_the_sink"] == "duplicate window 77 s"
 
 
 async def test_the_streams_of_the_template_are_described_without_naming_one(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = sink_of(far_side.server.url)
+    sink = sink_of(broker.server.url)
     await sink.connect()
 
     described = await sink.describe()
@@ -391,11 +391,11 @@ async def test_the_streams_of_the_template_are_described_without_naming_one(
 
 @pytest.mark.shows("sink:nats.stream")
 async def test_a_stream_other_than_the_expected_one_is_a_configuration_error(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    other = FarSide(far_side.server, "other")
+    other = Broker(broker.server, "other")
     await other.create(subjects=["other.>"])
-    sink = sink_of(far_side.server.url, stream="other")
+    sink = sink_of(broker.server.url, stream="other")
     await sink.connect()
 
     result = await sink.publish(numbered(1))
@@ -419,8 +419,8 @@ async def test_a_server_without_jetstream_is_a_configuration_error() -> None:
     await server.wait_closed()
 
 
-async def test_a_value_adds_no_token_and_no_wildcard_to_the_subject(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.url, subject_template="orders.{key}.{op}")
+async def test_a_value_adds_no_token_and_no_wildcard_to_the_subject(broker: Broker) -> None:
+    sink = sink_of(broker.server.url, subject_template="orders.{key}.{op}")
     await sink.connect()
     keys = ["a.b", "*", ">", "a b", "x\r\nPUB orders.forged 2\r\n{}", "", "ä"]
     messages = []
@@ -431,7 +431,7 @@ async def test_a_value_adds_no_token_and_no_wildcard_to_the_subject(far_side: Fa
     result = await sink.publish(messages)
 
     assert not result.failures
-    subjects = [subject for subject, _, _ in await far_side.messages()]
+    subjects = [subject for subject, _, _ in await broker.messages()]
     assert [subject.count(".") for subject in subjects] == [2] * len(keys)
     assert [subject.split(".")[1] for subject in subjects] == [
         "a%2Eb",
@@ -445,9 +445,9 @@ async def test_a_value_adds_no_token_and_no_wildcard_to_the_subject(far_side: Fa
     await sink.aclose()
 
 
-async def test_a_header_of_a_publisher_gives_no_order_to_the_server(far_side: FarSide) -> None:
-    await far_side.update(allow_rollup_hdrs=True)
-    sink = sink_of(far_side.server.url, format="payload")
+async def test_a_header_of_a_publisher_gives_no_order_to_the_server(broker: Broker) -> None:
+    await broker.update(allow_rollup_hdrs=True)
+    sink = sink_of(broker.server.url, format="payload")
     await sink.connect()
     order = RelayMessage(
         dedup_key="order",
@@ -459,21 +459,21 @@ async def test_a_header_of_a_publisher_gives_no_order_to_the_server(far_side: Fa
     result = await sink.publish([*numbered(3), order])
 
     assert not result.failures
-    assert len(await far_side.messages()) == 4
-    arrived = {message.dedup_key: message for message in await far_side.restored()}
+    assert len(await broker.messages()) == 4
+    arrived = {message.dedup_key: message for message in await broker.restored()}
     assert arrived["order"].headers == order.headers
     await sink.aclose()
 
 
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
 @pytest.mark.shows("sink:nats.format")
-async def test_the_documented_headers_go_with_every_format(far_side: FarSide, format_: str) -> None:
-    sink = sink_of(far_side.server.url, format=format_)
+async def test_the_documented_headers_go_with_every_format(broker: Broker, format_: str) -> None:
+    sink = sink_of(broker.server.url, format=format_)
     await sink.connect()
 
     await sink.publish([complete_message()])
 
-    ((_, headers, _),) = await far_side.messages()
+    ((_, headers, _),) = await broker.messages()
     assert headers["Nats-Msg-Id"] == "orders:7:0"
     assert headers["Pgtrickle-Format"] == format_
     assert headers["traceparent"].startswith("00-4bf9")
@@ -481,7 +481,7 @@ async def test_the_documented_headers_go_with_every_format(far_side: FarSide, fo
 
 
 @pytest.mark.speed
-async def test_publishing_is_quicker_than_the_client_in_bulk(far_side: FarSide) -> None:
+async def test_publishing_is_quicker_than_the_client_in_bulk(broker: Broker) -> None:
     count = 50_000
     messages = [
         RelayMessage(
@@ -495,9 +495,9 @@ async def test_publishing_is_quicker_than_the_client_in_bulk(far_side: FarSide) 
         )
         for number in range(count)
     ]
-    floor_s = await _publish_in_bulk(far_side.server, messages)
-    await far_side.create()
-    sink = sink_of(far_side.server.url)
+    floor_s = await _publish_in_bulk(broker.server, messages)
+    await broker.create()
+    sink = sink_of(broker.server.url)
     await sink.connect()
 
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.contract.webhook_far_side import PATH, call
+from tests.contract.webhook_client import PATH, call
 from tests.integration.relay_surroundings import (
     RelayWorld,
     StartProcess,

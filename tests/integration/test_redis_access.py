@@ -11,7 +11,7 @@ import pytest
 
 from relay.errors import AuthenticationRefused, ConfigurationError, Outage, RelayError
 from tests.contract.evidence import numbered
-from tests.contract.redis_far_side import FarSide, sink_of, source_of, user_lines
+from tests.contract.redis_broker import Broker, sink_of, source_of, user_lines
 from tests.servers.finding import free_port
 from tests.servers.redis import RedisServer
 from tests.servers.tls import TlsFiles
@@ -173,13 +173,13 @@ async def test_a_database_has_streams_of_its_own_and_one_that_is_not_there_is_sa
     redis_server: RedisServer,
     role: str,
 ) -> None:
-    far_side = FarSide(redis_server, STREAM)
+    broker = Broker(redis_server, STREAM)
     elsewhere = f"{redis_server.url}/3"
-    await far_side.drop()
+    await broker.drop()
 
     await reach(role, redis_server.url, db=3)
 
-    assert not await far_side.ask("EXISTS", STREAM)
+    assert not await broker.ask("EXISTS", STREAM)
     await reach(role, elsewhere)
     with pytest.raises(ConfigurationError, match="out of range"):
         await reach(role, redis_server.url, db=99)

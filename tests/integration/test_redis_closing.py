@@ -15,7 +15,7 @@ from relay.backends.redis import RedisSink, RedisSource
 from relay.contracts import Batch
 from relay.message import RelayMessage
 from tests.contract.evidence import BOUND_S, PAUSE_S, numbered
-from tests.contract.redis_far_side import FarSide, sink_of, source_of
+from tests.contract.redis_broker import Broker, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
@@ -53,22 +53,22 @@ class Belongings:
         return len(asyncio.all_tasks()), len(threads), sockets
 
 
-async def used(end: RedisSink | RedisSource, far_side: FarSide) -> None:
+async def used(end: RedisSink | RedisSource, broker: Broker) -> None:
     """Publish, or read what is then unacknowledged, with another read on its way."""
     await end.connect()
     if isinstance(end, RedisSink):
         assert not (await end.publish(numbered(10))).failures
     else:
-        await far_side.feed(numbered(10))
+        await broker.feed(numbered(10))
         await collect(end, 10)
 
 
 @pytest.fixture
-async def far_side(redis_server: RedisServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(redis_server, STREAM)
-    await far_side.drop()
-    yield far_side
-    await far_side.drop()
+async def broker(redis_server: RedisServer) -> AsyncIterator[Broker]:
+    broker = Broker(redis_server, STREAM)
+    await broker.drop()
+    yield broker
+    await broker.drop()
 
 
 @ROLES
@@ -78,13 +78,13 @@ async def test_a_start_and_a_stop_leave_no_task_no_thread_and_no_socket(
 ) -> None:
     server = redis_server_with("", tls_files.contents(), is_tls=True)
     url = f"rediss://localhost:{server.tls_port}" if is_tls else server.url
-    far_side = FarSide(server, STREAM)
-    await far_side.drop()
+    broker = Broker(server, STREAM)
+    await broker.drop()
     belongings = Belongings()
 
     for _ in range(3):
         end = make(url, STREAM, **({"tls_ca": str(tls_files.authority)} if is_tls else {}))
-        await used(end, far_side)
+        await used(end, broker)
         await end.aclose()
 
     await belongings.until_no_more_than_before()
@@ -93,16 +93,16 @@ async def test_a_start_and_a_stop_leave_no_task_no_thread_and_no_socket(
 @ROLES
 @pytest.mark.parametrize("trouble", ["cut", "killed", "stalled"])
 async def test_closing_is_bounded_while_the_server_is_gone(
-    far_side: FarSide, tcp_proxy: Proxies, make: Make, trouble: str
+    broker: Broker, tcp_proxy: Proxies, make: Make, trouble: str
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
+    proxy = await tcp_proxy(*broker.server.address)
     belongings = Belongings()
-    end = make(proxy.url(far_side.server.url), STREAM)
-    await used(end, far_side)
+    end = make(proxy.url(broker.server.url), STREAM)
+    await used(end, broker)
     if trouble == "cut":
         await proxy.cut()
     elif trouble == "killed":
-        await asyncio.to_thread(far_side.server.kill)
+        await asyncio.to_thread(broker.server.kill)
     else:
         proxy.stall()
     started = time.monotonic()
@@ -111,18 +111,18 @@ async def test_closing_is_bounded_while_the_server_is_gone(
 
     assert time.monotonic() - started < MOST_S
     await proxy.restore()
-    await asyncio.to_thread(far_side.server.start)
+    await asyncio.to_thread(broker.server.start)
     await belongings.until_no_more_than_before()
 
 
 @ROLES
 async def test_closing_is_bounded_in_the_middle_of_something(
-    far_side: FarSide, tcp_proxy: Proxies, make: Make
+    broker: Broker, tcp_proxy: Proxies, make: Make
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
+    proxy = await tcp_proxy(*broker.server.address)
     belongings = Belongings()
-    end = make(proxy.url(far_side.server.url), STREAM)
-    await used(end, far_side)
+    end = make(proxy.url(broker.server.url), STREAM)
+    await used(end, broker)
     proxy.stall()
     large = RelayMessage(dedup_key="large", payload=b'"%b"' % (b"x" * 20_000_000))
     working = asyncio.create_task(

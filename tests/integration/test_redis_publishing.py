@@ -34,7 +34,7 @@ from tests.contract.evidence import (
     numbered,
     until,
 )
-from tests.contract.redis_far_side import FarSide, sink_of
+from tests.contract.redis_broker import Broker, sink_of
 from tests.contract.sink_contract import deliver
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
@@ -46,17 +46,17 @@ STREAM = "orders.insert"
 
 
 @pytest.fixture
-async def far_side(
+async def broker(
     redis_server: RedisServer,
-) -> AsyncIterator[FarSide]:
-    far_side = FarSide(redis_server, STREAM)
-    await far_side.drop()
-    yield far_side
-    await far_side.drop()
+) -> AsyncIterator[Broker]:
+    broker = Broker(redis_server, STREAM)
+    await broker.drop()
+    yield broker
+    await broker.drop()
 
 
-async def connected(far_side: FarSide, ordering: str | None = None, **keys: object) -> RedisSink:
-    sink = sink_of(far_side.server.url, STREAM, ordering=ordering, **keys)
+async def connected(broker: Broker, ordering: str | None = None, **keys: object) -> RedisSink:
+    sink = sink_of(broker.server.url, STREAM, ordering=ordering, **keys)
     await sink.connect()
     return sink
 
@@ -69,15 +69,15 @@ def large(dedup_key: str, size: int, key: str | None = None) -> RelayMessage:
 
 @pytest.mark.shows("sink:redis.format")
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
-async def test_the_documented_fields_go_with_every_format(far_side: FarSide, format_: str) -> None:
-    sink = await connected(far_side, format=format_)
+async def test_the_documented_fields_go_with_every_format(broker: Broker, format_: str) -> None:
+    sink = await connected(broker, format=format_)
     message = RelayMessage(
         dedup_key="orders:7:0", payload=b'{"a":1}', subject=STREAM, headers={"traceparent": "00-4b"}
     )
 
     await sink.publish([message])
 
-    ((_, fields),) = await far_side.entries()
+    ((_, fields),) = await broker.entries()
     assert fields[b"pgt_dedup_key"] == b"orders:7:0"
     assert fields[b"pgt_format"] == format_.encode()
     assert fields[b"header:traceparent"] == b"00-4b"
@@ -86,44 +86,42 @@ async def test_the_documented_fields_go_with_every_format(far_side: FarSide, for
 
 
 @pytest.mark.shows("sink:redis.stream_key", "sink:redis.routing")
-async def test_an_event_goes_to_the_stream_of_its_template(far_side: FarSide) -> None:
-    sink = await connected(far_side)
-    other = sink_of(
-        far_side.server.url, "test:{stream_table}", routing={"delete": "test:gone:{key}"}
-    )
+async def test_an_event_goes_to_the_stream_of_its_template(broker: Broker) -> None:
+    sink = await connected(broker)
+    other = sink_of(broker.server.url, "test:{stream_table}", routing={"delete": "test:gone:{key}"})
     await other.connect()
     kept = RelayMessage(dedup_key="1", payload=b"{}", stream_table="or:ders", op="insert")
     gone = RelayMessage(dedup_key="2", payload=b"{}", key="a*", op="delete")
 
     await other.publish([kept, gone])
 
-    assert dedup_keys(await far_side.restored("test:or%3Aders")) == ["1"]
-    assert dedup_keys(await far_side.restored("test:gone:a%2A")) == ["2"]
-    await far_side.drop("test:or%3Aders", "test:gone:a%2A")
+    assert dedup_keys(await broker.restored("test:or%3Aders")) == ["1"]
+    assert dedup_keys(await broker.restored("test:gone:a%2A")) == ["2"]
+    await broker.drop("test:or%3Aders", "test:gone:a%2A")
     await other.aclose()
     await sink.aclose()
 
 
 @pytest.mark.shows("sink:redis.maxlen")
-async def test_a_stream_is_trimmed_only_where_that_is_asked_for(far_side: FarSide) -> None:
-    sink = await connected(far_side)
+async def test_a_stream_is_trimmed_only_where_that_is_asked_for(broker: Broker) -> None:
+    sink = await connected(broker)
     await sink.publish(numbered(2000))
-    assert len(await far_side.entries()) == 2000
+    assert len(await broker.entries()) == 2000
     await sink.aclose()
 
-    trimming = await connected(far_side, maxlen=500)
+    trimming = await connected(broker, maxlen=500)
     await trimming.publish(numbered(100, start=2000))
 
     # Trimming is approximate: whole nodes of the stream go.
-    assert 500 <= len(await far_side.entries()) < 1000
+    assert 500 <= len(await broker.entries()) < 1000
     await trimming.aclose()
 
 
 @pytest.mark.shows("sink:redis.max_message_bytes")
 async def test_a_message_above_our_limit_fails_alone_and_the_limit_is_named(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = await connected(far_side, max_message_bytes=5000)
+    sink = await connected(broker, max_message_bytes=5000)
     good = numbered(10)
 
     result = await sink.publish([*good[:5], large("big", 5000), *good[5:]])
@@ -132,15 +130,15 @@ async def test_a_message_above_our_limit_fails_alone_and_the_limit_is_named(
     assert index == 5
     assert isinstance(error, MessageTooLarge)
     assert "5000" in str(error)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
     await sink.aclose()
 
 
 async def test_a_message_above_the_servers_limit_fails_alone_and_the_limit_is_named(
     redis_server_with: ServerWith,
 ) -> None:
-    far_side = FarSide(redis_server_with("proto-max-bulk-len 1mb"), STREAM)
-    sink = await connected(far_side)
+    broker = Broker(redis_server_with("proto-max-bulk-len 1mb"), STREAM)
+    sink = await connected(broker)
     good = numbered(10)
 
     result = await sink.publish([*good[:5], large("big", 1024 * 1024), *good[5:]])
@@ -149,17 +147,17 @@ async def test_a_message_above_the_servers_limit_fails_alone_and_the_limit_is_na
     assert index == 5
     assert isinstance(error, MessageTooLarge)
     assert str(1024 * 1024) in str(error)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
     await sink.aclose()
 
 
-async def test_a_large_document_travels_whole(far_side: FarSide) -> None:
-    sink = await connected(far_side)
+async def test_a_large_document_travels_whole(broker: Broker) -> None:
+    sink = await connected(broker)
     document = large("large", 20_000_000)
 
     await deliver(sink, [document, *numbered(1)])
 
-    first, second = await far_side.restored()
+    first, second = await broker.restored()
     assert first.payload == document.payload
     assert second.dedup_key == "m:0"
     await sink.aclose()
@@ -168,8 +166,8 @@ async def test_a_large_document_travels_whole(far_side: FarSide) -> None:
 async def test_a_server_out_of_memory_is_an_outage_that_keeps_the_order_until_it_has_room(
     redis_server_with: ServerWith,
 ) -> None:
-    far_side = FarSide(redis_server_with("maxmemory 4mb\nmaxmemory-policy noeviction"), STREAM)
-    sink = await connected(far_side)
+    broker = Broker(redis_server_with("maxmemory 4mb\nmaxmemory-policy noeviction"), STREAM)
+    sink = await connected(broker)
     messages = [large(f"m:{number}", 20_000, key="k") for number in range(400)]
 
     result = await sink.publish(messages)
@@ -179,18 +177,18 @@ async def test_a_server_out_of_memory_is_an_outage_that_keeps_the_order_until_it
     assert len({id(one.error) for one in result.failures}) == 1
     assert "maxmemory" in str(result.failures[0].error)
     accepted = len(messages) - len(result.failures)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages[:accepted])
-    await far_side.ask("CONFIG", "SET", "maxmemory", "0")
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages[:accepted])
+    await broker.ask("CONFIG", "SET", "maxmemory", "0")
     await deliver(sink, [messages[one.index] for one in result.failures])
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
     await sink.aclose()
 
 
 async def test_a_server_out_of_memory_lets_no_event_overtake_another_of_its_key(
     redis_server_with: ServerWith,
 ) -> None:
-    far_side = FarSide(redis_server_with("maxmemory 4mb\nmaxmemory-policy noeviction"), STREAM)
-    sink = await connected(far_side)
+    broker = Broker(redis_server_with("maxmemory 4mb\nmaxmemory-policy noeviction"), STREAM)
+    sink = await connected(broker)
     # No key comes twice in a pipeline of about a megabyte, and each comes again soon.
     messages = [large(f"m:{number}", 20_000, key=f"k{number % 60}") for number in range(400)]
 
@@ -199,19 +197,17 @@ async def test_a_server_out_of_memory_lets_no_event_overtake_another_of_its_key(
         result = await sink.publish(left)
         left = [left[one.index] for one in result.failures]
         assert left
-        await far_side.ask("CONFIG", "SET", "maxmemory", maxmemory)
+        await broker.ask("CONFIG", "SET", "maxmemory", maxmemory)
     await deliver(sink, left)
 
-    assert_per_key_order(await far_side.restored(), messages)
+    assert_per_key_order(await broker.restored(), messages)
     await sink.aclose()
 
 
 @pytest.mark.parametrize("ordering", ["strict", "pipelined"])
-async def test_a_key_that_is_no_stream_is_said_with_its_name(
-    far_side: FarSide, ordering: str
-) -> None:
-    await far_side.ask("SET", STREAM, "text")
-    sink = await connected(far_side, ordering)
+async def test_a_key_that_is_no_stream_is_said_with_its_name(broker: Broker, ordering: str) -> None:
+    await broker.ask("SET", STREAM, "text")
+    sink = await connected(broker, ordering)
 
     result = await sink.publish(numbered(3))
 
@@ -223,29 +219,29 @@ async def test_a_key_that_is_no_stream_is_said_with_its_name(
 
 @pytest.mark.shows("pipeline:ordering")
 async def test_only_strict_ordering_of_keys_that_repeat_needs_transactions(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    before = await _transactions(far_side)
-    pipelined = await connected(far_side, "pipelined")
+    before = await _transactions(broker)
+    pipelined = await connected(broker, "pipelined")
     await pipelined.publish(numbered(2500))
-    assert await _transactions(far_side) == before
+    assert await _transactions(broker) == before
     await pipelined.aclose()
 
-    strict = await connected(far_side)
+    strict = await connected(broker)
     await strict.publish(numbered(2500, start=2500, keys=2500))
-    assert await _transactions(far_side) == before
+    assert await _transactions(broker) == before
     await strict.publish(numbered(2500, start=5000))
 
-    assert await _transactions(far_side) == before + 3
-    assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(7500))
+    assert await _transactions(broker) == before + 3
+    assert dedup_keys(await broker.restored()) == dedup_keys(numbered(7500))
     await strict.aclose()
 
 
 async def test_nothing_of_a_key_is_sent_before_the_answer_to_what_comes_before_it(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    sink = sink_of(proxy.url(far_side.server.url), STREAM)
+    proxy = await tcp_proxy(*broker.server.address)
+    sink = sink_of(proxy.url(broker.server.url), STREAM)
     await sink.connect()
     messages = numbered(3000)
     # In the middle of the answer to the first transaction, behind a short one to each command.
@@ -254,12 +250,12 @@ async def test_nothing_of_a_key_is_sent_before_the_answer_to_what_comes_before_i
     result = await sink.publish(messages)
 
     assert len(result.failures) == 3000
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages[:1000])
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages[:1000])
     await sink.aclose()
 
 
-async def test_messages_behind_a_thousand_that_cannot_be_sent_are_sent(far_side: FarSide) -> None:
-    sink = await connected(far_side)
+async def test_messages_behind_a_thousand_that_cannot_be_sent_are_sent(broker: Broker) -> None:
+    sink = await connected(broker)
     broken = [structs.replace(one, payload=b"{", is_json=False) for one in numbered(1100)]
     nameless = structs.replace(broken[0], payload=b"{}", headers={"x": "\ud800"})
     good = numbered(10)
@@ -268,7 +264,7 @@ async def test_messages_behind_a_thousand_that_cannot_be_sent_are_sent(far_side:
 
     assert [one.index for one in result.failures] == list(range(1101))
     assert all(isinstance(one.error, MessageUndecodable) for one in result.failures)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
     await sink.aclose()
 
 
@@ -276,8 +272,8 @@ async def test_messages_behind_a_thousand_that_cannot_be_sent_are_sent(far_side:
 async def test_a_server_that_does_not_know_a_command_is_said_without_what_it_was_sent(
     redis_server_with: ServerWith, keys: int
 ) -> None:
-    far_side = FarSide(redis_server_with('rename-command XADD ""'), STREAM)
-    sink = await connected(far_side, format="payload")
+    broker = Broker(redis_server_with('rename-command XADD ""'), STREAM)
+    sink = await connected(broker, format="payload")
     messages = [structs.replace(one, payload=b'"card 4111 1111"') for one in numbered(3, keys=keys)]
 
     try:
@@ -296,7 +292,7 @@ async def test_a_read_only_replica_is_an_outage(
     redis_server_with: ServerWith,
 ) -> None:
     host, port = redis_server.address
-    replica = FarSide(redis_server_with(f"replicaof {host} {port}"), STREAM)
+    replica = Broker(redis_server_with(f"replicaof {host} {port}"), STREAM)
     sink = await connected(replica)
 
     result = await sink.publish(numbered(3))
@@ -309,7 +305,7 @@ async def test_a_read_only_replica_is_an_outage(
 async def test_a_primary_that_became_a_replica_is_left_for_whoever_has_its_address_now(
     redis_server_with: ServerWith, tcp_proxy: Proxies
 ) -> None:
-    old, new = (FarSide(redis_server_with(""), STREAM) for _ in range(2))
+    old, new = (Broker(redis_server_with(""), STREAM) for _ in range(2))
     proxy = await tcp_proxy(*old.server.address)
     line = Line(sink=sink_of(proxy.url(old.server.url), STREAM))
     line.write(*numbered(5))
@@ -329,8 +325,8 @@ async def test_a_primary_that_became_a_replica_is_left_for_whoever_has_its_addre
 async def test_an_event_counts_as_accepted_when_enough_replicas_have_it_and_is_added_once(
     redis_server_with: ServerWith,
 ) -> None:
-    far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
-    sink = await connected(far_side, wait_replicas=1, timeout_ms=300)
+    broker = Broker(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
+    sink = await connected(broker, wait_replicas=1, timeout_ms=300)
 
     first = await sink.publish(numbered(10))
     second = await sink.publish(numbered(10))
@@ -338,11 +334,11 @@ async def test_an_event_counts_as_accepted_when_enough_replicas_have_it_and_is_a
     for result in (first, second):
         assert len(result.failures) == 10
         assert all(type(one.error) is Outage for one in result.failures)
-    assert len(await far_side.entries()) == 10
-    host, port = far_side.server.address
-    replica = FarSide(redis_server_with(f"replicaof {host} {port}"), STREAM)
+    assert len(await broker.entries()) == 10
+    host, port = broker.server.address
+    replica = Broker(redis_server_with(f"replicaof {host} {port}"), STREAM)
     await deliver(sink, numbered(20))
-    assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(20))
+    assert dedup_keys(await broker.restored()) == dedup_keys(numbered(20))
     assert dedup_keys(await replica.restored()) == dedup_keys(numbered(20))
     await sink.aclose()
 
@@ -350,26 +346,26 @@ async def test_an_event_counts_as_accepted_when_enough_replicas_have_it_and_is_a
 async def test_a_pipeline_that_waits_for_replicas_adds_no_event_again(
     redis_server_with: ServerWith,
 ) -> None:
-    far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
-    sink = sink_of(far_side.server.url, STREAM, wait_replicas=1, timeout_ms=1000)
+    broker = Broker(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
+    sink = sink_of(broker.server.url, STREAM, wait_replicas=1, timeout_ms=1000)
     line = Line(sink=sink)
     line.write(*numbered(10))
 
     async with line.running():
         await line.heard.until(lambda: len(line.heard.of(Retried)) == 3)
-        host, port = far_side.server.address
+        host, port = broker.server.address
         await asyncio.to_thread(redis_server_with, f"replicaof {host} {port}")
         await line.heard.until(lambda: line.acknowledged == 10)
 
-    assert dedup_keys(await far_side.restored()) == dedup_keys(numbered(10))
+    assert dedup_keys(await broker.restored()) == dedup_keys(numbered(10))
 
 
 async def test_what_no_replica_was_asked_for_is_not_accepted_when_the_connection_breaks(
     redis_server_with: ServerWith, tcp_proxy: Proxies
 ) -> None:
-    far_side = FarSide(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
-    proxy = await tcp_proxy(*far_side.server.address)
-    sink = sink_of(proxy.url(far_side.server.url), STREAM, wait_replicas=1, timeout_ms=300)
+    broker = Broker(redis_server_with("repl-diskless-sync-delay 0"), STREAM)
+    proxy = await tcp_proxy(*broker.server.address)
+    sink = sink_of(proxy.url(broker.server.url), STREAM, wait_replicas=1, timeout_ms=300)
     await sink.connect()
     messages = [large(f"m:{number}", 700_000) for number in range(4)]
     # Each goes by itself: the answer to the first comes whole, the one to the second does not.
@@ -377,36 +373,36 @@ async def test_what_no_replica_was_asked_for_is_not_accepted_when_the_connection
 
     result = await sink.publish(messages)
 
-    assert len(await far_side.entries()) > 0
+    assert len(await broker.entries()) > 0
     assert [failure.index for failure in result.failures] == [0, 1, 2, 3]
     assert all(failure.error.kind is ErrorKind.OUTAGE for failure in result.failures)
     await sink.aclose()
 
 
 async def test_a_restart_of_the_server_in_mid_batch_loses_nothing_and_keeps_the_order(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    sink = await connected(far_side)
+    sink = await connected(broker)
     messages = numbered(6000, keys=7)
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
         publishing = tasks.create_task(_deliver_in_batches(sink, messages))
-        await until(far_side.restored, 500)
+        await until(broker.restored, 500)
         assert not publishing.done()
-        await asyncio.to_thread(far_side.server.kill)
-        await asyncio.to_thread(far_side.server.start)
+        await asyncio.to_thread(broker.server.kill)
+        await asyncio.to_thread(broker.server.start)
 
-    arrived = await far_side.restored()
+    arrived = await broker.restored()
     assert_per_key_order(arrived, messages)
     assert dedup_keys(first_occurrences(arrived)) == dedup_keys(messages)
     await sink.aclose()
 
 
 async def test_a_connection_that_breaks_in_the_middle_of_a_batch_stores_whole_transactions(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    sink = sink_of(proxy.url(far_side.server.url), STREAM)
+    proxy = await tcp_proxy(*broker.server.address)
+    sink = sink_of(proxy.url(broker.server.url), STREAM)
     await sink.connect()
     messages = numbered(900)
     proxy.cut_after(100_000, "to_server")
@@ -414,21 +410,21 @@ async def test_a_connection_that_breaks_in_the_middle_of_a_batch_stores_whole_tr
     result = await sink.publish(messages)
 
     assert len(result.failures) == 900
-    assert not await far_side.entries()
+    assert not await broker.entries()
     with pytest.raises(Outage):
         await sink.publish(messages)
     await proxy.restore()
     await sink.connect()
     await deliver(sink, messages)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
     await sink.aclose()
 
 
 async def test_a_server_that_stops_answering_is_given_up_after_the_timeout(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    sink = sink_of(proxy.url(far_side.server.url), STREAM, timeout_ms=300)
+    proxy = await tcp_proxy(*broker.server.address)
+    sink = sink_of(proxy.url(broker.server.url), STREAM, timeout_ms=300)
     await sink.connect()
     proxy.stall()
     started = time.monotonic()
@@ -443,36 +439,36 @@ async def test_a_server_that_stops_answering_is_given_up_after_the_timeout(
     await sink.aclose()
 
 
-async def test_the_server_and_its_durability_are_described(far_side: FarSide) -> None:
-    sink = await connected(far_side)
+async def test_the_server_and_its_durability_are_described(broker: Broker) -> None:
+    sink = await connected(broker)
 
     described = await sink.describe()
 
-    assert described["version"] == far_side.server.version
+    assert described["version"] == broker.server.version
     assert described["durability"] == "append-only file, fsync always"
     await sink.aclose()
     with pytest.raises(NotConnected):
         await sink.describe()
 
 
-async def test_every_field_of_a_complete_message_is_in_the_entry(far_side: FarSide) -> None:
-    sink = await connected(far_side, format="payload")
+async def test_every_field_of_a_complete_message_is_in_the_entry(broker: Broker) -> None:
+    sink = await connected(broker, format="payload")
     sent = complete_message()
 
     await sink.publish([sent])
 
-    ((_, fields),) = await far_side.entries("orders.upsert")
+    ((_, fields),) = await broker.entries("orders.upsert")
     assert fields[b"pgt_key"].decode() == sent.key
     assert fields[b"pgt_outbox_id"] == b"9007199254740993"
     assert fields[b"pgt_full_refresh"] == b"true"
-    await far_side.drop("orders.upsert")
+    await broker.drop("orders.upsert")
     await sink.aclose()
 
 
 @pytest.mark.speed
-async def test_publishing_reaches_half_of_what_the_bare_client_reaches(far_side: FarSide) -> None:
+async def test_publishing_reaches_half_of_what_the_bare_client_reaches(broker: Broker) -> None:
     count = 50_000
-    await far_side.ask("CONFIG", "SET", "appendfsync", "everysec")
+    await broker.ask("CONFIG", "SET", "appendfsync", "everysec")
     messages = [
         RelayMessage(
             dedup_key=f"outbox_orders:{number}:0",
@@ -485,9 +481,9 @@ async def test_publishing_reaches_half_of_what_the_bare_client_reaches(far_side:
         )
         for number in range(count)
     ]
-    floor_s = await _publish_bare(far_side, messages)
-    await far_side.drop()
-    sink = await connected(far_side)
+    floor_s = await _publish_bare(broker, messages)
+    await broker.drop()
+    sink = await connected(broker)
 
     started = time.perf_counter()
     for start in range(0, count, 1000):
@@ -495,9 +491,9 @@ async def test_publishing_reaches_half_of_what_the_bare_client_reaches(far_side:
         assert not result.failures
     took_s = time.perf_counter() - started
 
-    assert await far_side.ask("XLEN", STREAM) == count
+    assert await broker.ask("XLEN", STREAM) == count
     await sink.aclose()
-    await far_side.ask("CONFIG", "SET", "appendfsync", "always")
+    await broker.ask("CONFIG", "SET", "appendfsync", "always")
     print(f"bare {count / floor_s:,.0f}/s, sink {count / took_s:,.0f}/s")
     assert took_s < 2 * floor_s
 
@@ -507,15 +503,15 @@ async def _deliver_in_batches(sink: Sink, messages: list[RelayMessage]) -> None:
         await deliver(sink, messages[start : start + 100])
 
 
-async def _transactions(far_side: FarSide) -> int:
-    found = await far_side.ask("INFO", "commandstats")
+async def _transactions(broker: Broker) -> int:
+    found = await broker.ask("INFO", "commandstats")
     assert isinstance(found, dict)
     calls = found.get("cmdstat_exec", {"calls": 0})["calls"]
     assert isinstance(calls, int)
     return calls
 
 
-async def _publish_bare(far_side: FarSide, messages: list[RelayMessage]) -> float:
+async def _publish_bare(broker: Broker, messages: list[RelayMessage]) -> float:
     """Seconds for the same bodies and fields through the client library's own pipelines."""
     encode = encoder("envelope", FIELD)
     prepared: list[dict[str | bytes, str | bytes]] = []
@@ -524,7 +520,7 @@ async def _publish_bare(far_side: FarSide, messages: list[RelayMessage]) -> floa
         fields: dict[str | bytes, str | bytes] = {"payload": encoded.body}
         fields.update(encoded.headers.items())
         prepared.append(fields)
-    async with Redis.from_url(far_side.server.url) as client:
+    async with Redis.from_url(broker.server.url) as client:
         started = time.perf_counter()
         for start in range(0, len(prepared), 1000):
             pipeline = client.pipeline(transaction=False)

@@ -19,7 +19,7 @@ import pytest
 from relay.options import declared_keys
 from relay.registry import SINKS, SOURCES, options_of
 from tests.contract.kafka_far_side import FarSide
-from tests.contract.sqs_far_side import let_in
+from tests.contract.sqs_broker import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply

@@ -26,7 +26,7 @@ from relay.errors import (
     RelayError,
 )
 from tests.contract.evidence import numbered
-from tests.contract.sqs_far_side import far_side_of, lasting_queue, sink_of, source_of
+from tests.contract.sqs_broker import broker_of, lasting_queue, sink_of, source_of
 from tests.servers.finding import free_port
 from tests.servers.sqs import SqsServer
 from tests.servers.tls import TlsFiles
@@ -180,17 +180,17 @@ async def test_without_keys_the_aws_chain_is_asked(
 async def test_a_region_has_queues_of_its_own_and_is_never_guessed(
     sqs_server: SqsServer, role: str, no_chain: pytest.MonkeyPatch
 ) -> None:
-    async with far_side_of(sqs_server, is_fifo=True) as far_side:
-        keys = far_side.keys
-        await reach(role, far_side.url, **keys)
+    async with broker_of(sqs_server, is_fifo=True) as broker:
+        keys = broker.keys
+        await reach(role, broker.url, **keys)
 
         with pytest.raises(DestinationMissing):
-            await reach(role, far_side.url, **{**keys, "region": "us-west-2"})
+            await reach(role, broker.url, **{**keys, "region": "us-west-2"})
         del keys["region"]
         with pytest.raises(ConfigurationError, match="region is missing"):
-            await reach(role, far_side.url, **keys)
+            await reach(role, broker.url, **keys)
         no_chain.setenv("AWS_DEFAULT_REGION", sqs_server.region)
-        await reach(role, far_side.url, **keys)
+        await reach(role, broker.url, **keys)
 
 
 @pytest.mark.shows("sink:sqs.queue_url", "source:sqs.queue_url")
@@ -209,8 +209,8 @@ async def test_a_queue_that_does_not_exist_is_named_on_one_line(
 @pytest.mark.shows("sink:sqs.endpoint_url", "source:sqs.endpoint_url")
 @ROLES
 async def test_requests_go_to_the_endpoint_that_is_said(sqs_server: SqsServer, role: str) -> None:
-    async with far_side_of(sqs_server, is_fifo=True) as far_side:
-        name = far_side.url.rpartition("/")[2]
+    async with broker_of(sqs_server, is_fifo=True) as broker:
+        name = broker.url.rpartition("/")[2]
         url = f"https://sqs.{sqs_server.region}.amazonaws.com/123456789012/{name}"
 
         await reach(role, url, endpoint_url=sqs_server.url, **sqs_server.keys)
@@ -297,20 +297,20 @@ async def test_a_client_certificate_is_accepted_and_its_absence_refused(
     sqs_server: SqsServer, tls_files: TlsFiles, role: str
 ) -> None:
     async with (
-        far_side_of(sqs_server, is_fifo=True) as far_side,
+        broker_of(sqs_server, is_fifo=True) as broker,
         demanding_a_certificate(sqs_server, tls_files) as front,
     ):
-        keys = {**far_side.keys, "endpoint_url": front, "tls_ca": str(tls_files.authority)}
+        keys = {**broker.keys, "endpoint_url": front, "tls_ca": str(tls_files.authority)}
 
         await reach(
             role,
-            far_side.url,
+            broker.url,
             tls_cert=str(tls_files.client_certificate),
             tls_key=str(tls_files.client_key),
             **keys,
         )
         with pytest.raises(RelayError) as caught:
-            await reach(role, far_side.url, **keys)
+            await reach(role, broker.url, **keys)
         assert isinstance(caught.value, AuthenticationRefused | Outage)
 
 

@@ -23,7 +23,7 @@ from tests.contract.evidence import (
     numbered,
 )
 from tests.contract.source_contract import AT_ONCE_S, collect, messages_of
-from tests.contract.sqs_far_side import FarSide, far_side_of, sink_of, source_of
+from tests.contract.sqs_broker import Broker, broker_of, sink_of, source_of
 from tests.servers.proxy import TcpProxy
 from tests.servers.sqs import SqsServer
 
@@ -32,19 +32,19 @@ BOUND_S = 60
 
 
 @pytest.fixture
-async def fifo(sqs_server: SqsServer) -> AsyncIterator[FarSide]:
-    async with far_side_of(sqs_server, is_fifo=True) as far_side:
-        yield far_side
+async def fifo(sqs_server: SqsServer) -> AsyncIterator[Broker]:
+    async with broker_of(sqs_server, is_fifo=True) as broker:
+        yield broker
 
 
 @pytest.fixture
-async def standard(sqs_server: SqsServer) -> AsyncIterator[FarSide]:
-    async with far_side_of(sqs_server) as far_side:
-        yield far_side
+async def standard(sqs_server: SqsServer) -> AsyncIterator[Broker]:
+    async with broker_of(sqs_server) as broker:
+        yield broker
 
 
-async def connected(far_side: FarSide, *, batch_size: int = 100, **keys: object) -> SqsSource:
-    source = source_of(far_side.url, batch_size=batch_size, **{**far_side.keys, **keys})
+async def connected(broker: Broker, *, batch_size: int = 100, **keys: object) -> SqsSource:
+    source = source_of(broker.url, batch_size=batch_size, **{**broker.keys, **keys})
     await source.connect()
     return source
 
@@ -62,12 +62,12 @@ async def test_every_field_survives_the_way_through_the_queue(
     sqs_server: SqsServer, format_: str, *, is_fifo: bool
 ) -> None:
     sent = complete_message()
-    async with far_side_of(sqs_server, is_fifo=is_fifo) as far_side:
-        sink = sink_of(far_side.url, format=format_, **far_side.keys)
+    async with broker_of(sqs_server, is_fifo=is_fifo) as broker:
+        sink = sink_of(broker.url, format=format_, **broker.keys)
         await sink.connect()
         assert not (await sink.publish([sent])).failures
         await sink.aclose()
-        source = await connected(far_side)
+        source = await connected(broker)
 
         (arrived,) = messages_of(await collect(source, 1))
 
@@ -77,7 +77,7 @@ async def test_every_field_survives_the_way_through_the_queue(
 
 @pytest.mark.shows("source:sqs.visibility_timeout")
 async def test_a_message_left_to_run_out_is_polled_again_and_not_before(
-    standard: FarSide,
+    standard: Broker,
 ) -> None:
     await standard.feed(numbered(3))
     source = await connected(standard, visibility_timeout=3)
@@ -94,7 +94,7 @@ async def test_a_message_left_to_run_out_is_polled_again_and_not_before(
 
 
 @pytest.mark.shows("source:sqs.wait_time_seconds")
-async def test_a_receive_waits_as_long_as_it_is_told(standard: FarSide) -> None:
+async def test_a_receive_waits_as_long_as_it_is_told(standard: Broker) -> None:
     took = []
     for wait_s in (1, 3):
         source = await connected(standard, wait_time_seconds=wait_s)
@@ -112,7 +112,7 @@ async def test_a_receive_waits_as_long_as_it_is_told(standard: FarSide) -> None:
 
 @pytest.mark.shows("source:sqs.max_in_flight")
 async def test_several_receives_run_while_they_come_back_full_and_lose_nothing(
-    standard: FarSide,
+    standard: Broker,
 ) -> None:
     for most in (3, 1):
         messages = numbered(150, prefix=str(most))
@@ -130,7 +130,7 @@ async def test_several_receives_run_while_they_come_back_full_and_lose_nothing(
         await source.aclose()
 
 
-async def test_a_fifo_queue_gives_each_key_in_order_with_several_receives(fifo: FarSide) -> None:
+async def test_a_fifo_queue_gives_each_key_in_order_with_several_receives(fifo: Broker) -> None:
     messages = numbered(120, keys=12)
     await fifo.feed(messages)
     source = await connected(fifo)
@@ -146,7 +146,7 @@ async def test_a_fifo_queue_gives_each_key_in_order_with_several_receives(fifo: 
     await source.aclose()
 
 
-async def test_what_is_given_back_to_a_fifo_queue_comes_again_in_order(fifo: FarSide) -> None:
+async def test_what_is_given_back_to_a_fifo_queue_comes_again_in_order(fifo: Broker) -> None:
     await fifo.feed(numbered(9))
     source = await connected(fifo, batch_size=4)
     first = await source.poll()
@@ -165,7 +165,7 @@ async def test_what_is_given_back_to_a_fifo_queue_comes_again_in_order(fifo: Far
 
 
 async def test_a_fifo_queue_is_not_at_its_end_while_what_is_out_keeps_the_rest_back(
-    fifo: FarSide,
+    fifo: Broker,
 ) -> None:
     await fifo.feed(numbered(25))
     source = await connected(fifo)
@@ -186,7 +186,7 @@ async def test_a_fifo_queue_is_not_at_its_end_while_what_is_out_keeps_the_rest_b
     await source.aclose()
 
 
-async def test_closing_leaves_nothing_hidden(standard: FarSide) -> None:
+async def test_closing_leaves_nothing_hidden(standard: Broker) -> None:
     await standard.feed(numbered(120))
     source = await connected(standard, batch_size=20)
     await collect(source, 40)
@@ -197,7 +197,7 @@ async def test_closing_leaves_nothing_hidden(standard: FarSide) -> None:
     assert len(await standard.restored()) == 120
 
 
-async def test_acknowledging_deletes_and_leaves_nothing(standard: FarSide) -> None:
+async def test_acknowledging_deletes_and_leaves_nothing(standard: Broker) -> None:
     await standard.feed(numbered(45))
     source = await connected(standard)
     for batch in await collect(source, 45):
@@ -208,7 +208,7 @@ async def test_acknowledging_deletes_and_leaves_nothing(standard: FarSide) -> No
 
 
 async def test_a_message_that_the_queue_took_back_is_said_when_it_is_acknowledged(
-    standard: FarSide,
+    standard: Broker,
 ) -> None:
     await standard.feed(numbered(2))
     source = await connected(standard)
@@ -220,7 +220,7 @@ async def test_a_message_that_the_queue_took_back_is_said_when_it_is_acknowledge
     await source.aclose()
 
 
-async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(standard: FarSide) -> None:
+async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(standard: Broker) -> None:
     await standard.feed(numbered(5))
     source = await connected(standard)
     (old, *_) = await collect(source, 5)
@@ -237,11 +237,11 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(standard: FarSi
 async def test_equal_bodies_of_a_queue_that_deduplicates_by_content_are_different_events(
     sqs_server: SqsServer,
 ) -> None:
-    async with far_side_of(sqs_server, is_fifo=True, ContentBasedDeduplication="true") as far_side:
-        source = await connected(far_side)
+    async with broker_of(sqs_server, is_fifo=True, ContentBasedDeduplication="true") as broker:
+        source = await connected(broker)
         keys = []
         for _ in range(2):
-            await far_side.put('{"a":1}', group="g")
+            await broker.put('{"a":1}', group="g")
             (batch,) = await collect(source, 1)
             keys += dedup_keys(batch.messages)
             # Deleted, it is forgotten by this server as after five minutes by others.
@@ -253,15 +253,15 @@ async def test_equal_bodies_of_a_queue_that_deduplicates_by_content_are_differen
 
 async def test_the_deduplication_id_of_others_is_their_dedup_key(sqs_server: SqsServer) -> None:
     for scope, expected in (("queue", "theirs"), ("messageGroup", "g:theirs")):
-        async with far_side_of(sqs_server, is_fifo=True, DeduplicationScope=scope) as far_side:
-            await far_side.put('{"a":1}', group="g", dedup_id="theirs")
-            source = await connected(far_side)
+        async with broker_of(sqs_server, is_fifo=True, DeduplicationScope=scope) as broker:
+            await broker.put('{"a":1}', group="g", dedup_id="theirs")
+            source = await connected(broker)
             (message,) = messages_of(await collect(source, 1))
             assert (message.dedup_key, message.key) == (expected, "g")
             await source.aclose()
 
 
-async def test_large_messages_come_in_batches_of_bounded_size(standard: FarSide) -> None:
+async def test_large_messages_come_in_batches_of_bounded_size(standard: Broker) -> None:
     body = b'"%s"' % (b"x" * 50_000)
     await standard.feed([RelayMessage(dedup_key=str(number), payload=body) for number in range(24)])
     source = source_of(standard.url, batch_bytes=200_000, **standard.keys)
@@ -274,7 +274,7 @@ async def test_large_messages_come_in_batches_of_bounded_size(standard: FarSide)
 
 
 async def test_a_call_to_keep_a_batch_that_fails_gives_nothing_back(
-    standard: FarSide, tcp_proxy: Proxies
+    standard: Broker, tcp_proxy: Proxies
 ) -> None:
     await standard.feed(numbered(5))
     proxy = await tcp_proxy(*standard.server.address)
@@ -297,7 +297,7 @@ async def test_a_call_to_keep_a_batch_that_fails_gives_nothing_back(
 
 
 async def test_a_server_that_stops_answering_is_an_outage_and_an_interrupt_is_prompt(
-    standard: FarSide, tcp_proxy: Proxies
+    standard: Broker, tcp_proxy: Proxies
 ) -> None:
     proxy = await tcp_proxy(*standard.server.address)
     source = source_of(standard.through(proxy), timeout_ms=3000, **standard.keys)
@@ -332,12 +332,12 @@ async def test_consuming_reaches_half_of_what_the_bare_client_reaches(
         )
         for number in range(count)
     ]
-    async with far_side_of(sqs_server) as far_side:
-        await far_side.feed(messages)
-        floor_s = await _consume_bare(far_side, count)
-    async with far_side_of(sqs_server) as far_side:
-        await far_side.feed(messages)
-        source = await connected(far_side, batch_size=1000)
+    async with broker_of(sqs_server) as broker:
+        await broker.feed(messages)
+        floor_s = await _consume_bare(broker, count)
+    async with broker_of(sqs_server) as broker:
+        await broker.feed(messages)
+        source = await connected(broker, batch_size=1000)
         arrived: set[str] = set()
         started = time.perf_counter()
         while len(arrived) < count:
@@ -351,22 +351,22 @@ async def test_consuming_reaches_half_of_what_the_bare_client_reaches(
     assert took_s < 2 * floor_s
 
 
-async def _consume_bare(far_side: FarSide, count: int) -> float:
+async def _consume_bare(broker: Broker, count: int) -> float:
     """Seconds to receive and delete as many through the client alone, as many calls at a time."""
     session = aioboto3.Session(
-        aws_access_key_id="any", aws_secret_access_key="any", region_name=far_side.server.region
+        aws_access_key_id="any", aws_secret_access_key="any", region_name=broker.server.region
     )
     seen: set[str] = set()
     async with session.client(
         "sqs",
-        endpoint_url=far_side.server.url,
+        endpoint_url=broker.server.url,
         config=AioConfig(parameter_validation=False, max_pool_connections=20),
     ) as client:
 
         async def consume() -> None:
             while len(seen) < count:
                 answer = await client.receive_message(
-                    QueueUrl=far_side.url,
+                    QueueUrl=broker.url,
                     MaxNumberOfMessages=10,
                     MessageAttributeNames=["All"],
                     MessageSystemAttributeNames=["All"],
@@ -375,7 +375,7 @@ async def _consume_bare(far_side: FarSide, count: int) -> float:
                 if not found:
                     continue
                 await client.delete_message_batch(
-                    QueueUrl=far_side.url,
+                    QueueUrl=broker.url,
                     Entries=[
                         {"Id": str(number), "ReceiptHandle": one["ReceiptHandle"]}
                         for number, one in enumerate(found)

@@ -23,7 +23,7 @@ from tests.contract.evidence import (
     numbered,
 )
 from tests.contract.sink_contract import deliver
-from tests.contract.sqs_far_side import FarSide, far_side_of, sink_of
+from tests.contract.sqs_broker import Broker, broker_of, sink_of
 from tests.servers.proxy import TcpProxy
 from tests.servers.sqs import SqsServer
 
@@ -31,19 +31,19 @@ Proxies = Callable[[str, int], Awaitable[TcpProxy]]
 
 
 @pytest.fixture
-async def fifo(sqs_server: SqsServer) -> AsyncIterator[FarSide]:
-    async with far_side_of(sqs_server, is_fifo=True) as far_side:
-        yield far_side
+async def fifo(sqs_server: SqsServer) -> AsyncIterator[Broker]:
+    async with broker_of(sqs_server, is_fifo=True) as broker:
+        yield broker
 
 
 @pytest.fixture
-async def standard(sqs_server: SqsServer) -> AsyncIterator[FarSide]:
-    async with far_side_of(sqs_server) as far_side:
-        yield far_side
+async def standard(sqs_server: SqsServer) -> AsyncIterator[Broker]:
+    async with broker_of(sqs_server) as broker:
+        yield broker
 
 
-async def connected(far_side: FarSide, ordering: str | None = None, **keys: object) -> SqsSink:
-    sink = sink_of(far_side.url, ordering=ordering, **{**far_side.keys, **keys})
+async def connected(broker: Broker, ordering: str | None = None, **keys: object) -> SqsSink:
+    sink = sink_of(broker.url, ordering=ordering, **{**broker.keys, **keys})
     await sink.connect()
     return sink
 
@@ -70,7 +70,7 @@ def counted(sink: SqsSink) -> list[int]:
 @pytest.mark.shows("sink:sqs.format")
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
 async def test_the_documented_attributes_go_with_every_format(
-    standard: FarSide, format_: str
+    standard: Broker, format_: str
 ) -> None:
     sink = await connected(standard, format=format_)
     sent = complete_message()
@@ -88,7 +88,7 @@ async def test_the_documented_attributes_go_with_every_format(
 
 @pytest.mark.shows("sink:sqs.subject_template", "sink:sqs.routing")
 async def test_the_subject_is_by_template_or_routing_and_reaches_the_consumer(
-    standard: FarSide,
+    standard: Broker,
 ) -> None:
     sink = await connected(
         standard, format="payload", subject_template="a.{op}", routing={"delete": "gone"}
@@ -104,7 +104,7 @@ async def test_the_subject_is_by_template_or_routing_and_reaches_the_consumer(
 
 @pytest.mark.shows("sink:sqs.message_group_id")
 async def test_the_message_group_is_the_key_unless_a_template_says_otherwise(
-    fifo: FarSide, standard: FarSide
+    fifo: Broker, standard: Broker
 ) -> None:
     messages = [
         RelayMessage(dedup_key="1", key="7", payload=b"{}", stream_table="orders"),
@@ -112,19 +112,19 @@ async def test_the_message_group_is_the_key_unless_a_template_says_otherwise(
         RelayMessage(dedup_key="3", key="k" * 10_000, payload=b"{}", stream_table="orders"),
         RelayMessage(dedup_key="4", payload=b"{}", stream_table="orders"),
     ]
-    for far_side, keys, expected in (
+    for broker, keys, expected in (
         (fifo, {}, ["7", "a%20b", 64, "_"]),
         (fifo, {"message_group_id": "t-{stream_table}"}, ["t-orders"] * 4),
         (standard, {}, [None] * 4),
         (standard, {"message_group_id": "{key}"}, ["7", "a%20b", 64, "_"]),
     ):
-        sink = await connected(far_side, **keys)
+        sink = await connected(broker, **keys)
         assert not (await sink.publish(messages)).failures
         groups = {
             one["Attributes"].get("MessageDeduplicationId", str(number + 1)): one["Attributes"].get(
                 "MessageGroupId"
             )
-            for number, one in enumerate((await far_side.take())[-4:])
+            for number, one in enumerate((await broker.take())[-4:])
         }
         found = [
             len(group) if group and len(group) > 60 else group
@@ -134,7 +134,7 @@ async def test_the_message_group_is_the_key_unless_a_template_says_otherwise(
         await sink.aclose()
 
 
-async def test_a_fifo_queue_holds_a_repeated_message_once(fifo: FarSide) -> None:
+async def test_a_fifo_queue_holds_a_repeated_message_once(fifo: Broker) -> None:
     sink = await connected(fifo)
     messages = [*numbered(15, keys=5), RelayMessage(dedup_key="ä" * 200, payload=b"{}")]
     await deliver(sink, messages[:10])
@@ -147,7 +147,7 @@ async def test_a_fifo_queue_holds_a_repeated_message_once(fifo: FarSide) -> None
 
 
 async def test_strict_ordering_sends_one_of_a_key_at_a_time_and_pipelined_several(
-    fifo: FarSide,
+    fifo: Broker,
 ) -> None:
     for ordering, calls in (("strict", [1] * 12), ("pipelined", [10, 2])):
         sink = await connected(fifo, ordering)
@@ -159,7 +159,7 @@ async def test_strict_ordering_sends_one_of_a_key_at_a_time_and_pipelined_severa
         await sink.aclose()
 
 
-async def test_many_keys_fill_the_calls_and_each_keeps_its_order(fifo: FarSide) -> None:
+async def test_many_keys_fill_the_calls_and_each_keeps_its_order(fifo: Broker) -> None:
     sink = await connected(fifo)
     sizes = counted(sink)
     messages = numbered(200, keys=50)
@@ -172,7 +172,7 @@ async def test_many_keys_fill_the_calls_and_each_keeps_its_order(fifo: FarSide) 
 
 
 @pytest.mark.shows("sink:sqs.max_in_flight")
-async def test_so_many_calls_are_under_way_at_a_time(standard: FarSide, tcp_proxy: Proxies) -> None:
+async def test_so_many_calls_are_under_way_at_a_time(standard: Broker, tcp_proxy: Proxies) -> None:
     proxy = await tcp_proxy(*standard.server.address)
     for most in (1, 3):
         sink = sink_of(standard.through(proxy), max_in_flight=most, **standard.keys)
@@ -191,11 +191,11 @@ async def test_so_many_calls_are_under_way_at_a_time(standard: FarSide, tcp_prox
 
 @pytest.mark.shows("sink:sqs.max_message_bytes")
 async def test_a_message_above_our_limit_or_the_queues_fails_alone_and_the_limit_is_named(
-    sqs_server: SqsServer, standard: FarSide
+    sqs_server: SqsServer, standard: Broker
 ) -> None:
-    async with far_side_of(sqs_server, MaximumMessageSize="5000") as small:
-        for far_side, limit in ((standard, 5000), (small, None)):
-            sink = await connected(far_side, max_message_bytes=limit)
+    async with broker_of(sqs_server, MaximumMessageSize="5000") as small:
+        for broker, limit in ((standard, 5000), (small, None)):
+            sink = await connected(broker, max_message_bytes=limit)
             good = numbered(10)
 
             result = await sink.publish([*good[:5], large("big", 5000), *good[5:]])
@@ -204,11 +204,11 @@ async def test_a_message_above_our_limit_or_the_queues_fails_alone_and_the_limit
             assert index == 5
             assert isinstance(error, MessageTooLarge)
             assert "5000 bytes" in str(error)
-            assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+            assert dedup_keys(await broker.restored()) == dedup_keys(good)
             await sink.aclose()
 
 
-async def test_large_messages_share_a_call_as_far_as_its_bytes_allow(standard: FarSide) -> None:
+async def test_large_messages_share_a_call_as_far_as_its_bytes_allow(standard: Broker) -> None:
     sink = await connected(standard)
     sizes = counted(sink)
     messages = [large(f"l:{number}", 300_000) for number in range(7)]
@@ -222,7 +222,7 @@ async def test_large_messages_share_a_call_as_far_as_its_bytes_allow(standard: F
 
 
 async def test_a_call_refused_as_a_whole_is_halved_until_the_culprit_is_found(
-    standard: FarSide,
+    standard: Broker,
 ) -> None:
     sink = await connected(standard)
     # The queue's limit is lowered behind the sink's back.
@@ -257,9 +257,9 @@ def test_each_entry_of_an_answer_is_judged_by_itself_and_silence_is_no_acceptanc
 
 
 async def test_a_queue_that_is_deleted_meanwhile_is_said(sqs_server: SqsServer) -> None:
-    async with far_side_of(sqs_server) as far_side:
-        sink = await connected(far_side)
-        await far_side.ask("delete_queue")
+    async with broker_of(sqs_server) as broker:
+        sink = await connected(broker)
+        await broker.ask("delete_queue")
 
         result = await sink.publish(numbered(3))
 
@@ -269,7 +269,7 @@ async def test_a_queue_that_is_deleted_meanwhile_is_said(sqs_server: SqsServer) 
 
 
 async def test_a_connection_that_breaks_in_the_middle_of_a_batch_loses_and_repeats_nothing(
-    fifo: FarSide, tcp_proxy: Proxies
+    fifo: Broker, tcp_proxy: Proxies
 ) -> None:
     proxy = await tcp_proxy(*fifo.server.address)
     sink = sink_of(fifo.through(proxy), **fifo.keys)
@@ -289,7 +289,7 @@ async def test_a_connection_that_breaks_in_the_middle_of_a_batch_loses_and_repea
 
 
 async def test_a_server_that_stops_answering_is_given_up_after_the_timeout(
-    standard: FarSide, tcp_proxy: Proxies
+    standard: Broker, tcp_proxy: Proxies
 ) -> None:
     proxy = await tcp_proxy(*standard.server.address)
     sink = sink_of(standard.through(proxy), timeout_ms=2000, **standard.keys)
@@ -306,7 +306,7 @@ async def test_a_server_that_stops_answering_is_given_up_after_the_timeout(
     await sink.aclose()
 
 
-async def test_the_queue_and_what_it_keeps_are_described(fifo: FarSide) -> None:
+async def test_the_queue_and_what_it_keeps_are_described(fifo: Broker) -> None:
     sink = await connected(fifo)
 
     described = await sink.describe()
@@ -335,22 +335,22 @@ async def test_publishing_reaches_half_of_what_the_bare_client_reaches(
         )
         for number in range(count)
     ]
-    async with far_side_of(sqs_server) as far_side:
-        floor_s = await _publish_bare(far_side, messages)
-    async with far_side_of(sqs_server) as far_side:
-        sink = await connected(far_side)
+    async with broker_of(sqs_server) as broker:
+        floor_s = await _publish_bare(broker, messages)
+    async with broker_of(sqs_server) as broker:
+        sink = await connected(broker)
         started = time.perf_counter()
         for start in range(0, count, 1000):
             assert not (await sink.publish(messages[start : start + 1000])).failures
         took_s = time.perf_counter() - started
-        await far_side.until_attribute("ApproximateNumberOfMessages", str(count))
+        await broker.until_attribute("ApproximateNumberOfMessages", str(count))
         await sink.aclose()
 
     print(f"bare {count / floor_s:,.0f}/s, sink {count / took_s:,.0f}/s")
     assert took_s < 2 * floor_s
 
 
-async def _publish_bare(far_side: FarSide, messages: Sequence[RelayMessage]) -> float:
+async def _publish_bare(broker: Broker, messages: Sequence[RelayMessage]) -> float:
     """Seconds for the same entries through the client alone, as many calls at a time."""
     make = entry_maker("envelope")
     entries = [
@@ -358,17 +358,17 @@ async def _publish_bare(far_side: FarSide, messages: Sequence[RelayMessage]) -> 
         for entry in map(make, messages)
     ]
     session = aioboto3.Session(
-        aws_access_key_id="any", aws_secret_access_key="any", region_name=far_side.server.region
+        aws_access_key_id="any", aws_secret_access_key="any", region_name=broker.server.region
     )
     async with session.client(
-        "sqs", endpoint_url=far_side.server.url, config=AioConfig(parameter_validation=False)
+        "sqs", endpoint_url=broker.server.url, config=AioConfig(parameter_validation=False)
     ) as client:
         turn = asyncio.Semaphore(8)
 
         async def send(start: int) -> None:
             async with turn:
                 answer = await client.send_message_batch(
-                    QueueUrl=far_side.url,
+                    QueueUrl=broker.url,
                     Entries=[
                         {"Id": str(number), **entry}
                         for number, entry in enumerate(entries[start : start + 10])

@@ -25,7 +25,7 @@ from relay.wire import HTTP, encoder
 from tests.contract.evidence import complete_message, dedup_keys, numbered
 from tests.contract.sink_contract import deliver
 from tests.contract.surroundings import backend_context
-from tests.contract.webhook_far_side import PATH, call, sink_of, source_of
+from tests.contract.webhook_client import PATH, call, sink_of, source_of
 from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.postgres import Database as ServerDatabase
 from tests.unit.in_memory import Heard, KeptLetters

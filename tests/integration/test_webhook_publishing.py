@@ -42,7 +42,7 @@ from tests.contract.evidence import (
     numbered,
 )
 from tests.contract.sink_contract import deliver
-from tests.contract.webhook_far_side import host_of, restored, sink_of
+from tests.contract.webhook_client import host_of, restored, sink_of
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import OK, HttpServer, Received, Reply
 from tests.servers.proxy import TcpProxy

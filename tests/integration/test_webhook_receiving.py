@@ -26,7 +26,7 @@ from tests.contract.evidence import (
     numbered,
 )
 from tests.contract.source_contract import collect, messages_of
-from tests.contract.webhook_far_side import (
+from tests.contract.webhook_client import (
     PATH,
     Answered,
     Headers,

@@ -38,7 +38,7 @@ def test_a_million_failures_later_the_wait_is_still_the_maximum() -> None:
     assert backoff.next_s() == 60.0
 
 
-def test_what_the_far_side_asks_for_is_granted_within_an_hour() -> None:
+def test_what_the_destination_asks_for_is_granted_within_an_hour() -> None:
     backoff = Backoff(1.0, 10.0, chance=lambda: 1.0)
 
     waits = [backoff.next_s(asked_s) for asked_s in (None, 0.5, 7.0, 86_400.0)]

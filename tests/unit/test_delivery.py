@@ -208,7 +208,7 @@ async def test_a_dead_letter_write_that_succeeds_at_last_ends_the_retrying() -> 
         assert line.heard.states[-1] is PipelineState.RUNNING
 
 
-async def test_the_breaker_suspends_probes_and_puts_back_what_it_condemned() -> None:
+async def test_the_breaker_suspends_probes_and_puts_back_the_suspects() -> None:
     line = Line(policy=RetryPolicy(initial_s=0.001, max_s=0.002, breaker_threshold=5), batch_size=2)
     keys = [str(n) for n in range(8)]
     line.write(*(message(key) for key in keys))
@@ -520,7 +520,7 @@ async def test_an_outage_of_the_dead_letters_does_not_end_the_session() -> None:
     assert line.heard.of(Retried) == []
 
 
-async def test_what_a_sink_tells_of_its_far_side_comes_with_its_connection() -> None:
+async def test_what_a_sink_says_of_its_broker_comes_with_its_connection() -> None:
     class Telling(MemorySink):
         async def describe(self) -> Mapping[str, str]:
             return {"server": "here"}
@@ -601,7 +601,7 @@ async def test_nobody_has_more_patience_than_an_hour_and_a_stop_ends_it_at_once(
     assert line.here.take(10) == [0]
 
 
-async def test_connecting_waits_as_long_as_the_far_side_asks_for() -> None:
+async def test_connecting_waits_as_long_as_the_destination_asks_for() -> None:
     class Busy(ScriptedSink):
         async def connect(self) -> None:
             await super().connect()
@@ -635,7 +635,7 @@ async def test_what_comes_after_a_buried_message_waits_for_the_rest_it_was_told(
     assert [one.state for one in waiting] == [PipelineState.RETRYING]
 
 
-async def test_dead_letters_are_not_sent_while_the_far_side_asks_for_rest() -> None:
+async def test_dead_letters_are_not_sent_while_the_destination_asks_to_back_off() -> None:
     sink = ScriptedSink([POISON], [Outage("busy", retry_after_s=0.5)])
     line = Line(sink=sink)
     line.write(message("0"))

@@ -89,7 +89,7 @@ def test_an_error_reads_as_one_line_with_its_remedy() -> None:
     assert str(NotConnected("away", remedy="start it")) == "away (start it)"
 
 
-def test_what_the_relay_found_itself_says_nothing_about_the_far_side() -> None:
+def test_what_the_relay_found_itself_says_nothing_about_the_broker() -> None:
     assert MessageTooLarge.found_before_sending
     assert MessageUndecodable.found_before_sending
     assert not MessageRejected.found_before_sending

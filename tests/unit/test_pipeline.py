@@ -333,7 +333,7 @@ async def test_a_cancelled_pipeline_ends_and_closes_its_source() -> None:
 
 
 class NeverClosed(Watched):
-    """A far side that does not answer the last word."""
+    """A broker that does not answer the last word."""
 
     def __init__(self, channel: MemoryChannel) -> None:
         super().__init__(channel)

@@ -20,7 +20,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.redis_far_side import driver_exceptions
+from tests.contract.redis_broker import driver_exceptions
 
 PREFIX = "Transaction discarded because of: "
 # Judged by the server's word.

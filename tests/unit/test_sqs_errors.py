@@ -22,7 +22,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.sqs_far_side import client_error, driver_exceptions
+from tests.contract.sqs_broker import client_error, driver_exceptions
 
 
 def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:

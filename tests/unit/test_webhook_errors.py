@@ -30,7 +30,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.webhook_far_side import driver_exceptions
+from tests.contract.webhook_client import driver_exceptions
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 

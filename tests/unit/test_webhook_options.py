@@ -10,7 +10,7 @@ from relay.backends.webhook import WebhookSink, WebhookSource
 from relay.backends.webhook.options import listen_address
 from relay.errors import ConfigurationError
 from tests.contract.surroundings import backend_context
-from tests.contract.webhook_far_side import sink_of
+from tests.contract.webhook_client import sink_of
 
 URL = "https://example.org/secret-path"
 

@@ -48,7 +48,7 @@ def source_of(
     return NatsSource.from_options(options, context)
 
 
-class FarSide:
+class Broker:
     """One stream, made and looked at over a connection of its own."""
 
     def __init__(self, server: NatsServer, stream: str) -> None:
@@ -161,14 +161,14 @@ def restored(subject: str, headers: Mapping[str, str], body: bytes) -> RelayMess
 class NatsHarness:
     """What both harnesses can do to a NATS server, which is reached through a proxy."""
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        self.far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        self.broker = broker
         self.proxy = proxy
 
     @property
     def url(self) -> str:
         """The address that leads through the proxy."""
-        return self.proxy.url(self.far_side.server.url)
+        return self.proxy.url(self.broker.server.url)
 
     async def cut(self) -> None:
         await self.proxy.cut()
@@ -177,7 +177,7 @@ class NatsHarness:
         await self.proxy.restore()
 
     async def restart(self) -> None:
-        await asyncio.to_thread(self.far_side.server.restart)
+        await asyncio.to_thread(self.broker.server.restart)
 
     def mapping(self) -> AbstractContextManager[object]:
         return mapped("testing")

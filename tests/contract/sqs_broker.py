@@ -52,7 +52,7 @@ def source_of(
     )
 
 
-class FarSide:
+class Broker:
     """One queue, looked at over a client of its own.
 
     A queue can only be looked at by taking messages out, so those that were seen are kept here.
@@ -170,18 +170,18 @@ class FarSide:
 
 
 @asynccontextmanager
-async def far_side_of(
+async def broker_of(
     server: SqsServer, *, is_fifo: bool = False, tls_ca: str | None = None, **attributes: str
-) -> AsyncIterator[FarSide]:
+) -> AsyncIterator[Broker]:
     """A queue of its own, removed at the end."""
     async with _client(server, tls_ca) as client:
-        far_side = FarSide(server, client, await _make_queue(server, client, is_fifo, attributes))
+        broker = Broker(server, client, await _make_queue(server, client, is_fifo, attributes))
         try:
-            yield far_side
+            yield broker
         finally:
             # A test may have deleted it.
             with suppress(botocore.exceptions.ClientError):
-                await far_side.ask("delete_queue")
+                await broker.ask("delete_queue")
 
 
 async def lasting_queue(server: SqsServer, *, tls_ca: str | None = None) -> str:
@@ -242,14 +242,14 @@ async def _make_queue(
 class SqsHarness:
     """What both harnesses can do to an SQS server, which is reached through a proxy."""
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        self.far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        self.broker = broker
         self.proxy = proxy
 
     @property
     def url(self) -> str:
         """The address that leads through the proxy."""
-        return self.far_side.through(self.proxy)
+        return self.broker.through(self.proxy)
 
     async def cut(self) -> None:
         await self.proxy.cut()

@@ -60,7 +60,7 @@ def source_of(
     )
 
 
-class FarSide:
+class Broker:
     """One stream, looked at over a connection of its own."""
 
     def __init__(self, server: RedisServer, stream: str) -> None:
@@ -167,14 +167,14 @@ class FarSide:
 class RedisHarness:
     """What both harnesses can do to a Redis server, which is reached through a proxy."""
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        self.far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        self.broker = broker
         self.proxy = proxy
 
     @property
     def url(self) -> str:
         """The address that leads through the proxy."""
-        return self.proxy.url(self.far_side.server.url)
+        return self.proxy.url(self.broker.server.url)
 
     async def cut(self) -> None:
         await self.proxy.cut()
@@ -183,7 +183,7 @@ class RedisHarness:
         await self.proxy.restore()
 
     async def restart(self) -> None:
-        await asyncio.to_thread(self.far_side.server.restart)
+        await asyncio.to_thread(self.broker.server.restart)
 
     def mapping(self) -> AbstractContextManager[object]:
         return mapped("testing")
