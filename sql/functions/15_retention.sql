@@ -71,7 +71,7 @@ begin
     select * into v_outbox from @schema@.relay_outbox_of(swept_table);
 
     -- One statement, so that a row is seen in exactly one place, whoever moves it meanwhile: ahead
-    -- of a reader, in one of its gaps, in the hands of a consumer, given back, or settled.
+    -- of a reader, in one of its gaps, in the hands of a consumer, released, or settled.
     execute format(
         $sweep$
         with readers as materialized (

@@ -676,7 +676,7 @@ begin
         raise exception using
             errcode = 'RL021',
             message = format('the lease of consumer "%s" of group "%s" is lost', p_consumer, p_group),
-            detail = 'It was settled or given back before, or it ran out and its rows went to another consumer.',
+            detail = 'It was settled or released before, or it ran out and its rows went to another consumer.',
             hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
     end if;
     return v_lease;

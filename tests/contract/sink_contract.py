@@ -224,7 +224,7 @@ class SinkContract(Contract):
         await sink.aclose()
 
     @shows("partial failure")
-    async def test_one_refused_message_does_not_condemn_its_neighbours(
+    async def test_one_refused_message_does_not_fail_its_neighbours(
         self, harness: SinkHarness
     ) -> None:
         sink = harness.make()
@@ -336,7 +336,7 @@ class SinkContract(Contract):
         await sink.aclose()
 
     @shows("connect")
-    async def test_connecting_twice_starts_anew(self, harness: SinkHarness) -> None:
+    async def test_connecting_twice_starts_over(self, harness: SinkHarness) -> None:
         sink = harness.make()
         await sink.connect()
         await deliver(sink, numbered(3))

@@ -56,7 +56,7 @@ class SourceHarness(DriverErrors, Protocol):
 
     @property
     def keeps_order_over_outages(self) -> bool:
-        """False where what was under way in an outage may come later than what is behind it."""
+        """False where what was in flight in an outage may come later than what is behind it."""
         return True
 
     def make(self, *, batch_size: int = 100) -> Source:
@@ -254,7 +254,7 @@ class SourceContract(Contract):
         await second.aclose()
 
     @shows("connect")
-    async def test_connecting_again_forgets_the_batches_that_are_out(
+    async def test_connecting_again_forgets_the_unacknowledged_batches(
         self, harness: SourceHarness
     ) -> None:
         await harness.feed(numbered(20))

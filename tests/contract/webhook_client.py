@@ -206,7 +206,7 @@ class Sender:
         self._addr = addr
         self._arrivals = arrivals
         self._pending: list[_Outgoing] = []
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._in_flight: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._count = 0
         self._has_failed = False
@@ -224,7 +224,7 @@ class Sender:
                 while True:
                     await self._send_next(tasks)
         finally:
-            self._under_way.clear()
+            self._in_flight.clear()
 
     async def _send_next(self, tasks: asyncio.TaskGroup) -> None:
         if not self._pending:
@@ -235,13 +235,13 @@ class Sender:
             # What else was refused is on its way back and has to go first.
             self._has_failed = False
             await asyncio.wait(
-                self._under_way or {tasks.create_task(asyncio.sleep(0))}, timeout=PAUSE_S
+                self._in_flight or {tasks.create_task(asyncio.sleep(0))}, timeout=PAUSE_S
             )
             return
         self._arrivals.clear()
         task = tasks.create_task(self._send(self._pending.pop(0)))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
         arrival = tasks.create_task(self._arrivals.wait())
         await asyncio.wait({task, arrival}, return_when=asyncio.FIRST_COMPLETED)
         arrival.cancel()

@@ -60,7 +60,7 @@ def test_every_generated_part_stands_in_some_page(docs: ModuleType) -> None:
     assert written == set(docs.PARTS)
 
 
-def test_a_stale_part_is_written_anew_and_a_part_that_nobody_makes_is_refused(
+def test_a_stale_part_is_written_again_and_a_part_that_nobody_makes_is_refused(
     docs: ModuleType,
 ) -> None:
     stale = "a\n<!-- generated: envelope -->\nold\n<!-- end: envelope -->\nb\n"

@@ -183,7 +183,7 @@ class RelayWorld:
 
     @contextlib.asynccontextmanager
     async def restarting(self, relay: RelayProcess, pipeline: str) -> AsyncIterator[None]:
-        """What the block changes has made the pipeline run anew when the block is left."""
+        """What the block changes has made the pipeline run again when the block is left."""
         since = len(relay.stderr)
         yield
         await relay.wait_for_log(rf"\[{pipeline}\] running", since=since)

@@ -145,7 +145,7 @@ def test_the_servers_end_with_a_demo_that_is_killed(place: _Place) -> None:
         time.sleep(0.02)
 
 
-async def test_a_data_directory_that_does_not_start_is_made_anew(place: _Place) -> None:
+async def test_a_data_directory_that_does_not_start_is_made_again(place: _Place) -> None:
     server = _Postgres(place)
     await server.start()
     await asyncio.to_thread(server.stop)
@@ -159,7 +159,7 @@ async def test_a_data_directory_that_does_not_start_is_made_anew(place: _Place) 
         await asyncio.to_thread(server.stop)
 
 
-async def test_a_data_directory_that_is_half_made_is_made_anew(place: _Place) -> None:
+async def test_a_data_directory_that_is_half_made_is_made_again(place: _Place) -> None:
     server = _Postgres(place)
     place.data.mkdir()
     (place.data / "PG_VERSION").write_text("12")

@@ -137,7 +137,7 @@ async def test_leaving_gives_everything_up_and_can_be_repeated(join: Join) -> No
         await one.members()
 
 
-async def test_opening_again_joins_anew_without_the_former_locks(join: Join) -> None:
+async def test_opening_again_joins_again_without_the_former_locks(join: Join) -> None:
     one = await join()
     await one.try_acquire("p")
 

@@ -201,7 +201,7 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(broker: Broker)
     await source.aclose()
 
 
-async def test_rejecting_gives_back_in_order_what_is_waiting_too(broker: Broker) -> None:
+async def test_rejecting_releases_in_order_what_is_waiting_too(broker: Broker) -> None:
     await feed(broker, numbered(200))
     source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(3)]
@@ -237,11 +237,11 @@ async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
     await source.aclose()
 
 
-async def test_what_is_given_back_last_batch_first_comes_again_in_order(broker: Broker) -> None:
+async def test_what_is_released_last_batch_first_comes_again_in_order(broker: Broker) -> None:
     await feed(broker, numbered(60))
     source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(3)]
-    given_back = sum(len(batch.messages) for batch in batches)
+    released = sum(len(batch.messages) for batch in batches)
     assert sum(bool(batch.messages) for batch in batches) > 1
 
     for batch in reversed(batches):
@@ -250,7 +250,7 @@ async def test_what_is_given_back_last_batch_first_comes_again_in_order(broker: 
 
     successor = await connected(broker, batch_size=20)
     again = await collect(successor, 60, timeout_s=AT_ONCE_S)
-    assert given_back > 20
+    assert released > 20
     assert dedup_keys(messages_of(again)) == dedup_keys(numbered(60))
     await successor.aclose()
 

@@ -503,7 +503,7 @@ async def test_a_table_altered_under_a_prepared_statement_costs_no_pipeline(
             statement = await connection.prepare("select * from public.t")
             await statement.fetch()
             await connection.execute("alter table public.t add column b int")
-            # Only outside of a transaction the driver prepares it anew by itself.
+            # Only outside of a transaction the driver prepares it again by itself.
             async with connection.transaction():
                 await statement.fetch()
 
@@ -566,7 +566,7 @@ async def test_each_notification_reaches_the_listeners_of_its_channel(opened: Da
         assert same.payloads == [""]
 
 
-async def test_a_lost_listening_connection_is_made_anew_and_says_so(opened: Database) -> None:
+async def test_a_lost_listening_connection_is_made_again_and_says_so(opened: Database) -> None:
     heard = Heard()
     opened.subscribe("a", heard)
     async with listening(opened, "a"):

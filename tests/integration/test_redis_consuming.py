@@ -135,7 +135,7 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(broker: Broker)
     await source.aclose()
 
 
-async def test_rejecting_gives_back_in_order_what_is_waiting_too(broker: Broker) -> None:
+async def test_rejecting_releases_in_order_what_is_waiting_too(broker: Broker) -> None:
     await broker.feed(numbered(200))
     source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(3)]
@@ -218,7 +218,7 @@ async def test_what_is_kept_alive_is_not_claimed_by_another_consumer(broker: Bro
     await other.aclose()
 
 
-async def test_what_is_given_back_can_be_claimed_at_once(broker: Broker) -> None:
+async def test_what_is_released_can_be_claimed_at_once(broker: Broker) -> None:
     await broker.feed(numbered(5))
     leaving = await connected(broker, consumer_name="leaving")
     await collect(leaving, 5)
@@ -496,7 +496,7 @@ async def test_a_server_that_becomes_a_replica_is_an_outage_and_no_lost_position
     await source.aclose()
 
 
-async def test_what_was_trimmed_while_it_was_out_is_refused_after_it_was_given_back(
+async def test_what_was_trimmed_while_it_was_unacknowledged_is_refused_after_it_was_released(
     broker: Broker,
 ) -> None:
     first, batches = await _holding_what_was_trimmed(broker)

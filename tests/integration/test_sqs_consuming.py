@@ -146,7 +146,7 @@ async def test_a_fifo_queue_gives_each_key_in_order_with_several_receives(fifo: 
     await source.aclose()
 
 
-async def test_what_is_given_back_to_a_fifo_queue_comes_again_in_order(fifo: Broker) -> None:
+async def test_what_is_released_to_a_fifo_queue_comes_again_in_order(fifo: Broker) -> None:
     await fifo.feed(numbered(9))
     source = await connected(fifo, batch_size=4)
     first = await source.poll()
@@ -164,7 +164,7 @@ async def test_what_is_given_back_to_a_fifo_queue_comes_again_in_order(fifo: Bro
     await source.aclose()
 
 
-async def test_a_fifo_queue_is_not_at_its_end_while_what_is_out_keeps_the_rest_back(
+async def test_a_fifo_queue_is_not_at_its_end_while_what_is_unacknowledged_keeps_the_rest_back(
     fifo: Broker,
 ) -> None:
     await fifo.feed(numbered(25))

@@ -172,7 +172,7 @@ async def test_many_keys_fill_the_calls_and_each_keeps_its_order(fifo: Broker) -
 
 
 @pytest.mark.shows("sink:sqs.max_in_flight")
-async def test_so_many_calls_are_under_way_at_a_time(standard: Broker, tcp_proxy: Proxies) -> None:
+async def test_so_many_calls_are_in_flight_at_a_time(standard: Broker, tcp_proxy: Proxies) -> None:
     proxy = await tcp_proxy(*standard.server.address)
     for most in (1, 3):
         sink = sink_of(standard.through(proxy), max_in_flight=most, **standard.keys)

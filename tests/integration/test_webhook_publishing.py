@@ -573,7 +573,7 @@ async def test_a_restart_of_the_receiver_in_mid_batch_loses_nothing(
 
 
 @pytest.mark.shows("sink:webhook.max_in_flight")
-async def test_as_many_requests_are_under_way_as_the_operator_allows(
+async def test_as_many_requests_are_in_flight_as_the_operator_allows(
     http_server: HttpServer,
 ) -> None:
     answering = asyncio.Event()
@@ -591,7 +591,7 @@ async def test_as_many_requests_are_under_way_as_the_operator_allows(
 
 
 @pytest.mark.parametrize("ordering, at_once", [("strict", 1), ("pipelined", 5)])
-async def test_messages_of_one_key_are_under_way_together_only_where_that_was_asked_for(
+async def test_messages_of_one_key_are_in_flight_together_only_where_that_was_asked_for(
     http_server: HttpServer, ordering: str, at_once: int
 ) -> None:
     answering = asyncio.Event()

@@ -2,9 +2,9 @@
 
 moto counts a queue's messages several times over for every message that is sent, and asks a slow
 clock about each of them: a thousand messages take a minute. Here the approximate counts are made
-anew every 50 ms, and the clock is the ordinary one. A receive that waits looks only once a second,
+again every 50 ms, and the clock is the ordinary one. A receive that waits looks only once a second,
 and without a pause where all there is belongs to groups that are blocked; here it looks every 50
-ms. A deletion makes the list of messages anew, without the lock under which one is added, and so
+ms. A deletion makes the list of messages again, without the lock under which one is added, and so
 loses what was sent meanwhile; here it takes that lock. A message that is shown again is not visible
 in the same tick of the clock, and so goes on blocking its group; here it is visible at once. With
 ``PGTRICKLE_TEST_SQS_KEY`` a user's key is made of that text, id and secret alike. All else is

@@ -68,7 +68,7 @@ def test_a_group_made_at_latest_holds_back_only_what_it_will_read(
     assert [row[0] for row in rows] == left(db) == [4, 7]
 
 
-def test_rows_in_the_hands_of_consumers_or_given_back_stay(db: Session) -> None:
+def test_rows_in_the_hands_of_consumers_or_released_stay(db: Session) -> None:
     write(db, 9)
     db.run("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")
     tokens = [

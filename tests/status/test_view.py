@@ -184,7 +184,7 @@ def test_quitting_gives_the_terminal_back(start: Start) -> None:
     terminal.type("q")
 
     assert terminal.wait() == 0
-    _assert_given_back(terminal)
+    _assert_restored(terminal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -194,7 +194,7 @@ def test_a_signal_gives_the_terminal_back(start: Start, number: signal.Signals) 
     terminal.signal(number)
 
     terminal.wait()
-    _assert_given_back(terminal)
+    _assert_restored(terminal)
 
 
 def test_an_exception_gives_the_terminal_back(start: Start, report: Path) -> None:
@@ -203,7 +203,7 @@ def test_an_exception_gives_the_terminal_back(start: Start, report: Path) -> Non
     report.with_suffix(".raise").touch()
 
     assert terminal.wait() == 1
-    _assert_given_back(terminal)
+    _assert_restored(terminal)
     assert b"RuntimeError: as asked" in terminal.output.rpartition(b"\x1b[?1049l")[2]
 
 
@@ -219,7 +219,7 @@ def test_a_stalled_terminal_costs_frames_and_nothing_else(start: Start, report: 
     assert terminal.attributes_after == terminal.attributes
 
 
-def _assert_given_back(terminal: Emulator) -> None:
+def _assert_restored(terminal: Emulator) -> None:
     assert terminal.attributes_after == terminal.attributes
     assert terminal.output.count(b"\x1b[?1049h") == terminal.output.count(b"\x1b[?1049l") == 1
     assert b"\x1b[?25h" in terminal.output

@@ -278,7 +278,7 @@ async def test_after_max_attempts_what_still_fails_becomes_a_dead_letter() -> No
     assert (letter.attempts, letter.error_kind) == (3, ErrorKind.OUTAGE.value)
 
 
-async def test_a_lost_connection_is_made_anew_before_the_batch_is_repeated() -> None:
+async def test_a_lost_connection_is_made_again_before_the_batch_is_repeated() -> None:
     line = Line()
     line.write(message("0"))
     line.there.cut()
@@ -380,7 +380,7 @@ async def test_duplicates_that_the_sink_reports_are_told() -> None:
     assert line.heard.of(BatchPublished)[0].duplicates == 2
 
 
-async def test_a_stop_during_an_outage_gives_the_batch_back_and_buries_nothing() -> None:
+async def test_a_stop_during_an_outage_releases_the_batch_and_dead_letters_nothing() -> None:
     line = Line(policy=RetryPolicy(initial_s=60, max_s=60))
     line.write(message("0"), message("1"))
     line.faults.fail_next(100, NotConnected("away"))
@@ -393,7 +393,7 @@ async def test_a_stop_during_an_outage_gives_the_batch_back_and_buries_nothing()
     assert line.letters.letters == {}
 
 
-async def test_max_attempts_buries_the_one_that_fails_and_none_that_waits_behind_it() -> None:
+async def test_max_attempts_dead_letters_the_one_that_fails_and_none_that_waits_behind_it() -> None:
     line = Line(policy=RetryPolicy(initial_s=0.001, max_s=0.002, max_attempts=3))
     line.write(*(message(str(n)) for n in range(4)))
     line.faults.refused["1"] = Outage("busy")
@@ -405,7 +405,7 @@ async def test_max_attempts_buries_the_one_that_fails_and_none_that_waits_behind
 
 
 @pytest.mark.parametrize("is_raised", [True, False])
-async def test_what_is_wrong_with_the_configuration_is_looked_at_anew_on_a_new_connection(
+async def test_what_is_wrong_with_the_configuration_is_looked_at_again_on_a_new_connection(
     is_raised: bool,
 ) -> None:
     class Stubborn(ScriptedSink):
@@ -425,7 +425,7 @@ async def test_what_is_wrong_with_the_configuration_is_looked_at_anew_on_a_new_c
     assert line.acknowledged == 1
 
 
-async def test_max_attempts_buries_none_that_was_held_back_before_the_one_that_fails() -> None:
+async def test_max_attempts_dead_letters_none_that_was_held_back_before_the_failing_one() -> None:
     class Holding(ScriptedSink):
         async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
             if len(messages) == 1:
@@ -480,7 +480,7 @@ async def test_a_letter_that_the_transform_refuses_again_fails_with_its_reason()
     assert line.received == []
 
 
-async def test_a_stop_while_suspended_leaves_what_was_condemned_requested() -> None:
+async def test_a_stop_while_suspended_leaves_the_suspects_requested() -> None:
     line = Line(policy=RetryPolicy(initial_s=60, max_s=60, breaker_threshold=3), batch_size=2)
     line.write(*(message(str(n)) for n in range(4)))
     line.faults.refused |= dict.fromkeys("0123", POISON)
@@ -619,7 +619,7 @@ async def test_connecting_waits_as_long_as_the_destination_asks_for() -> None:
     assert line.acknowledged == 1
 
 
-async def test_what_comes_after_a_buried_message_waits_for_the_rest_it_was_told() -> None:
+async def test_what_comes_after_a_dead_lettered_message_waits_as_long_as_it_was_asked_to() -> None:
     sink = ScriptedSink([Outage("busy", retry_after_s=0.5)])
     line = Line(
         sink=sink, policy=RetryPolicy(initial_s=0.001, max_s=0.002, max_attempts=1), batch_size=1
@@ -651,7 +651,7 @@ async def test_dead_letters_are_not_sent_while_the_destination_asks_to_back_off(
 
 
 @pytest.mark.parametrize("gone", [NotConnected("lost"), TimedOut("no answer")])
-async def test_a_connection_that_was_lost_under_single_messages_is_made_anew_at_once(
+async def test_a_connection_that_was_lost_under_single_messages_is_made_again_at_once(
     gone: Outage,
 ) -> None:
     sink = ScriptedSink([None, gone, gone])

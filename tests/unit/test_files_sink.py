@@ -300,7 +300,7 @@ def test_a_file_that_is_renamed_while_it_is_being_opened_is_not_written(tmp_path
     assert (tmp_path / "out.1").read_bytes() == b""
 
 
-async def test_a_file_that_was_moved_away_is_begun_anew_at_its_path(tmp_path: Path) -> None:
+async def test_a_file_that_was_moved_away_is_begun_again_at_its_path(tmp_path: Path) -> None:
     sink = build(tmp_path)
     await sink.connect()
     await sink.publish(numbered(1))

@@ -348,7 +348,7 @@ async def test_a_followed_file_that_is_away_for_a_moment_is_waited_for(reader: R
 
 
 @pytest.mark.parametrize("is_open_meanwhile", [True, False])
-async def test_a_file_that_was_cut_back_and_written_anew_gives_new_messages(
+async def test_a_file_that_was_cut_back_and_written_again_gives_new_messages(
     reader: Reader, is_open_meanwhile: bool
 ) -> None:
     reader.append('{"a":1}', '{"a":2}')

@@ -106,7 +106,7 @@ async def test_what_was_not_acknowledged_goes_to_the_next_source_with_the_same_k
     await successor.aclose()
 
 
-async def test_a_reconnect_hands_out_again_what_is_out(stdin: Stdin) -> None:
+async def test_a_reconnect_hands_out_again_what_is_unacknowledged(stdin: Stdin) -> None:
     source = stdin.source(batch_size=2)
     await source.connect()
     stdin.write(b"1\n2\n3\n4\n")

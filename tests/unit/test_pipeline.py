@@ -125,7 +125,7 @@ async def test_a_batch_is_never_acknowledged_before_the_sink_has_accepted_it() -
         await line.heard.until(lambda: line.acknowledged == 1)
 
 
-async def test_a_batch_that_is_out_for_long_is_kept_alive() -> None:
+async def test_a_batch_that_is_unacknowledged_for_long_is_kept_alive() -> None:
     line = Line(source=Watched)
     line.write(message("0"))
     line.faults.accepting.clear()

@@ -42,7 +42,7 @@ def test_what_exists_is_not_searched_for_cycles_and_a_batch_starts_no_search() -
     assert gc.get_freeze_count() == 0
 
 
-def test_thresholds_are_given_back_after_an_error() -> None:
+def test_thresholds_are_restored_after_an_error() -> None:
     before = gc.get_threshold()
 
     with pytest.raises(ValueError, match="broken"), rare_collections():

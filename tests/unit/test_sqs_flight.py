@@ -54,7 +54,7 @@ def test_a_group_behind_another_ends_a_batch_by_its_bytes_too() -> None:
     assert batches_of(flight) == [[0, 2], [1]]
 
 
-def test_of_one_key_only_one_message_is_under_way() -> None:
+def test_of_one_key_only_one_message_is_in_flight() -> None:
     flight = flight_of(["a", "a", "b", "a", "c"])
 
     first = flight.take()
@@ -78,7 +78,7 @@ def test_a_batch_holds_several_of_a_group_but_one_of_a_key(
     assert batches_of(flight_of(["g", "g", "g"], keys=keys)) == batches
 
 
-def test_of_one_group_only_one_batch_is_under_way() -> None:
+def test_of_one_group_only_one_batch_is_in_flight() -> None:
     flight = flight_of(["g"] * 15, keys=[None] * 15)
 
     first = flight.take()
