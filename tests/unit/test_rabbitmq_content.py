@@ -17,9 +17,10 @@ from pamqp.common import FieldTable
 
 from relay.backends.rabbitmq import transport
 from relay.backends.rabbitmq.content import Encoder, decoded
+from relay.backends.rabbitmq.errors import Unreadable
 from relay.backends.rabbitmq.transport import UNREADABLE, Frames
 from relay.contracts import Rejected
-from relay.errors import ConfigurationError, MessageRejected, MessageTooLarge
+from relay.errors import MessageRejected, MessageTooLarge
 from relay.message import RelayMessage
 from tests.contract.evidence import assert_same_message, complete_message
 
@@ -120,7 +121,7 @@ def test_properties_of_others_are_read_with_every_type_of_value() -> None:
 
 async def read(data: bytes, *, is_careful: bool = True) -> bytes:
     """What the client is given of it, asked for as the client does."""
-    frames = Frames("here", is_careful=is_careful)
+    frames = Frames(is_careful=is_careful)
     frames.feed_data(data)
     frames.feed_eof()
     head = await frames.readexactly(1) + await frames.readexactly(6)
@@ -161,7 +162,7 @@ async def test_what_can_be_read_is_handed_on_as_it_is(*, is_careful: bool) -> No
 async def test_while_it_is_held_only_heartbeats_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_BEAT_S", 0.01)
     frame = codec.marshal(commands.Basic.Ack(1, multiple=False), 1)
-    frames = Frames("here", is_careful=False)
+    frames = Frames(is_careful=False)
     frames.feed_data(frame)
 
     frames.hold(is_held=True)
@@ -175,5 +176,5 @@ async def test_while_it_is_held_only_heartbeats_come(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("data", [b"HTTP/1.1 400 Bad Request\r\n", b"AMQP\x00\x01\x00\x00"])
 async def test_what_is_no_frame_is_refused(data: bytes) -> None:
-    with pytest.raises(ConfigurationError, match="does not speak AMQP"):
+    with pytest.raises(Unreadable):
         await read(data)

@@ -51,7 +51,7 @@ def make_source(**keys: object) -> RabbitSource:
         ({"confirm_timeout_ms": 0}, "confirm_timeout_ms must be at least 1"),
         ({"format": "xml"}, "use one of envelope, payload, cloudevents"),
         ({"routing_key_template": "a.{sream_table}"}, "did you mean {stream_table}"),
-        ({"routing": {"x": "y" * 256}}, "more than 255 bytes"),
+        ({"routing": {"x": "y" * 256}}, "the limit is 255 bytes"),
     ],
 )
 def test_a_wrong_sink_key_is_said_in_words(keys: dict[str, object], words: str) -> None:

@@ -18,13 +18,10 @@ import aio_pika
 from aiormq import Channel, ChannelInvalidStateError
 
 from relay.backends.rabbitmq.errors import Unreadable, not_amqp, of_close, of_exception
-from relay.backends.rabbitmq.options import (
-    RabbitConnectionOptions,
-    endpoint_of,
-    tls_context_of,
-)
+from relay.backends.rabbitmq.options import RabbitConnectionOptions, endpoint_of
 from relay.backends.rabbitmq.transport import Frames, Transport
-from relay.errors import ConfigurationError, NotConnected, Outage, RelayError, TimedOut
+from relay.errors import NotConnected, Outage, RelayError, TimedOut
+from relay.tls import context_of
 
 HEARTBEAT_S = 10
 """How often each side shows a sign of life; a broker ends a connection after two without one."""
@@ -52,10 +49,7 @@ class Connection:
     def __init__(
         self, options: RabbitConnectionOptions, name: str, path: str, *, is_careful: bool = False
     ) -> None:
-        endpoint, context = endpoint_of(options, path), tls_context_of(options, path)
-        user, password = endpoint.username or _GUEST, endpoint.password or _GUEST
-        if "\x00" in user + password:
-            raise ConfigurationError("username and password can't hold NUL")
+        endpoint = endpoint_of(options, path)
         is_external = endpoint.username is None and options.tls_cert is not None
         self.address = endpoint.address
         self.doing = f"connecting to RabbitMQ at {self.address}"
@@ -63,13 +57,12 @@ class Connection:
         self.loss: RelayError | None = None
         self._vhost = endpoint.vhost
         self._timeout_s = options.timeout_ms / 1000
-        self._frames = Frames(self.address, is_careful=is_careful)
+        self._frames = Frames(is_careful=is_careful)
+        context = context_of(options, path) if endpoint.is_tls else None
         self._transport = Transport(endpoint, context, self._frames, self._timeout_s)
         address = aio_pika.connection.make_url(
-            host=endpoint.host,
-            port=endpoint.port,
-            login=user,
-            password=password,
+            login=endpoint.username or _GUEST,
+            password=endpoint.password or _GUEST,
             virtualhost=endpoint.vhost,
             heartbeat=HEARTBEAT_S,
             auth="external" if is_external else "plain",
@@ -80,10 +73,9 @@ class Connection:
         )
         # The socket is opened there, whatever the address says.
         self._client.kwargs["transport_factory"] = self._transport
-        self._is_aborted = False
         self._is_held = False
         self._calls = 0
-        self._ping: asyncio.Task[None] | None = None
+        self._ping: asyncio.Task[bool] | None = None
 
     @property
     def version(self) -> str:
@@ -106,7 +98,7 @@ class Connection:
         try:
             await self.call(self.doing, self._client.connect())
         except Unreadable:
-            refusal = await self._frames.refusal()
+            refusal = self._frames.refusal()
             if refusal is None:
                 raise not_amqp(self.doing) from None
             doing = f"opening the virtual host {self._vhost!r} of {self.address}"
@@ -149,9 +141,11 @@ class Connection:
 
     def error_of(self, error: BaseException, doing: str) -> RelayError | None:
         """The relay's error for what the client raised; None for a mistake of ours."""
-        if self._is_aborted or isinstance(error, ChannelInvalidStateError | asyncio.CancelledError):
-            return self.loss or NotConnected(f"{doing}: the broker ended the connection")
-        return of_exception(error, doing) or self.loss
+        if self.loss is None and isinstance(
+            error, ChannelInvalidStateError | asyncio.CancelledError
+        ):
+            return NotConnected(f"{doing}: the broker ended the connection")
+        return self.loss or of_exception(error, doing)
 
     async def is_blocked(self) -> bool:
         """True where the broker has said that it takes nothing from publishers."""
@@ -167,11 +161,9 @@ class Connection:
         if self.loss is not None:
             return False
         if self._ping is None or self._ping.done():
-            doing = f"asking RabbitMQ at {self.address}"
-            self._ping = asyncio.create_task(self._flush(doing))
-            self._ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())
+            self._ping = asyncio.create_task(self._answers())
         await asyncio.wait([self._ping], timeout=_HEALTH_TIMEOUT_S)
-        return self._ping.done() and not self._ping.cancelled() and not self._ping.exception()
+        return self._ping.done() and not self._ping.cancelled() and self._ping.result()
 
     def hold(self, *, is_held: bool) -> None:
         """Stop or go on taking what the broker sends, as long as no answer is awaited."""
@@ -181,33 +173,35 @@ class Connection:
     def abort(self, reason: RelayError) -> None:
         """Drop the connection at once: what is unsettled stays unknown."""
         self._lose(reason)
-        self._is_aborted = True
         self._transport.abort()
 
     async def aclose(self) -> None:
-        """Close; never raises, and takes no longer than the bound."""
+        """Close; never raises, and takes no longer than the bounds."""
         self._lose(NotConnected("the connection is closed"))
+        # To cancel the client's closing would leave its tasks behind.
         timer = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, self._transport.abort)
         try:
             with suppress(Exception):
                 await self._client.close()
         finally:
             timer.cancel()
-            self._transport.abort()
-            await self._transport.wait_closed()
+            await self._transport.aclose()
             if self._ping is not None:
                 await asyncio.wait([self._ping], timeout=_CLOSE_TIMEOUT_S)
 
-    async def _flush(self, doing: str) -> None:
-        await self.call(doing, self.channel.flow(active=True))
+    async def _answers(self) -> bool:
+        with suppress(RelayError):
+            await self.call(f"asking RabbitMQ at {self.address}", self.channel.flow(active=True))
+            return True
+        return False
 
     def _on_closing(self, closing: asyncio.Future[object]) -> None:
-        error = asyncio.CancelledError() if closing.cancelled() else closing.exception()
+        error = None if closing.cancelled() else closing.exception()
         if error is None or isinstance(error, asyncio.CancelledError):
             self._lose(TimedOut(f"RabbitMQ at {self.address} showed no sign of life"))
         else:
             unknown = Unreadable(f"{self.doing}: a frame can't be read: {type(error).__name__}")
-            self._lose(self.error_of(error, self.doing) or unknown)
+            self._lose(of_exception(error, self.doing) or unknown)
 
     def _lose(self, reason: RelayError) -> None:
         self.loss = self.loss or reason

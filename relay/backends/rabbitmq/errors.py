@@ -8,11 +8,9 @@ says more; the texts are those of RabbitMQ 3.8 to 4.1.
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Mapping, Sequence
 
-from aiormq import channel, connection
-from aiormq import exceptions as amqp
+import aiormq as amqp
 
 from relay.errors import (
     AuthenticationRefused,
@@ -21,10 +19,8 @@ from relay.errors import (
     NotConnected,
     Outage,
     RelayError,
-    TimedOut,
 )
-from relay.network import not_connected
-from relay.tls import of_tls
+from relay.network import of_network
 
 REPLY_CODES: Mapping[type[RelayError], tuple[int, ...]] = {
     # In order: no route, no such virtual host, no such exchange or queue.
@@ -42,8 +38,19 @@ REPLY_CODES: Mapping[type[RelayError], tuple[int, ...]] = {
 # The client has a class for some of the numbers, and gives the text alone with it.
 _CODES: Mapping[type[BaseException], int] = {
     amqp.ProbableAuthenticationError: 403,
-    **{known: code for code, known in channel.EXCEPTION_MAPPING.items()},
-    **{known: code for code, known in connection.EXCEPTION_MAPPING.items()},
+    amqp.ChannelAccessRefused: 403,
+    amqp.ChannelNotFoundEntity: 404,
+    amqp.ChannelLockedResource: 405,
+    amqp.ChannelPreconditionFailed: 406,
+    amqp.ConnectionFrameError: 501,
+    amqp.ConnectionSyntaxError: 502,
+    amqp.ConnectionCommandInvalid: 503,
+    amqp.ConnectionChannelError: 504,
+    amqp.ConnectionUnexpectedFrame: 505,
+    amqp.ConnectionResourceError: 506,
+    amqp.ConnectionNotAllowed: 530,
+    amqp.ConnectionNotImplemented: 540,
+    amqp.ConnectionInternalError: 541,
 }
 
 
@@ -111,8 +118,6 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     """The relay's error for what the client, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
-    if type(error) is amqp.AMQPConnectionError and error.__cause__ is not None:
-        return of_exception(error.__cause__, doing)
     if type(error) in _CODES:
         return of_close(_CODES[type(error)], str(error.args[0] if error.args else ""), doing)
     match error:
@@ -134,12 +139,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
             | OverflowError()
         ):
             return Unreadable(f"{doing}: a frame can't be read: {type(error).__name__}")
-        case amqp.AMQPError() | amqp.ChannelInvalidStateError() | EOFError():
-            return NotConnected(f"{doing}: the broker ended the connection")
-        case ssl.SSLError():
-            return of_tls(error, doing)
-        case TimeoutError():
-            return TimedOut(f"{doing}: no answer in time")
-        case OSError():
-            return not_connected(error, doing)
-    return None
+        case amqp.AMQPError() | amqp.ChannelInvalidStateError():
+            network = of_network(error.__cause__, doing) if error.__cause__ else None
+            return network or NotConnected(f"{doing}: the broker ended the connection")
+    return of_network(error, doing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +22,6 @@ from relay.options import (
     TlsInsecure,
     TlsKey,
 )
-from relay.tls import client_context
 
 DEFAULT_EXCHANGE_TYPE = "topic"
 DEFAULT_ROUTING_KEY = "pgtrickle.{stream_table}.{op}"
@@ -143,55 +141,23 @@ def endpoint_of(options: RabbitConnectionOptions, path: str) -> Endpoint:
         raise ConfigurationError(
             f"{path}.url has a query", remedy="write its options as keys of their own"
         )
-    in_url = {
-        "username": unquote(parts.username) if parts.username else None,
-        "password": unquote(parts.password) if parts.password else None,
-        "vhost": unquote(parts.path[1:]) or None,
-    }
+    named: dict[str, str | None] = {}
+    in_url = {"username": parts.username, "password": parts.password, "vhost": parts.path[1:]}
     for name, value in in_url.items():
-        if value is not None and getattr(options, name) is not None:
+        named[name] = getattr(options, name) or unquote(value or "") or None
+        if value and getattr(options, name) is not None:
             raise ConfigurationError(f"{path} has {name} in its url and beside it")
-    username = options.username or in_url["username"]
-    password = options.password or in_url["password"]
+    username, password, vhost = named["username"], named["password"], named["vhost"] or "/"
     if (username is None) != (password is None):
         raise ConfigurationError(f"{path} needs username and password together")
+    if "\x00" in f"{username}{password}":
+        raise ConfigurationError(f"{path}: username and password can't hold NUL")
+    check_name(vhost, f"{path}.vhost")
     is_tls = parts.scheme == "amqps" or bool(
         options.tls or options.tls_ca or options.tls_cert or options.tls_insecure
     )
-    return Endpoint(
-        host=host,
-        port=port or _PORTS["amqps" if is_tls else "amqp"],
-        vhost=options.vhost or in_url["vhost"] or "/",
-        username=username,
-        password=password,
-        is_tls=is_tls,
-    )
-
-
-def tls_context_of(options: RabbitConnectionOptions, path: str) -> ssl.SSLContext | None:
-    """The TLS context where TLS is asked for. Raises `ConfigurationError`."""
-    if not endpoint_of(options, path).is_tls:
-        return None
-    return client_context(
-        path,
-        ca=options.tls_ca,
-        cert=options.tls_cert,
-        key=options.tls_key,
-        is_insecure=options.tls_insecure,
-    )
-
-
-def check_connection(options: RabbitConnectionOptions, path: str) -> None:
-    """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
-    endpoint = endpoint_of(options, path)
-    check_name(endpoint.vhost, f"{path}.vhost")
-
-
-def check_at_least_one(path: str, **values: int | None) -> None:
-    """Raise `ConfigurationError` naming the first key whose number is below 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{path}.{name} must be at least 1")
+    port = port or _PORTS["amqps" if is_tls else "amqp"]
+    return Endpoint(host, port, vhost, username, password, is_tls)
 
 
 def check_name(name: str, path: str) -> None:

@@ -51,11 +51,9 @@ def check_routing_key(key: str) -> str:
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a key of this template."""
     try:
-        size = len(_VARIABLE.sub("", text).encode())
-    except UnicodeEncodeError:
-        raise TemplateInvalid(f"the routing key template {text!r} has no UTF-8 form") from None
-    if size > MAX_NAME_BYTES:
-        raise TemplateInvalid(f"the routing key template has more than {MAX_NAME_BYTES} bytes")
+        check_routing_key(_VARIABLE.sub("", text))
+    except MessageRejected as error:
+        raise TemplateInvalid(f"the template {text!r:.80}: {error.problem}") from None
 
 
 def _percent(found: re.Match[str]) -> str:

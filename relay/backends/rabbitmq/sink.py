@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Self
 
 from aiormq import DeliveryError, PublishError
 
-from relay import wire
 from relay.backends.rabbitmq.connection import Connection
 from relay.backends.rabbitmq.content import Encoder
 from relay.backends.rabbitmq.errors import SizeRefused
@@ -17,9 +15,8 @@ from relay.backends.rabbitmq.options import (
     DEFAULT_EXCHANGE_TYPE,
     DEFAULT_ROUTING_KEY,
     RabbitSinkOptions,
-    check_at_least_one,
-    check_connection,
     check_name,
+    endpoint_of,
 )
 from relay.backends.rabbitmq.routing_key import check_routing_key, check_template, escape
 from relay.context import BackendContext
@@ -67,7 +64,6 @@ class RabbitSink:
         self._encoder = encoder
         self._is_strict = is_strict
         self._name = name
-        self._confirm_timeout_s = options.confirm_timeout_ms / 1000
         named = f"the exchange {options.exchange!r}"
         self._exchange = named if options.exchange else "the default exchange"
         self._limit_bytes = options.max_message_bytes or _LIMIT_FROM_4
@@ -79,7 +75,6 @@ class RabbitSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RabbitSinkOptions, path="sink")
-        check_connection(parsed, "sink")
         _check(parsed)
         ordering = context.ordering or "strict"
         if ordering not in ORDERINGS:
@@ -87,8 +82,6 @@ class RabbitSink:
                 f"ordering {ordering!r} is unknown to the rabbitmq sink",
                 remedy=f"use one of {', '.join(ORDERINGS)}",
             )
-        # An unknown format is refused by the first function that is made for it.
-        wire.body_encoder(parsed.format)
         return cls(
             parsed,
             render=compile_routing(
@@ -145,18 +138,19 @@ class RabbitSink:
         """
         connection = self._open()
         flight = Flight(messages, is_strict=self._is_strict, window=self._options.max_in_flight)
-        publish = _Publish(connection, flight)
-        try:
-            while True:
-                connection.wake.clear()
-                if connection.loss is not None:
-                    self._fail_unsettled(publish, connection.loss)
-                await self._send(publish)
-                if flight.is_over:
-                    return PublishResult(failures=flight.failures())
-                await self._until_settled(publish)
-        finally:
-            await publish.aclose()
+        while not flight.is_over:
+            calls: dict[asyncio.Task[object], int] = {}
+            try:
+                await self._send(flight, connection, calls)
+                await self._until_answered(calls, connection)
+            finally:
+                # What the client has not sent by now is not sent.
+                left = [call for call in calls if not call.done()]
+                for call in left:
+                    call.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+            self._settle(flight, connection, calls)
+        return PublishResult(failures=flight.failures())
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds and takes what is published."""
@@ -177,26 +171,28 @@ class RabbitSink:
         self._connection.require()
         return self._connection
 
-    async def _send(self, publish: _Publish) -> None:
+    async def _send(
+        self, flight: Flight, connection: Connection, calls: dict[asyncio.Task[object], int]
+    ) -> None:
         """Hand the client what may go; it sends in the order of its calls."""
-        flight, channel, options = publish.flight, publish.connection.channel, self._options
+        channel, options = connection.channel, self._options
         frame_max = channel.connection.connection_tune.frame_max or _USUAL_FRAME_MAX
-        count = 0
+        ids: set[str | None] = set()
         while (index := flight.take()) is not None:
             message = flight.messages[index]
             try:
-                routing_key, body = self._routing_key(message), self._body(message)
+                routing_key = check_routing_key(message.subject or self._render(message))
+                body = self._body(message)
                 properties = self._encoder.properties(message, frame_max)
             except MessageRejected as error:
                 flight.fail(index, error)
                 continue
-            message_id = properties.message_id or ""
-            if flight.is_in_flight(publish.indices.get(message_id, -1)):
+            if properties.message_id in ids:
                 # The client knows what comes back by its id alone.
                 flight.put_back([index])
                 return
+            ids.add(properties.message_id)
             flight.weigh(index, len(body))
-            publish.indices[message_id], publish.sizes[index] = index, len(body)
             call = channel.basic_publish(
                 body,
                 exchange=options.exchange,
@@ -205,68 +201,65 @@ class RabbitSink:
                 mandatory=options.mandatory,
                 wait=False,
             )
-            task = asyncio.create_task(call)
-            publish.calls.add(task)
-            task.add_done_callback(partial(self._on_answer, publish, index))
-            count += 1
-            if count % _AT_ONCE == 0:
+            calls[asyncio.create_task(call)] = index
+            if len(calls) % _AT_ONCE == 0:
                 await asyncio.sleep(0)
 
-    def _on_answer(self, publish: _Publish, index: int, call: asyncio.Task[object]) -> None:
-        publish.calls.discard(call)
-        if call.cancelled():
-            # Somebody cancelled the publish, or the connection's loss is said in a moment.
-            return
-        flight, connection = publish.flight, publish.connection
-        match error := call.exception():
-            case None:
-                flight.accept((index,))
-            case DeliveryError():
-                flight.fail(index, self._not_taken(flight.messages[index], error))
-            case ValueError() | TypeError():
-                # The client could not spell it, and has not sent it.
-                flight.fail(index, MessageUndecodable(f"no AMQP message: {type(error).__name__}"))
-            case _ if connection.loss is None:
-                known = connection.error_of(error, connection.doing)
-                connection.abort(known or NotConnected(f"publishing: {type(error).__name__}"))
-        if flight.wants_sender:
-            connection.wake.set()
-
-    async def _until_settled(self, publish: _Publish) -> None:
-        """Return when there is something to do; give up on a connection that has gone silent."""
-        settled, connection = publish.flight.settled, publish.connection
-        try:
-            async with asyncio.timeout(self._confirm_timeout_s):
-                await connection.wake.wait()
-        except TimeoutError:
-            if publish.flight.settled > settled:
-                return
-            silence: Outage = TimedOut(
-                f"no confirmation from {connection.address} within"
-                f" {self._options.confirm_timeout_ms} ms"
+    async def _until_answered(
+        self, calls: Mapping[asyncio.Task[object], int], connection: Connection
+    ) -> None:
+        """Return when all are answered; give up on a connection that has gone silent."""
+        pending = set(calls)
+        while pending:
+            answered, pending = await asyncio.wait(
+                pending, timeout=self._options.confirm_timeout_ms / 1000
             )
-            if await connection.is_blocked():
-                silence = NotConnected(
-                    f"RabbitMQ at {connection.address} takes nothing from publishers",
-                    remedy="free memory or disk space on the broker, or raise its limits",
+            if not answered:
+                connection.abort(
+                    NotConnected(
+                        f"RabbitMQ at {connection.address} takes nothing from publishers",
+                        remedy="free memory or disk space on the broker, or raise its limits",
+                    )
+                    if await connection.is_blocked()
+                    else TimedOut(
+                        f"no confirmation from {connection.address} within"
+                        f" {self._options.confirm_timeout_ms} ms"
+                    )
                 )
-            connection.abort(silence)
+                return
 
-    def _fail_unsettled(self, publish: _Publish, loss: RelayError) -> None:
-        """Nothing more will be heard of what is in flight."""
-        flight = publish.flight
+    def _settle(
+        self, flight: Flight, connection: Connection, calls: Mapping[asyncio.Task[object], int]
+    ) -> None:
+        """Note what became of each call; all have ended."""
+        accepted: list[int] = []
+        for call, index in calls.items():
+            match error := asyncio.CancelledError() if call.cancelled() else call.exception():
+                case None:
+                    accepted.append(index)
+                case DeliveryError():
+                    flight.fail(index, self._not_taken(flight.messages[index], error))
+                case ValueError() | TypeError():
+                    # The client could not spell it, and has not sent it.
+                    wrong = MessageUndecodable(f"no AMQP message: {type(error).__name__}")
+                    flight.fail(index, wrong)
+                case _ if connection.loss is None:
+                    known = connection.error_of(error, connection.doing)
+                    connection.abort(known or NotConnected(f"publishing: {type(error).__name__}"))
+        flight.accept(accepted)
+        if (loss := connection.loss) is None:
+            return
+        # Nothing more will be heard of what is in flight.
         if isinstance(loss, SizeRefused):
             self._refused_above = self._limit_bytes = min(self._limit_bytes, loss.limit_bytes)
-            for index, size in publish.sizes.items():
+            for index in flight.in_flight():
+                size = len(self._encoder.body(flight.messages[index]))
                 if size > loss.limit_bytes:
                     flight.fail(index, self._too_large(size))
         if isinstance(loss, Outage) and not isinstance(loss, NotConnected | TimedOut):
             # Whatever it was that ended the connection: the loop has to connect again.
             loss = NotConnected(loss.problem, remedy=loss.remedy)
         flight.fail_all(loss)
-
-    def _routing_key(self, message: RelayMessage) -> str:
-        return check_routing_key(message.subject or self._render(message))
 
     def _body(self, message: RelayMessage) -> bytes:
         body = self._encoder.body(message)
@@ -280,8 +273,8 @@ class RabbitSink:
         return MessageTooLarge(f"the message has {size} bytes, {name} is {self._limit_bytes} bytes")
 
     def _not_taken(self, message: RelayMessage, error: DeliveryError) -> RelayError:
-        """Why the broker gave it back, or refused it."""
-        key = self._routing_key(message)
+        """Why the broker returned or nacked it."""
+        key = message.subject or self._render(message)
         if not isinstance(error, PublishError):
             return Outage(
                 f"RabbitMQ refuses an event with the routing key {key!r}: a queue is full, or"
@@ -299,28 +292,11 @@ class RabbitSink:
         )
 
 
-class _Publish:
-    """One publish: the client's calls that are not answered, and what was sent of which size."""
-
-    def __init__(self, connection: Connection, flight: Flight) -> None:
-        self.connection = connection
-        self.flight = flight
-        self.calls: set[asyncio.Task[object]] = set()
-        self.indices: dict[str, int] = {}
-        self.sizes: dict[int, int] = {}
-
-    async def aclose(self) -> None:
-        """End the calls; what the client has not sent by now is not sent."""
-        calls = list(self.calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-
-
 def _check(options: RabbitSinkOptions) -> None:
+    endpoint_of(options, "sink")
+    check_name(options.exchange, "sink.exchange")
     for template in (options.routing_key_template, *options.routing.values()):
         check_template(template)
-    check_name(options.exchange, "sink.exchange")
     if not options.exchange and options.routing_key_template == DEFAULT_ROUTING_KEY:
         raise ConfigurationError(
             "sink.exchange is missing", remedy="or name queues with sink.routing_key_template"
@@ -329,14 +305,3 @@ def _check(options: RabbitSinkOptions) -> None:
         raise ConfigurationError(
             "sink.declare_exchange needs a name", remedy="say which one with sink.exchange"
         )
-    if options.exchange_type is not None and not options.declare_exchange:
-        raise ConfigurationError(
-            "sink.exchange_type is only for an exchange that is to be made",
-            remedy="set declare_exchange, or leave out exchange_type",
-        )
-    check_at_least_one(
-        "sink",
-        max_in_flight=options.max_in_flight,
-        max_message_bytes=options.max_message_bytes,
-        confirm_timeout_ms=options.confirm_timeout_ms,
-    )

@@ -17,9 +17,8 @@ from relay.backends.rabbitmq.errors import Unreadable
 from relay.backends.rabbitmq.options import (
     MAX_PREFETCH,
     RabbitSourceOptions,
-    check_at_least_one,
-    check_connection,
     check_name,
+    endpoint_of,
 )
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
@@ -70,13 +69,10 @@ class RabbitSource:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RabbitSourceOptions, path="source")
-        check_connection(parsed, "source")
+        endpoint_of(parsed, "source")
         check_name(parsed.queue, "source.queue")
         if not parsed.queue:
             raise ConfigurationError("source.queue is empty")
-        check_at_least_one("source", prefetch_count=parsed.prefetch_count)
-        if parsed.prefetch_count is not None and parsed.prefetch_count > MAX_PREFETCH:
-            raise ConfigurationError(f"source.prefetch_count must be at most {MAX_PREFETCH}")
         return cls(
             parsed,
             batch_size=context.batch_size,
