@@ -286,16 +286,21 @@ async def test_batches_may_be_acknowledged_in_any_order(far_side: FarSide) -> No
     assert dedup_keys(await far_side.restored()) == left
 
 
-async def test_rejecting_gives_back_in_order_what_is_waiting_too(far_side: FarSide) -> None:
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_what_is_rejected_and_what_waits_behind_it_comes_again_in_order(
+    far_side: FarSide, kind: str
+) -> None:
+    await far_side.make({"x-queue-type": kind})
     await far_side.feed(numbered(200))
     source = await connected(far_side, batch_size=20)
-    batches = [await source.poll() for _ in range(3)]
+    batches = [await source.poll() for _ in range(4)]
+    await source.acknowledge(batches[0])
     settled = len(batches[0].messages)
 
     for batch in reversed(batches[1:]):
         await source.reject(batch)
-    await source.acknowledge(batches[0])
-    await source.acknowledge(batches[1])
+    with pytest.raises(NotConnected):
+        await source.acknowledge(batches[1])
 
     again = await collect(source, 200 - settled)
     assert dedup_keys(messages_of(again)) == dedup_keys(numbered(200)[settled:])
@@ -413,6 +418,24 @@ async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
     await source.aclose()
 
 
+async def test_a_queue_that_is_deleted_and_made_again_is_consumed_within_seconds(
+    far_side: FarSide,
+) -> None:
+    await far_side.feed(numbered(1))
+    source = await connected(far_side)
+    await source.acknowledge((await collect(source, 1))[0])
+
+    await far_side.make()
+    await far_side.put(b'{"a":1}', message_id="later")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(Outage, match="the queue was deleted"):
+            await poll_in_vain(source)
+        await reconnect(source.connect)
+        assert dedup_keys(messages_of(await collect(source, 1))) == ["later"]
+    await source.aclose()
+
+
 async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_broker(
     far_side: FarSide, tcp_proxy: Proxies
 ) -> None:
@@ -488,14 +511,25 @@ async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-async def test_a_stream_is_refused_with_what_helps(far_side: FarSide, *, exclusive: bool) -> None:
+@pytest.mark.parametrize("limits", [{}, {"x-max-length-bytes": 20_000_000, "x-max-age": "1D"}])
+@pytest.mark.parametrize("is_stored_before", [True, False])
+async def test_a_stream_is_refused_with_what_helps(
+    far_side: FarSide, limits: dict[str, object], *, exclusive: bool, is_stored_before: bool
+) -> None:
     name = f"{NAME}.stream"
+    arguments = {"x-queue-type": "stream", **limits}
     async with far_side.channel() as channel:
-        await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "stream"})
+        await channel.declare_queue(name, durable=True, arguments=arguments)  # type: ignore[arg-type]  # texts and numbers
     try:
         source = source_of(far_side.server.url, name, exclusive=exclusive)
+        if is_stored_before:
+            await far_side.put(b"{}", queue=name)
+            async with asyncio.timeout(BOUND_S):
+                while not await far_side.depth(name):
+                    pass
         await source.connect()
-        await far_side.put(b"{}", queue=name)
+        if not is_stored_before:
+            await far_side.put(b"{}", queue=name)
 
         with pytest.raises(ConfigurationError, match="bind a classic or a quorum queue"):
             await collect(source, 1)
@@ -505,7 +539,9 @@ async def test_a_stream_is_refused_with_what_helps(far_side: FarSide, *, exclusi
             await channel.queue_delete(name)
 
 
-async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide) -> None:
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide, kind: str) -> None:
+    await far_side.make({"x-queue-type": kind, "x-dead-letter-exchange": "elsewhere"})
     await far_side.put(b'{"a":1}', headers={"x-stream-offset": 7}, message_id="moved")
     source = await connected(far_side)
 

@@ -12,7 +12,7 @@ not known yet, the first such message teaches it, and its neighbours are sent ag
 
 **Source.** One consumer, whose acknowledgements have been taken in when `acknowledge` returns.
 Order is the queue's, also across a lost connection: a classic queue's consumer is by default
-``exclusive``, so that a new one begins only when the broker has put back what the old one held
+``exclusive``, so that a new one begins only when the broker has requeued what the old one held
 (which takes up to 20 s, two heartbeats, where it does not notice that its peer is gone); declare a
 quorum queue with ``x-single-active-consumer``. A stream is refused. The dedup key is ours where the
 message is ours, else its ``message-id``, else a new UUID. A broker takes back what is not

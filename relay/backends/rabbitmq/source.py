@@ -22,15 +22,14 @@ from relay.backends.rabbitmq.options import (
 )
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
-from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
+from relay.errors import ConfigurationError, NotConnected
 from relay.message import RelayMessage
 from relay.options import parse_options
 
 MAX_WAIT_S = 1.0
-_CLOSE_TIMEOUT_S = 2.0
 _BATCHES_AHEAD = 4
 _LEAST_PREFETCH = 1000
-_STREAM_HEADER = "x-stream-offset"
+_OFFSET = "x-stream-offset"
 
 
 class _Position(msgspec.Struct, frozen=True, eq=False):
@@ -63,6 +62,7 @@ class RabbitSource:
         )
         self._name = name
         self._consumer: _Consumer | None = None
+        self._is_released = False
         self._is_interrupted = False
 
     @classmethod
@@ -103,6 +103,7 @@ class RabbitSource:
             await connection.aclose()
             raise
         self._consumer = consumer
+        self._is_released = False
 
     async def describe(self) -> dict[str, str]:
         """The broker and the queue."""
@@ -118,8 +119,9 @@ class RabbitSource:
 
         Raises `ConfigurationError` where the queue turns out to be a stream.
         """
+        if self._is_released:
+            await self.connect()
         consumer = self._open()
-        await consumer.consume()
         # Where there is something at once, what else arrived gets its turn all the same.
         await asyncio.sleep(0)
         with suppress(TimeoutError):
@@ -130,11 +132,11 @@ class RabbitSource:
                     await consumer.connection.wake.wait()
         consumer.connection.require()
         was_cut_short, self._is_interrupted = self._is_interrupted, False
+        await consumer.refuse_stream()
         if not consumer.waiting:
             # Whoever has as much as may be sent ahead can't tell whether there is more.
             ahead = sum(len(position.tags()) for position in consumer.unacknowledged)
             return Batch(is_end_of_backlog=not was_cut_short and ahead < self._prefetch)
-        await consumer.refuse_stream()
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
         position, taken = consumer.take(self._batch_size, self._batch_bytes)
@@ -170,31 +172,23 @@ class RabbitSource:
         """Nothing to do: see `keep_alive_interval_s`."""
 
     async def reject(self, batch: Batch) -> None:
-        """Put back this batch and all that comes after it, so that the order stays.
+        """Release everything that is not acknowledged, in order: the next poll opens again.
 
-        The next poll hands it out again; another consumer of the queue may have it at once. A later
-        unacknowledged batch is thereby put back too; to acknowledge or reject it does nothing more.
+        Another consumer of the queue may have it at once.
         """
-        consumer, position = self._open(), batch.position
-        if isinstance(position, _Position) and position in consumer.unacknowledged:
-            await consumer.put_back(position)
+        position, consumer = batch.position, self._consumer
+        if isinstance(position, _Position) and position.consumer is consumer:
+            await self.aclose()
+            self._is_released = True
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds."""
         return self._consumer is not None and await self._consumer.connection.is_healthy()
 
     async def aclose(self) -> None:
-        """Put back everything that is not acknowledged, and close."""
+        """Close, upon which the broker requeues everything that is not acknowledged."""
         consumer, self._consumer = self._consumer, None
-        if consumer is None:
-            return
-        try:
-            if consumer.connection.loss is None:
-                with suppress(RelayError, TimeoutError):
-                    async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                        # The broker would do it when the connection ends, but some time after.
-                        await consumer.put_back(next(iter(consumer.unacknowledged), None))
-        finally:
+        if consumer is not None:
             await consumer.connection.aclose()
 
     def _open(self) -> _Consumer:
@@ -220,32 +214,25 @@ class _Consumer:
         self._most_bytes = most_bytes
         self._options = options
         self._queue = options.queue
-        self._tag = ""
-        self._is_checked = False
+        self._is_behind = False
+        self._is_no_stream = False
 
     async def open(self, prefetch: int) -> None:
         """Find or make the queue and begin to consume."""
         connection, options = self.connection, self._options
         channel = connection.channel
-        declared = channel.queue_declare(
+        looking = channel.queue_declare(
             self._queue, passive=not options.declare_queue, durable=True
         )
         doing = f"looking for the queue {self._queue!r} on {connection.address}"
-        await connection.call(doing, declared)
+        self._is_behind = bool((await connection.call(doing, looking)).message_count)
         connection.doing = f"consuming the queue {self._queue!r}"
         channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
         await connection.call(connection.doing, channel.basic_qos(prefetch_count=prefetch))
-        await self.consume()
-
-    async def consume(self) -> None:
-        """Begin to consume, or go on."""
-        if not self._tag:
-            connection, is_exclusive = self.connection, self._options.exclusive
-            consuming = connection.channel.basic_consume(
-                self._queue, self._on_delivered, exclusive=is_exclusive
-            )
-            answer = await connection.call(connection.doing, consuming)
-            self._tag = answer.consumer_tag or ""
+        consuming = channel.basic_consume(
+            self._queue, self._on_delivered, exclusive=options.exclusive
+        )
+        await connection.call(connection.doing, consuming)
 
     def take(self, most: int, most_bytes: int) -> tuple[_Position, list[DeliveredMessage]]:
         """Hand out so many messages, or so many bytes and the message that reaches them."""
@@ -268,58 +255,42 @@ class _Consumer:
             self.unacknowledged.remove(position)
             tags = [position.last] if is_first else position.tags()
             doing = f"acknowledging messages of {self._queue!r}"
-            await self.connection.call(doing, self._settle(tags, is_all=is_first, is_ack=True))
-
-    async def put_back(self, position: _Position | None) -> None:
-        """Stop, and put back what was handed out from this position on, and all that waits."""
-        connection = self.connection
-        if self._tag:
-            tag, self._tag = self._tag, ""
-            await connection.call(connection.doing, connection.channel.basic_cancel(tag))
-        tags = [message.delivery_tag or 0 for message in self.waiting]
-        self.waiting.clear()
-        self._waiting_bytes = 0
-        connection.hold(is_held=False)
-        while position in self.unacknowledged:
-            tags += self.unacknowledged.pop().tags()
-        if tags:
-            # The broker puts each in its place; where nothing else is ours, one word does for all.
-            is_all = not self.unacknowledged
-            doing = f"putting back messages of {self._queue!r}"
-            tags = [max(tags)] if is_all else tags
-            await connection.call(doing, self._settle(tags, is_all=is_all, is_ack=False))
+            await self.connection.call(doing, self._acknowledge(tags, is_all=is_first))
 
     async def refuse_stream(self) -> None:
         """Raise `ConfigurationError` where the queue is a stream.
 
-        There an acknowledgement moves nothing, and a new consumer begins at the end. Messages of a
-        stream say so in a header, with which somebody may have moved them to a queue; so the broker
-        is asked for the queue's type, in the only way there is: by asking for a wrong one.
+        There an acknowledgement moves nothing, and a new consumer begins at the end. A stream's
+        messages say so in a header, which somebody may have moved to a queue with them; old ones
+        are not delivered at all. The broker then tells: only a stream can be consumed from an
+        offset (https://www.rabbitmq.com/docs/streams#consuming).
         """
-        headers = self.waiting[0].header.properties.headers or {}
-        if self._is_checked or _STREAM_HEADER not in headers:
+        is_suspect = self._is_behind and not self.unacknowledged
+        if self.waiting:
+            self._is_behind = False
+            is_suspect = _OFFSET in (self.waiting[0].header.properties.headers or {})
+        if self._is_no_stream or not is_suspect:
             return
-        other = await self.connection.new_channel(confirms=False)
-        asked = other.queue_declare(self._queue, durable=True, arguments={"x-queue-type": "?"})
+        connection, doing = self.connection, f"asking what {self._queue!r} is"
+        other = await connection.new_channel(confirms=False)
+        await connection.call(doing, other.basic_qos(prefetch_count=1))
+        consuming = other.basic_consume(
+            self._queue, self._on_delivered, arguments={_OFFSET: "next"}
+        )
         try:
-            await self.connection.call(f"asking what {self._queue!r} is", asked)
-        except AuthenticationRefused:
-            self._is_checked = False
+            await connection.call(doing, consuming)
         except ConfigurationError as refusal:
-            self._is_checked = "'stream'" not in str(refusal)
-        if not self._is_checked:
+            self._is_no_stream = _OFFSET in str(refusal)
+        if not self._is_no_stream:
             raise ConfigurationError(
                 f"the queue {self._queue!r} is a stream, whose consumers keep their own positions",
                 remedy="bind a classic or a quorum queue to the exchange, and consume that",
             )
 
-    async def _settle(self, tags: Iterable[int], *, is_all: bool, is_ack: bool) -> None:
+    async def _acknowledge(self, tags: Iterable[int], *, is_all: bool) -> None:
         channel = self.connection.channel
         for tag in tags:
-            if is_ack:
-                await channel.basic_ack(tag, multiple=is_all, wait=False)
-            else:
-                await channel.basic_nack(tag, multiple=is_all, requeue=True, wait=False)
+            await channel.basic_ack(tag, multiple=is_all, wait=False)
         # Its answer comes when the broker has processed all of that.
         await channel.flow(active=True)
 
