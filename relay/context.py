@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -31,5 +32,5 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
     batch_bytes: int
     poll_interval_s: float
     dedup_namespace: str = ""
-    ordering: str | None = None
+    ordering: Literal["strict", "pipelined"] | None = None
     pipeline_options: Mapping[str, object] = {}

@@ -28,6 +28,7 @@ VARIABLES: Mapping[str, Callable[[RelayMessage], str]] = {
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _PAYLOAD_PATH = re.compile(r"payload(\.[^.{}]+)+")
+_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
 
 Escape = Callable[[str], str]
 Check = Callable[[str], str]
@@ -82,6 +83,11 @@ def compile_routing(
         return (chosen or overrides.get(message.op) or render)(message)
 
     return route
+
+
+def filled(text: str, value: str) -> str:
+    """The template with this value in the place of each variable, unescaped."""
+    return _VARIABLE.sub(value, text)
 
 
 def payload_field(payload: bytes, path: tuple[str, ...]) -> str:

@@ -17,9 +17,9 @@ from nats.aio.client import Client
 from nats.js.api import ConsumerInfo
 
 from relay.backends.nats import NatsSink, NatsSource
-from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.errors import mapped
 from relay.errors import MessageUndecodable
+from relay.escape import headers_from
 from relay.message import RelayMessage
 from relay.wire import TITLE, restore
 from tests.contract.surroundings import backend_context
@@ -149,7 +149,7 @@ class Broker:
 def restored(subject: str, headers: Mapping[str, str], body: bytes) -> RelayMessage:
     """One stored message of ours; where its body is broken, what its headers say."""
     own = {name: text for name, text in headers.items() if not name.startswith("Nats-")}
-    decoded = wire_headers.decode(own)
+    decoded = headers_from(own)
     try:
         message = restore(body, decoded, TITLE)
         assert message is not None

@@ -16,8 +16,9 @@ import httpx
 import msgspec
 
 from relay.backends.webhook import WebhookSink, WebhookSource
-from relay.backends.webhook.header import RESERVED, SUBJECT, decode, encode, without
+from relay.backends.webhook.header import RESERVED, SUBJECT, encode, without
 from relay.backends.webhook.listener import Answer
+from relay.escape import headers_from
 from relay.message import RelayMessage
 from relay.wire import HTTP, encoder, restore
 from tests.contract.evidence import PAUSE_S
@@ -51,7 +52,7 @@ def restored(requests: Iterable[Received]) -> list[RelayMessage]:
     """All messages of requests of ours, in order, as a consumer gets them."""
     messages: list[RelayMessage] = []
     for request in requests:
-        headers = decode(without(request.headers, RESERVED))
+        headers = headers_from(without(request.headers, RESERVED))
         subject = headers.pop(SUBJECT, "")
         is_array = request.header(HTTP.dedup_key) is None
         bodies = (

@@ -101,11 +101,6 @@ def test_a_listen_address_may_leave_out_the_host_or_name_an_ipv6_one() -> None:
     assert listen_address("[::1]:80") == ("::1", 80)
 
 
-def test_an_ordering_that_the_sink_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="use one of strict, pipelined"):
-        sink_of(URL, "loose")
-
-
 def test_pipelined_ordering_is_refused_where_it_would_have_no_effect() -> None:
     with pytest.raises(ConfigurationError, match="no effect on batch_mode"):
         sink_of(URL, "pipelined")

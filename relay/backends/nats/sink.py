@@ -19,7 +19,6 @@ from relay.backends.nats.subject import check_subject, check_template, covering,
 from relay.context import BackendContext
 from relay.contracts import PublishResult
 from relay.errors import (
-    ConfigurationError,
     DestinationMissing,
     MessageRejected,
     MessageTooLarge,
@@ -85,11 +84,6 @@ class NatsSink:
         parsed = parse_options(options, NatsSinkOptions, path="sink")
         check_connection(parsed, "sink")
         _check(parsed)
-        if context.ordering not in (None, "strict", "pipelined"):
-            raise ConfigurationError(
-                f"ordering {context.ordering!r} is unknown to the nats sink",
-                remedy="use one of strict, pipelined",
-            )
         return cls(parsed, context)
 
     async def connect(self) -> None:
@@ -299,14 +293,7 @@ def _check(options: NatsSinkOptions) -> None:
     if options.stream is not None:
         check_name(options.stream, "sink.stream")
     if options.create_stream:
-        if options.stream is None:
-            raise ConfigurationError(
-                "sink.create_stream needs a name", remedy="say which one with sink.stream"
-            )
         covering((options.subject_template, *options.routing.values()))
-    for name in ("max_in_flight", "ack_timeout_ms", "duplicate_window_s"):
-        if getattr(options, name) < 1:
-            raise ConfigurationError(f"sink.{name} must be at least 1")
 
 
 def _refusal(reply: Received, acknowledgement: _Acknowledgement, subject: str) -> RelayError:

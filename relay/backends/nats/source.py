@@ -33,6 +33,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.escape import headers_from
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -113,9 +114,7 @@ class NatsSource:
             check_name(parsed.stream, "source.stream")
         if parsed.durable_name is not None:
             check_name(parsed.durable_name, "source.durable_name")
-        if parsed.ack_wait_seconds < 1:
-            raise ConfigurationError("source.ack_wait_seconds must be at least 1")
-        if parsed.max_deliver == 0 or parsed.max_deliver < -1:
+        if parsed.max_deliver == 0:
             raise ConfigurationError(
                 "source.max_deliver must be positive", remedy="or -1 for no limit"
             )
@@ -443,7 +442,7 @@ class NatsSource:
             if _MARKER in map(str.lower, headers):
                 # As our own sink sent it, unless it only looks so.
                 own = {name: text for name, text in headers.items() if name[:5].lower() != "nats-"}
-                restored = wire.restore(arrived.data, wire_headers.decode(own), wire.TITLE)
+                restored = wire.restore(arrived.data, headers_from(own), wire.TITLE)
                 if restored is not None:
                     subject = restored.subject or arrived.subject
                     return structs.replace(restored, token=arrived.reply, subject=subject), None

@@ -13,14 +13,16 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from relay.backends.nats.headers import percent
 from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
+from relay.escape import value_escape
+from relay.template import filled
 
 # A server ends the connection at a control line above 4,096 bytes, which also holds the reply.
 MAX_SUBJECT_BYTES = 2048
 
-_TO_ESCAPE = re.compile(r"[.*>%\s\x00-\x20\x7f\ud800-\udfff]|^\$")
-_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
+# One value of a template, fit to be part of a token.
+escape = value_escape(r"[.*>]|^\$")
+
 _UNSENDABLE = re.compile(r"[\s\x00-\x20\x7f\ud800-\udfff]")
 
 
@@ -28,13 +30,6 @@ class SubjectInvalid(MessageRejected):
     """The subject of this message is none that NATS accepts."""
 
     found_before_sending = True
-
-
-def escape(value: str) -> str:
-    """One value of a template, fit to be part of a token."""
-    if value in ("", "_"):
-        return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(percent, value)
 
 
 @lru_cache(maxsize=4096)
@@ -56,14 +51,14 @@ def check_subject(subject: str) -> str:
 
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a subject of this template."""
-    problem = _problem(_VARIABLE.sub("x", text))
+    problem = _problem(filled(text, "x"))
     if problem:
         raise TemplateInvalid(f"the subject template {text!r} {problem}")
 
 
 def filter_of(template: str) -> str:
     """The subject filter that covers exactly the tokens of a template."""
-    tokens = _VARIABLE.sub("\x00", template).split(".")
+    tokens = filled(template, "\x00").split(".")
     return ".".join("*" if "\x00" in token else token for token in tokens)
 
 

@@ -9,31 +9,22 @@ becomes ``%5F``, so that the escaping can be undone.
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 
 from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
+from relay.escape import value_escape
+from relay.template import filled
 
 MAX_KEY_BYTES = 4096
 
-_TO_ESCAPE = re.compile(r"[:*?\[\]{}\\%\s\x00-\x20\x7f\ud800-\udfff]")
-_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
+# One value of a template, fit to be part of a segment.
+escape = value_escape(r"[:*?\[\]{}\\]")
 
 
 class KeyInvalid(MessageRejected):
     """The stream key of this message is none."""
 
     found_before_sending = True
-
-
-def escape(value: str) -> str:
-    """One value of a template, fit to be part of a segment."""
-    if value in ("", "_"):
-        return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(
-        lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass")),
-        value,
-    )
 
 
 @lru_cache(maxsize=4096)
@@ -54,5 +45,5 @@ def check_key(key: str) -> str:
 
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a key of this template."""
-    if not _VARIABLE.sub("x", text).strip():
+    if not filled(text, "x").strip():
         raise TemplateInvalid("the stream key template is empty")

@@ -167,13 +167,6 @@ def check_connection(options: RedisConnectionOptions, path: str) -> None:
     endpoint_of(options, path)
 
 
-def check_at_least_one(path: str, **values: int | None) -> None:
-    """Raise `ConfigurationError` naming the first key whose number is below 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{path}.{name} must be at least 1")
-
-
 def check_start_id(start_id: str) -> None:
     """Raise `ConfigurationError` for what can't be a group's beginning."""
     if not _ID.fullmatch(start_id):

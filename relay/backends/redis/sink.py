@@ -12,11 +12,10 @@ from relay.backends.redis.connection import Connection, Reply, connect, pack, ro
 from relay.backends.redis.entry import fields_of
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key, check_template, escape
-from relay.backends.redis.options import RedisSinkOptions, check_at_least_one, check_connection
+from relay.backends.redis.options import RedisSinkOptions, check_connection
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
 from relay.errors import (
-    ConfigurationError,
     ErrorKind,
     MessageRejected,
     MessageTooLarge,
@@ -29,8 +28,6 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import compile_routing
 from relay.wire import FIELD, bodies_encoder, headers_encoder
-
-ORDERINGS = ("strict", "pipelined")
 
 # What is sent in one go; a transaction holds up the other clients of the server.
 _CHUNK_BYTES = 1024 * 1024
@@ -64,16 +61,8 @@ class RedisSink:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RedisSinkOptions, path="sink")
         check_connection(parsed, "sink")
-        check_at_least_one("sink", maxlen=parsed.maxlen, max_message_bytes=parsed.max_message_bytes)
-        if parsed.wait_replicas < 0:
-            raise ConfigurationError("sink.wait_replicas must not be negative")
         for template in (parsed.stream_key, *parsed.routing.values()):
             check_template(template)
-        if context.ordering not in (None, *ORDERINGS):
-            raise ConfigurationError(
-                f"ordering {context.ordering!r} is unknown to the redis sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
-            )
         return cls(parsed, context)
 
     async def connect(self) -> None:

@@ -25,9 +25,7 @@ from relay.backends.redis.entry import Entry, decoded, entries
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key
 from relay.backends.redis.options import (
-    MAX_BLOCK_MS,
     RedisSourceOptions,
-    check_at_least_one,
     check_connection,
     check_start_id,
 )
@@ -36,7 +34,6 @@ from relay.contracts import Batch, Rejected
 from relay.errors import ConfigurationError, MessageRejected, NotConnected, RelayError
 from relay.options import parse_options
 
-_SHORTEST_CLAIM_MS = 1000
 _CLOSE_TIMEOUT_S = 2.0
 _FROM_THE_START = b"0-0"
 # Redis bounds a read by entries, not by bytes: how many to ask for is felt out.
@@ -98,11 +95,6 @@ class RedisSource:
         parsed = parse_options(options, RedisSourceOptions, path="source")
         check_connection(parsed, "source")
         check_start_id(parsed.start_id)
-        check_at_least_one("source", count=parsed.count)
-        if not 1 <= parsed.block_ms <= MAX_BLOCK_MS:
-            raise ConfigurationError(f"source.block_ms must be from 1 to {MAX_BLOCK_MS}")
-        if parsed.claim_idle_ms < _SHORTEST_CLAIM_MS:
-            raise ConfigurationError(f"source.claim_idle_ms must be at least {_SHORTEST_CLAIM_MS}")
         for name in ("group_name", "consumer_name", "payload_field"):
             if getattr(parsed, name) == "":
                 raise ConfigurationError(f"source.{name} is empty")

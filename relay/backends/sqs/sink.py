@@ -17,7 +17,6 @@ from relay.backends.sqs.queue import Queue, open_queue
 from relay.context import BackendContext
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
-    ConfigurationError,
     ErrorKind,
     MessageRejected,
     NotConnected,
@@ -28,8 +27,6 @@ from relay.errors import (
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing, compile_template
-
-ORDERINGS = ("strict", "pipelined")
 
 
 class _Item(msgspec.Struct, frozen=True, gc=False):
@@ -69,19 +66,13 @@ class SqsSink:
         check_sink(parsed)
         is_fifo = target_of(parsed, "sink").is_fifo
         group = parsed.message_group_id or (DEFAULT_GROUP if is_fifo else None)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
-            raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the sqs sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
-            )
         return cls(
             parsed,
             is_fifo=is_fifo,
             render=compile_routing(parsed.subject_template, parsed.routing),
             group_of=None if group is None else compile_template(group, escape=escape),
             make_entry=entry_maker(parsed.format, namespace=context.dedup_namespace),
-            is_strict=ordering == "strict",
+            is_strict=context.ordering != "pipelined",
         )
 
     async def connect(self) -> None:

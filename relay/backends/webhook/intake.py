@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from relay.backends.webhook.header import RESERVED, SUBJECT, TRANSPORT, decode, without
+from relay.backends.webhook.header import RESERVED, SUBJECT, TRANSPORT, without
 from relay.backends.webhook.options import WebhookSourceOptions
 from relay.errors import MessageTooLarge, MessageUndecodable
+from relay.escape import headers_from
 from relay.message import RelayMessage, text_of
 from relay.wire import HTTP, is_json, restore
 
@@ -109,7 +110,7 @@ class Intake:
     def _restored(
         self, raw: Mapping[str, str], bodies: Sequence[bytes], *, is_array: bool
     ) -> Sequence[RelayMessage]:
-        headers = decode(without(raw, self._reserved))
+        headers = headers_from(without(raw, self._reserved))
         subject = next((v for k, v in headers.items() if k.lower() == SUBJECT.lower()), "")
         marked = next((v for k, v in headers.items() if k.lower() == _OWN_FORMAT), "")
         # An envelope has everything in it: the headers need not be looked through for each.

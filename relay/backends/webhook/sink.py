@@ -35,8 +35,6 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
 
-ORDERINGS = ("strict", "pipelined")
-
 _ARRAY_BYTES = 1024 * 1024
 # So many refusals in a row without one acceptance, and a publish searches no further.
 _FRUITLESS_REQUESTS = 60
@@ -91,13 +89,7 @@ class WebhookSink:
         parsed = parse_options(options, WebhookSinkOptions, path="sink")
         target = target_of(parsed)
         check_sink(parsed, target)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
-            raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the webhook sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
-            )
-        if ordering == "pipelined" and parsed.batch_mode:
+        if context.ordering == "pipelined" and parsed.batch_mode:
             raise ConfigurationError(
                 "ordering pipelined has no effect on batch_mode, which sends one array at a time",
                 remedy="leave it out, or set batch_mode to false",
@@ -107,7 +99,7 @@ class WebhookSink:
             target,
             render=compile_routing(parsed.subject_template, parsed.routing),
             encode=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
-            is_strict=ordering == "strict",
+            is_strict=context.ordering != "pipelined",
         )
 
     async def connect(self) -> None:
