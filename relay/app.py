@@ -161,20 +161,23 @@ class Relay:
         await self._housekeeping.retire()
 
 
-async def run_relay(settings: Settings, *, until_drained: bool = False) -> int:
+async def run_relay(settings: Settings) -> int:
     """Run a relay in this process until a signal ends it; the exit code."""
-    relay = Relay(settings, os.environ)
-    async with AsyncExitStack() as opened:
-        logs = opened.enter_context(contextlib.closing(log.configure(settings.log, relay.mask)))
-        event_log = opened.enter_context(contextlib.closing(log.EventLog(settings.log.repeat_s)))
+    return 0 if await work(Relay(settings, os.environ), settings) else 1
+
+
+async def work(relay: Relay, settings: Settings, *, until_drained: bool = False) -> bool:
+    """Run this relay with logs, view and signals of the process; True as `Relay.run`."""
+    async with AsyncExitStack() as stack:
+        logs = stack.enter_context(contextlib.closing(log.configure(settings.log, relay.mask)))
+        event_log = stack.enter_context(contextlib.closing(log.EventLog(settings.log.repeat_s)))
         relay.events.subscribe(event_log)
-        restore_terminal = await opened.enter_async_context(_shown(relay, logs, settings.ui))
+        restore_terminal = await stack.enter_async_context(_shown(relay, logs, settings.ui))
         patience_s = settings.relay.shutdown_timeout_s + _LAST_WORD_S
-        opened.enter_context(_signals(relay.coordinator, restore_terminal, patience_s))
-        opened.enter_context(rare_collections())
+        stack.enter_context(_signals(relay.coordinator, restore_terminal, patience_s))
+        stack.enter_context(rare_collections())
         keep_freed_memory()
-        is_complete = await relay.run(until_drained=until_drained)
-    return 0 if is_complete else 1
+        return await relay.run(until_drained=until_drained)
 
 
 async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:

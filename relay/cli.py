@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
+import msgspec
+
 from relay import __version__
 from relay.errors import CatalogError, ConfigurationError, Outage, RelayError
 from relay.options import known_keys
@@ -47,7 +49,8 @@ _FLAGS = (
     _Flag("--yes", ["migrate"], "remove it without asking"),
     _Flag("--seconds", ["demo"], "end after so long", "SECONDS", float),
     _Flag("--rate", ["demo"], "orders written per second", "RATE", float),
-    _Flag("--json", ["demo"], "answer with one JSON object"),
+    _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", float),
+    _Flag("--json", ["demo", "drain"], "answer with one JSON object"),
 )
 
 _EXAMPLES = """\
@@ -194,9 +197,38 @@ async def _command(verb: str, arguments: argparse.Namespace, settings: Settings)
         return await run_demo(
             settings, seconds=arguments.seconds, rate=arguments.rate or 50.0, as_json=arguments.json
         )
+    if verb == "drain":
+        return await _drain(arguments, settings)
     from relay.app import run_relay
 
-    return await run_relay(settings, until_drained=verb == "drain")
+    return await run_relay(settings)
+
+
+async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:
+    """All that is for people goes to standard error: the sink may be standard output."""
+    from relay.drain import run_drain
+
+    is_shown = sys.stderr.isatty() and not arguments.json
+
+    def show(delivered: int) -> None:
+        if is_shown:
+            sys.stderr.write(f"\r{delivered:,} delivered\x1b[K\r")
+            sys.stderr.flush()
+
+    report = await run_drain(settings, timeout_s=arguments.timeout, show=show)
+    if arguments.json:
+        _say(msgspec.json.encode(report).decode())
+        return EXIT_OK if report.is_complete else EXIT_RUNTIME
+    for one in report.pipelines:
+        left = "an unknown number of" if one.left is None else f"{one.left:,}"
+        why = f": {one.reason}" if one.reason else ""
+        sys.stderr.write(
+            f"{one.name}: {one.delivered:,} delivered, {one.dead_lettered:,} dead-lettered,"
+            f" {left} rows left{why}\n"
+        )
+    verdict = "everything" if report.is_complete else "not everything"
+    sys.stderr.write(f"{verdict} is delivered\n")
+    return EXIT_OK if report.is_complete else EXIT_RUNTIME
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

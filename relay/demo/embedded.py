@@ -56,7 +56,6 @@ _POSTGRES_SETTINGS = {
     "listen_addresses": LOOPBACK,
     "unix_socket_directories": "",
     "track_commit_timestamp": "on",
-    "max_connections": "40",
     "jit": "off",
     "timezone": "UTC",
 }

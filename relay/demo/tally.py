@@ -6,11 +6,12 @@ import msgspec
 
 from relay.postgres import Connection, postgres_errors
 
-# Every event id that must be in the inbox, joined with what is there. Latency is from the commit
+# Every event that must be in the inbox, joined with what is there by its outbox, id and row, which
+# is the event id but for the checksum at its end. Latency is from the commit
 # that wrote the event to the commit that made it visible in the inbox, by the server's one clock.
 _COUNT = """
 with expected as (
-    select 'outbox_orders:' || o.id || ':' || n as event_id, o.xmin as written_in
+    select 'outbox_orders:' || o.id || ':' || n as place, o.xmin as written_in
     from outbox_orders as o
     cross join lateral generate_series(0, o.inserted_count + o.deleted_count - 1) as n
 ), arrived as (
@@ -19,7 +20,7 @@ with expected as (
         extract(epoch from
             pg_xact_commit_timestamp(i.xmin) - pg_xact_commit_timestamp(e.written_in)) * 1000 as ms
     from expected as e
-    left join order_inbox as i using (event_id)
+    left join order_inbox as i on regexp_replace(i.event_id, ':[0-9a-f]{8}$', '') = e.place
 )
 select
     count(event_id) as received,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
 from scripts.benchmark.capture import capture
+from scripts.benchmark.fleet import claim_check, fleet, idle
 from scripts.benchmark.forward import forward
 from scripts.benchmark.latency import latency, latency_reverse
 from scripts.benchmark.report import print_table, write_results
@@ -38,6 +39,9 @@ ROWS: dict[str, Measure] = {
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
     "latency": lambda options, say: latency(seconds=4 * options.seconds, say=say),
     "latency-reverse": lambda options, say: latency_reverse(seconds=4 * options.seconds, say=say),
+    "claim-check": lambda _, say: claim_check(say=say),
+    "fleet": lambda options, say: fleet(runs=options.runs, say=say),
+    "idle": lambda options, say: idle(seconds=4 * options.seconds, say=say),
     **{f"to-{backend}": _throughput(to_destination, backend) for backend in SINKS},
     **{f"from-{backend}": _throughput(from_origin, backend) for backend in SOURCES},
 }

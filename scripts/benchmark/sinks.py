@@ -34,7 +34,7 @@ async def to_destination(
     received = 0
     async with surroundings() as around, backend.opened(around) as destination:
         await _fill(around, events)
-        async with around.relay(destination.environment):
+        async with around.relay(secret=destination.environment):
             for run in range(runs + 1):
                 keys, result = await _run(around, destination, f"to-{name}-{run}", events)
                 if run == 0:

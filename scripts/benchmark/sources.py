@@ -32,7 +32,7 @@ async def from_origin(
     async with surroundings() as around, backend.opened(around) as origin:
         await around.postgres.execute("select pgtrickle.create_inbox($1)", INBOX)
         inbox = Inbox(around.postgres, f"pgtrickle.{INBOX}")
-        async with around.relay(origin.environment):
+        async with around.relay(secret=origin.environment):
             for run in range(runs + 1):
                 keys, result = await _run(around, origin, inbox, f"from-{name}-{run}", events)
                 if run == 0:

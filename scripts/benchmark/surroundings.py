@@ -42,10 +42,12 @@ class Surroundings:
     nats: BareNats
 
     @contextlib.asynccontextmanager
-    async def relay(self, secret: Mapping[str, str] | None = None) -> AsyncIterator[int]:
+    async def relay(
+        self, *settings: str, secret: Mapping[str, str] | None = None
+    ) -> AsyncIterator[int]:
         """The real relay as a process of its own, ready; its process id.
 
-        ``secret``: more variables of its environment.
+        ``settings``: what is other than by default. ``secret``: more variables of its environment.
         """
         port = free_port()
         environment = {
@@ -60,7 +62,7 @@ class Surroundings:
             log = Path(directory) / "relay.log"
             with log.open("wb") as output:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "relay", "run"),
+                    *(sys.executable, "-m", "relay", "run", *settings),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

@@ -238,9 +238,10 @@ class TestForwardToJetStream:
                 id_ for id_ in IDS if id_ != 21
             ]
             letters = await world.owner.fetch(
-                "select dedup_key, error from pgtrickle.relay_dlq_list()"
+                "select metadata ->> 'outbox_id' as outbox_id, error"
+                " from pgtrickle.relay_dlq_list()"
             )
-            assert [letter["dedup_key"] for letter in letters] == ["outbox_orders:21:0"]
+            assert [letter["outbox_id"] for letter in letters] == ["21"]
             assert "max_payload" in letters[0]["error"]
 
 

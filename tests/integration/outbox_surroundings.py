@@ -128,6 +128,13 @@ def messages_of(batches: Sequence[Batch]) -> list[RelayMessage]:
     return [message for batch in batches for message in batch.messages]
 
 
+def place_of(message: RelayMessage) -> str:
+    """The dedup key without its last part, which differs each time: outbox, id and index."""
+    place, _, history = message.dedup_key.rpartition(":")
+    assert len(history) == 8
+    return place
+
+
 def row_of(message: RelayMessage) -> Mapping[str, object]:
     """The row that a message carries."""
     return msgspec.json.decode(message.payload, type=dict[str, object])

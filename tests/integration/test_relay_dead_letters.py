@@ -141,7 +141,8 @@ async def test_what_the_template_could_not_name_gets_its_subject_when_it_is_trie
     await world.run("insert into orders (id, note) values (1, 'a'), (2, null), (3, 'c')")
     relay = await world.relay()
     (letter,) = await _until_letters(world, 1)
-    assert letter.dedup_key == "n:outbox_orders:1:1"
+    first, second, third = (f"n:outbox_orders:1:{index}:" for index in range(3))
+    assert letter.dedup_key.startswith(second)
     await stream.until_holding(2)
 
     async with world.restarting(relay, "out"):
@@ -151,11 +152,9 @@ async def test_what_the_template_could_not_name_gets_its_subject_when_it_is_trie
 
     await stream.until_holding(3)
     events = await stream.events()
-    assert [event.dedup_key for event in events] == [
-        "n:outbox_orders:1:0",
-        "n:outbox_orders:1:2",
-        letter.dedup_key,
-    ]
+    assert events[0].dedup_key.startswith(first)
+    assert events[1].dedup_key.startswith(third)
+    assert events[2].dedup_key == letter.dedup_key
     assert [_subject_end(event) for event in events] == ["a", "c", "by.insert"]
     await _until_letters(world, 0)
 

@@ -12,6 +12,8 @@ from relay.backends.outbox.row import OutboxRow, OutboxRows
 from relay.backends.outbox.split import array_elements, object_members
 
 CREATED_AT = datetime(2026, 1, 2, tzinfo=UTC)
+# Of the refresh id "r-1".
+HISTORY = "d9c03ff9"
 DEEP = b"[" * 10_000 + b"]" * 10_000
 
 
@@ -57,7 +59,7 @@ def decode_all(rows: Sequence[OutboxRow], *, by: OutboxDecoder | None = None) ->
 def shown(decoded: Decoded) -> list[tuple[str, str, str | None, bytes]]:
     return [
         (
-            message.dedup_key.removeprefix("outbox_orders:7:"),
+            message.dedup_key.removeprefix("outbox_orders:7:").removesuffix(f":{HISTORY}"),
             message.op,
             message.key,
             message.payload,
@@ -128,6 +130,15 @@ def test_a_claim_check_ends_what_is_decoded_together(at: int) -> None:
     assert (decoded.claim_check is not None) == (at == 0)
 
 
+def test_an_id_that_is_drawn_again_for_another_event_has_another_key() -> None:
+    body = b'{"v": 1, "inserted": [{"id": 5}], "deleted": []}'
+    rows = [(7, refresh_id, CREATED_AT, 1, 0, False, body, None, None) for refresh_id in "ab"]
+
+    keys = {decode_all([row]).messages[0].dedup_key for row in rows}
+
+    assert len(keys) == 2
+
+
 def test_a_row_carries_what_the_outbox_row_says() -> None:
     (message,) = decode(
         b'{"v": 1, "inserted": [{"id": 5, "n": 1e400}], "deleted": []}',
@@ -135,7 +146,7 @@ def test_a_row_carries_what_the_outbox_row_says() -> None:
         headers=b'{"traceparent": "00-1", "retries": 2, "none": null, "o": {"a": 1}}',
     ).messages
 
-    assert message.dedup_key == "eu:outbox_orders:7:0"
+    assert message.dedup_key == f"eu:outbox_orders:7:0:{HISTORY}"
     assert (message.key, message.op, message.payload) == ("5", "insert", b'{"id": 5, "n": 1e400}')
     assert (message.stream_table, message.outbox_id, message.refresh_id) == ("orders", 7, "r-1")
     assert message.created_at == CREATED_AT
@@ -247,9 +258,9 @@ def test_a_row_that_nests_too_deep_costs_only_itself() -> None:
     decoded = decode(b'{"v":1,"inserted":[{"id":1},{"d":' + DEEP + b'},{"id":3}],"deleted":[]}')
 
     assert [message.key for message in decoded.messages] == ["1", "3"]
-    assert [message.dedup_key[-1] for message in decoded.messages] == ["0", "2"]
+    assert [message.dedup_key.split(":")[2] for message in decoded.messages] == ["0", "2"]
     (rejected,) = decoded.rejected
-    assert rejected.message.dedup_key == "outbox_orders:7:1"
+    assert rejected.message.dedup_key == f"outbox_orders:7:1:{HISTORY}"
     assert rejected.message.payload == b'{"d":' + DEEP + b"}"
 
 

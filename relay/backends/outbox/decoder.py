@@ -20,6 +20,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
+from zlib import crc32
 
 import msgspec
 
@@ -151,7 +152,7 @@ class OutboxDecoder:
                 for index, row in enumerate(rows, first_index)
                 for message in self._row_alone(event, op, row, index, rejected)
             ]
-        prefix = f"{self._prefix}{event.outbox_id}:"
+        prefix, history = f"{self._prefix}{event.outbox_id}:", _history(event.refresh_id)
         stream_table = self._stream_table
         outbox_id, refresh_id, created_at, headers, is_full_refresh = (
             event.outbox_id,
@@ -162,7 +163,7 @@ class OutboxDecoder:
         )
         return [
             RelayMessage(
-                dedup_key=f"{prefix}{index}",
+                dedup_key=f"{prefix}{index}{history}",
                 payload=self._told(row),
                 key=key,
                 op=op,
@@ -223,7 +224,7 @@ class OutboxDecoder:
         prefix, stream_table = self._prefix, self._stream_table
         return [
             RelayMessage(
-                dedup_key=f"{prefix}{outbox_id}:0",
+                dedup_key=f"{prefix}{outbox_id}:0{_history(refresh_id)}",
                 payload=row,
                 key=key,
                 op="insert",
@@ -358,7 +359,7 @@ class OutboxDecoder:
         self, event: OutboxEvent, suffix: str, op: Op, payload: bytes, *, key: str | None = None
     ) -> RelayMessage:
         return RelayMessage(
-            dedup_key=f"{self._prefix}{event.outbox_id}:{suffix}",
+            dedup_key=f"{self._prefix}{event.outbox_id}:{suffix}{_history(event.refresh_id)}",
             payload=payload,
             key=key,
             op=op,
@@ -380,6 +381,15 @@ class OutboxDecoder:
         op: Op = "event",
     ) -> Rejected:
         return Rejected(self._message(event, str(index), op, payload), error)
+
+
+def _history(refresh_id: str | None) -> str:
+    """The last part of a dedup key: the CRC-32 of the row's refresh id; nothing where it has none.
+
+    After a failover to a standby that lacked the last commits, or a restore, ids are drawn again
+    for other events. Their refresh ids are others, and so are their keys.
+    """
+    return "" if refresh_id is None else f":{crc32(refresh_id.encode()):08x}"
 
 
 def _claim_check(event: OutboxEvent, row: OutboxRow, payload: _Payload) -> ClaimCheck:
