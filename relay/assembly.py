@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from relay.catalog import Catalog, PipelineRow
 from relay.context import BackendContext
-from relay.contracts import Sink
+from relay.contracts import Sink, Source
 from relay.dead_letter import Transform
 from relay.delivery import RetryPolicy
 from relay.errors import ConfigurationError
@@ -19,11 +20,21 @@ from relay.mapping import compile_reverse
 from relay.message import RelayMessage
 from relay.options import declared_keys
 from relay.pipeline import Pipeline
-from relay.pipeline_config import PipelineConfig, pace_of, parse_config, with_profile
+from relay.pipeline_config import Pace, PipelineConfig, pace_of, parse_config, with_profile
 from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
+
+
+class Sides(NamedTuple):
+    """What a row is made of, built and not connected."""
+
+    config: PipelineConfig
+    pace: Pace
+    source: Source
+    sink: Sink
+    transform: Transform
 
 
 class Assembly:
@@ -69,8 +80,8 @@ class Assembly:
             # What is wrong is told by the one relay that owns it and can't build it.
             return False
 
-    def build(self, row: PipelineRow) -> Pipeline:
-        """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""
+    def sides(self, row: PipelineRow) -> Sides:
+        """Both sides of a row, not connected. Raises `ConfigurationError`."""
         config = parse_config(row.direction, row.config)
         pace = pace_of(config, self._settings.relay)
         context = BackendContext(
@@ -94,12 +105,19 @@ class Assembly:
         sink = build_sink(
             config.sink_type, self._options("sink", config.sink_type, config.sink), context
         )
+        transform = _transform(row.direction, config, sink)
+        return Sides(config=config, pace=pace, source=source, sink=sink, transform=transform)
+
+    def build(self, row: PipelineRow) -> Pipeline:
+        """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""
+        sides = self.sides(row)
+        pace = sides.pace
         return Pipeline(
             name=row.name,
             direction=row.direction,
-            source=source,
-            sink=sink,
-            transform=_transform(row.direction, config, sink),
+            source=sides.source,
+            sink=sides.sink,
+            transform=sides.transform,
             dead_letters=self._catalog,
             emit=self._emit,
             policy=RetryPolicy(

@@ -144,6 +144,34 @@ class Reader(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime | None
 
 
+class OutboxSize(msgspec.Struct, frozen=True, kw_only=True):
+    """How much an outbox holds; rows as PostgreSQL last estimated them, None before."""
+
+    outbox_table: str
+    stream_table: str
+    estimated_rows: int | None
+    bytes: int | None
+
+
+class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One relay, and what it said of itself when it was last seen, as JSON."""
+
+    relay_group_id: str
+    worker_id: str
+    host: str | None
+    last_seen_at: datetime
+    is_alive: bool
+    report: bytes
+
+
+class CaptureProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with the capture of one outbox, and how to mend it."""
+
+    outbox_table: str
+    problem: str
+    remedy: str | None
+
+
 class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stream_table: str = ""
     outbox_id: int | None = None
@@ -479,6 +507,38 @@ class Catalog:
             "looking who reads the outboxes", "select * from relay_readers()"
         )
         return [Reader(**dict(row)) for row in rows]
+
+    async def outbox_sizes(self) -> list[OutboxSize]:
+        """How much each outbox holds."""
+        rows = await self._database.fetch(
+            "measuring the outboxes", "select * from relay_outbox_sizes()"
+        )
+        return [OutboxSize(**dict(row)) for row in rows]
+
+    async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
+        """The relays of this group, or of all, those that were killed for a day besides."""
+        rows = await self._database.fetch(
+            "looking at the fleet",
+            "select relay_group_id, worker_id, host, last_seen_at, is_alive, report"
+            " from relay_fleet($1)",
+            None if of_all_groups else self._group_id,
+        )
+        return [FleetRow(**dict(row)) for row in rows]
+
+    async def capture_problems(self) -> list[CaptureProblem]:
+        """What is wrong with capture, in all outboxes."""
+        rows = await self._database.fetch(
+            "looking for capture problems",
+            "select outbox_table, problem, remedy from relay_capture_problems()",
+        )
+        return [CaptureProblem(**dict(row)) for row in rows]
+
+    async def oldest_dead_letter_error(self, pipeline: str) -> str:
+        """Why the oldest dead letter of a pipeline failed; empty where it has none."""
+        row = await self._database.fetch_row(
+            "reading a dead letter", "select error from relay_dlq_list($1, 1)", pipeline
+        )
+        return "" if row is None else str(row["error"])
 
     async def dead_letter_counts(self) -> dict[str, int]:
         """How many dead letters each pipeline has."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ EXIT_OK, EXIT_RUNTIME, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
 _VERBS: Mapping[str, str] = {
     "run": "run the pipelines of the catalog until stopped (the default)",
+    "status": "show the fleet, from the database alone",
+    "doctor": "look at everything that can be wrong, and say how to mend it",
     "drain": "run until everything is delivered, then exit",
     "migrate": "install or upgrade the catalog in the database",
     "demo": "show it all on an embedded PostgreSQL and NATS",
@@ -50,7 +53,8 @@ _FLAGS = (
     _Flag("--seconds", ["demo"], "end after so long", "SECONDS", float),
     _Flag("--rate", ["demo"], "orders written per second", "RATE", float),
     _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", float),
-    _Flag("--json", ["demo", "drain"], "answer with one JSON object"),
+    _Flag("--once", ["status"], "print a table and exit, as in a pipe"),
+    _Flag("--json", ["status", "doctor", "drain", "demo"], "answer with one JSON object"),
 )
 
 _EXAMPLES = """\
@@ -68,6 +72,10 @@ exit codes: 0 ok, 1 runtime, 2 configuration, 3 environment unreachable
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal in another encoding shows something else instead of a mark.
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -114,6 +122,8 @@ def _run(argv: Sequence[str]) -> int:
 
         sys.stdout.write(migration_script(settings.postgres.schema))
         return EXIT_OK
+    if verb == "doctor":
+        arguments.origins = _origins(arguments, overrides, settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_command(verb, arguments, settings))
 
@@ -197,11 +207,56 @@ async def _command(verb: str, arguments: argparse.Namespace, settings: Settings)
         return await run_demo(
             settings, seconds=arguments.seconds, rate=arguments.rate or 50.0, as_json=arguments.json
         )
+    if verb == "status":
+        return await _status(arguments, settings)
+    if verb == "doctor":
+        return await _doctor(arguments, settings)
     if verb == "drain":
         return await _drain(arguments, settings)
     from relay.app import run_relay
 
     return await run_relay(settings)
+
+
+def _origins(
+    arguments: argparse.Namespace, overrides: Sequence[str], settings: Settings
+) -> dict[str, str]:
+    from relay.doctor import origins_of
+
+    stated = {*_flags(arguments), *(word.lstrip("+~").partition("=")[0] for word in overrides)}
+    variables = {one.key: one.variable for one in VARIABLES if one.variable in os.environ}
+    return origins_of(
+        settings,
+        [word for word in overrides if "." not in word.partition("=")[0]],
+        stated,
+        {key: variable for key, variable in variables.items() if key not in stated},
+    )
+
+
+async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
+    from relay.overview import overview, table_of
+    from relay.start import opened_catalog
+
+    async with opened_catalog(settings, os.environ) as catalog:
+        seen = await overview(catalog)
+    if arguments.json:
+        _say(msgspec.json.encode(seen).decode())
+    else:
+        for line in table_of(seen):
+            _say(line)
+    return EXIT_OK if seen.is_well else EXIT_RUNTIME
+
+
+async def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
+    from relay.doctor import diagnose, lines_of
+
+    diagnosis = await diagnose(settings, os.environ, arguments.origins)
+    if arguments.json:
+        _say(msgspec.json.encode(diagnosis).decode())
+    else:
+        for line in lines_of(diagnosis):
+            _say(line)
+    return EXIT_OK if diagnosis.is_well else EXIT_RUNTIME
 
 
 async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -11,7 +11,7 @@ import msgspec
 
 from relay.app import Relay, work
 from relay.board import PipelineStatus
-from relay.catalog import Catalog, PipelineRow
+from relay.catalog import PipelineRow
 from relay.errors import ConfigurationError
 from relay.events import (
     BatchAcknowledged,
@@ -21,10 +21,9 @@ from relay.events import (
     PipelineState,
     StateChanged,
 )
-from relay.postgres import Database
 from relay.registry import source_runs_everywhere
 from relay.settings import Settings
-from relay.start import opened, operator_secrets, resolved
+from relay.start import opened_catalog
 
 _LOOK_S = 0.25
 
@@ -112,9 +111,7 @@ class _Watch:
 
 
 async def _reported(settings: Settings, watch: _Watch, *, is_complete: bool) -> DrainReport:
-    database = Database(resolved(settings.postgres, operator_secrets(os.environ)))
-    catalog = Catalog(database, settings.relay.group_id)
-    async with opened(database, catalog):
+    async with opened_catalog(settings, os.environ) as catalog:
         rows = [row for row in await catalog.pipelines() if row.enabled and not _receives(row)]
         lags = {lag.pipeline: lag for lag in await catalog.lag([row.name for row in rows])}
     pipelines = []

@@ -52,6 +52,17 @@ async def opened(database: Database, catalog: Catalog) -> AsyncIterator[None]:
         await database.aclose()
 
 
+@asynccontextmanager
+async def opened_catalog(
+    settings: Settings, environment: Mapping[str, str]
+) -> AsyncIterator[Catalog]:
+    """The catalog of these settings, for as long as the block lasts. Raises as `opened`."""
+    database = Database(resolved(settings.postgres, operator_secrets(environment)))
+    catalog = Catalog(database, settings.relay.group_id)
+    async with opened(database, catalog):
+        yield catalog
+
+
 @contextmanager
 def naming_the_variable(settings: PostgresSettings) -> Iterator[None]:
     """Where nothing answers, and nobody said where, say where it was tried and how to say it."""

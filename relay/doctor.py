@@ -1,0 +1,431 @@
+"""`pgtrickle-relay doctor`: everything that can be wrong, looked at once, each with its remedy.
+
+It moves no position and takes nothing from a relay at work: a pipeline that runs is judged by what
+its relay reports, one that is paused by its configuration. Of those that should run and do not,
+both sides are really connected, as a relay would. An outbox is looked up, and never claimed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from relay import __version__
+from relay.assembly import Assembly, Sides
+from relay.catalog import Catalog, OutboxSize, PipelineRow, Reader
+from relay.contracts import Sink, Source
+from relay.errors import ConfigurationError, Outage, RelayError
+from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
+from relay.postgres import Database, connect, postgres_errors
+from relay.profiles import check_profiles
+from relay.secrets import mask_urls, references
+from relay.settings import Settings, parse_address, schema_identifier
+from relay.start import catalog_secrets, opened, operator_secrets, resolved
+
+_CONNECT_S = 10.0
+_CLOSE_S = 5.0
+_CLOCK_S = 5.0
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One line: what was looked at and what was found; ``remedy`` is empty where all is well."""
+
+    check: str
+    is_ok: bool
+    found: str
+    remedy: str = ""
+
+
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
+    """All checks, in the order in which a person would mend them."""
+
+    version: str
+    is_well: bool
+    checks: Sequence[Check]
+
+
+async def diagnose(
+    settings: Settings, environment: Mapping[str, str], origins: Mapping[str, str]
+) -> Diagnosis:
+    """Look at everything; ``origins`` says of each setting that is not a default whence it came.
+
+    Never raises `RelayError`: what can't be reached is a check that failed.
+    """
+    checks = [_settings(settings, origins)]
+    operator, secrets = operator_secrets(environment), catalog_secrets(settings, environment)
+
+    def mask(text: str) -> str:
+        return mask_urls(secrets.mask(operator.mask(text)))
+
+    with _noting(checks, "profiles"):
+        check_profiles(settings.backends)
+        checks += [_ok("profiles", ", ".join(sorted(settings.backends)) or "none")]
+    checks += _file_roots(settings)
+    with _noting(checks, "database"):
+        database = Database(resolved(settings.postgres, operator))
+        catalog = Catalog(database, settings.relay.group_id)
+        async with opened(database, catalog):
+            assembly = Assembly(
+                settings=settings,
+                database=database,
+                catalog=catalog,
+                secrets=secrets,
+                operator_secrets=operator,
+                worker_id=f"doctor-{os.getpid()}",
+                emit=lambda _: None,
+            )
+            await _Look(settings, database, catalog, assembly, checks).everywhere()
+    masked = [
+        msgspec.structs.replace(one, found=mask(one.found), remedy=mask(one.remedy))
+        for one in checks
+    ]
+    return Diagnosis(version=__version__, is_well=all(one.is_ok for one in masked), checks=masked)
+
+
+class _Look:
+    """The checks that need the database, with it open."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        catalog: Catalog,
+        assembly: Assembly,
+        checks: list[Check],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._catalog = catalog
+        self._assembly = assembly
+        self._checks = checks
+
+    async def everywhere(self) -> None:
+        for check, look in (
+            ("database", self._server),
+            ("pooler", self._pooler),
+            ("schema", self._schema),
+            ("groups", self._groups),
+            ("capture", self._capture),
+            ("pipelines", self._pipelines),
+        ):
+            with _noting(self._checks, check):
+                await look()
+
+    async def _server(self) -> None:
+        asked_at = time.time()
+        row = await self._database.fetch_row("looking at the server", _SERVER)
+        if row is None:
+            return
+        answered_at = time.time()
+        where = await self._database.whereabouts()
+        encrypted = "encrypted" if row["ssl"] else "not encrypted"
+        self._checks.append(
+            _bad(
+                "database",
+                f"{where} is a standby",
+                "connect to the primary, for example with target_session_attrs=primary",
+            )
+            if row["standby"]
+            else _ok("database", f"{where}, PostgreSQL {row['version']}, primary, {encrypted}")
+        )
+        off_s = max(asked_at - row["now"], row["now"] - answered_at, 0.0)
+        self._checks.append(
+            _ok("clock", "as the server's")
+            if off_s < _CLOCK_S
+            else _bad("clock", f"{off_s:.0f} s off the server's", "synchronise both clocks (NTP)")
+        )
+
+    async def _pooler(self) -> None:
+        """In transaction mode a session's setting is gone when somebody else had the session."""
+        first = await connect(self._database.settings, purpose="doctor")
+        try:
+            second = await connect(self._database.settings, purpose="doctor")
+            try:
+                with postgres_errors("looking for a pooler"):
+                    await first.execute("select set_config('relay.doctor', 'first', false)")
+                    async with second.transaction():
+                        await second.execute("select set_config('relay.doctor', 'second', false)")
+                        kept = await first.fetchval(
+                            "select current_setting('relay.doctor', true) = 'first'"
+                        )
+            finally:
+                second.terminate()
+        finally:
+            first.terminate()
+        self._checks.append(
+            _ok("pooler", "none in the way")
+            if kept
+            else _bad(
+                "pooler",
+                "a pooler in transaction mode is in the way: ownership needs sessions",
+                "connect to PostgreSQL itself, or to a pooler in session mode",
+            )
+        )
+
+    async def _schema(self) -> None:
+        schema = self._settings.postgres.schema
+        row = await self._database.fetch_row("looking at the schema", _SCHEMA, schema)
+        version = await self._catalog.version()
+        if row is None:
+            return
+        self._checks.append(
+            _bad(
+                "schema",
+                f"{row['others']} may create in schema {schema}",
+                f"revoke create on schema {row['quoted']} from {row['others']}",
+            )
+            if row["others"]
+            else _ok("schema", f"{schema}, version {version}, owned by {row['owner']}")
+        )
+
+    async def _groups(self) -> None:
+        own, readers = self._catalog.group_id, await self._catalog.readers()
+        fleet = await self._catalog.fleet(of_all_groups=True)
+        alive = {one.relay_group_id for one in fleet if one.is_alive}
+        groups = {one.relay_group_id for one in readers if one.relay_group_id is not None}
+        if groups and own not in groups:
+            self._checks.append(
+                _bad(
+                    "group",
+                    f"{own} is new here and would deliver everything again; others have positions:"
+                    f" {', '.join(sorted(groups))}",
+                    "correct relay.group_id, unless that is meant",
+                )
+            )
+        else:
+            self._checks.append(_ok("group", own))
+        self._checks.extend(
+            self._forgotten(group, [one for one in readers if one.relay_group_id == group])
+            for group in sorted(groups - alive - {own})
+        )
+
+    def _forgotten(self, group: str, readers: Sequence[Reader]) -> Check:
+        outboxes = sorted({reader.outbox_table for reader in readers if reader.outbox_table})
+        since = max((one.updated_at for one in readers if one.updated_at is not None), default=None)
+        when = "" if since is None else f" since {since:%Y-%m-%d %H:%M}"
+        return _bad(
+            f"relay group {group}",
+            f"none of its relays lives, and it holds back {', '.join(outboxes)}{when}",
+            f"start its relays, or {self._call('relay_forget_group', group)}",
+        )
+
+    async def _capture(self) -> None:
+        problems = await self._catalog.capture_problems()
+        self._checks.extend(
+            _bad("capture", f"{one.outbox_table}: {one.problem}", one.remedy or "")
+            for one in problems
+        )
+        if not problems:
+            self._checks.append(_ok("capture", "nothing is amiss"))
+
+    async def _pipelines(self) -> None:
+        seen = await overview(self._catalog)
+        sizes = await self._catalog.outbox_sizes()
+        self._checks.append(self._http(seen))
+        rows = {row.name: row for row in await self._catalog.pipelines()}
+        found = await asyncio.gather(
+            *(self._pipeline(rows[one.name], one) for one in seen.pipelines if one.name in rows)
+        )
+        for one, checks in zip(seen.pipelines, found, strict=False):
+            self._checks.extend(checks)
+            if not one.enabled and one.lag_rows:
+                self._checks.append(self._held(one, sizes))
+            if one.dead_letters:
+                error = await self._catalog.oldest_dead_letter_error(one.name)
+                self._checks.append(
+                    _bad(
+                        f"dead letters of {one.name}",
+                        f"{one.dead_letters}, the oldest: {error}",
+                        f"mend the cause, then {self._call('relay_dlq_retry_all', one.name)}",
+                    )
+                )
+
+    def _held(self, one: PipelineOverview, sizes: Sequence[OutboxSize]) -> Check:
+        held = sum(size.bytes or 0 for size in sizes if size.outbox_table == one.outbox)
+        return _bad(
+            f"paused pipeline {one.name}",
+            f"holds back {one.lag_rows} rows of {one.outbox} ({held // 1024} KiB)",
+            f"{self._call('enable_relay', one.name)}, or {self._call('delete_relay', one.name)}",
+        )
+
+    def _call(self, function: str, name: str) -> str:
+        literal = name.replace("'", "''")
+        return f"select {schema_identifier(self._settings.postgres.schema)}.{function}('{literal}')"
+
+    def _http(self, seen: Overview) -> Check:
+        metrics = self._settings.metrics
+        if not metrics.enabled:
+            return _ok("http", "switched off")
+        host, port = parse_address(metrics.addr)
+        try:
+            with socket.create_server((host or "", port)):
+                return _ok("http", f"{metrics.addr} is free")
+        except OSError as error:
+            if seen.relays:
+                return _ok("http", f"{metrics.addr} is taken, by a relay at work it seems")
+            return _bad(
+                "http", f"metrics.addr {metrics.addr}: {error.strerror}", "choose another address"
+            )
+
+    async def _pipeline(self, row: PipelineRow, seen: PipelineOverview) -> list[Check]:
+        check = f"pipeline {row.name}"
+        checks: list[Check] = []
+        with _noting(checks, check):
+            sides = self._assembly.sides(row)
+            named = ", ".join(dict.fromkeys(references(row.config)))
+            about = f"{seen.source} to {seen.sink}" + (f", refers to {named}" if named else "")
+            if seen.state == PAUSED:
+                return [_ok(check, f"{about}, paused")]
+            if seen.trouble and seen.state != WAITING:
+                owners = ", ".join(seen.owners)
+                return [_bad(check, f"{seen.state}: {seen.trouble}", f"see the log of {owners}")]
+            if seen.state != WAITING:
+                return [_ok(check, f"{about}, {seen.state} in {', '.join(seen.owners)}")]
+            await self._connect(row, seen, sides)
+            checks.append(_ok(check, f"{about}, both sides answer; no relay runs it"))
+        return checks
+
+    async def _connect(self, row: PipelineRow, seen: PipelineOverview, sides: Sides) -> None:
+        async with _closing(sides.sink), _closing(sides.source):
+            await self._connect_one("sink", sides.sink)
+            if row.direction == "reverse":
+                await self._connect_one("source", sides.source)
+            else:
+                outbox = await self._catalog.outbox(
+                    seen.outbox or str(sides.config.source.get("outbox"))
+                )
+                if outbox.sequence_cache != 1:
+                    raise ConfigurationError(
+                        f"the sequence of {outbox.outbox_table} has cache {outbox.sequence_cache}",
+                        remedy="alter table … alter column id set cache 1",
+                    )
+
+    @staticmethod
+    async def _connect_one(role: str, side: Sink | Source) -> None:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                await side.connect()
+                if not await side.is_healthy():
+                    raise Outage(f"the {role} was connected and does not answer")
+        except TimeoutError:
+            raise Outage(
+                f"the {role} did not answer within {_CONNECT_S:g} s",
+                remedy="correct the address, or look at its server",
+            ) from None
+
+
+def origins_of(
+    settings: Settings, overlays: Sequence[str], stated: Iterable[str], variables: Mapping[str, str]
+) -> dict[str, str]:
+    """Whence each setting that is not a default came, by key.
+
+    ``stated`` are the keys of the command line, ``variables`` the environment variables by key.
+    """
+    named = f"overlays ({', '.join(overlays)})" if overlays else "an overlay"
+    origins = {}
+    given = set(stated)
+    for section in settings.__struct_fields__:
+        ours, default = getattr(settings, section), getattr(Settings(), section)
+        for name in getattr(ours, "__struct_fields__", ()):
+            key = f"{section}.{name}"
+            if key in given:
+                origins[key] = "the command line"
+            elif key in variables:
+                origins[key] = variables[key]
+            elif getattr(ours, name) != getattr(default, name):
+                origins[key] = named
+    return origins
+
+
+def _settings(settings: Settings, origins: Mapping[str, str]) -> Check:
+    libpq = sorted(name for name in os.environ if name.startswith("PG") and "_" not in name)
+    keys: dict[str, list[str]] = {}
+    for key, origin in origins.items():
+        keys.setdefault(origin, []).append(key)
+    said = [f"{', '.join(those)} from {origin}" for origin, those in keys.items()]
+    if not settings.postgres.url and libpq:
+        said.append(f"the database from {', '.join(libpq)}")
+    return _ok("settings", "; ".join(said) or "all are defaults")
+
+
+def _file_roots(settings: Settings) -> list[Check]:
+    bad = [root for root in settings.files.roots or () if not _is_usable(Path(root))]
+    return [
+        _bad(
+            "files.roots",
+            f"{root} is no directory that the relay may write",
+            "make it, or correct files.roots",
+        )
+        for root in bad
+    ]
+
+
+def _is_usable(root: Path) -> bool:
+    return root.is_dir() and os.access(root, os.R_OK | os.W_OK | os.X_OK)
+
+
+@contextlib.asynccontextmanager
+async def _closing(side: Sink | Source) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await side.aclose()
+
+
+@contextlib.contextmanager
+def _noting(checks: list[Check], check: str) -> Iterator[None]:
+    """What is raised inside becomes a check that failed."""
+    try:
+        yield
+    except RelayError as error:
+        checks.append(_bad(check, error.problem, error.remedy))
+    except Exception as error:  # noqa: BLE001 - a bug in one check must not hide the others
+        checks.append(_bad(check, f"unexpected {type(error).__name__}", "report it, with the log"))
+
+
+def lines_of(diagnosis: Diagnosis) -> Iterator[str]:
+    """The diagnosis for people, one line a check."""
+    for one in diagnosis.checks:
+        remedy = "" if one.is_ok else f" → {one.remedy}"
+        yield " ".join(f"{'✓' if one.is_ok else '✗'} {one.check}: {one.found}{remedy}".split())
+
+
+def _ok(check: str, found: str) -> Check:
+    return Check(check=check, is_ok=True, found=found)
+
+
+def _bad(check: str, found: str, remedy: str) -> Check:
+    return Check(check=check, is_ok=False, found=found, remedy=remedy or "see the log")
+
+
+_SERVER = """
+select
+    current_setting('server_version') as version,
+    pg_is_in_recovery() as standby,
+    coalesce((select s.ssl from pg_stat_ssl as s where s.pid = pg_backend_pid()), false) as ssl,
+    extract(epoch from clock_timestamp())::float8 as now
+"""
+
+_SCHEMA = """
+select
+    pg_get_userbyid(n.nspowner) as owner,
+    quote_ident(n.nspname) as quoted,
+    (
+        select string_agg(
+            case when a.grantee = 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end,
+            ', ')
+        from aclexplode(n.nspacl) as a
+        where a.privilege_type = 'CREATE' and a.grantee <> n.nspowner
+    ) as others
+from pg_namespace as n
+where n.nspname = $1
+"""

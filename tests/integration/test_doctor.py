@@ -1,0 +1,172 @@
+"""`doctor` and `status`: what does not move, why, and what to do, in one screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
+from tests.servers.finding import free_port
+from tests.servers.nats import NatsServer
+from tests.servers.postgres import Database
+from tests.servers.process import RelayProcess
+
+SECRET = "correct-horse"
+SCREEN_LINES, SCREEN_COLUMNS = 50, 200
+
+
+@pytest.fixture
+async def world(
+    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
+) -> AsyncIterator[RelayWorld]:
+    async with relay_world(migrated_database, tmp_path, relay_process) as world:
+        await world.make_orders()
+        await world.insert(1, 10)
+        yield world
+
+
+async def asked(world: RelayWorld, *arguments: str) -> RelayProcess:
+    """A command that answers and ends."""
+    process = await world.relay(
+        *arguments, is_awaited=False, environment={"RELAY_NATS_PASSWORD": SECRET}
+    )
+    await process.wait()
+    assert SECRET not in process.output
+    assert "Traceback" not in process.output
+    return process
+
+
+def found(process: RelayProcess, check: str) -> str:
+    """The one line of a check."""
+    (line,) = [line for line in process.stdout if line[2:].startswith(f"{check}: ")]
+    return line
+
+
+async def test_six_misconfigured_pipelines_are_six_causes_and_remedies_on_one_screen(
+    world: RelayWorld,
+    nats_server: NatsServer,
+    nats_server_with: Callable[..., NatsServer],
+) -> None:
+    await world.run("select pgtrickle.create_inbox('received')")
+    await world.run("alter table pgtrickle.received add check (payload ->> 'id' <> '7')")
+    await world.forward("refused", {"type": "pg-inbox", "inbox": "received"})
+    await asked(world, "drain", "relay.group_id=forgotten")
+    await asked(world, "drain")
+    closed = nats_server_with('authorization { user: "relay", password: "another" }')
+    await world.forward(
+        "password",
+        {
+            "type": "nats",
+            "url": closed.url,
+            "user": "relay",
+            "password": "${env:RELAY_NATS_PASSWORD}",
+        },
+    )
+    await world.forward("stream", {"type": "nats", "url": nats_server.url, "stream": "nowhere"})
+    await world.forward("host", {"type": "nats", "url": f"nats://127.0.0.1:{free_port()}"})
+    await world.to_file("template")
+    await world.run(
+        "update pgtrickle.relay_outbox_config set config ="
+        " jsonb_set(config, '{sink,subject_template}', '\"{nope}\"') where name = 'template'"
+    )
+
+    doctor = await asked(world, "doctor")
+
+    assert doctor.returncode == 1, doctor.output
+    for check, cause, remedy in (
+        ("pipeline password", "Authorization Violation", "correct user and password"),
+        ("pipeline stream", "there is no stream 'nowhere'", "set create_stream"),
+        ("pipeline host", "Connection refused", "start the server, or correct the address"),
+        ("pipeline template", "unknown variable {nope}", "did you mean {op}?"),
+    ):
+        line = found(doctor, check)
+        assert line.startswith("✗")
+        assert cause in line.partition(" → ")[0]
+        assert remedy in line.partition(" → ")[2]
+    refused = found(doctor, "dead letters of refused")
+    assert "violates check constraint" in refused
+    assert "→ mend the cause, then select pgtrickle.relay_dlq_retry_all('refused')" in refused
+    group = found(doctor, "relay group forgotten")
+    assert "holds back outbox_orders" in group
+    assert "select pgtrickle.relay_forget_group('forgotten')" in group
+    assert found(doctor, "pipeline refused").startswith("✓")
+    assert len(doctor.stdout) <= SCREEN_LINES
+    assert all(line[0] in "✓✗" for line in doctor.stdout)
+
+
+async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
+    await world.to_file("out")
+    running = await world.relay("relay.worker_id=first")
+    await running.wait_for_log("running")
+    await until(
+        lambda: world.value(
+            "select report #>> '{pipelines,0,state}' = 'running' from pgtrickle.relay_fleet()"
+        )
+    )
+
+    doctor = await asked(world, "doctor", "--json")
+    status = await asked(world, "status")
+
+    diagnosis = json.loads(doctor.stdout[0])
+    assert (doctor.returncode, diagnosis["is_well"]) == (0, True), doctor.output
+    assert set(diagnosis) == {"version", "is_well", "checks"}
+    assert {frozenset(check) for check in diagnosis["checks"]} == {
+        frozenset({"check", "is_ok", "found", "remedy"})
+    }
+    checks = {check["check"]: check["found"] for check in diagnosis["checks"]}
+    assert "running in first" in checks["pipeline out"]
+    assert "postgres.url from PGTRICKLE_RELAY_POSTGRES_URL" in checks["settings"]
+    assert status.returncode == 0, status.output
+
+
+async def test_what_pauses_or_is_not_run_keeps_its_lag_in_status(world: RelayWorld) -> None:
+    await world.to_file("idle")
+    await world.to_file("off")
+    await world.run("select pgtrickle.disable_relay('off')")
+
+    table = await asked(world, "status")
+    answer = await asked(world, "status", "--json")
+    doctor = await asked(world, "doctor")
+
+    assert (table.returncode, answer.returncode) == (1, 1)
+    idle, off = json.loads(answer.stdout[0])["pipelines"]
+    assert (idle["name"], idle["state"], idle["lag_rows"]) == ("idle", "waiting", 10)
+    assert idle["trouble"] == "no relay of the group runs it"
+    assert (off["name"], off["state"], off["lag_rows"], off["trouble"]) == ("off", "paused", 10, "")
+    assert (off["outbox"], off["dead_letters"]) == ("outbox_orders", 0)
+    assert off["outbox_bytes"] > 0
+    assert off["oldest_unsent_age_s"] >= 0
+    assert [line.split()[0] for line in table.stdout] == ["pipeline", "idle", "off"]
+    assert "no relay of the group runs it" in table.stdout[1]
+    held = found(doctor, "paused pipeline off")
+    assert "holds back 10 rows of outbox_orders" in held
+    assert "→ select pgtrickle.enable_relay('off')" in held
+
+
+async def test_a_database_out_of_reach_is_one_cross(world: RelayWorld) -> None:
+    process = await world.relay(
+        "doctor", dsn=f"postgresql://u:{SECRET}@127.0.0.1:{free_port()}/d", is_awaited=False
+    )
+    await process.wait()
+
+    assert process.returncode == 1
+    assert "Connection refused → start the server" in found(process, "database")
+    assert SECRET not in process.output
+
+
+async def test_schema_capture_and_a_new_group_are_looked_at(world: RelayWorld) -> None:
+    await world.to_file("out")
+    await asked(world, "drain", "relay.group_id=other")
+    await world.run("grant create on schema pgtrickle to relay_member")
+    await world.run("alter table orders disable trigger user")
+
+    doctor = await asked(world, "doctor")
+
+    assert "revoke create on schema pgtrickle from relay_member" in found(doctor, "schema")
+    assert "would deliver everything again; others have positions: other" in found(doctor, "group")
+    capture = [line for line in doctor.stdout if line.startswith("✗ capture: ")]
+    assert capture
+    assert all("is disabled" in line and "repair_outbox" in line for line in capture)
