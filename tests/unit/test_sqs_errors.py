@@ -69,8 +69,9 @@ def test_an_error_is_of_its_kind(error: Exception, kind: type[RelayError]) -> No
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
-def test_a_code_is_understood_with_and_without_its_old_prefix(code: str) -> None:
-    for spelled in (code, f"AWS.SimpleQueueService.{code}"):
+def test_a_code_is_understood_as_older_and_newer_servers_spell_it(code: str) -> None:
+    newer = code.replace("Kms", "KMS.") + "Exception"
+    for spelled in (code, newer, f"AWS.SimpleQueueService.{code}"):
         assert type(of_answer(client_error(spelled), "x", is_publish=True)) is CODES[code]
 
 

@@ -2,7 +2,8 @@
 
 Two tables: one for the exceptions of the client library, one for the codes in the service's
 answers (https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/CommonErrors.html and
-the errors of each action). Older servers put ``AWS.SimpleQueueService.`` in front of a code.
+the errors of each action). Older servers put ``AWS.SimpleQueueService.`` in front of a code, newer
+ones ``Exception`` behind some, and have ``KMS.`` where older ones have ``Kms``.
 """
 
 from __future__ import annotations
@@ -54,78 +55,41 @@ CLIENT_ERRORS: Mapping[str, type[RelayError]] = {
     "CapacityNotAvailableError": Outage,
 }
 
+# As `_plain` spells them.
+_CODES_OF: Mapping[type[RelayError], str] = {
+    DestinationMissing: "NonExistentQueue QueueDoesNotExist QueueDeletedRecently",
+    AuthenticationRefused: (
+        "AccessDenied AuthFailure ExpiredToken IncompleteSignature InvalidAccessKeyId "
+        "InvalidClientTokenId InvalidSecurity InvalidSignature MissingAuthenticationToken "
+        "NotAuthorized OptInRequired RequestExpired SignatureDoesNotMatch UnrecognizedClient "
+        "KmsAccessDenied"
+    ),
+    Outage: (
+        "InternalError InternalFailure InternalServerError KmsThrottled KmsThrottling "
+        "OverLimit RequestThrottled RequestTimeout ServiceUnavailable Throttling "
+        "TooManyRequests"
+    ),
+    ConfigurationError: (
+        "InvalidAction InvalidAddress InvalidAttributeName KmsDisabled KmsInvalidKeyUsage "
+        "KmsInvalidState KmsNotFound KmsOptInRequired UnknownOperation UnsupportedOperation"
+    ),
+    MessageTooLarge: "BatchRequestTooLong MessageTooLong",
+    MessageRejected: (
+        "InvalidAttributeValue InvalidMessageContents InvalidParameterCombination "
+        "InvalidParameterValue MissingParameter Validation"
+    ),
+}
 CODES: Mapping[str, type[RelayError]] = {
-    "NonExistentQueue": DestinationMissing,
-    "QueueDoesNotExist": DestinationMissing,
-    "QueueDeletedRecently": DestinationMissing,
-    "AccessDenied": AuthenticationRefused,
-    "AccessDeniedException": AuthenticationRefused,
-    "AuthFailure": AuthenticationRefused,
-    "ExpiredToken": AuthenticationRefused,
-    "ExpiredTokenException": AuthenticationRefused,
-    "IncompleteSignature": AuthenticationRefused,
-    "IncompleteSignatureException": AuthenticationRefused,
-    "InvalidAccessKeyId": AuthenticationRefused,
-    "InvalidClientTokenId": AuthenticationRefused,
-    "InvalidSecurity": AuthenticationRefused,
-    "InvalidSignatureException": AuthenticationRefused,
-    "MissingAuthenticationToken": AuthenticationRefused,
-    "MissingAuthenticationTokenException": AuthenticationRefused,
-    "NotAuthorized": AuthenticationRefused,
-    "OptInRequired": AuthenticationRefused,
-    "RequestExpired": AuthenticationRefused,
-    "SignatureDoesNotMatch": AuthenticationRefused,
-    "UnrecognizedClientException": AuthenticationRefused,
-    "KmsAccessDenied": AuthenticationRefused,
-    "KMS.AccessDeniedException": AuthenticationRefused,
-    "InternalError": Outage,
-    "InternalFailure": Outage,
-    "InternalServerError": Outage,
-    "KmsThrottled": Outage,
-    "KMS.ThrottlingException": Outage,
-    "OverLimit": Outage,
-    "RequestThrottled": Outage,
-    "RequestTimeout": Outage,
-    "ServiceUnavailable": Outage,
-    "ServiceUnavailableException": Outage,
-    "Throttling": Outage,
-    "ThrottlingException": Outage,
-    "TooManyRequestsException": Outage,
-    "InvalidAction": ConfigurationError,
-    "InvalidAddress": ConfigurationError,
-    "InvalidAttributeName": ConfigurationError,
-    "KmsDisabled": ConfigurationError,
-    "KMS.DisabledException": ConfigurationError,
-    "KmsInvalidKeyUsage": ConfigurationError,
-    "KMS.InvalidKeyUsageException": ConfigurationError,
-    "KmsInvalidState": ConfigurationError,
-    "KMS.InvalidStateException": ConfigurationError,
-    "KmsNotFound": ConfigurationError,
-    "KMS.NotFoundException": ConfigurationError,
-    "KmsOptInRequired": ConfigurationError,
-    "KMS.OptInRequired": ConfigurationError,
-    "UnknownOperationException": ConfigurationError,
-    "UnsupportedOperation": ConfigurationError,
-    "BatchRequestTooLong": MessageTooLarge,
-    "InvalidAttributeValue": MessageRejected,
-    "InvalidMessageContents": MessageRejected,
-    "InvalidParameterCombination": MessageRejected,
-    "InvalidParameterValue": MessageRejected,
-    "MessageTooLong": MessageTooLarge,
-    "MissingParameter": MessageRejected,
-    "ValidationException": MessageRejected,
+    code: kind for kind, codes in _CODES_OF.items() for code in codes.split()
 }
 
 _REMEDIES: Mapping[str, str] = {
     "NonExistentQueue": "create it, or correct queue_url and region",
     "QueueDoesNotExist": "create it, or correct queue_url and region",
     "AccessDenied": "allow it in the policy of the queue or of the key's owner",
-    "AccessDeniedException": "allow it in the policy of the queue or of the key's owner",
     "ExpiredToken": "renew access_key_id, secret_access_key and session_token",
-    "ExpiredTokenException": "renew access_key_id, secret_access_key and session_token",
     "RequestExpired": "set the clock of this machine",
     "KmsAccessDenied": "allow the queue's KMS key to the key's owner",
-    "KMS.AccessDeniedException": "allow the queue's KMS key to the key's owner",
     "OverLimit": "too many messages are received and not deleted",
 }
 _NO_SUCH_QUEUE = ("NonExistentQueue", "QueueDoesNotExist")
@@ -143,7 +107,7 @@ def of_answer(error: client.ClientError, doing: str, *, is_publish: bool = False
     """
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = code_of(error)
-    kind = CODES.get(code) or _by_status(int(status))
+    kind = CODES.get(_plain(code)) or _by_status(int(status))
     text = str(error.response.get("Error", {}).get("Message", ""))
     return _told(kind, code, text, doing, is_publish=is_publish)
 
@@ -152,7 +116,7 @@ def of_entry(entry: Mapping[str, object], doing: str) -> RelayError:
     """The relay's error for one entry of a batch that was not accepted."""
     code = str(entry.get("Code", "")).removeprefix(_PREFIX)
     by_fault = MessageRejected if entry.get("SenderFault") else Outage
-    kind = CODES.get(code, by_fault)
+    kind = CODES.get(_plain(code), by_fault)
     if kind.kind is ErrorKind.MESSAGE and by_fault is Outage:
         kind = Outage
     return _told(kind, code, str(entry.get("Message", "")), doing, is_publish=True)
@@ -163,7 +127,7 @@ def code_of(error: client.ClientError) -> str:
     told = error.response.get("Error", {})
     codes = [str(told.get(name, "")).removeprefix(_PREFIX) for name in ("Code", "QueryErrorCode")]
     codes += _CODE_IN_XML.findall(str(told.get("Message", "")))
-    return next((one for one in codes if one in CODES), codes[0])
+    return next((one for one in codes if _plain(one) in CODES), codes[0])
 
 
 def of_exception(
@@ -209,12 +173,16 @@ def _told(
     if kind is AuthenticationRefused:
         # What a service says of a wrong signature may repeat the request, and so a token.
         refused = ": ".join(part for part in (doing, "access is refused", code) if part)
-        return kind(refused, remedy=_REMEDIES.get(code, _CHECK_KEYS))
+        return kind(refused, remedy=_REMEDIES.get(_plain(code), _CHECK_KEYS))
     if code in _NO_SUCH_QUEUE:
         return kind(f"{doing}: there is no such queue", remedy=_REMEDIES[code])
     words = " ".join(text.split())[:_LONGEST_TEXT].rstrip(".")
     said = ": ".join(part for part in (doing, code, words) if part)
-    return kind(said, remedy=_REMEDIES.get(code, ""))
+    return kind(said, remedy=_REMEDIES.get(_plain(code), ""))
+
+
+def _plain(code: str) -> str:
+    return code.removesuffix("Exception").replace("KMS.", "Kms")
 
 
 def _by_status(status: int) -> type[RelayError]:

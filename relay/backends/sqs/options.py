@@ -139,16 +139,6 @@ def target_of(options: SqsConnectionOptions, path: str) -> Target:
     return Target(options.queue_url, name, endpoint_url, host, region)
 
 
-def check_sink(options: SqsSinkOptions) -> None:
-    """Raise `ConfigurationError` for an address that is none."""
-    target_of(options, "sink")
-
-
-def check_source(options: SqsSourceOptions) -> None:
-    """Raise `ConfigurationError` for an address that is none."""
-    target_of(options, "source")
-
-
 def _taken_apart(url: str, path: str) -> tuple[str, str, str]:
     """Scheme, host with port, and path. Raises `ConfigurationError`, which never has the URL."""
     try:

@@ -12,7 +12,7 @@ from relay.backends.sqs.entry import Entry, MakeEntry, check_size, entry_maker
 from relay.backends.sqs.errors import of_entry
 from relay.backends.sqs.flight import Flight
 from relay.backends.sqs.identifier import deduplication_id, escape, group_id
-from relay.backends.sqs.options import DEFAULT_GROUP, SqsSinkOptions, check_sink, target_of
+from relay.backends.sqs.options import DEFAULT_GROUP, SqsSinkOptions, target_of
 from relay.backends.sqs.queue import Queue, open_queue
 from relay.context import BackendContext
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
@@ -63,7 +63,6 @@ class SqsSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, SqsSinkOptions, path="sink")
-        check_sink(parsed)
         is_fifo = target_of(parsed, "sink").is_fifo
         group = parsed.message_group_id or (DEFAULT_GROUP if is_fifo else None)
         return cls(

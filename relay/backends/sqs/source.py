@@ -13,7 +13,7 @@ import msgspec
 
 from relay.backends.sqs.entry import Received, decoded
 from relay.backends.sqs.errors import of_entry
-from relay.backends.sqs.options import SqsSourceOptions, check_source
+from relay.backends.sqs.options import SqsSourceOptions, target_of
 from relay.backends.sqs.queue import MOST_MESSAGES, Queue, Refused, open_queue
 from relay.context import BackendContext
 from relay.contracts import Batch, Rejected
@@ -66,7 +66,7 @@ class SqsSource:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, SqsSourceOptions, path="source")
-        check_source(parsed)
+        target_of(parsed, "source")
         return cls(parsed, batch_size=context.batch_size, batch_bytes=context.batch_bytes)
 
     @property
