@@ -78,11 +78,6 @@ def test_a_wrong_source_key_is_said_in_words(keys: dict[str, object], words: str
         make_source(**keys)
 
 
-def test_an_unknown_ordering_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="use one of strict, pipelined"):
-        RabbitSink.from_options(SINK, backend_context(ordering="loose"))
-
-
 def test_an_unknown_template_variable_is_a_template_error() -> None:
     with pytest.raises(TemplateInvalid):
         make_sink(routing_key_template="{nothing}")

@@ -8,27 +8,21 @@ becomes ``_`` and the value ``_`` becomes ``%5F``, so that the escaping can be u
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 
 from relay.backends.rabbitmq.options import MAX_NAME_BYTES
 from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
+from relay.escape import value_escape
+from relay.template import filled
 
-_TO_ESCAPE = re.compile(r"[.*#%\s\x00-\x20\x7f\ud800-\udfff]")
-_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
+# One value of a template, fit to be part of a word.
+escape = value_escape(r"[.*#]")
 
 
 class RoutingKeyInvalid(MessageRejected):
     """The routing key of this message is none that AMQP can spell."""
 
     found_before_sending = True
-
-
-def escape(value: str) -> str:
-    """One value of a template, fit to be part of a word."""
-    if value in ("", "_"):
-        return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(_percent, value)
 
 
 @lru_cache(maxsize=4096)
@@ -51,10 +45,6 @@ def check_routing_key(key: str) -> str:
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a key of this template."""
     try:
-        check_routing_key(_VARIABLE.sub("", text))
+        check_routing_key(filled(text, ""))
     except MessageRejected as error:
         raise TemplateInvalid(f"the template {text!r:.80}: {error.problem}") from None
-
-
-def _percent(found: re.Match[str]) -> str:
-    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))

@@ -37,8 +37,6 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import Render, compile_routing
 
-ORDERINGS = ("strict", "pipelined")
-
 # https://www.rabbitmq.com/docs/configure, max_message_size: lowered in 4.0.
 _LIMIT_BEFORE_4 = 128 * 1024 * 1024
 _LIMIT_FROM_4 = 16 * 1024 * 1024
@@ -76,19 +74,13 @@ class RabbitSink:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RabbitSinkOptions, path="sink")
         _check(parsed)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
-            raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the rabbitmq sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
-            )
         return cls(
             parsed,
             render=compile_routing(
                 parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
             ),
             encoder=Encoder(parsed.format, namespace=context.dedup_namespace),
-            is_strict=ordering == "strict",
+            is_strict=context.ordering != "pipelined",
             name=f"pgtrickle-relay {context.pipeline}",
         )
 

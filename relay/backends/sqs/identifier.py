@@ -13,17 +13,14 @@ import hashlib
 import re
 
 from relay.errors import MessageUndecodable
+from relay.escape import value_escape
 
 _LONGEST = 128
 _LEGAL = re.compile(r"[!-~]{1,128}")
-_TO_ESCAPE = re.compile(r"[^!-$&-~]")
 
 
-def escape(value: str) -> str:
-    """One value of a template, fit to be part of a group id."""
-    if value in ("", "_"):
-        return "%5F" if value else "_"
-    return _TO_ESCAPE.sub(_percent, value)
+# One value of a template, fit to be part of a group id.
+escape = value_escape(r"[^!-~]")
 
 
 def group_id(rendered: str) -> str:
@@ -45,7 +42,3 @@ def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
     except UnicodeEncodeError:
         raise MessageUndecodable("a text of the message has no UTF-8 form") from None
-
-
-def _percent(found: re.Match[str]) -> str:
-    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
