@@ -8,9 +8,12 @@ evidence are then skipped with exactly this reason, and the table of evidences p
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import msgspec
@@ -25,8 +28,36 @@ BOUND_S = 20.0
 PAUSE_S = 0.02
 """Between two looks at something that can only be looked at."""
 
+CLOSED_WITHIN_S = 15.0
+"""No close takes longer, whatever became of the broker."""
+
 SERIALIZED_FIELDS = frozenset(RelayMessage.__struct_fields__) - {"token"}
 """Every field of a message that leaves the process."""
+
+
+class Belongings:
+    """The tasks, threads and sockets of this process, as many as there were at first."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    async def until_no_more_than_before(self) -> None:
+        """Wait for what ends a few turns later. Raises TimeoutError."""
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                if all(now <= then for now, then in zip(self._now(), self._before, strict=True)):
+                    return
+                await asyncio.sleep(PAUSE_S)
+
+    def _now(self) -> tuple[int, int, int]:
+        sockets = 0
+        for descriptor in Path("/dev/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets += descriptor.readlink().name.startswith("socket")
+        # The loop looks names up in threads, which it keeps.
+        threads = [one for one in threading.enumerate() if not one.name.startswith("asyncio_")]
+        return len(asyncio.all_tasks()), len(threads), sockets
+
 
 Test = TypeVar("Test", bound=Callable[..., object])
 

@@ -25,8 +25,10 @@ from relay.errors import (
 from relay.message import RelayMessage
 from tests.contract.evidence import (
     BOUND_S,
+    CLOSED_WITHIN_S,
     PAUSE_S,
     SERIALIZED_FIELDS,
+    Belongings,
     Contract,
     DriverErrors,
     assert_every_exception_is_mapped,
@@ -322,6 +324,37 @@ class SinkContract(Contract):
         await sink.aclose()
 
         assert not await sink.is_healthy()
+
+    @shows("close")
+    async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(
+        self, harness: SinkHarness
+    ) -> None:
+        async def use(first: int) -> None:
+            sink = harness.make()
+            await sink.connect()
+            await deliver(sink, numbered(3, start=first))
+            await sink.aclose()
+
+        # What the first use of a library leaves, and keeps, is none of the sink's.
+        await use(0)
+        belongings = Belongings()
+
+        for first in (3, 6, 9):
+            await use(first)
+
+        await belongings.until_no_more_than_before()
+
+    @shows("reconnect")
+    async def test_closing_is_bounded_while_the_broker_is_gone(self, harness: SinkHarness) -> None:
+        sink = harness.make()
+        await sink.connect()
+        await deliver(sink, numbered(3))
+        await harness.cut()
+
+        async with asyncio.timeout(CLOSED_WITHIN_S):
+            await sink.aclose()
+
+        await harness.restore()
 
     @shows("close")
     async def test_a_closed_sink_can_be_connected_again(self, harness: SinkHarness) -> None:

@@ -19,8 +19,10 @@ from relay.message import RelayMessage
 from tests.contract.evidence import (
     BAD_BODIES,
     BOUND_S,
+    CLOSED_WITHIN_S,
     LOOKS_LIKE_AN_ENVELOPE,
     SERIALIZED_FIELDS,
+    Belongings,
     Contract,
     DriverErrors,
     assert_every_exception_is_mapped,
@@ -511,6 +513,42 @@ class SourceContract(Contract):
         await source.aclose()
 
         assert not await source.is_healthy()
+
+    @shows("close")
+    async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(
+        self, harness: SourceHarness
+    ) -> None:
+        async def use(first: int) -> None:
+            await harness.feed(numbered(3, start=first))
+            source = harness.make()
+            await source.connect()
+            for batch in await collect(source, 3):
+                await source.acknowledge(batch)
+            await source.aclose()
+
+        # What the first use of a library leaves, and keeps, is none of the source's.
+        await use(0)
+        belongings = Belongings()
+
+        for first in (3, 6, 9):
+            await use(first)
+
+        await belongings.until_no_more_than_before()
+
+    @shows("reconnect")
+    async def test_closing_is_bounded_while_the_broker_is_gone(
+        self, harness: SourceHarness
+    ) -> None:
+        await harness.feed(numbered(3))
+        source = harness.make()
+        await source.connect()
+        await collect(source, 3)
+        await harness.cut()
+
+        async with asyncio.timeout(CLOSED_WITHIN_S):
+            await source.aclose()
+
+        await harness.restore()
 
     @shows("close")
     async def test_a_closed_source_can_be_connected_again(self, harness: SourceHarness) -> None:

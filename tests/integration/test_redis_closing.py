@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
 from relay.backends.redis import RedisSink, RedisSource
 from relay.contracts import Batch
 from relay.message import RelayMessage
-from tests.contract.evidence import BOUND_S, PAUSE_S, numbered
+from tests.contract.evidence import Belongings, numbered
 from tests.contract.redis_broker import Broker, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.servers.proxy import TcpProxy
@@ -27,30 +24,6 @@ ROLES = pytest.mark.parametrize("make", [sink_of, source_of])
 
 Proxies = Callable[[str, int], Awaitable[TcpProxy]]
 Make = Callable[..., RedisSink | RedisSource]
-
-
-class Belongings:
-    """Tasks, threads and sockets of this process."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    async def until_no_more_than_before(self) -> None:
-        """Raises TimeoutError."""
-        async with asyncio.timeout(BOUND_S):
-            while True:
-                if all(now <= then for now, then in zip(self._now(), self._before, strict=True)):
-                    return
-                await asyncio.sleep(PAUSE_S)
-
-    def _now(self) -> tuple[int, int, int]:
-        sockets = 0
-        for descriptor in Path("/dev/fd").iterdir():
-            with contextlib.suppress(OSError):
-                sockets += descriptor.readlink().name.startswith("socket")
-        # The loop looks names up in threads, which it keeps.
-        threads = [one for one in threading.enumerate() if not one.name.startswith("asyncio_")]
-        return len(asyncio.all_tasks()), len(threads), sockets
 
 
 async def used(end: RedisSink | RedisSource, broker: Broker) -> None:
