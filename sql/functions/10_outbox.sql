@@ -75,31 +75,7 @@ $$;
 comment on function @schema@.relay_captured_table(text) is
     'The table that an outbox captures now, whatever it is called; null where there is none.';
 
-create or replace function @schema@.relay_capturing_outbox(relation oid)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select o.relname
-    from pg_trigger as t
-    join pg_depend as d on d.classid = 'pg_trigger'::regclass and d.objid = t.oid
-    join pg_class as o on o.oid = d.refobjid
-    join pg_proc as p on p.oid = t.tgfoid
-    where t.tgrelid = relation
-        and t.tgtype & 32 <> 0
-        and d.refclassid = 'pg_class'::regclass
-        and o.oid <> relation
-        and o.relnamespace = (select n.oid from pg_namespace as n where n.nspname = @schema_name@)
-        and has_column_privilege(p.proowner, o.oid, 'payload', 'insert with grant option')
-    limit 1
-$$;
-
-comment on function @schema@.relay_capturing_outbox(oid) is
-    'The outbox table that a table is captured into: the other way of relay_captured_table.';
-
-create or replace function @schema@.relay_find_outbox(outbox text, relation oid)
+create or replace function @schema@.relay_find_outbox(outbox text, relation oid, is_required boolean default false)
 returns text
 language plpgsql
 stable
@@ -107,59 +83,56 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    table_schema text;
-    table_name text;
     words text[];
-    captured_into text := @schema@.relay_capturing_outbox(relation);
     found_names text[];
 begin
-    if relation is not null then
-        select n.nspname, c.relname
-        into table_schema, table_name
-        from pg_class as c
-        join pg_namespace as n on n.oid = c.relnamespace
-        where c.oid = relation;
-        select array_agg(c.outbox_table_name order by c.outbox_table_name)
-        into found_names
+    begin
+        words := parse_ident(outbox);
+    exception
+        when invalid_parameter_value then
+            words := array[outbox];
+    end;
+    select array_agg(f.name order by f.name)
+    into found_names
+    from (
+        select
+            c.outbox_table_name as name,
+            case
+                when n.nspname = @schema_name@ and t.relname = c.outbox_table_name
+                    or c.outbox_table_name in (
+                        select o.relname
+                        from pg_trigger as g
+                        join pg_depend as d on d.classid = 'pg_trigger'::regclass and d.objid = g.oid
+                        join pg_class as o on o.oid = d.refobjid and d.refclassid = 'pg_class'::regclass
+                        join pg_proc as p on p.oid = g.tgfoid
+                        where g.tgrelid = relation
+                            and g.tgtype & 32 <> 0
+                            and o.oid <> relation
+                            and o.relnamespace = (select s.oid from pg_namespace as s where s.nspname = @schema_name@)
+                            and has_column_privilege(p.proowner, o.oid, 'payload', 'insert with grant option'))
+                    then 1
+                when c.stream_schema = n.nspname
+                    and c.stream_table = t.relname
+                    and @schema@.relay_captured_table(c.outbox_table_name) is null
+                    then 2
+                when c.outbox_table_name in (outbox, words[cardinality(words)])
+                    and (cardinality(words) = 1 or words[1] = @schema_name@)
+                    then 3
+                when c.stream_schema is null and c.stream_table = outbox then 4
+                -- Its table is gone, or closed to the caller.
+                when relation is null
+                    and c.stream_table = words[cardinality(words)]
+                    and c.stream_schema = coalesce(words[cardinality(words) - 1], c.stream_schema)
+                    then 5
+            end as place
         from @schema@.pgt_outbox_config as c
-        where (table_schema = @schema_name@ and c.outbox_table_name = table_name)
-            or c.outbox_table_name = captured_into;
-        if found_names is null then
-            select array_agg(c.outbox_table_name)
-            into found_names
-            from @schema@.pgt_outbox_config as c
-            where c.stream_schema = table_schema
-                and c.stream_table = table_name
-                and @schema@.relay_captured_table(c.outbox_table_name) is null;
-        end if;
-    end if;
-    if found_names is null then
-        begin
-            words := parse_ident(outbox);
-        exception
-            when invalid_parameter_value then
-                words := array[outbox];
-        end;
-        select array_agg(c.outbox_table_name)
-        into found_names
-        from @schema@.pgt_outbox_config as c
-        where c.outbox_table_name = any (array[outbox, words[cardinality(words)]])
-            and (cardinality(words) = 1 or words[1] = @schema_name@);
-    end if;
-    if found_names is null then
-        select array_agg(c.outbox_table_name)
-        into found_names
-        from @schema@.pgt_outbox_config as c
-        where c.stream_schema is null and c.stream_table = outbox;
-    end if;
-    if found_names is null and relation is null then
-        -- Its table is gone, or closed to the caller.
-        select array_agg(c.outbox_table_name order by c.outbox_table_name)
-        into found_names
-        from @schema@.pgt_outbox_config as c
-        where c.stream_table = words[cardinality(words)]
-            and c.stream_schema = coalesce(words[cardinality(words) - 1], c.stream_schema);
-    end if;
+        left join pg_class as t on t.oid = relation
+        left join pg_namespace as n on n.oid = t.relnamespace
+    ) as f
+    where f.place is not null
+    group by f.place
+    order by f.place
+    limit 1;
     if cardinality(found_names) > 1 then
         raise exception using
             errcode = 'RL003',
@@ -167,35 +140,44 @@ begin
             detail = format('It could be %s.', array_to_string(found_names, ', ')),
             hint = 'name the table with its schema, or the outbox table';
     end if;
+    if is_required and found_names is null then
+        raise exception using
+            errcode = 'RL003',
+            message = format('there is no outbox for %s', quote_nullable(outbox)),
+            hint = format('select %I.enable_outbox(%s)', @schema_name@, quote_nullable(outbox));
+    end if;
     return found_names[1];
 end
 $$;
 
-comment on function @schema@.relay_find_outbox(text, oid) is
-    'The outbox table of a stream table or outbox named so; null if there is none. Definer: who asks may not read the catalog.';
+comment on function @schema@.relay_find_outbox(text, oid, boolean) is
+    'The outbox table of a stream table or outbox named so; null, or RL003 where it is required, if there is none. Definer: who asks may not read the catalog.';
 
 -- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.relay_outbox_named(outbox text)
 returns text
-language plpgsql
+language sql
 stable
 security invoker
 as $$
-declare
-    outbox_table text := @schema@.relay_find_outbox(outbox, @schema@.relay_relation(outbox));
-begin
-    if outbox_table is null then
-        raise exception using
-            errcode = 'RL003',
-            message = pg_catalog.format('there is no outbox for %s', pg_catalog.quote_nullable(outbox)),
-            hint = pg_catalog.format('select %I.enable_outbox(%s)', @schema_name@, pg_catalog.quote_nullable(outbox));
-    end if;
-    return outbox_table;
-end
+    select @schema@.relay_find_outbox(outbox, @schema@.relay_relation(outbox), true)
 $$;
 
 comment on function @schema@.relay_outbox_named(text) is
     'The outbox table of a stream table or outbox that this text names to the caller; RL003 if there is none.';
+
+create or replace function @schema@.relay_settings(outbox_table text)
+returns @schema@.pgt_outbox_config
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select c from @schema@.pgt_outbox_config as c where c.outbox_table_name = outbox_table
+$$;
+
+comment on function @schema@.relay_settings(text) is
+    'The settings of an outbox; null if there is none. Definer: who asks may not read the catalog; it shows no event.';
 
 create or replace function @schema@.relay_outbox_of(outbox_table text)
 returns table (
@@ -247,21 +229,6 @@ $$;
 comment on function @schema@.relay_outbox_of(text) is
     'What a reader of an outbox must know; relations are quoted for use in SQL text. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none. Definer: readers may not see the catalog.';
 
--- No search_path of its own: the name means what it means to the caller.
-create or replace function @schema@.outbox_rows_consumed(stream_table text, outbox_id bigint)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    perform @schema@.relay_note_drained(@schema@.relay_outbox_named(stream_table));
-end
-$$;
-
-comment on function @schema@.outbox_rows_consumed(text, bigint) is
-    'A reader is through with the rows of a claim check. They stay, since other pipelines may still need them, until retention sweeps them with their outbox row.';
-
 create or replace function @schema@.relay_note_drained(outbox_table text)
 returns void
 language sql
@@ -277,63 +244,63 @@ $$;
 comment on function @schema@.relay_note_drained(text) is
     'Notes when an outbox was last read to the end of a claim check. Definer: readers may not write the catalog.';
 
-create or replace function @schema@.relay_outbox_details(outbox_table text)
-returns jsonb
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_rows_consumed(stream_table text, outbox_id bigint)
+returns void
 language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+volatile
+security invoker
 as $$
-    select jsonb_build_object(
-        'enabled', true,
-        'stream_table', c.stream_table,
-        'stream_schema', c.stream_schema,
-        'outbox_table', c.outbox_table_name,
-        'captured_table', @schema@.relay_captured_table(c.outbox_table_name)::regclass,
-        'capture', c.capture,
-        'key_columns', c.key_columns,
-        'notify', c.notify,
-        'retention_hours', c.retention_hours,
-        'claim_check_rows', c.claim_check_rows,
-        'claim_check_bytes', c.claim_check_bytes,
-        'swept_through', c.swept_through,
-        'enabled_at', c.enabled_at,
-        'last_drained_at', c.last_drained_at,
-        'last_drained_count', c.last_drained_count
-    )
-    from @schema@.pgt_outbox_config as c
-    where c.outbox_table_name = outbox_table
+    select @schema@.relay_note_drained(@schema@.relay_outbox_named(stream_table))
 $$;
 
-comment on function @schema@.relay_outbox_details(text) is
-    'The settings of an outbox, for outbox_status. Definer: its callers may not see the catalog; it shows no event.';
+comment on function @schema@.outbox_rows_consumed(text, bigint) is
+    'A reader is through with the rows of a claim check. They stay, since other pipelines may still need them, until retention sweeps them with their outbox row.';
 
--- No search_path of its own: the name means what it means to the caller.
-create or replace function @schema@.outbox_status(stream_table text)
+create or replace function @schema@.relay_status(outbox_table text)
 returns jsonb
 language plpgsql
 stable
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-    outbox_table text := @schema@.relay_outbox_named(stream_table);
     counts jsonb;
 begin
     -- The caller's own right to read the outbox is the check.
-    execute pg_catalog.format(
+    execute format(
         $query$
-            select pg_catalog.jsonb_build_object(
-                'row_count', pg_catalog.count(*),
-                'claim_check_count', pg_catalog.count(*) filter (where o.is_claim_check),
-                'oldest_row', pg_catalog.min(o.created_at),
-                'newest_row', pg_catalog.max(o.created_at)
+            select jsonb_build_object(
+                'row_count', count(*),
+                'claim_check_count', count(*) filter (where o.is_claim_check),
+                'oldest_row', min(o.created_at),
+                'newest_row', max(o.created_at)
             )
             from %I.%I as o
         $query$,
         @schema_name@, outbox_table
     ) into counts;
-    return @schema@.relay_outbox_details(outbox_table) operator(pg_catalog.||) counts;
+    return counts
+        || jsonb_build_object(
+            'enabled', true,
+            'outbox_table', outbox_table,
+            'captured_table', @schema@.relay_captured_table(outbox_table)::regclass)
+        || to_jsonb(@schema@.relay_settings(outbox_table))
+        - '{outbox_table_name, delta_table_name, sleep_sequence_name, pgt_id, capture_schema, capture_function, snapshot_through}'::text[];
 end
+$$;
+
+comment on function @schema@.relay_status(text) is
+    'Part of outbox_status: settings and counts, with the caller''s own rights.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_status(stream_table text)
+returns jsonb
+language sql
+stable
+security invoker
+as $$
+    select @schema@.relay_status(@schema@.relay_outbox_named(stream_table))
 $$;
 
 comment on function @schema@.outbox_status(text) is
@@ -416,41 +383,6 @@ comment on function @schema@.relay_channel(text) is
 -- Publishing
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_publish_target(outbox_table text)
-returns table (delta_table text, claim_check_rows integer, claim_check_bytes bigint)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select c.delta_table_name, c.claim_check_rows, c.claim_check_bytes
-    from @schema@.pgt_outbox_config as c
-    where c.outbox_table_name = outbox_table
-$$;
-
-comment on function @schema@.relay_publish_target(text) is
-    'Where outbox_publish writes and from which size a claim check. Definer: publishers may not see the catalog; it shows three settings.';
-
--- No search_path of its own: the name means what it means to the caller.
-create or replace function @schema@.outbox_publish(
-    stream_table text,
-    inserted jsonb,
-    deleted jsonb default '[]',
-    headers jsonb default '{}'
-)
-returns bigint
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    return @schema@.relay_publish(@schema@.relay_outbox_named(stream_table), inserted, deleted, headers);
-end
-$$;
-
-comment on function @schema@.outbox_publish(text, jsonb, jsonb, jsonb) is
-    'Publishes rows in the current transaction and returns the outbox id; null when both arrays are empty. Headers travel to the broker. The right to insert into the outbox table is the check.';
-
 create or replace function @schema@.relay_publish(
     outbox_table text,
     inserted jsonb,
@@ -464,7 +396,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    target record;
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     inserted_rows bigint;
     deleted_rows bigint;
     is_claim_check boolean;
@@ -487,9 +419,8 @@ begin
     if inserted_rows + deleted_rows = 0 then
         return null;
     end if;
-    select t.* into target from @schema@.relay_publish_target(outbox_table) as t;
-    is_claim_check := inserted_rows + deleted_rows > target.claim_check_rows
-        or pg_column_size(inserted) + pg_column_size(deleted) > target.claim_check_bytes;
+    is_claim_check := inserted_rows + deleted_rows > settings.claim_check_rows
+        or pg_column_size(inserted) + pg_column_size(deleted) > settings.claim_check_bytes;
     execute format(
         $insert$
             insert into %I.%I (inserted_count, deleted_count, is_claim_check, payload, headers)
@@ -517,7 +448,7 @@ begin
                 select $1, $4 + d.ordinality - 1, 'DELETE', d.value
                 from jsonb_array_elements($3) with ordinality as d
             $insert$,
-            @schema_name@, target.delta_table
+            @schema_name@, settings.delta_table_name
         ) using published_id, inserted, deleted, inserted_rows;
     end if;
     return published_id;
@@ -526,3 +457,22 @@ $$;
 
 comment on function @schema@.relay_publish(text, jsonb, jsonb, jsonb) is
     'Writes one row to an outbox with the caller''s own rights, see outbox_publish.';
+
+-- No search_path of its own: the name means what it means to the caller.
+create or replace function @schema@.outbox_publish(
+    stream_table text,
+    inserted jsonb,
+    deleted jsonb default '[]',
+    headers jsonb default '{}'
+)
+returns bigint
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_publish(@schema@.relay_outbox_named(stream_table), inserted, deleted, headers)
+$$;
+
+comment on function @schema@.outbox_publish(text, jsonb, jsonb, jsonb) is
+    'Publishes rows in the current transaction and returns the outbox id; null when both arrays are empty. Headers travel to the broker. The right to insert into the outbox table is the check.';
+

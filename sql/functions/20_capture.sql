@@ -105,9 +105,6 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    is_owner boolean := (
-        select pg_get_userbyid(c.relowner) = current_user from pg_class as c where c.oid = relation
-    );
     field record;
     object text := $literal$'{}'::jsonb$literal$;
     pairs integer := 0;
@@ -115,12 +112,16 @@ begin
     for field in
         select
             a.attname,
-            @schema@.relay_is_plain(a.atttypid, relation, true) as is_plain,
-            a.atttypid < 16384 and @schema@.relay_is_plain(a.atttypid, relation) as is_simple,
-            -- A foreign base type of somebody else's table is not even printed.
-            not is_owner and t.typtype = 'b' and t.typcategory <> 'A' and t.oid >= 16384 as is_omitted
+            case
+                -- A foreign base type of somebody else's table is not even printed.
+                when pg_get_userbyid(c.relowner) = current_user
+                    or t.typtype <> 'b' or t.typcategory = 'A' or t.oid < 16384
+                    then @schema@.relay_is_plain(t.oid, relation, true)
+            end as is_plain,
+            t.oid < 16384 and @schema@.relay_is_plain(t.oid, relation) as is_simple
         from pg_attribute as a
         join pg_type as t on t.oid = a.atttypid
+        join pg_class as c on c.oid = a.attrelid
         where a.attrelid = relation
             and a.attnum > 0
             and not a.attisdropped
@@ -129,10 +130,7 @@ begin
             and (not starts_with(a.attname, '__pgt_') or a.attname = '__pgt_row_id')
         order by a.attnum
     loop
-        if field.is_omitted then
-            object := format('%I.relay_omit(%s, %L, %L)', @schema_name@, object, field.attname, 'owner');
-            pairs := 0;
-        elsif is_guarded or not field.is_simple then
+        if is_guarded or not field.is_simple then
             object := format('%1$I.relay_put(%2$s, %3$L, r.%3$I, %4$L)',
                 @schema_name@, object, field.attname, field.is_plain);
             pairs := 0;
@@ -161,42 +159,36 @@ set search_path = pg_catalog, pg_temp
 set lc_monetary = 'C'
 set quote_all_identifiers = off
 as $$
+declare
+    reason text := 'owner';
 begin
+    begin
+        if is_plain is not null then
+            return object || jsonb_build_object(
+                field,
+                case
+                    when num_nulls(value) = 1 then null
+                    when is_plain then to_jsonb(value)
+                    else to_jsonb(format('%s', value))
+                end
+            );
+        end if;
+    exception
+        when others then
+            reason := sqlstate;
+    end;
     return object || jsonb_build_object(
-        field,
-        case
-            when num_nulls(value) = 1 then null
-            when is_plain then to_jsonb(value)
-            else to_jsonb(format('%s', value))
-        end
-    );
-exception
-    when others then
-        return @schema@.relay_omit(object, field, sqlstate);
-end
-$$;
-
-comment on function @schema@.relay_put(jsonb, text, anyelement, boolean) is
-    'Part of relay_row_expression: the object with one more field, or with its name and the SQLSTATE among what is omitted.';
-
-create or replace function @schema@.relay_omit(object jsonb, field text, reason text)
-returns jsonb
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select object || jsonb_build_object(
         'pgtrickle_omitted',
         case jsonb_typeof(object -> 'pgtrickle_omitted')
             when 'object' then object -> 'pgtrickle_omitted'
             else '{}'
         end || jsonb_build_object(field, reason)
-    )
+    );
+end
 $$;
 
-comment on function @schema@.relay_omit(jsonb, text, text) is
-    'Part of relay_row_expression: notes that a field is left out, and why.';
+comment on function @schema@.relay_put(jsonb, text, anyelement, boolean) is
+    'Part of relay_row_expression: the object with one more field, or with its name among what is omitted, and why: the SQLSTATE, or owner where is_plain is null.';
 
 create or replace function @schema@.relay_primary_key(relation oid)
 returns text[]
@@ -234,29 +226,19 @@ immutable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(bool_and(
-        a.atttypid < 16384
-        -- What prints by settings that a capture function does not pin: money and names of objects.
-        and t.typname not in ('money', '_money')
-        and t.typname !~ '^_?reg'
-        and a.attgenerated <> 'v'
-        and not starts_with(a.attname, '__pgt_')
-    ), false)
-    from @schema@.relay_family(@schema@.relay_captured_table(outbox_table)) as f
-    join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
-    join pg_type as t on t.oid = a.atttypid
+    select coalesce(bool_and(c.id < 16384 and not c.is_hidden and @schema@.relay_is_plain(c.id, c.relation)), false)
+    from (
+        select distinct a.atttypid as id, a.attgenerated = 'v' or starts_with(a.attname, '__pgt_') as is_hidden, r.relation
+        from @schema@.relay_captured_table(outbox_table) as r (relation)
+        cross join lateral @schema@.relay_family(r.relation) as f
+        join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
+    ) as c
 $$;
 
 comment on function @schema@.relay_is_calm(text) is
-    'Whether a captured table has columns of built-in types only. Immutable as far as a plan goes: it is asked when a statement on the transition table is planned, which PostgreSQL does again whenever the table is altered.';
+    'Whether a captured table has columns of built-in types only that may be told plainly. Immutable as far as a plan goes: it is asked when a statement on the transition table is planned, which PostgreSQL does again whenever the table is altered.';
 
-create or replace function @schema@.relay_capture_quick(
-    operation text,
-    outbox_table text,
-    key_columns text[],
-    claim_check_rows integer,
-    claim_check_bytes bigint
-)
+create or replace function @schema@.relay_capture_quick(settings @schema@.pgt_outbox_config, operation text)
 returns text
 language sql
 immutable
@@ -284,26 +266,26 @@ as $$
                 and %9$s <= %10$s
                 and %11$s;$piece$,
         @schema_name@,
-        outbox_table,
+        settings.outbox_table_name,
         case operation when 'DELETE' then '0' else 'cardinality(c.i)' end,
         case operation when 'INSERT' then '0' else 'cardinality(c.d)' end,
         case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.i)' end,
         case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.d)' end,
         string_agg(
-            format('array(select to_jsonb(r.*) from %I as r limit %s) as %s', s.rows, claim_check_rows + 1, s.alias),
+            format('array(select to_jsonb(r.*) from %I as r limit %s) as %s', s.rows, settings.claim_check_rows + 1, s.alias),
             ', ' order by s.alias desc
         ),
-        claim_check_rows,
+        settings.claim_check_rows,
         string_agg(format('pg_column_size(c.%s)', s.alias), ' + ' order by s.alias desc),
-        claim_check_bytes,
+        settings.claim_check_bytes,
         -- A column of the key that was renamed is looked up by the rest of the function.
-        coalesce(string_agg(format('c.%s[1] ?& %L', s.alias, key_columns), ' and ' order by s.alias), 'true')
+        coalesce(string_agg(format('c.%s[1] ?& %L', s.alias, settings.key_columns), ' and ' order by s.alias), 'true')
     )
     from (values ('i', 'new_rows', 'DELETE'), ('d', 'old_rows', 'INSERT')) as s (alias, rows, without)
     where s.without <> operation
 $$;
 
-comment on function @schema@.relay_capture_quick(text, text, text[], integer, bigint) is
+comment on function @schema@.relay_capture_quick(@schema@.pgt_outbox_config, text) is
     'Part of a capture function: few rows whose values are plain are written in one statement, in half the time that the rest of the function takes for them.';
 
 create or replace function @schema@.relay_capture_first(first_by text[])
@@ -364,6 +346,42 @@ $$;
 comment on function @schema@.relay_capture_first(text[]) is
     'Part of a capture function in front of row triggers of others: the first row of a statement, known by its primary key, tells all of them, so that what other triggers do comes behind.';
 
+create or replace function @schema@.relay_capture_mode(capture text, relation oid)
+returns text
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive changed as (
+        select f.member, false as is_changed_in_turn from @schema@.relay_family(relation) as f
+        union
+        -- What foreign keys change in turn, before the statement is told.
+        select k.conrelid, true
+        from changed as c
+        join pg_constraint as k on k.confrelid = c.member
+        where k.contype = 'f' and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd'))
+    )
+    select case
+        when capture <> 'auto' then capture
+        when exists (
+            select
+            from changed as c
+            left join pg_trigger as t
+                on t.tgrelid = c.member and not t.tgisinternal and not starts_with(t.tgname, '!pgtrickle_')
+            where case
+                when c.is_changed_in_turn
+                then t.oid is not null or c.member in (select f.member from @schema@.relay_family(relation) as f)
+                else t.tgtype & 67 = 1
+            end
+        ) then 'row'
+        else 'statement'
+    end
+$$;
+
+comment on function @schema@.relay_capture_mode(text, oid) is
+    'How a table is captured: what was asked for; for auto, row where triggers after each row, or what foreign keys change in turn, could change it before the statement is told.';
+
 create or replace function @schema@.relay_first_by(relation oid, mode text)
 returns text[]
 language sql
@@ -414,18 +432,10 @@ $$;
 comment on function @schema@.relay_current_rows(oid, text) is
     'SQL text for the rows of a statement as they are now: one that makes several kinds of change is told in parts, and triggers of others may have changed its rows in between.';
 
-create or replace function @schema@.relay_capture_source(
-    outbox_table text,
-    delta_table text,
-    key_columns text[],
-    capture text,
-    first_by text[],
-    claim_check_rows integer,
-    claim_check_bytes bigint
-)
+create or replace function @schema@.relay_capture_source(settings @schema@.pgt_outbox_config, relation oid)
 returns text
 language sql
-immutable
+stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
@@ -547,9 +557,9 @@ begin
 end;
 end
 $source$,
-        case when capture = 'row' then format(E'declare\n    is_each boolean := tg_argv[0] = %L;\nbegin%s',
-            'each', @schema@.relay_capture_first(first_by)) else 'begin' end,
-        case when capture = 'row' or first_by is not null then '' else format(
+        case when m.mode = 'row' then format(E'declare\n    is_each boolean := tg_argv[0] = %L;\nbegin%s',
+            'each', @schema@.relay_capture_first(f.first_by)) else 'begin' end,
+        case when m.mode = 'row' or f.first_by is not null then '' else format(
             $quick$
     begin
         if tg_op = 'INSERT' then%s
@@ -565,31 +575,33 @@ $source$,
             null;
     end;
 $quick$,
-            @schema@.relay_capture_quick('INSERT', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
-            @schema@.relay_capture_quick('UPDATE', outbox_table, key_columns, claim_check_rows, claim_check_bytes),
-            @schema@.relay_capture_quick('DELETE', outbox_table, key_columns, claim_check_rows, claim_check_bytes)
+            @schema@.relay_capture_quick(settings, 'INSERT'),
+            @schema@.relay_capture_quick(settings, 'UPDATE'),
+            @schema@.relay_capture_quick(settings, 'DELETE')
         ) end,
         case
-            when first_by is null then 'null'
+            when f.first_by is null then 'null'
             else format('%s%I.relay_current_rows(tg_relid, tg_op)%s',
-                case when capture = 'row' then 'case when not is_each then ' else '' end, @schema_name@,
-                case when capture = 'row' then ' end' else '' end)
+                case when m.mode = 'row' then 'case when not is_each then ' else '' end, @schema_name@,
+                case when m.mode = 'row' then ' end' else '' end)
         end,
         @schema_name@,
-        outbox_table,
-        claim_check_rows,
+        settings.outbox_table_name,
+        settings.claim_check_rows,
         format($sql$coalesce(current_rows, %s'new_rows')$sql$,
-            case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' end, $sql$ else '' end),
-        case when capture = 'row' then $sql$case when is_each then '(select ($1).*)' else 'old_rows' end$sql$
+            case when m.mode = 'row' then $sql$case when is_each then '(select ($1).*)' end, $sql$ else '' end),
+        case when m.mode = 'row' then $sql$case when is_each then '(select ($1).*)' else 'old_rows' end$sql$
             else quote_literal('old_rows') end,
-        case when capture = 'row' then ' using new' else '' end,
-        case when capture = 'row' then ' using old' else '' end,
-        claim_check_bytes,
-        format('%I.%I', @schema_name@, outbox_table),
-        coalesce(key_columns, '{}'),
-        delta_table
+        case when m.mode = 'row' then ' using new' else '' end,
+        case when m.mode = 'row' then ' using old' else '' end,
+        settings.claim_check_bytes,
+        format('%I.%I', @schema_name@, settings.outbox_table_name),
+        coalesce(settings.key_columns, '{}'),
+        settings.delta_table_name
     )
+    from (select @schema@.relay_capture_mode(settings.capture, relation) as mode) as m
+    cross join lateral (select @schema@.relay_first_by(relation, m.mode) as first_by) as f
 $$;
 
-comment on function @schema@.relay_capture_source(text, text, text[], text, text[], integer, bigint) is
-    'Source of the capture function of one outbox, made by format alone. What it evaluates of a row is conversion to JSON; the rest are its own names, which can''t meet a column''s.';
+comment on function @schema@.relay_capture_source(@schema@.pgt_outbox_config, oid) is
+    'Source of the capture function of a table with these settings, made by format alone. What it evaluates of a row is conversion to JSON; the rest are its own names, which can''t meet a column''s.';

@@ -151,19 +151,6 @@ $$;
 comment on function @schema@.relay_refreshes(oid) is
     'Whether a table is a stream table, its newest refresh that no trigger saw, and the last one of all. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
 
-create or replace function @schema@.relay_is_stream_table(relation oid)
-returns boolean
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select r.is_stream from @schema@.relay_refreshes(relation) as r
-$$;
-
-comment on function @schema@.relay_is_stream_table(oid) is
-    'Whether a table is a stream table of pg_trickle. Definer: who enables an outbox may not read the extension''s catalog; it says yes or no.';
-
 create or replace function @schema@.relay_check_refreshes(relation oid)
 returns bigint
 language plpgsql
@@ -196,7 +183,7 @@ $$;
 comment on function @schema@.relay_check_refreshes(oid) is
     'What enable_outbox says about a stream table, RL005 where nothing would be captured; returns the newest refresh that needs no snapshot.';
 
-create or replace function @schema@.relay_snapshot_source(outbox_table text)
+create or replace function @schema@.relay_snapshot_source(settings @schema@.pgt_outbox_config, relation oid)
 returns text
 language sql
 stable
@@ -252,87 +239,30 @@ begin
     return snapshot_id;
 end
 $source$,
-        @schema_name@, c.outbox_table_name, c.delta_table_name, coalesce(c.key_columns, '{}'), @schema_name@
+        @schema_name@, settings.outbox_table_name, settings.delta_table_name, coalesce(settings.key_columns, '{}'), @schema_name@
     )
-    from @schema@.pgt_outbox_config as c
-    where c.outbox_table_name = outbox_table
+    from @schema@.relay_refreshes(relation) as r
+    where r.is_stream
 $$;
 
-comment on function @schema@.relay_snapshot_source(text) is
-    'Source of the snapshot function of an outbox. Definer: who enables or repairs it may not see the catalog; it shows names only.';
+comment on function @schema@.relay_snapshot_source(@schema@.pgt_outbox_config, oid) is
+    'Source of the snapshot function of a stream table with these settings; null for any other table. Definer: who enables an outbox may not read the extension''s catalog; it says whether the table is in it.';
 
-create or replace function @schema@.relay_snapshot_function_of(outbox_table text)
-returns oid
-language plpgsql
+create or replace function @schema@.relay_source(settings @schema@.pgt_outbox_config, relation oid, kind text)
+returns text
+language sql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-begin
-    -- It is known by its text and its owner, so no name has to be kept.
-    return (
-        select p.oid
-        from pg_proc as c
-        join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner and p.pronargs = 0
-        where c.oid = @schema@.relay_capture_function_of(outbox_table)
-            and starts_with(p.prosrc, E'\n-- pgtrickle-relay snapshot')
-            and position(format('%I.relay_captured_table(%L)', @schema_name@, outbox_table) in p.prosrc) > 0
-        limit 1
-    );
-end
+    select case kind
+        when 'capture' then @schema@.relay_capture_source(settings, relation)
+        when 'snapshot' then @schema@.relay_snapshot_source(settings, relation)
+    end
 $$;
 
-comment on function @schema@.relay_snapshot_function_of(text) is
-    'The function that writes snapshots of the captured stream table; null where there is none.';
-
-create or replace function @schema@.relay_snapshot_is_sound(outbox_table text)
-returns boolean
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    return @schema@.relay_function_problem(
-        @schema@.relay_snapshot_function_of(outbox_table),
-        @schema@.relay_captured_table(outbox_table),
-        @schema@.relay_snapshot_source(outbox_table),
-        'bigint') is null;
-end
-$$;
-
-comment on function @schema@.relay_snapshot_is_sound(text) is
-    'Whether the snapshot function of a stream table stands as the relay makes it.';
-
-create or replace function @schema@.relay_make_snapshot_function(outbox_table text)
-returns integer
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    relation oid := @schema@.relay_captured_table(outbox_table);
-    made_before text := (select p.proname from pg_proc as p where p.oid = @schema@.relay_snapshot_function_of(outbox_table));
-begin
-    if @schema@.relay_is_stream_table(relation) is not true or @schema@.relay_snapshot_is_sound(outbox_table) then
-        return 0;
-    end if;
-    perform @schema@.relay_make_function(
-        relation,
-        coalesce(made_before, @schema@.relay_free_name(n.nspname, 'pgtrickle_snapshot_' || c.relname, outbox_table)),
-        @schema@.relay_snapshot_source(outbox_table),
-        made_before is not null,
-        'bigint')
-    from pg_class as c
-    join pg_namespace as n on n.oid = c.relnamespace
-    where c.oid = relation;
-    return 1;
-end
-$$;
-
-comment on function @schema@.relay_make_snapshot_function(text) is
-    'Makes the snapshot function of a captured stream table where it has none, as the caller; returns how many it made.';
+comment on function @schema@.relay_source(@schema@.pgt_outbox_config, oid, text) is
+    'Source of the capture or snapshot function of a table with these settings.';
 
 create or replace function @schema@.relay_due_snapshots(to_write text default null)
 returns table (outbox_table text, refresh_id bigint, function text, version text)
@@ -349,7 +279,7 @@ begin
     end if;
     return query
     with due as materialized (
-        select c.outbox_table_name, r.newest
+        select c as settings, s.id as relation, r.newest
         from (
             -- Most outboxes are of other tables, which cost nothing here.
             select distinct a.attrelid as id
@@ -360,16 +290,16 @@ begin
                 and a.attname = '__pgt_row_id'
                 and not a.attisdropped
         ) as s
-        join @schema@.pgt_outbox_config as c on c.outbox_table_name = @schema@.relay_capturing_outbox(s.id)
+        join @schema@.pgt_outbox_config as c on c.outbox_table_name = @schema@.relay_find_outbox(null, s.id)
         cross join lateral @schema@.relay_refreshes(s.id) as r
         where c.outbox_table_name = coalesce(to_write, c.outbox_table_name)
             -- The ids of an extension that was dropped and made again begin at 1.
             and (r.newest > c.snapshot_through or r.newest is not null and r.last_id < c.snapshot_through)
     )
-    select d.outbox_table_name, d.newest, p.oid::regproc::text, concat_ws(' ', p.oid, p.xmin, p.ctid)
+    select (d.settings).outbox_table_name, d.newest, p.oid::regproc::text, concat_ws(' ', p.oid, p.xmin, p.ctid)
     from due as d
-    join pg_proc as p on p.oid = @schema@.relay_snapshot_function_of(d.outbox_table_name)
-    where @schema@.relay_snapshot_is_sound(d.outbox_table_name);
+    join pg_proc as p on p.oid = @schema@.relay_function_of((d.settings).outbox_table_name, 'snapshot')
+    where @schema@.relay_function_problem(p.oid, d.relation, d.settings, 'snapshot') is null;
 end
 $$;
 
@@ -385,10 +315,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if not exists (
-        select from pg_proc as p
-        where p.oid = @schema@.relay_snapshot_function_of(outbox_table)
+        select
+        from pg_proc as p
+        where p.oid = @schema@.relay_function_of(outbox_table, 'snapshot')
             and concat_ws(' ', p.oid, p.xmin, p.ctid) = version
-    ) or not @schema@.relay_snapshot_is_sound(outbox_table) then
+            and @schema@.relay_function_problem(
+                p.oid, @schema@.relay_captured_table(outbox_table), @schema@.relay_settings(outbox_table), 'snapshot') is null
+    ) then
         raise exception using
             errcode = 'RL034',
             message = format('the snapshot function of outbox %I was changed since the relay looked at it', outbox_table);
@@ -414,30 +347,3 @@ $$;
 
 comment on function @schema@.relay_end_snapshot(text, bigint) is
     'Notes, in the transaction that writes a snapshot, which refresh it tells. Definer: the relay may not write the catalog.';
-
-create or replace function @schema@.relay_refresh_problems(outbox_table text, relation oid)
-returns table (problem text, remedy text)
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    return query
-    select x.problem, x.remedy
-    from @schema@.relay_refreshes(relation) as r
-    cross join lateral (values
-        (r.missing_grant is not null, 'full refreshes are not captured: rights are missing', r.missing_grant),
-        (not r.has_triggers, 'pg_trickle fires no trigger on it: pg_trickle.user_triggers is off', 'set pg_trickle.user_triggers to auto'),
-        (
-            not @schema@.relay_snapshot_is_sound(outbox_table),
-            'full refreshes are not captured: the snapshot function is missing, or not the one that the relay makes',
-            null
-        )
-    ) as x (is_so, problem, remedy)
-    where r.is_stream and x.is_so;
-end
-$$;
-
-comment on function @schema@.relay_refresh_problems(text, oid) is
-    'What keeps a captured stream table from being told, part of relay_capture_problems. Definer: reads the catalog of pg_trickle.';

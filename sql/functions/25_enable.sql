@@ -4,26 +4,6 @@
 -- outbox shows it by what only an owner can do: a comment on the capture function that names the
 -- operation and the transaction. An outbox belongs to the role that may grant inserting into it.
 
-create or replace function @schema@.relay_cut_name(wanted text, max_bytes integer)
-returns text
-language plpgsql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    fitting text := left(wanted, max_bytes);
-begin
-    while octet_length(fitting) > max_bytes loop
-        fitting := left(fitting, -1);
-    end loop;
-    return fitting;
-end
-$$;
-
-comment on function @schema@.relay_cut_name(text, integer) is
-    'The longest beginning of a name that fits into so many bytes, never half a character.';
-
 create or replace function @schema@.relay_free_name(schema_name text, wanted text, seed text)
 returns text
 language plpgsql
@@ -33,14 +13,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     schema_id oid := (select n.oid from pg_namespace as n where n.nspname = schema_name);
-    free_name text := @schema@.relay_cut_name(wanted, 63);
+    -- The type cuts to 63 bytes, never half a character.
+    free_name text := wanted::name;
     attempt integer := 0;
 begin
     while exists (select from pg_class where relnamespace = schema_id and relname = free_name)
         or exists (select from pg_type where typnamespace = schema_id and typname = free_name)
         or exists (select from pg_proc where pronamespace = schema_id and proname = free_name)
     loop
-        free_name := @schema@.relay_cut_name(wanted, 55) || '_'
+        free_name := substr(('8 bytes ' || wanted)::name, 9) || '_'
             || left(md5(seed || case attempt when 0 then '' else attempt::text end), 7);
         attempt := attempt + 1;
     end loop;
@@ -50,38 +31,6 @@ $$;
 
 comment on function @schema@.relay_free_name(text, text, text) is
     'A name that nothing has in a schema: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
-
-create or replace function @schema@.relay_capture_mode(relation oid)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    with recursive changed as (
-        select f.member, false as is_changed_in_turn from @schema@.relay_family(relation) as f
-        union
-        -- What foreign keys change in turn, before the statement is told.
-        select k.conrelid, true
-        from changed as c
-        join pg_constraint as k on k.confrelid = c.member
-        where k.contype = 'f' and (k.confdeltype in ('c', 'n', 'd') or k.confupdtype in ('c', 'n', 'd'))
-    )
-    select case when exists (
-        select
-        from changed as c
-        left join pg_trigger as t
-            on t.tgrelid = c.member and not t.tgisinternal and not starts_with(t.tgname, '!pgtrickle_')
-        where case
-            when c.is_changed_in_turn
-            then t.oid is not null or c.member in (select f.member from @schema@.relay_family(relation) as f)
-            else t.tgtype & 67 = 1
-        end
-    ) then 'row' else 'statement' end
-$$;
-
-comment on function @schema@.relay_capture_mode(oid) is
-    'How the changes of a table keep their order: row where triggers after each row, or what foreign keys change in turn, could change it before the statement is told.';
 
 create or replace function @schema@.relay_wanted_triggers(relation oid, mode text, outbox_table text)
 returns table (target oid, trigger_name text, trigger_type integer, argument text, definition text)
@@ -114,13 +63,7 @@ as $$
             case
                 when mode = 'statement' or e.event = 'truncate' then 'statement'
                 -- PostgreSQL has no transition tables for the row triggers of the others.
-                when f.kind = 'r' and not f.is_child
-                    and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
-                    and exists (
-                        select from pg_index as i
-                        where i.indrelid = relation and i.indisprimary and i.indimmediate
-                    )
-                then 'first'
+                when f.kind = 'r' and not f.is_child and @schema@.relay_first_by(relation, mode) is not null then 'first'
                 else 'each'
             end as argument
     ) as w
@@ -139,52 +82,73 @@ $$;
 comment on function @schema@.relay_wanted_triggers(oid, text, text) is
     'The triggers that capture a table into an outbox, up to the function. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
 
-create or replace function @schema@.relay_capture_settings(as_stored boolean)
-returns text
+create or replace function @schema@.relay_capture_settings()
+returns text[]
 language sql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select string_agg(
-        case
-            when as_stored then lower(p.name) || '=' || p.value
-            when p.name = 'search_path' then format('set %s to %s', p.name, p.value)
-            else format('set %s to %L', p.name, p.value)
-        end, ' ' order by p.place)
-    from (
-        values
-            (1, 'search_path', 'pg_catalog, pg_temp'), (2, 'timezone', 'UTC'), (3, 'datestyle', 'ISO'),
-            (4, 'intervalstyle', 'postgres'), (5, 'bytea_output', 'hex'), (6, 'extra_float_digits', '1')
-    ) as p (place, name, value)
+    select array[
+        'search_path=pg_catalog, pg_temp', 'TimeZone=UTC', 'DateStyle=ISO', 'IntervalStyle=postgres',
+        'bytea_output=hex', 'extra_float_digits=1'
+    ]
 $$;
 
-comment on function @schema@.relay_capture_settings(boolean) is
-    'What a capture function pins, so that the session that writes has no part in what is told.';
+comment on function @schema@.relay_capture_settings() is
+    'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told.';
 
-create or replace function @schema@.relay_source_of(outbox_table text, relation oid, mode text)
-returns text
-language sql
+create or replace function @schema@.relay_function_of(outbox_table text, kind text)
+returns oid
+language plpgsql
 stable
-security definer
+security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select @schema@.relay_capture_source(
-        c.outbox_table_name, c.delta_table_name, c.key_columns, mode,
-        @schema@.relay_first_by(relation, mode), c.claim_check_rows, c.claim_check_bytes)
-    from @schema@.pgt_outbox_config as c
-    where c.outbox_table_name = outbox_table
+declare
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
+    capture_id oid;
+begin
+    select b.function_id
+    into capture_id
+    from @schema@.relay_bound_triggers(outbox_table) as b
+    where b.is_owned
+    order by b.trigger_type & 32 desc
+    limit 1;
+    if not found then
+        select p.oid
+        into capture_id
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where n.nspname = settings.capture_schema
+            and p.proname = settings.capture_function
+            and p.pronargs = 0
+            and has_column_privilege(
+                p.proowner, format('%I.%I', @schema_name@, outbox_table), 'payload', 'insert with grant option');
+    end if;
+    if kind = 'capture' then
+        return capture_id;
+    end if;
+    -- It is known by its text and its owner, so no name has to be kept.
+    return (
+        select p.oid
+        from pg_proc as c
+        join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner and p.pronargs = 0
+        where c.oid = capture_id
+            and starts_with(p.prosrc, format(E'\n-- pgtrickle-relay %s', kind))
+            and position(format('%I.relay_captured_table(%L)', @schema_name@, outbox_table) in p.prosrc) > 0
+        limit 1
+    );
+end
 $$;
 
-comment on function @schema@.relay_source_of(text, oid, text) is
-    'Source of the capture function of an outbox as it is. Definer: who repairs it may not see the catalog; it shows settings only.';
+comment on function @schema@.relay_function_of(text, text) is
+    'The capture or snapshot function of an outbox. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
 
 create or replace function @schema@.relay_make_function(
+    settings @schema@.pgt_outbox_config,
     relation oid,
-    function_name text,
-    source text,
-    or_replace boolean default false,
-    result regtype default 'trigger'
+    kind text
 )
 returns oid
 language plpgsql
@@ -194,14 +158,18 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     place record;
+    function_name text;
     function_id oid;
     grantee text;
 begin
-    select n.nspname, quote_ident(pg_get_userbyid(c.relowner)) as owner, c.relowner,
+    select c.relname, n.nspname, quote_ident(pg_get_userbyid(c.relowner)) as owner, c.relowner, p.proname as made_before,
         has_schema_privilege(c.relowner, n.oid, 'create') as may_create
     into place
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
+    left join pg_proc as p
+        on p.oid = @schema@.relay_function_of(settings.outbox_table_name, kind)
+        and p.pronamespace = n.oid and p.proowner = c.relowner
     where c.oid = relation;
     if not place.may_create then
         raise exception using
@@ -210,10 +178,22 @@ begin
             detail = 'It stands beside the table and belongs to the owner of the table.',
             hint = format('grant create on schema %I to %s', place.nspname, place.owner);
     end if;
+    function_name := coalesce(place.made_before, @schema@.relay_free_name(
+        place.nspname, format('pgtrickle_%s_%s', kind, place.relname), settings.outbox_table_name));
     execute format(
         'create %s function %I.%I() returns %s language plpgsql volatile security definer %s as %L',
-        case when or_replace then 'or replace' else '' end,
-        place.nspname, function_name, result, @schema@.relay_capture_settings(false), source
+        case when place.made_before is null then '' else 'or replace' end,
+        place.nspname,
+        function_name,
+        case kind when 'capture' then 'trigger' else 'bigint' end,
+        (
+            select string_agg(format('set %s to %s', split_part(c, '=', 1), case
+                when starts_with(c, 'search_path') then split_part(c, '=', 2)
+                else quote_literal(split_part(c, '=', 2))
+            end), ' ')
+            from unnest(@schema@.relay_capture_settings()) as c
+        ),
+        @schema@.relay_source(settings, relation, kind)
     );
     function_id := to_regprocedure(format('%I.%I()', place.nspname, function_name));
     if (select p.proowner <> place.relowner from pg_proc as p where p.oid = function_id) then
@@ -229,15 +209,15 @@ begin
     loop
         execute format('revoke all on function %s from %s', function_id::regprocedure, grantee);
     end loop;
-    if result <> 'trigger'::regtype and to_regrole('pgtrickle_relay') is not null then
+    if kind = 'snapshot' and to_regrole('pgtrickle_relay') is not null then
         execute format('grant execute on function %s to pgtrickle_relay', function_id::regprocedure);
     end if;
     return function_id;
 end
 $$;
 
-comment on function @schema@.relay_make_function(oid, text, text, boolean, regtype) is
-    'Makes the capture or snapshot function beside a table as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
+comment on function @schema@.relay_make_function(@schema@.pgt_outbox_config, oid, text) is
+    'Makes the capture or snapshot function beside a table, or makes it again, as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
 
 create or replace function @schema@.relay_claim_function(function_id oid, operation text default null)
 returns void
@@ -282,8 +262,8 @@ comment on function @schema@.relay_require_claim(oid, text) is
 create or replace function @schema@.relay_function_problem(
     function_id oid,
     relation oid,
-    source text,
-    result regtype default 'trigger'
+    settings @schema@.pgt_outbox_config,
+    kind text
 )
 returns text
 language sql
@@ -292,100 +272,89 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
     select case
-        when p.oid is null then 'the capture function is missing'
-        when p.proowner <> c.relowner then format('the capture function belongs to %I, the table to %I',
-            pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner))
+        when c.oid is null then 'the table is gone'
+        when p.oid is null then format('the %s function is missing', kind)
+        when p.proowner <> c.relowner then format('the %s function belongs to %I, the table to %I',
+            kind, pg_get_userbyid(p.proowner), pg_get_userbyid(c.relowner))
         -- The key that marks the first row of a statement may have been renamed since.
-        when regexp_replace(p.prosrc, '(?n)record_image_eq[(].*', '', 'g')
-            <> regexp_replace(source, '(?n)record_image_eq[(].*', '', 'g')
-        then 'the capture function is not the one that the relay makes'
+        when regexp_replace(p.prosrc, '(?n)record_image_eq[(].*', '', 'g') is distinct from
+            regexp_replace(@schema@.relay_source(settings, relation, kind), '(?n)record_image_eq[(].*', '', 'g')
+        then format('the %s function is not the one that the relay makes', kind)
         when not (
             p.prosecdef
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
-            and p.prorettype = result
-            and @schema@.relay_capture_settings(true) is not distinct from (
-                select string_agg(lower(split_part(c, '=', 1)) || '=' || split_part(c, '=', 2), ' ' order by place)
-                from unnest(p.proconfig) with ordinality as s (c, place))
-        ) then 'the capture function runs with other settings than those that the relay gives it'
+            and p.prorettype = case kind when 'capture' then 'trigger'::regtype else 'bigint'::regtype end
+            and p.proconfig is not distinct from @schema@.relay_capture_settings()
+        ) then format('the %s function runs with other settings than those that the relay gives it', kind)
         when p.proacl is null or exists (
-            select from aclexplode(p.proacl) as a
+            select
+            from aclexplode(p.proacl) as a
             where a.grantee <> p.proowner
-                and (result = 'trigger'::regtype or a.grantee is distinct from to_regrole('pgtrickle_relay'))
-        )
-            then 'the capture function may be executed by others than its owner'
+                and (kind = 'capture' or a.grantee is distinct from to_regrole('pgtrickle_relay'))
+        ) then format('the %s function may be executed by others than its owner', kind)
     end
-    from pg_class as c
+    from (select) as one
+    left join pg_class as c on c.oid = relation
     left join pg_proc as p on p.oid = function_id
-    where c.oid = relation
 $$;
 
-comment on function @schema@.relay_function_problem(oid, oid, text, regtype) is
+comment on function @schema@.relay_function_problem(oid, oid, @schema@.pgt_outbox_config, text) is
     'What is wrong with a capture or snapshot function; null where it stands as the relay makes it.';
 
-create or replace function @schema@.relay_attach(outbox_table text, relation oid, mode text, function_id oid)
-returns integer
-language plpgsql
-volatile
+create or replace function @schema@.relay_trigger_problems(outbox_table text, relation oid, mode text, function_id oid)
+returns table (phase integer, target oid, problem text, step text)
+language sql
+stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    step text;
-    steps integer := 0;
-begin
-    for step in
-        select format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
+    with wanted as materialized (
+        select w.* from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
+    ), bound as materialized (
+        select b.*, b.function_id = relay_trigger_problems.function_id and (
+            b.is_clone and (b.trigger_name, b.trigger_type, b.argument) in (
+                select w.trigger_name, w.trigger_type, w.argument from wanted as w)
+            or (b.target, b.trigger_name, b.trigger_type, b.argument) in (
+                select w.target, w.trigger_name, w.trigger_type, w.argument from wanted as w)
+        ) as is_right
         from @schema@.relay_bound_triggers(outbox_table) as b
-        where not b.is_clone
-            -- Those of a former owner, too, and of partitions that are none any more.
-            and (b.is_owned or b.target in (select f.member from @schema@.relay_family(relation) as f))
-            and not exists (
-                select
-                from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
-                where w.target = b.target and w.trigger_name = b.trigger_name
-                    and w.trigger_type = b.trigger_type and w.argument = b.argument
-                    and b.function_id = relay_attach.function_id
-            )
-    loop
-        execute step;
-        steps := steps + 1;
-    end loop;
-    for step in
-        select w.definition || format('%I.%I(%L)', n.nspname, p.proname, w.argument)
-        from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
-        cross join pg_proc as p
-        join pg_namespace as n on n.oid = p.pronamespace
-        where p.oid = function_id
-            and not exists (
-                select from @schema@.relay_bound_triggers(outbox_table) as b
-                where b.target = w.target and b.trigger_name = w.trigger_name
-            )
-        order by w.target <> relation, w.target
-    loop
-        execute step;
-        steps := steps + 1;
-    end loop;
-    for step in
-        select format('alter table %s enable trigger %I', b.target::regclass, b.trigger_name)
-        from @schema@.relay_bound_triggers(outbox_table) as b
-        where b.is_owned and not b.is_enabled
-    loop
-        execute step;
-        steps := steps + 1;
-    end loop;
-    return steps;
-exception
-    when lock_not_available then
-        raise exception using
-            errcode = 'lock_not_available',
-            message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
-            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
-end
+        -- Those of a former owner, too, and of partitions that are none any more.
+        where b.is_owned or b.target in (select f.member from @schema@.relay_family(relation) as f)
+    )
+    select
+        1, b.target,
+        case
+            when (b.target, b.trigger_name) in (select w.target, w.trigger_name from wanted as w)
+            then format('trigger %s is not of the kind that the other triggers of the table ask for', b.trigger_name)
+            else format('trigger %s is left over: it captures what no longer belongs to the table', b.trigger_name)
+        end,
+        format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
+    from bound as b
+    where b.is_right is not true and not b.is_clone
+    union all
+    select
+        2, w.target,
+        case
+            when (w.target, w.trigger_name) not in (select b.target, b.trigger_name from bound as b)
+            then format('trigger %s is missing: these changes are not captured', w.trigger_name)
+        end,
+        w.definition || format('%I.%I(%L)', n.nspname, p.proname, w.argument)
+    from wanted as w
+    left join pg_proc as p on p.oid = function_id
+    left join pg_namespace as n on n.oid = p.pronamespace
+    where (w.target, w.trigger_name) not in (select b.target, b.trigger_name from bound as b where b.is_right)
+    union all
+    select
+        3, b.target,
+        format('trigger %s is disabled: these changes are not captured', b.trigger_name),
+        format('alter table %s enable trigger %I', b.target::regclass, b.trigger_name)
+    from bound as b
+    where b.is_right and not b.is_enabled
 $$;
 
-comment on function @schema@.relay_attach(text, oid, text, oid) is
-    'Drops, creates and enables the triggers of a captured table and its partitions until they are those that are wanted, as the caller, and returns how many steps that took.';
+comment on function @schema@.relay_trigger_problems(text, oid, text, oid) is
+    'What is wrong with the triggers of a captured table and its partitions, each with the DDL that mends it; phase by phase, since one makes room for the next.';
 
 create or replace function @schema@.relay_check_stream(stream_table text, relation oid, key_columns text[])
 returns void
@@ -395,8 +364,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    reason text;
-    remedy text := 'enable the outbox of an ordinary or partitioned table';
+    obstacle record;
     unknown_column text;
 begin
     if relation is null then
@@ -406,31 +374,36 @@ begin
             detail = 'The name is read like any table name: unquoted capitals are folded, and search_path counts.',
             hint = 'name it with its schema, or with capture => ''none'' for a stream without a table';
     end if;
-    select
-        case
-            when c.relkind not in ('r', 'p') or c.relpersistence = 't'
-                or n.nspname in ('pg_catalog', 'information_schema', @schema_name@)
-            then 'It is a view, a foreign, temporary or system table.'
-            when c.relispartition
-            then 'It is a partition: what is written through its parent would be missing.'
-            when exists (select from @schema@.relay_family(relation) as f where f.kind = 'f')
-            then 'One of its partitions or children is a foreign table, for which PostgreSQL has no transition tables.'
-        end,
-        case when c.relispartition then format('select %I.enable_outbox(%L)', @schema_name@,
-            (select f.root from (select pg_partition_root(relation)::text as root) as f))
-            when c.relkind in ('r', 'p') and exists (select from @schema@.relay_family(relation) as f where f.kind = 'f')
-            then 'detach the foreign table, or publish with capture => ''none'''
-            else remedy end
-    into reason, remedy
+    select o.reason, o.remedy
+    into obstacle
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
-    where c.oid = relation;
-    if reason is not null then
+    cross join lateral (values
+        (
+            c.relkind not in ('r', 'p') or c.relpersistence = 't'
+                or n.nspname in ('pg_catalog', 'information_schema', @schema_name@),
+            'It is a view, a foreign, temporary or system table.',
+            'enable the outbox of an ordinary or partitioned table'
+        ),
+        (
+            c.relispartition,
+            'It is a partition: what is written through its parent would be missing.',
+            format('select %I.enable_outbox(%L)', @schema_name@, pg_partition_root(relation)::text)
+        ),
+        (
+            exists (select from @schema@.relay_family(relation) as f where f.kind = 'f'),
+            'One of its partitions or children is a foreign table, for which PostgreSQL has no transition tables.',
+            'detach the foreign table, or publish with capture => ''none'''
+        )
+    ) as o (is_so, reason, remedy)
+    where c.oid = relation and o.is_so
+    limit 1;
+    if found then
         raise exception using
             errcode = 'RL005',
             message = format('%s cannot have an outbox', relation::regclass),
-            detail = reason,
-            hint = remedy;
+            detail = obstacle.reason,
+            hint = obstacle.remedy;
     end if;
     select k.name into unknown_column
     from unnest(key_columns) as k (name)
@@ -452,7 +425,57 @@ $$;
 comment on function @schema@.relay_check_stream(text, oid, text[]) is
     'What can keep a table from having an outbox: RL001, RL005, or a key column that is not there.';
 
-create or replace function @schema@.relay_create_outbox(settings @schema@.pgt_outbox_config, owner_role oid)
+create or replace function @schema@.relay_take_outbox(outbox_table text, function_id oid)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
+    owner_role regrole := quote_ident(current_user)::regrole;
+    previous regrole;
+begin
+    if function_id is not null then
+        update @schema@.pgt_outbox_config as c
+        set capture_schema = n.nspname, capture_function = p.proname
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where c.outbox_table_name = outbox_table and p.oid = function_id
+        returning p.proowner into owner_role;
+    end if;
+    for previous in
+        select distinct x.grantee
+        from pg_attribute as a
+        cross join lateral aclexplode(a.attacl) as x
+        where a.attrelid = to_regclass(format('%I.%I', @schema_name@, outbox_table))
+            and x.is_grantable
+            and x.grantee <> owner_role
+    loop
+        execute format('revoke all on %1$I.%2$I, %1$I.%3$I from %4$s cascade',
+            @schema_name@, outbox_table, settings.delta_table_name, previous);
+    end loop;
+    -- Never id and created_at: nobody chooses a place in the order, or a time.
+    execute format(
+        $grant$
+            grant select, insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
+                on %1$I.%2$I to %4$s with grant option;
+            grant select, insert on %1$I.%3$I to %4$s with grant option
+        $grant$,
+        @schema_name@, outbox_table, settings.delta_table_name, owner_role
+    );
+    if to_regrole('pgtrickle_relay') is not null then
+        execute format('grant select on %1$I.%2$I, %1$I.%3$I to pgtrickle_relay',
+            @schema_name@, outbox_table, settings.delta_table_name);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_take_outbox(text, oid) is
+    'Gives an outbox to the owner of its capture function, without asking, and takes it from who had it: they may insert into it and let others do so. Definer: nobody has rights on the catalog; only the catalog''s owner, whose outbox it is where no function captures, may execute it.';
+
+create or replace function @schema@.relay_create_outbox(settings @schema@.pgt_outbox_config, function_id oid)
 returns void
 language plpgsql
 volatile
@@ -529,55 +552,14 @@ begin
             @schema@.relay_channel('pgtrickle_outbox_new')
         );
     end if;
-    perform @schema@.relay_grant_outbox(settings.outbox_table_name, settings.delta_table_name, owner_role);
+    perform @schema@.relay_take_outbox(settings.outbox_table_name, function_id);
 end
 $$;
 
 comment on function @schema@.relay_create_outbox(@schema@.pgt_outbox_config, oid) is
     'The tables of one outbox; ids continue where a disabled outbox of this name ended.';
 
-create or replace function @schema@.relay_grant_outbox(outbox_table text, delta_table text, owner_role oid)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    previous text;
-    grantee text := quote_ident(pg_get_userbyid(owner_role));
-begin
-    for previous in
-        select distinct quote_ident(pg_get_userbyid(x.grantee))
-        from pg_attribute as a
-        cross join lateral aclexplode(a.attacl) as x
-        where a.attrelid = to_regclass(format('%I.%I', @schema_name@, outbox_table))
-            and x.is_grantable
-            and x.grantee <> owner_role
-    loop
-        execute format('revoke all on %1$I.%2$I, %1$I.%3$I from %4$s cascade',
-            @schema_name@, outbox_table, delta_table, previous);
-    end loop;
-    -- Never id and created_at: nobody chooses a place in the order, or a time.
-    execute format(
-        $grant$
-            grant select, insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
-                on %1$I.%2$I to %4$s with grant option;
-            grant select, insert on %1$I.%3$I to %4$s with grant option
-        $grant$,
-        @schema_name@, outbox_table, delta_table, grantee
-    );
-    if to_regrole('pgtrickle_relay') is not null then
-        execute format('grant select on %1$I.%2$I, %1$I.%3$I to pgtrickle_relay',
-            @schema_name@, outbox_table, delta_table);
-    end if;
-end
-$$;
-
-comment on function @schema@.relay_grant_outbox(text, text, oid) is
-    'Gives an outbox to a role, which may insert into it and let others do so, and takes it from who had it.';
-
-create or replace function @schema@.relay_outbox_plan(stream_table text, relation oid)
+create or replace function @schema@.relay_outbox_plan(wanted @schema@.pgt_outbox_config, relation oid)
 returns @schema@.pgt_outbox_config
 language plpgsql
 stable
@@ -585,31 +567,44 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    plan @schema@.pgt_outbox_config;
-    seed text := stream_table;
+    seed text := wanted.stream_table;
 begin
-    plan.stream_table := stream_table;
-    select c.relname, n.nspname, n.nspname || '.' || c.relname
-    into plan.stream_table, plan.stream_schema, seed
-    from pg_class as c
-    join pg_namespace as n on n.oid = c.relnamespace
-    where c.oid = relation;
-    plan.stream_table := coalesce(plan.stream_table, stream_table);
-    seed := coalesce(seed, stream_table);
-    plan.outbox_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_' || plan.stream_table, seed);
-    plan.delta_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_delta_rows_' || plan.stream_table, seed);
-    plan.sleep_sequence_name := @schema@.relay_free_name(@schema_name@, 'outbox_sleep_' || plan.stream_table, seed);
-    plan.pgt_id := gen_random_uuid();
-    plan.swept_through := 0;
-    plan.snapshot_through := 0;
-    plan.enabled_at := now();
-    plan.last_drained_count := 0;
-    return plan;
+    if wanted.capture is null or wanted.capture not in ('auto', 'statement', 'row', 'none')
+        or wanted.retention_hours is null or wanted.retention_hours < 0
+        or wanted.claim_check_rows is null or wanted.claim_check_rows < 0
+        or wanted.claim_check_bytes is null or wanted.claim_check_bytes not between 0 and 134217728
+        or wanted.notify is null
+    then
+        raise exception using
+            errcode = 'invalid_parameter_value',
+            message = format('the outbox of %s can''t be enabled with these settings', wanted.stream_table),
+            hint = 'capture is auto, statement, row or none; retention_hours and claim_check_rows are 0 or more; claim_check_bytes at most 134217728';
+    end if;
+    wanted.stream_schema := null;
+    if relation is not null or wanted.capture <> 'none' or wanted.stream_table = '' is not false then
+        perform @schema@.relay_check_stream(wanted.stream_table, relation, wanted.key_columns);
+        select c.relname, n.nspname, n.nspname || '.' || c.relname
+        into wanted.stream_table, wanted.stream_schema, seed
+        from pg_class as c
+        join pg_namespace as n on n.oid = c.relnamespace
+        where c.oid = relation;
+        wanted.key_columns := coalesce(wanted.key_columns, @schema@.relay_primary_key(relation));
+    end if;
+    wanted.outbox_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_' || wanted.stream_table, seed);
+    wanted.delta_table_name := @schema@.relay_free_name(@schema_name@, 'outbox_delta_rows_' || wanted.stream_table, seed);
+    wanted.sleep_sequence_name := @schema@.relay_free_name(@schema_name@, 'outbox_sleep_' || wanted.stream_table, seed);
+    wanted.pgt_id := gen_random_uuid();
+    wanted.swept_through := 0;
+    wanted.snapshot_through := 0;
+    wanted.enabled_at := now();
+    wanted.last_drained_at := null;
+    wanted.last_drained_count := 0;
+    return wanted;
 end
 $$;
 
-comment on function @schema@.relay_outbox_plan(text, oid) is
-    'How the tables of a new outbox will be called.';
+comment on function @schema@.relay_outbox_plan(@schema@.pgt_outbox_config, oid) is
+    'The settings of a new outbox, completed: how its tables will be called, and its key. RL001, RL005 or an error about an argument where it can''t be.';
 
 create or replace function @schema@.relay_register_outbox(
     wanted @schema@.pgt_outbox_config,
@@ -628,7 +623,7 @@ declare
 begin
     -- Names are chosen one after the other, so that no two outboxes choose the same.
     perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
-    plan := @schema@.relay_outbox_plan(null, relation);
+    plan := @schema@.relay_outbox_plan(wanted, relation);
     if wanted.outbox_table_name is distinct from plan.outbox_table_name
         or wanted.delta_table_name is distinct from plan.delta_table_name
     then
@@ -638,28 +633,14 @@ begin
             hint = 'try again';
     end if;
     perform @schema@.relay_require_claim(function_id, 'enable ' || plan.outbox_table_name);
-    perform @schema@.relay_check_stream(null, relation, wanted.key_columns);
-    problem := @schema@.relay_function_problem(function_id, relation, @schema@.relay_capture_source(
-        plan.outbox_table_name, plan.delta_table_name, wanted.key_columns,
-        @schema@.relay_mode_of(wanted.capture, relation),
-        @schema@.relay_first_by(relation, @schema@.relay_mode_of(wanted.capture, relation)),
-        wanted.claim_check_rows, wanted.claim_check_bytes));
+    problem := @schema@.relay_function_problem(function_id, relation, plan, 'capture');
     if problem is not null then
         raise exception using errcode = 'RL005', message = format('%s cannot have an outbox: %s', relation::regclass, problem);
     end if;
-    plan.capture := wanted.capture;
-    plan.notify := wanted.notify;
-    plan.key_columns := wanted.key_columns;
-    plan.retention_hours := wanted.retention_hours;
-    plan.claim_check_rows := wanted.claim_check_rows;
-    plan.claim_check_bytes := wanted.claim_check_bytes;
-    select n.nspname, p.proname
-    into plan.capture_schema, plan.capture_function
-    from pg_proc as p
-    join pg_namespace as n on n.oid = p.pronamespace
-    where p.oid = function_id;
-    plan.snapshot_through := case plan.capture when 'none' then 0 else @schema@.relay_check_refreshes(relation) end;
-    perform @schema@.relay_create_outbox(plan, (select c.relowner from pg_class as c where c.oid = relation));
+    if plan.capture <> 'none' then
+        plan.snapshot_through := @schema@.relay_check_refreshes(relation);
+    end if;
+    perform @schema@.relay_create_outbox(plan, function_id);
     return plan.outbox_table_name;
 end
 $$;
@@ -687,14 +668,8 @@ begin
             message = format('the outbox of %s is enabled already', wanted.stream_table),
             hint = format('select %I.outbox_status(%L)', @schema_name@, wanted.stream_table);
     end if;
-    plan := @schema@.relay_outbox_plan(wanted.stream_table, null);
-    plan.capture := 'none';
-    plan.notify := wanted.notify;
-    plan.key_columns := wanted.key_columns;
-    plan.retention_hours := wanted.retention_hours;
-    plan.claim_check_rows := wanted.claim_check_rows;
-    plan.claim_check_bytes := wanted.claim_check_bytes;
-    perform @schema@.relay_create_outbox(plan, quote_ident(current_user)::regrole);
+    plan := @schema@.relay_outbox_plan(wanted, null);
+    perform @schema@.relay_create_outbox(plan, null);
     execute format(
         $grant$
             grant select (id), insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
@@ -710,20 +685,7 @@ $$;
 comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config) is
     'Makes the outbox of a stream without a table, for members of pgtrickle_publisher, who may all publish to it. Definer: they may not create in the schema.';
 
-create or replace function @schema@.relay_mode_of(capture text, relation oid)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select case capture when 'auto' then @schema@.relay_capture_mode(relation) else capture end
-$$;
-
-comment on function @schema@.relay_mode_of(text, oid) is
-    'How a table is captured: what was asked for, and for auto what the table needs.';
-
-create or replace function @schema@.relay_enable(wanted @schema@.pgt_outbox_config, relation oid)
+create or replace function @schema@.relay_enable(plan @schema@.pgt_outbox_config, relation oid, called text)
 returns text
 language plpgsql
 volatile
@@ -731,64 +693,39 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    plan @schema@.pgt_outbox_config;
-    mode text;
     function_id oid;
     outbox_table text := @schema@.relay_find_outbox(null, relation);
 begin
-    if wanted.capture is null or wanted.capture not in ('auto', 'statement', 'row', 'none')
-        or wanted.retention_hours is null or wanted.retention_hours < 0
-        or wanted.claim_check_rows is null or wanted.claim_check_rows < 0
-        or wanted.claim_check_bytes is null or wanted.claim_check_bytes not between 0 and 134217728
-        or wanted.notify is null
-    then
-        raise exception using
-            errcode = 'invalid_parameter_value',
-            message = format('the outbox of %s can''t be enabled with these settings', wanted.stream_table),
-            hint = 'capture is auto, statement, row or none; retention_hours and claim_check_rows are 0 or more; claim_check_bytes at most 134217728';
-    end if;
-    if relation is null and wanted.capture = 'none' and wanted.stream_table <> '' then
-        return @schema@.relay_create_stream(wanted);
+    if relation is null then
+        return @schema@.relay_create_stream(plan);
     end if;
     perform @schema@.relay_check_event_triggers();
-    perform @schema@.relay_check_stream(wanted.stream_table, relation, wanted.key_columns);
     if outbox_table is not null then
         -- A table that was dropped and made again goes on in its outbox.
-        if wanted.capture = 'none' or @schema@.relay_captured_table(outbox_table) is not null
+        if plan.capture = 'none' or @schema@.relay_captured_table(outbox_table) is not null
             or @schema@.relay_repair(outbox_table, relation) = 0
         then
             raise exception using
                 errcode = 'RL002',
-                message = format('the outbox of %s is enabled already', wanted.stream_table),
+                message = format('the outbox of %s is enabled already', called),
                 hint = format('select %I.outbox_status(%L), or repair_outbox where something is wrong with it',
-                    @schema_name@, wanted.stream_table);
+                    @schema_name@, called);
         end if;
         return outbox_table;
     end if;
-
-    plan := @schema@.relay_outbox_plan(null, relation);
-    wanted.outbox_table_name := plan.outbox_table_name;
-    wanted.delta_table_name := plan.delta_table_name;
-    wanted.key_columns := coalesce(wanted.key_columns, @schema@.relay_primary_key(relation));
-    mode := @schema@.relay_mode_of(wanted.capture, relation);
-    if mode = 'row' and wanted.capture = 'auto' then
+    if plan.capture = 'auto' and @schema@.relay_capture_mode('auto', relation) = 'row' then
         raise notice '% has triggers after each row: its changes are told before they run', relation::regclass;
     end if;
-    function_id := @schema@.relay_make_function(
-        relation,
-        @schema@.relay_free_name(plan.stream_schema, 'pgtrickle_capture_' || plan.stream_table, plan.outbox_table_name),
-        @schema@.relay_capture_source(plan.outbox_table_name, plan.delta_table_name, wanted.key_columns, mode,
-            @schema@.relay_first_by(relation, mode), wanted.claim_check_rows, wanted.claim_check_bytes));
+    function_id := @schema@.relay_make_function(plan, relation, 'capture');
     perform @schema@.relay_claim_function(function_id, 'enable ' || plan.outbox_table_name);
-    outbox_table := @schema@.relay_register_outbox(wanted, relation, function_id);
+    outbox_table := @schema@.relay_register_outbox(plan, relation, function_id);
     perform @schema@.relay_claim_function(function_id);
-    perform @schema@.relay_attach(outbox_table, relation, mode, function_id);
-    perform @schema@.relay_make_snapshot_function(outbox_table);
+    perform @schema@.relay_repair(outbox_table, relation);
     return outbox_table;
 end
 $$;
 
-comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid) is
+comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, text) is
     'The caller''s half of enable_outbox: what it makes is ordinary DDL.';
 
 -- No search_path of its own: the name means what it means to the caller.
@@ -802,30 +739,19 @@ create or replace function @schema@.enable_outbox(
     claim_check_bytes bigint default 1048576
 )
 returns text
-language plpgsql
+language sql
 volatile
 security invoker
 as $$
-declare
-    wanted @schema@.pgt_outbox_config;
-    waits text := pg_catalog.current_setting('lock_timeout');
-    outbox_table text;
-begin
-    wanted.stream_table := stream_table;
-    wanted.retention_hours := retention_hours;
-    wanted.capture := capture;
-    wanted.notify := notify;
-    wanted.key_columns := key_columns;
-    wanted.claim_check_rows := claim_check_rows;
-    wanted.claim_check_bytes := claim_check_bytes;
-    if waits operator(pg_catalog.=) '0' then
-        -- A trigger that waits for its lock makes every later writer wait behind it.
-        perform pg_catalog.set_config('lock_timeout', '5s', true);
-    end if;
-    outbox_table := @schema@.relay_enable(wanted, @schema@.relay_relation(stream_table));
-    perform pg_catalog.set_config('lock_timeout', waits, true);
-    return outbox_table;
-end
+    select @schema@.relay_enable(
+        @schema@.relay_outbox_plan(
+            pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
+                'stream_table', stream_table, 'retention_hours', retention_hours, 'capture', capture,
+                'notify', notify, 'key_columns', key_columns,
+                'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
+            @schema@.relay_relation(stream_table)),
+        @schema@.relay_relation(stream_table),
+        stream_table)
 $$;
 
 comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint) is
@@ -834,36 +760,6 @@ comment on function @schema@.enable_outbox(text, integer, text, boolean, text[],
 -- ---------------------------------------------------------------------------
 -- Repairing
 -- ---------------------------------------------------------------------------
-
-create or replace function @schema@.relay_capture_function_of(outbox_table text)
-returns oid
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select coalesce(
-        (
-            select b.function_id
-            from @schema@.relay_bound_triggers(outbox_table) as b
-            where b.is_owned
-            order by b.trigger_type & 32 desc
-            limit 1
-        ),
-        (
-            select p.oid
-            from @schema@.pgt_outbox_config as c
-            join pg_namespace as n on n.nspname = c.capture_schema
-            join pg_proc as p on p.pronamespace = n.oid and p.proname = c.capture_function and p.pronargs = 0
-            where c.outbox_table_name = outbox_table
-                and has_column_privilege(
-                    p.proowner, format('%I.%I', @schema_name@, outbox_table), 'payload', 'insert with grant option')
-        )
-    )
-$$;
-
-comment on function @schema@.relay_capture_function_of(text) is
-    'The capture function of an outbox, which outlives its table; null where it is gone or belongs to a role that does not own the outbox. Definer: its callers may not see the catalog.';
 
 create or replace function @schema@.relay_transfer_outbox(outbox_table text, relation oid, function_id oid)
 returns void
@@ -874,13 +770,12 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     captured oid := @schema@.relay_captured_table(outbox_table);
-    settings @schema@.pgt_outbox_config;
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     owner_role oid := (select c.relowner from pg_class as c where c.oid = relation);
     outbox_relation text := format('%I.%I', @schema_name@, outbox_table);
     is_named_so boolean;
     problem text;
 begin
-    select c.* into settings from @schema@.pgt_outbox_config as c where c.outbox_table_name = outbox_table;
     perform @schema@.relay_require_claim(function_id, 'repair ' || outbox_table);
     select c.relname = settings.stream_table and n.nspname = settings.stream_schema
     into is_named_so
@@ -897,40 +792,16 @@ begin
             detail = 'Its table was dropped, or given away together with its capture function.',
             hint = format('let a superuser or a member of %s call repair_outbox', quote_ident(current_user)::regrole);
     end if;
-    problem := @schema@.relay_function_problem(function_id, relation,
-        @schema@.relay_source_of(outbox_table, relation, @schema@.relay_mode_of(settings.capture, relation)));
+    problem := @schema@.relay_function_problem(function_id, relation, settings, 'capture');
     if problem is not null then
         raise exception using errcode = 'RL005', message = format('%s cannot be repaired: %s', outbox_table, problem);
     end if;
-    perform @schema@.relay_take_outbox(outbox_table, relation, function_id);
+    perform @schema@.relay_take_outbox(outbox_table, function_id);
 end
 $$;
 
 comment on function @schema@.relay_transfer_outbox(text, oid, oid) is
     'The catalog''s half of repair_outbox: gives an outbox to the owner of its table. Definer: nobody has rights on the catalog; it acts for who has claimed the new capture function, of the owner of the table that is captured already or that has the name and the rights.';
-
-create or replace function @schema@.relay_take_outbox(outbox_table text, relation oid, function_id oid)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    update @schema@.pgt_outbox_config as c
-    set capture_schema = n.nspname, capture_function = p.proname
-    from pg_proc as p
-    join pg_namespace as n on n.oid = p.pronamespace
-    where c.outbox_table_name = outbox_table and p.oid = function_id;
-    perform @schema@.relay_grant_outbox(outbox_table, c.delta_table_name, r.relowner)
-    from @schema@.pgt_outbox_config as c
-    cross join pg_class as r
-    where c.outbox_table_name = outbox_table and r.oid = relation;
-end
-$$;
-
-comment on function @schema@.relay_take_outbox(text, oid, oid) is
-    'Gives an outbox to the owner of a table, without asking. Definer: nobody has rights on the catalog; only the catalog''s owner may execute it.';
 
 create or replace function @schema@.relay_repair(outbox_table text, relation oid)
 returns integer
@@ -940,44 +811,65 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    captured oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
-    mode text := @schema@.relay_mode_of(@schema@.relay_outbox_details(outbox_table) ->> 'capture', captured);
-    source text := @schema@.relay_source_of(outbox_table, captured, mode);
-    function_id oid := @schema@.relay_capture_function_of(outbox_table);
-    problem text := @schema@.relay_function_problem(function_id, captured, source);
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
+    captured constant oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
+    mode constant text := @schema@.relay_capture_mode(settings.capture, captured);
+    waits constant text := current_setting('lock_timeout');
+    made_before oid := @schema@.relay_function_of(outbox_table, 'capture');
+    function_id oid := made_before;
+    step text;
     steps integer := 0;
 begin
     perform @schema@.relay_check_event_triggers();
-    if problem is not null and exists (
-        select from pg_proc as p join pg_class as c on c.oid = captured where p.oid = function_id and p.proowner = c.relowner
-            and p.pronamespace = c.relnamespace
-    ) then
-        perform @schema@.relay_make_function(captured, p.proname, source, true) from pg_proc as p where p.oid = function_id;
-        steps := 1;
-    elsif problem is not null then
-        function_id := @schema@.relay_make_function(
-            captured,
-            @schema@.relay_free_name(n.nspname, 'pgtrickle_capture_' || c.relname, outbox_table),
-            source)
-        from pg_class as c
-        join pg_namespace as n on n.oid = c.relnamespace
-        where c.oid = captured;
-        if has_function_privilege(format('%I.relay_take_outbox(text, oid, oid)', @schema_name@), 'execute') then
-            perform @schema@.relay_take_outbox(outbox_table, captured, function_id);
-        else
-            perform @schema@.relay_claim_function(function_id, 'repair ' || outbox_table);
-            perform @schema@.relay_transfer_outbox(outbox_table, captured, function_id);
+    if @schema@.relay_function_problem(function_id, captured, settings, 'capture') is not null then
+        function_id := @schema@.relay_make_function(settings, captured, 'capture');
+        if function_id is distinct from made_before then
+            if has_function_privilege(format('%I.relay_take_outbox(text, oid)', @schema_name@), 'execute') then
+                perform @schema@.relay_take_outbox(outbox_table, function_id);
+            else
+                perform @schema@.relay_claim_function(function_id, 'repair ' || outbox_table);
+                perform @schema@.relay_transfer_outbox(outbox_table, captured, function_id);
+            end if;
+            perform @schema@.relay_claim_function(function_id);
         end if;
-        perform @schema@.relay_claim_function(function_id);
         steps := 1;
     end if;
-    steps := steps + @schema@.relay_attach(outbox_table, captured, mode, function_id);
-    return steps + @schema@.relay_make_snapshot_function(outbox_table);
+    if waits = '0' then
+        -- A trigger that waits for its lock makes every later writer wait behind it.
+        perform set_config('lock_timeout', '5s', true);
+    end if;
+    begin
+        for place in 1..3 loop
+            for step in
+                select t.step
+                from @schema@.relay_trigger_problems(outbox_table, captured, mode, function_id) as t
+                where t.phase = place
+                order by t.target <> captured, t.target
+            loop
+                execute step;
+                steps := steps + 1;
+            end loop;
+        end loop;
+    exception
+        when lock_not_available then
+            raise exception using
+                errcode = 'lock_not_available',
+                message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
+                hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
+    end;
+    perform set_config('lock_timeout', waits, true);
+    if @schema@.relay_snapshot_source(settings, captured) is not null and @schema@.relay_function_problem(
+        @schema@.relay_function_of(outbox_table, 'snapshot'), captured, settings, 'snapshot') is not null
+    then
+        perform @schema@.relay_make_function(settings, captured, 'snapshot');
+        steps := steps + 1;
+    end if;
+    return steps;
 end
 $$;
 
 comment on function @schema@.relay_repair(text, oid) is
-    'The caller''s half of repair_outbox: what it makes is ordinary DDL.';
+    'The caller''s half of repair_outbox: what it makes and drops is ordinary DDL, until function and triggers are those that are wanted. Returns how many steps that took.';
 
 -- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.repair_outbox(stream_table text)
@@ -988,18 +880,11 @@ security invoker
 as $$
 declare
     relation oid := @schema@.relay_relation(stream_table);
-    waits text := pg_catalog.current_setting('lock_timeout');
-    steps integer;
 begin
-    if waits operator(pg_catalog.=) '0' then
-        perform pg_catalog.set_config('lock_timeout', '5s', true);
-    end if;
     if relation is null then
         perform @schema@.relay_check_stream(stream_table, relation, null);
     end if;
-    steps := @schema@.relay_repair(@schema@.relay_outbox_named(stream_table), relation);
-    perform pg_catalog.set_config('lock_timeout', waits, true);
-    return steps;
+    return @schema@.relay_repair(@schema@.relay_outbox_named(stream_table), relation);
 end
 $$;
 
@@ -1055,7 +940,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     perform @schema@.relay_require_claim(function_id, 'disable ' || outbox_table);
-    if function_id is distinct from @schema@.relay_capture_function_of(outbox_table) then
+    if function_id is distinct from @schema@.relay_function_of(outbox_table, 'capture') then
         raise exception using
             errcode = 'RL004',
             message = format('%s is not the capture function of outbox %I', function_id::regprocedure, outbox_table);
@@ -1095,10 +980,19 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    function_id oid := @schema@.relay_capture_function_of(outbox_table);
-    snapshot_id oid := @schema@.relay_snapshot_function_of(outbox_table);
+    waits constant text := current_setting('lock_timeout');
+    function_id oid;
+    snapshot_id oid;
     step text;
 begin
+    if outbox_table is null then
+        return;
+    end if;
+    function_id := @schema@.relay_function_of(outbox_table, 'capture');
+    snapshot_id := @schema@.relay_function_of(outbox_table, 'snapshot');
+    if waits = '0' then
+        perform set_config('lock_timeout', '5s', true);
+    end if;
     perform @schema@.relay_check_event_triggers();
     if function_id is not null then
         -- Triggers first: a writer holds its table before it waits for the outbox.
@@ -1118,7 +1012,7 @@ begin
         end loop;
     elsif has_function_privilege(format('%I.relay_remove_outbox(text)', @schema_name@), 'execute') then
         perform @schema@.relay_remove_outbox(outbox_table);
-    elsif @schema@.relay_outbox_details(outbox_table) ->> 'stream_schema' is null then
+    elsif (@schema@.relay_settings(outbox_table)).stream_schema is null then
         perform @schema@.relay_drop_stream(outbox_table);
     else
         raise exception using
@@ -1127,6 +1021,7 @@ begin
             detail = 'It is what shows to whom an outbox belongs.',
             hint = 'let a superuser call disable_outbox';
     end if;
+    perform set_config('lock_timeout', waits, true);
 end
 $$;
 
@@ -1136,22 +1031,12 @@ comment on function @schema@.relay_disable(text) is
 -- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.disable_outbox(stream_table text, if_exists boolean default false)
 returns void
-language plpgsql
+language sql
 volatile
 security invoker
 as $$
-declare
-    waits text := pg_catalog.current_setting('lock_timeout');
-begin
-    if if_exists and @schema@.relay_find_outbox(stream_table, @schema@.relay_relation(stream_table)) is null then
-        return;
-    end if;
-    if waits operator(pg_catalog.=) '0' then
-        perform pg_catalog.set_config('lock_timeout', '5s', true);
-    end if;
-    perform @schema@.relay_disable(@schema@.relay_outbox_named(stream_table));
-    perform pg_catalog.set_config('lock_timeout', waits, true);
-end
+    select @schema@.relay_disable(@schema@.relay_find_outbox(
+        stream_table, @schema@.relay_relation(stream_table), if_exists is not true))
 $$;
 
 comment on function @schema@.disable_outbox(text, boolean) is
@@ -1169,92 +1054,70 @@ security definer
 set search_path = pg_catalog, pg_temp
 set standard_conforming_strings = on
 as $$
-    with outbox as (
-        select c.outbox_table_name, c.stream_table, c.stream_schema, c.capture, c.key_columns, r.captured,
-            @schema@.relay_mode_of(c.capture, r.captured) as mode,
-            @schema@.relay_capture_function_of(c.outbox_table_name) as function_id
-        from @schema@.pgt_outbox_config as c
-        cross join lateral (select @schema@.relay_captured_table(c.outbox_table_name) as captured) as r
-        where c.stream_schema is not null and c.capture <> 'none'
-    ), found as (
-        select o.outbox_table_name, o.stream_table, format('%I.%I', o.stream_schema, o.stream_table) as relation,
-            'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox' as problem,
-            null as remedy
-        from outbox as o
+    select c.outbox_table_name, c.stream_table,
+        coalesce(p.target::regclass::text, format('%I.%I', c.stream_schema, c.stream_table)), p.problem,
+        coalesce(p.remedy, format('select %I.repair_outbox(%L)', @schema_name@,
+            coalesce(o.captured::regclass::text, format('%I.%I', c.stream_schema, c.stream_table))))
+    from @schema@.pgt_outbox_config as c
+    cross join lateral (
+        select @schema@.relay_captured_table(c.outbox_table_name) as captured,
+            @schema@.relay_function_of(c.outbox_table_name, 'capture') as function_id
+    ) as o
+    cross join lateral (
+        select null::oid, 'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox', null
         where o.captured is null
         union all
-        select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
-            @schema@.relay_function_problem(o.function_id, o.captured,
-                @schema@.relay_source_of(o.outbox_table_name, o.captured, o.mode)),
-            null
-        from outbox as o
+        select o.captured, @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture'), null
         where o.captured is not null
         union all
-        select o.outbox_table_name, o.stream_table, t.target::regclass::text, t.problem, null
-        from outbox as o
-        cross join lateral (
-            select
-                coalesce(w.target, b.target) as target,
-                case
-                    when b.target is null then format('trigger %s is missing: these changes are not captured', w.trigger_name)
-                    when w.target is null then format('trigger %s is left over: it captures what no longer belongs to the table', b.trigger_name)
-                    when not b.is_enabled then format('trigger %s is disabled: these changes are not captured', b.trigger_name)
-                    when b.trigger_type <> w.trigger_type or b.argument <> w.argument
-                    then format('trigger %s is not of the kind that the other triggers of the table ask for', b.trigger_name)
-                end as problem
-            from @schema@.relay_wanted_triggers(o.captured, o.mode, o.outbox_table_name) as w
-            full join (
-                select * from @schema@.relay_bound_triggers(o.outbox_table_name) as x where x.is_owned and not x.is_clone
-            ) as b on b.target = w.target and b.trigger_name = w.trigger_name
-        ) as t
+        select t.target, t.problem, null
+        from @schema@.relay_trigger_problems(
+            c.outbox_table_name, o.captured, @schema@.relay_capture_mode(c.capture, o.captured), o.function_id) as t
         union all
-        select o.outbox_table_name, o.stream_table, f.member::regclass::text,
+        select f.member,
             'a foreign table is among the partitions: PostgreSQL refuses to write it through a captured parent',
             'detach the foreign table'
-        from outbox as o
-        cross join lateral @schema@.relay_family(o.captured) as f
+        from @schema@.relay_family(o.captured) as f
         where f.kind = 'f'
         union all
-        select o.outbox_table_name, o.stream_table, f.member::regclass::text,
+        select f.member,
             format('trigger %I runs inside the statement, before capture can see it: what it changes in the same table comes first', t.tgname),
             'let an AFTER trigger do it'
-        from outbox as o
-        cross join lateral @schema@.relay_family(o.captured) as f
-        join pg_class as c on c.oid = f.member
+        from @schema@.relay_family(o.captured) as f
+        join pg_class as r on r.oid = f.member
         join pg_trigger as t on t.tgrelid = f.member and t.tgtype & 3 = 3 and not t.tgisinternal
         join pg_proc as p on p.oid = t.tgfoid
         where p.prosrc ~* format('\m(insert\s+into|update|delete\s+from)\s+(only\s+)?(\S+\.)?"?%s\M',
-            regexp_replace(c.relname, '([^[:alnum:]_])', '\\\1', 'g'))
+            regexp_replace(r.relname, '([^[:alnum:]_])', '\\\1', 'g'))
         union all
-        select o.outbox_table_name, o.stream_table, t.tgrelid::regclass::text,
+        select f.member,
             format('trigger %I runs before capture: what it changes is told in the wrong order', t.tgname),
-            format('rename the trigger on %s', t.tgrelid::regclass)
-        from outbox as o
-        cross join lateral @schema@.relay_family(o.captured) as f
+            format('rename the trigger on %s', f.member::regclass)
+        from @schema@.relay_family(o.captured) as f
         join pg_trigger as t on t.tgrelid = f.member and not t.tgisinternal and t.tgtype & 2 = 0
         where t.tgname < '!pgtrickle_'::name
         union all
-        select o.outbox_table_name, o.stream_table, o.captured::regclass::text,
-            format('column %I of the key is gone', k.name),
-            'give the table a primary key'
-        from outbox as o
-        cross join lateral unnest(o.key_columns) as k (name)
+        select o.captured, format('column %I of the key is gone', k.name), 'give the table a primary key'
+        from unnest(c.key_columns) as k (name)
         where o.captured is not null
             and @schema@.relay_primary_key(o.captured) is null
             and not exists (
                 select from pg_attribute as a
                 where a.attrelid = o.captured and a.attname = k.name and not a.attisdropped)
         union all
-        select o.outbox_table_name, o.stream_table, o.captured::regclass::text, r.problem, r.remedy
-        from outbox as o
-        cross join lateral @schema@.relay_refresh_problems(o.outbox_table_name, o.captured) as r
-        where o.captured is not null
-    )
-    select f.outbox_table_name, f.stream_table, f.relation, f.problem,
-        coalesce(f.remedy, format('select %I.repair_outbox(%L)', @schema_name@,
-            coalesce(@schema@.relay_captured_table(f.outbox_table_name)::regclass::text, f.relation)))
-    from found as f
-    where f.problem is not null
+        select o.captured, s.problem, s.remedy
+        from @schema@.relay_refreshes(o.captured) as r
+        cross join lateral (values
+            (case when r.missing_grant is not null then 'full refreshes are not captured: rights are missing' end,
+                r.missing_grant),
+            (case when not r.has_triggers then 'pg_trickle fires no trigger on it: pg_trickle.user_triggers is off' end,
+                'set pg_trickle.user_triggers to auto'),
+            ('full refreshes are not captured: ' || @schema@.relay_function_problem(
+                @schema@.relay_function_of(c.outbox_table_name, 'snapshot'), o.captured, c, 'snapshot'), null)
+        ) as s (problem, remedy)
+        where r.is_stream
+    ) as p (target, problem, remedy)
+    where c.stream_schema is not null and c.capture <> 'none' and p.problem is not null
     order by 1, 3, 4
 $$;
 

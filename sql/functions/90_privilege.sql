@@ -4,22 +4,21 @@ do $privileges$
 declare
     public_functions constant text[] := array[
         -- Names, made from what everybody may see.
-        'relay_relation', 'relay_find_outbox', 'relay_outbox_named', 'relay_capturing_outbox', 'relay_captured_table',
-        'relay_bound_triggers', 'relay_family', 'relay_cut_name', 'relay_free_name', 'relay_outbox_plan', 'relay_primary_key',
+        'relay_relation', 'relay_find_outbox', 'relay_settings', 'relay_outbox_named', 'relay_captured_table',
+        'relay_bound_triggers', 'relay_family', 'relay_free_name', 'relay_outbox_plan', 'relay_primary_key',
         'relay_channel',
         -- What the owner of a table calls: each makes ordinary DDL as its caller.
         'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_enable', 'relay_repair', 'relay_disable',
-        'relay_make_function', 'relay_claim_function', 'relay_attach', 'relay_check_stream', 'relay_mode_of',
-        'relay_capture_mode', 'relay_wanted_triggers', 'relay_function_problem', 'relay_capture_settings',
-        'relay_capture_source', 'relay_capture_quick', 'relay_capture_first', 'relay_source_of', 'relay_capture_function_of',
-        'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table', 'relay_is_stream_table',
-        'relay_make_snapshot_function', 'relay_snapshot_source', 'relay_snapshot_function_of', 'relay_snapshot_is_sound',
+        'relay_make_function', 'relay_claim_function', 'relay_check_stream', 'relay_capture_mode', 'relay_first_by',
+        'relay_wanted_triggers', 'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
+        'relay_capture_settings', 'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
+        'relay_snapshot_source', 'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
         'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
         -- What capture functions call, as the owner of their table.
-        'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_omit', 'relay_has_rows_below', 'relay_current_rows', 'relay_first_by',
+        'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_has_rows_below', 'relay_current_rows',
         -- What reads or writes an outbox with its caller's own rights on it.
-        'outbox_status', 'relay_outbox_details', 'outbox_publish', 'relay_publish', 'relay_publish_target',
+        'outbox_status', 'relay_status', 'outbox_publish', 'relay_publish',
         'inbox_mark_processed', 'inbox_mark_failed', 'replay_inbox_messages', 'relay_mark_inbox', 'relay_find_inbox'
     ];
     publisher_functions constant text[] := array['relay_create_stream', 'relay_drop_stream'];

@@ -122,8 +122,7 @@ def test_nobody_else_reads_writes_or_removes_an_outbox(scene: Scene) -> None:
                 f" {function})",
                 f"select pgtrickle.relay_claim_function({function}, 'disable outbox_orders')",
                 "select pgtrickle.relay_remove_outbox('outbox_orders')",
-                "select pgtrickle.relay_take_outbox('outbox_orders', 'm.loot'::regclass,"
-                f" {function})",
+                f"select pgtrickle.relay_take_outbox('outbox_orders', {function})",
                 "select pgtrickle.relay_drop_outbox('outbox_orders', null)",
                 "create trigger x after insert on m.loot execute function"
                 " al.pgtrickle_capture_orders()",
@@ -232,6 +231,11 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
              "row('outbox_x', 'al', 'orders', 'outbox_delta_rows_x', 's', null, 'auto', null, null,"
              " null, true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
              f" 'al.orders'::regclass, '{mine}'::regprocedure)"),
+            # A stream without a table is made by publishers only.
+            (claim.format(mine, "enable outbox_s"), "select pgtrickle.relay_register_outbox("
+             "row('outbox_s', null, 's', 'outbox_delta_rows_s', null, null, 'none', null, null,"
+             " null, true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
+             f" null, '{mine}'::regprocedure)"),
         ):  # fmt: skip
             refused(mallory, "; ".join(steps), states="RL004 RL005 40001 42501")
     with scene.as_role("alice") as alice:

@@ -143,7 +143,7 @@ def test_events_folded_by_key_are_the_table(any_postgres_server: PostgresServer,
             make_world(db, dice)
             for table in "tu":
                 db.run(f"select pgtrickle.enable_outbox('{table}', claim_check_rows => 4)")
-            modes.add(db.value("select pgtrickle.relay_capture_mode('t'::regclass)"))
+            modes.add(db.value("select pgtrickle.relay_capture_mode('auto', 't'::regclass)"))
             statements = STATEMENTS + MIXED
             done = []
             for _ in range(6):

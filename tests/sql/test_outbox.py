@@ -348,7 +348,7 @@ def test_settings_that_make_no_sense_are_refused_and_null_opens_nothing(db: Sess
     for call in ("disable_outbox(null)", "repair_outbox(null)", "outbox_status(null)"):
         with db.refused("RL001" if "repair" in call else "RL003"):
             db.run(f"select pgtrickle.{call}")
-    db.run("select pgtrickle.disable_outbox(null, true), pgtrickle.relay_cut_name(null, 1)")
+    db.run("select pgtrickle.disable_outbox(null, true)")
     assert db.value("select count(*) from pgtrickle.pgt_outbox_config") == 0
 
 
