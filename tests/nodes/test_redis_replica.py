@@ -6,10 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
+from tests.integration.relay_surroundings import (
+    Event,
+    RelayWorld,
+    StartProcess,
+    relay_world,
+    until,
+)
 from tests.servers.finding import LOOPBACK
 from tests.servers.postgres import Database
 from tests.servers.proxy import TcpProxy
@@ -54,8 +61,8 @@ async def test_nothing_is_committed_that_the_replica_does_not_have(
 
         await until(lambda: _has(at_replica, 2 * ROWS))
         entries: list[tuple[bytes, dict[bytes, bytes]]] = await at_replica.xrange(STREAM)  # type: ignore[assignment]
-    keys = [fields[b"pgt_key"].decode() for _, fields in entries]
-    assert keys == [str(id_) for id_ in range(1, 2 * ROWS + 1)]
+    events = [msgspec.json.decode(fields[b"payload"], type=Event) for _, fields in entries]
+    assert [event.id for event in events] == list(range(1, 2 * ROWS + 1))
 
 
 _POSITION = "select max(last_change_id) from pgtrickle.relay_consumer_offsets"
