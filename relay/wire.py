@@ -365,8 +365,14 @@ def _metadata(message: RelayMessage, spelling: Spelling) -> dict[str, str]:
     if message.is_full_refresh:
         headers[spelling.full_refresh] = "true"
     if message.created_at is not None:
-        headers[spelling.created_at] = message.created_at.isoformat()
+        headers[spelling.created_at] = _isoformat(message.created_at)
     return headers
+
+
+def _isoformat(moment: datetime) -> str:
+    """As `datetime.isoformat` writes it, in less than half the time."""
+    text = _json.encode(moment)[1:-1].decode()
+    return f"{text[:-1]}+00:00" if text.endswith("Z") else text
 
 
 def _cloud_event_of(message: RelayMessage, namespace: str) -> _CloudEvent:
