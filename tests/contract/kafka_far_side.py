@@ -301,7 +301,7 @@ class FarSide:
         """All records as a consumer of ours gets them; broken ones by what their headers say."""
         messages = []
         for record in await self.records(*topics):
-            one = decoded(record, record.topic, record.partition)
+            one = decoded(record)
             messages.append(one.message if isinstance(one, Rejected) else one)
         return messages
 

@@ -1,4 +1,4 @@
-"""What the Kafka source reads, commits and lets go, alone and among other members of its group."""
+"""What the Kafka source reads, commits and releases, alone and among other members of its group."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ async def test_whoever_runs_the_pipeline_next_has_its_partitions_at_once_and_shu
     stalled = await connected(far_side, **keys)
     (batch,) = await collect(stalled, 5)
 
-    # As after a kill: the one before has not let go.
+    # As after a kill: the one before has not left the group.
     successor = await connected(far_side, **keys)
     again = messages_of(await collect(successor, 10, timeout_s=5))
 
@@ -429,7 +429,7 @@ async def test_partitions_of_one_that_died_come_when_its_session_is_over(
     await alive.aclose()
 
 
-async def test_a_rebalance_waits_until_what_is_out_is_settled(wide: FarSide) -> None:
+async def test_a_rebalance_waits_until_what_is_in_flight_is_settled(wide: FarSide) -> None:
     for number in range(4):
         await wide.put_all([b"{}"] * 5, partition=number)
     first = await connected(wide, pipeline="a", rebalance_timeout_ms=60_000)
@@ -505,7 +505,7 @@ async def test_partitions_that_were_added_before_a_successor_took_over_are_found
 
     monkeypatch.setattr("relay.backends.kafka.client.METADATA_AGE_MS", 100)
 
-    # As after a kill: the one before has not let go.
+    # As after a kill: the one before has not left the group.
     successor = await connected(far_side)
     await far_side.put(b'"there"', partition=2)
 

@@ -488,7 +488,7 @@ async def test_an_answer_that_is_lost_does_not_store_twice(
     await sink.aclose()
 
 
-async def test_what_can_not_be_sent_again_as_it_was_is_sent_anew(
+async def test_what_can_not_be_sent_again_as_it_was_is_sent_as_new(
     far_side: FarSide, kafka_proxy: TcpProxy
 ) -> None:
     sink = sink_of(kafka_proxy.address, far_side.topic)
@@ -593,7 +593,7 @@ async def test_no_record_overtakes_a_first_one_that_was_lost_with_its_connection
     assert dedup_keys(arrived) == dedup_keys(messages)
 
 
-async def test_a_topic_that_was_made_anew_with_fewer_partitions_gets_what_was_not_answered(
+async def test_a_topic_that_was_made_again_with_fewer_partitions_gets_what_was_not_answered(
     wide: FarSide, kafka_proxy: TcpProxy
 ) -> None:
     sink = sink_of(kafka_proxy.address, wide.topic)

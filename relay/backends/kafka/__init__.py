@@ -4,10 +4,10 @@
 ``acks`` ``all``, the default, every in-sync replica has it then, with ``1`` the leader alone. The
 order of a partition is kept, also when batches are sent again; a record key's partition is that of
 Kafka's own clients. The producer is idempotent: while the relay lives, what is sent again after a
-lost connection is stored once. ``ordering`` makes a difference with ``acks: 1`` only: ``strict``,
-the default, has one batch of a partition in flight, with ``pipelined`` an event may be stored
-before an earlier one that failed. A topic is never made; an event that is larger than
-``max_request_size`` or the topic's ``max.message.bytes`` is refused before it is sent.
+lost connection is stored once. One batch of a partition is in flight at a time, and after the
+first failure nothing more is sent, so that both values of ``ordering`` keep the order. A topic is
+never made; an event that is larger than ``max_request_size`` or the topic's ``max.message.bytes``
+is refused before it is sent.
 
 **Source.** A member of a consumer group, by default a static one that is named after the pipeline:
 whichever relay runs it next takes its place, with its partitions, and shuts out the one before.

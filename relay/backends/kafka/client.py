@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +27,7 @@ from relay.errors import (
     NotConnected,
     RelayError,
 )
-from relay.tls import client_context
+from relay.tls import context_of
 
 Client = Any  # AIOKafkaProducer, AIOKafkaConsumer or AIOKafkaAdminClient, untyped in the library
 
@@ -47,7 +47,7 @@ class Heard:
     def __init__(self, options: KafkaConnectionOptions) -> None:
         self._has_tls = is_tls(options)
         self._troubles: list[RelayError] = []
-        self.is_any = asyncio.Event()
+        self._waiting: asyncio.Timeout | None = None
 
     @property
     def trouble(self) -> RelayError | None:
@@ -58,7 +58,15 @@ class Heard:
     def forget(self) -> None:
         """Begin again: what was said is over."""
         self._troubles.clear()
-        self.is_any.clear()
+
+    @contextlib.asynccontextmanager
+    async def bound(self, timeout_s: float) -> AsyncIterator[None]:
+        """Raise `TimeoutError` when the time is over, or when there is any trouble."""
+        async with asyncio.timeout(0 if self._troubles else timeout_s) as self._waiting:
+            try:
+                yield
+            finally:
+                self._waiting = None
 
     def hear(self, error: BaseException, where: str) -> None:
         """Keep one complaint."""
@@ -69,7 +77,8 @@ class Heard:
             ours = NotConnected(ours.problem, remedy=remedy)
         if ours is not None:
             self._troubles.append(ours)
-            self.is_any.set()
+            if self._waiting is not None and not self._waiting.expired():
+                self._waiting.reschedule(0)
 
 
 _heard: ContextVar[Heard | None] = ContextVar("_heard", default=None)
@@ -95,48 +104,33 @@ def _listen() -> None:
         library.addHandler(_Ear())
 
 
-def arguments_of(options: KafkaConnectionOptions, path: str, name: str) -> dict[str, object]:
-    """What every client is made with. Raises `ConfigurationError` for files that can't be used."""
-    own: Mapping[str, object] = options.client
-    mechanism = mechanism_of(options)
-    arguments: dict[str, object] = {
-        "bootstrap_servers": [str(one) for one in addresses_of(options, path)],
-        "client_id": own.get("client_id", name),
-        "connections_max_idle_ms": own.get("max_idle_ms", _MAX_IDLE_MS),
-        "request_timeout_ms": options.request_timeout_ms,
-        "metadata_max_age_ms": METADATA_AGE_MS,
-        "security_protocol": ("SASL_" if mechanism else "")
-        + ("SSL" if is_tls(options) else "PLAINTEXT"),
-    }
-    if is_tls(options):
-        arguments["ssl_context"] = client_context(
-            path,
-            ca=options.tls_ca,
-            cert=options.tls_cert,
-            key=options.tls_key,
-            is_insecure=options.tls_insecure,
-        )
-    if mechanism:
-        arguments |= {
-            "sasl_mechanism": mechanism,
-            "sasl_plain_username": options.sasl_username,
-            "sasl_plain_password": options.sasl_password,
-        }
-    return arguments
+def server_of(options: KafkaConnectionOptions, path: str) -> str:
+    """The brokers to begin with, for people and errors."""
+    return ",".join(addresses_of(options, path))
 
 
-async def start(client: Client, heard: Heard, options: KafkaConnectionOptions, path: str) -> None:
-    """Connect. Raises the most telling of what keeps each address from answering."""
-    addresses = addresses_of(options, path)
-    doing = f"connecting to Kafka at {','.join(map(str, addresses))}"
-    timeout_s = options.request_timeout_ms / 1000 * (len(addresses) + 1)
+async def started(
+    options: KafkaConnectionOptions,
+    path: str,
+    name: str,
+    kind: Callable[..., Client],
+    heard: Heard,
+    **own: object,
+) -> Client:
+    """A connected client of this kind, with these arguments of its own.
+
+    Raises the most telling of what keeps each address from answering; `ConfigurationError` for
+    files that can't be used.
+    """
+    client = kind(**_arguments(options, path, name) | own)
+    doing = f"connecting to Kafka at {server_of(options, path)}"
+    timeout_s = options.request_timeout_ms / 1000 * (len(addresses_of(options, path)) + 1)
     _listen()
     token = _heard.set(heard)
     try:
         with mapped(doing):
             async with asyncio.timeout(timeout_s):
                 await client.start()
-        heard.forget()
     except ValueError as error:
         # What the server says in the exchange of passwords is not what it must.
         await close(client)
@@ -150,6 +144,31 @@ async def start(client: Client, heard: Heard, options: KafkaConnectionOptions, p
         raise
     finally:
         _heard.reset(token)
+    heard.forget()
+    return client
+
+
+def _arguments(options: KafkaConnectionOptions, path: str, name: str) -> dict[str, object]:
+    own: Mapping[str, object] = options.client
+    mechanism = mechanism_of(options)
+    arguments: dict[str, object] = {
+        "bootstrap_servers": addresses_of(options, path),
+        "client_id": own.get("client_id", name),
+        "connections_max_idle_ms": own.get("max_idle_ms", _MAX_IDLE_MS),
+        "request_timeout_ms": options.request_timeout_ms,
+        "metadata_max_age_ms": METADATA_AGE_MS,
+        "security_protocol": ("SASL_" if mechanism else "")
+        + ("SSL" if is_tls(options) else "PLAINTEXT"),
+    }
+    if is_tls(options):
+        arguments["ssl_context"] = context_of(options, path)
+    if mechanism:
+        arguments |= {
+            "sasl_mechanism": mechanism,
+            "sasl_plain_username": options.sasl_username,
+            "sasl_plain_password": options.sasl_password,
+        }
+    return arguments
 
 
 def topic_missing(topic: str, server: str) -> DestinationMissing:

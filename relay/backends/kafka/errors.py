@@ -7,9 +7,8 @@ it is an outage: Kafka gets new ones with every release, and most pass.
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 
 from aiokafka import errors as client
 
@@ -26,8 +25,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import not_connected
-from relay.tls import of_tls
+from relay.network import mapped_by, of_network
 
 # By name, since releases of the library differ in which classes they have.
 CLIENT_ERRORS: Mapping[str, type[RelayError]] = {
@@ -120,47 +118,17 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     """The relay's error for what the client library, TLS or the network raised; None for others."""
     if isinstance(error, RelayError):
         return error
-    if isinstance(error, ssl.SSLError):
-        return of_tls(error, doing)
     if isinstance(error, client.BrokerResponseError):
         return of_code(getattr(error, "errno", -1), doing)
-    if isinstance(error, client.KafkaError) or type(error).__module__ == client.__name__:
-        return _of_client(error, doing)
-    if isinstance(error, TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the broker ended the connection")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
-    return None
-
-
-@contextmanager
-def mapped(doing: str) -> Iterator[None]:
-    """Turn whatever the client library raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing)
-        if ours is None or ours is error:
-            raise
-        raise ours from error
-
-
-def _of_client(error: BaseException, doing: str) -> RelayError:
-    below = error.__cause__ or error.__context__
-    if isinstance(error, client.KafkaConnectionError) and isinstance(below, OSError | EOFError):
-        # The library wraps what the network and TLS say, and loses its kind.
-        known = of_exception(below, doing)
-        if known is not None:
+    # The library wraps what the network and TLS say, and loses its kind.
+    if not isinstance(error, client.KafkaError) or isinstance(error, client.KafkaConnectionError):
+        known = of_network(error, doing)
+        if known is not None or type(error).__module__ != client.__name__:
             return known
-    kind = next(
-        (
-            CLIENT_ERRORS[one.__name__]
-            for one in type(error).__mro__
-            if one.__name__ in CLIENT_ERRORS
-        ),
-        Outage,
-    )
+    names = (one.__name__ for one in type(error).__mro__)
+    kind = next((CLIENT_ERRORS[name] for name in names if name in CLIENT_ERRORS), Outage)
     said = str(error).partition("\n")[0].strip()
     return kind(f"{doing}: {said or type(error).__name__}")
+
+
+mapped = partial(mapped_by, of_exception)

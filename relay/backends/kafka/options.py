@@ -29,7 +29,7 @@ DEFAULT_PORT = 9092
 # What `client` may hold: keys of the client library's connection that have none of ours.
 CLIENT_KEYS: Mapping[str, type] = {"client_id": str, "max_idle_ms": int}
 
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/@\[\]]+))(?::(?P<port>\d+))?")
+_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::(?P<port>\d+))?")
 _SCHEMES = ("kafka", "plaintext", "ssl", "sasl_plaintext", "sasl_ssl")
 _SCHEME = re.compile(rf"^({'|'.join(_SCHEMES)})://", re.IGNORECASE)
 
@@ -125,18 +125,11 @@ class KafkaSourceOptions(
     fetch_max_bytes: Positive = 8 * 1024 * 1024
 
 
-class Address(msgspec.Struct, frozen=True):
-    """One broker as it is written."""
+def addresses_of(options: KafkaConnectionOptions, path: str) -> list[str]:
+    """Each broker to begin with as ``host:port``.
 
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def addresses_of(options: KafkaConnectionOptions, path: str) -> list[Address]:
-    """The brokers to begin with. Raises `ConfigurationError`; never repeats what looks secret."""
+    Raises `ConfigurationError`, which never repeats what looks secret.
+    """
     written = options.brokers
     texts = written.split(",") if isinstance(written, str) else list(written)
     addresses = [_address(text.strip(), path) for text in texts if text.strip()]
@@ -171,18 +164,11 @@ def check_connection(options: KafkaConnectionOptions, path: str) -> None:
             raise ConfigurationError(f"{path}.client.{name} is not of type {kind.__name__}")
 
 
-def check_at_least(path: str, least: int, **values: int) -> None:
-    """Raise `ConfigurationError` naming the first key whose number is too low."""
-    for name, value in values.items():
-        if value < least:
-            raise ConfigurationError(f"{path}.{name} must be at least {least}")
-
-
-def _address(text: str, path: str) -> Address:
+def _address(text: str, path: str) -> str:
     found = _ADDRESS.fullmatch(_SCHEME.sub("", text).rstrip("/"))
     port = int((found and found["port"]) or DEFAULT_PORT)
     if found is None or not 0 < port < 65536:
         raise ConfigurationError(
             f"{path}.brokers has an entry that is not an address", remedy="write host:9092"
         )
-    return Address(found["v6"] or found["host"], port)
+    return f"{found['host']}:{port}"

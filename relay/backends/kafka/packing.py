@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
 from aiokafka import codec
 
+from relay.backends.kafka.options import KafkaSinkOptions
 from relay.backends.kafka.partition import hashes, partition_of
 from relay.backends.kafka.record import Header, RecordEncoder
 from relay.errors import MessageRejected, MessageTooLarge, MessageUndecodable, RelayError
 from relay.message import RelayMessage
-from relay.template import Render
+from relay.template import compile_template
 
 LIMIT_NAME = "max.message.bytes"
 
@@ -37,7 +39,7 @@ class Topic(msgspec.Struct):
 
     ``limit``: the most bytes of a batch that it takes, ``known_at``: when that was asked;
     ``batch_bytes``: the most that we give it; ``is_searched``: each record is a batch, to find the
-    one that the broker refuses; ``next_partition``: for a record without a key.
+    one that the broker refuses.
     """
 
     partitions: int
@@ -45,12 +47,6 @@ class Topic(msgspec.Struct):
     batch_bytes: int
     known_at: float
     is_searched: bool = False
-    next_partition: int = 0
-
-    def turn(self) -> int:
-        """The partition of a record without a key: they take turns."""
-        self.next_partition = (self.next_partition + 1) % self.partitions
-        return self.next_partition
 
 
 class Pack(msgspec.Struct):
@@ -61,95 +57,98 @@ class Pack(msgspec.Struct):
     limit: int
     indexes: list[int] = []
 
+    def has_room(self, bytes_: int) -> bool:
+        """Whether so many bytes keep within our limit; the client has its own."""
+        return self.builder.size() + _OVERHEAD_BYTES + bytes_ <= self.limit  # type: ignore[no-any-return]
 
-class Packing:
-    """Puts messages into batches, in order.
 
-    ``topics``: of each message, None for one that is not to be sent; ``settled``: those that are
-    in a batch already. ``key_of``: what the record key is, None for the dedup key. What can't be
-    sent is noted in ``failed`` by its index.
-    """
+class Packer:
+    """Puts messages into batches, in order, as the sink's options say."""
 
-    def __init__(
+    def __init__(self, options: KafkaSinkOptions, namespace: str) -> None:
+        self._encoder = RecordEncoder(options.format, namespace)
+        template = options.key_template
+        self._key_of = None if template is None else compile_template(template)
+        self._compress = _COMPRESS[options.compression]
+        self._max_request_size = options.max_request_size
+        # Records without a key take turns.
+        self._turns = itertools.count()
+
+    def chunks(
         self,
         messages: Sequence[RelayMessage],
         topics: Sequence[str | None],
         known: Mapping[str, Topic],
-        *,
-        encoder: RecordEncoder,
-        key_of: Render | None,
-        compression: str,
-        max_request_size: int,
-        settled: AbstractSet[int],
+        accepted: AbstractSet[int],
         failed: dict[int, RelayError],
-    ) -> None:
-        self._messages = messages
-        self._topics = topics
-        self._known = known
-        self._encoder = encoder
-        self._key_of = key_of
-        self._compress = _COMPRESS[compression]
-        self._max_request_size = max_request_size
-        self._settled = settled
-        self._failed = failed
-        self._values: list[bytes | MessageUndecodable] = []
-        self._keys: list[bytes | MessageRejected] = []
-        self._hashes: list[int] = []
-        self.packed = 0
+        new_builder: Callable[[], Any],
+    ) -> Iterator[list[Pack]]:
+        """Batches, one of a partition at a time, about `BATCH_BYTES` together.
 
-    @property
-    def is_over(self) -> bool:
-        """True when each message is in a batch, or has failed."""
-        return self.packed == len(self._messages)
-
-    def next_chunk(self, new_builder: Callable[[], Any]) -> list[Pack]:
-        """The next batches, one of a partition, about `BATCH_BYTES` together."""
+        Leaves out what is ``accepted`` or ``failed`` already; what can't be sent is noted in
+        ``failed`` by its index.
+        """
         packs: dict[tuple[str, int], Pack] = {}
-        messages, topics, settled = self._messages, self._topics, self._settled
-        values, keys, key_hashes = self._values, self._keys, self._hashes
-        headers_of, now_ms = self._encoder.headers, int(time.time() * 1000)
-        size, at, end = 0, self.packed, len(messages)
-        while at < end and size < BATCH_BYTES:
-            if at == len(values):
-                self._make_more()
+        size, now_ms = 0, int(time.time() * 1000)
+        for at, (value, key, hash_) in enumerate(self._parts(messages)):
             name = topics[at]
-            if name is None or at in settled:
-                at += 1
+            if name is None or at in accepted:
                 continue
-            value, key, topic = values[at], keys[at], self._known[name]
+            topic = known[name]
             try:
                 if not isinstance(value, bytes):
                     raise value
                 if not isinstance(key, bytes):
                     raise key
-                message = messages[at]
-                headers = headers_of(message)
+                headers = self._encoder.headers(messages[at])
                 bytes_ = len(value)
-                if message.headers or bytes_ * 4 > topic.batch_bytes:
+                if messages[at].headers or bytes_ * 4 > topic.batch_bytes:
                     bytes_ = self._checked_size(name, topic, key, value, headers)
             except MessageRejected as error:
-                self._failed[at] = error
-                at += 1
+                failed[at] = error
                 continue
-            number = partition_of(key_hashes[at], topic.partitions) if key else topic.turn()
-            pack = packs.get((name, number))
-            if pack is None:
-                limit = 1 if topic.is_searched else topic.batch_bytes
-                pack = packs[name, number] = Pack((name, number), new_builder(), limit)
-            elif pack.limit < BATCH_BYTES:
-                more = _OVERHEAD_BYTES + len(key) + bytes_ + sum(len(one[1]) for one in headers)
-                if pack.builder.size() + more > pack.limit:
-                    break
-            taken = pack.builder.append(
-                timestamp=now_ms, key=key or None, value=value, headers=headers
+            number = partition_of(hash_, topic.partitions) if key else next(self._turns)
+            slot = name, number % topic.partitions
+            record = {"timestamp": now_ms, "key": key or None, "value": value, "headers": headers}
+            pack = packs.get(slot)
+            is_packed = (
+                pack is not None
+                and (pack.limit >= BATCH_BYTES or pack.has_room(bytes_))
+                and pack.builder.append(**record) is not None
             )
-            if taken is None:
-                break
+            if pack is None or not is_packed:
+                if pack is not None:
+                    yield list(packs.values())
+                    packs, size = {}, 0
+                limit = 1 if topic.is_searched else topic.batch_bytes
+                pack = packs[slot] = Pack(slot, new_builder(), limit)
+                pack.builder.append(**record)
             pack.indexes.append(at)
             size += bytes_
-            at += 1
-        self.packed = at
-        return list(packs.values())
+            if size >= BATCH_BYTES:
+                yield list(packs.values())
+                packs, size = {}, 0
+        if packs:
+            yield list(packs.values())
+
+    def _parts(
+        self, messages: Sequence[RelayMessage]
+    ) -> Iterator[tuple[bytes | MessageUndecodable, bytes | MessageRejected, int]]:
+        """Value, key and the key's hash of each message."""
+        for start in range(0, len(messages), _RECORDS_AT_ONCE):
+            some = messages[start : start + _RECORDS_AT_ONCE]
+            keys = [self._key(message) for message in some]
+            hashed = hashes([key if isinstance(key, bytes) else b"" for key in keys])
+            yield from zip(self._encoder.values(some), keys, hashed, strict=True)
+
+    def _key(self, message: RelayMessage) -> bytes | MessageRejected:
+        """The record key, empty for none; why there can't be one."""
+        try:
+            return (message.dedup_key if self._key_of is None else self._key_of(message)).encode()
+        except UnicodeEncodeError:
+            return MessageUndecodable("the record key has no UTF-8 form")
+        except MessageRejected as error:
+            return error
 
     def _checked_size(
         self, name: str, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
@@ -166,21 +165,3 @@ class Packing:
                     said = f"{LIMIT_NAME} of the topic {name!r} is {limit} bytes"
                 raise MessageTooLarge(f"the record has {size} bytes with its batch, {said}")
         return len(body)
-
-    def _make_more(self) -> None:
-        """Values, keys and hashes of the next messages."""
-        made = len(self._values)
-        some = self._messages[made : made + _RECORDS_AT_ONCE]
-        self._values += self._encoder.values(some)
-        keys = [self._key(message) for message in some]
-        self._keys += keys
-        self._hashes += hashes([key if isinstance(key, bytes) else b"" for key in keys])
-
-    def _key(self, message: RelayMessage) -> bytes | MessageRejected:
-        """The record key, empty for none; why there can't be one."""
-        try:
-            return (message.dedup_key if self._key_of is None else self._key_of(message)).encode()
-        except UnicodeEncodeError:
-            return MessageUndecodable("the record key has no UTF-8 form")
-        except MessageRejected as error:
-            return error

@@ -33,54 +33,47 @@ class RecordEncoder:
         self.values = wire.bodies_encoder(format_, namespace=namespace)
         self._headers_of = wire.headers_encoder(format_, wire.LOWER)
         self._has_few_headers = format_ in wire.FEW_HEADERS
-        # What headers are the same for all messages of an op and full-refresh mark.
+        # What is the same for all messages of an op and full-refresh mark.
         self._fixed: dict[tuple[str, bool], list[Header]] = {}
 
     def headers(self, message: RelayMessage) -> list[Header]:
         """The headers. Raises `MessageUndecodable` for a text that has no UTF-8 form."""
-        fixed = None if message.headers else self._fixed.get((message.op, message.is_full_refresh))
+        kind = message.op, message.is_full_refresh
+        fixed = None if message.headers else self._fixed.get(kind)
         try:
-            if fixed is None:
-                return self._learned(message)
-            return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
+            if fixed is not None:
+                return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
+            if message.headers:
+                message = _without_our_names(message)
+            made = [(name, text.encode()) for name, text in self._headers_of(message).items()]
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
-
-    def _learned(self, message: RelayMessage) -> list[Header]:
-        """The headers, of which those that are always the same are remembered."""
-        made = self._headers_from_scratch(message)
-        if not self._has_few_headers or message.headers:
-            return made
-        fixed = [one for one in made if one[0] != _DEDUP_KEY]
-        self._fixed[message.op, message.is_full_refresh] = fixed
-        return [*fixed, *(one for one in made if one[0] == _DEDUP_KEY)]
-
-    def _headers_from_scratch(self, message: RelayMessage) -> list[Header]:
-        theirs = message.headers
-        if any(name.lower() in _OWN for name in theirs):
-            theirs = {name: text for name, text in theirs.items() if name.lower() not in _OWN}
-            message = structs.replace(message, headers=theirs)
-        headers = [(name, text.encode()) for name, text in self._headers_of(message).items()]
-        for name, _ in headers:
-            name.encode()
-        return headers
+        if self._has_few_headers and not message.headers:
+            self._fixed[kind] = [one for one in made if one[0] != _DEDUP_KEY]
+        return made
 
 
-def decoded(record: ConsumerRecord, topic: str, partition: int) -> RelayMessage | Rejected:
+def _without_our_names(message: RelayMessage) -> RelayMessage:
+    """The publisher's headers less those that would pass for ours. Raises `UnicodeEncodeError`."""
+    theirs = {name: text for name, text in message.headers.items() if name.lower() not in _OWN}
+    for name in theirs:
+        name.encode()
+    return structs.replace(message, headers=theirs)
+
+
+def decoded(record: ConsumerRecord) -> RelayMessage | Rejected:
     """The message of a record, or why it is none, with the raw body."""
     headers = record.headers
     if _MARKED_AS_ENVELOPE in headers:
         # The body has everything; the other headers are for those who filter.
-        return _of_ours(record, topic, partition, None)
+        return _of_ours(record, None)
     texts = {name: text_of(text) for name, text in headers if text is not None}
     if any(name.lower() == _FORMAT for name in texts):
-        return _of_ours(record, topic, partition, texts)
-    return _of_others(record, topic, partition, texts)
+        return _of_ours(record, texts)
+    return _of_others(record, texts)
 
 
-def _of_ours(
-    record: ConsumerRecord, topic: str, partition: int, headers: Mapping[str, str] | None
-) -> RelayMessage | Rejected:
+def _of_ours(record: ConsumerRecord, headers: Mapping[str, str] | None) -> RelayMessage | Rejected:
     """``headers`` None: it is an envelope."""
     body = record.value
     try:
@@ -94,33 +87,33 @@ def _of_ours(
     except MessageUndecodable as error:
         texts = {name: text_of(text) for name, text in record.headers if text is not None}
         broken = RelayMessage(
-            dedup_key=texts.get(_DEDUP_KEY) or _position(record, topic, partition),
+            dedup_key=texts.get(_DEDUP_KEY) or _position(record),
             payload=body or b"",
-            subject=topic,
+            subject=record.topic,
             headers={name: text for name, text in texts.items() if name.lower() not in _OWN},
         )
         return Rejected(broken, error)
     assert restored is not None, "the format's header is there"  # noqa: S101 - for the type checker
-    return restored if restored.subject else structs.replace(restored, subject=topic)
+    return restored if restored.subject else structs.replace(restored, subject=record.topic)
 
 
-def _of_others(
-    record: ConsumerRecord, topic: str, partition: int, texts: Mapping[str, str]
-) -> RelayMessage | Rejected:
+def _of_others(record: ConsumerRecord, texts: Mapping[str, str]) -> RelayMessage | Rejected:
     own_key = next((text for name, text in texts.items() if name.lower() == _DEDUP_KEY), "")
     body = record.value
     message = RelayMessage(
-        dedup_key=own_key or _position(record, topic, partition),
+        dedup_key=own_key or _position(record),
         payload=b"null" if body is None else body,
         key=None if record.key is None else text_of(record.key),
-        subject=topic,
+        subject=record.topic,
         op="delete" if body is None else "event",
         headers={name: text for name, text in texts.items() if name.lower() not in _OWN}
         if texts
         else NO_HEADERS,
     )
     if body is not None and not wire.is_json(body):
-        reason = f"record {record.offset} of {topic!r}, partition {partition}, is not JSON"
+        reason = (
+            f"record {record.offset} of {record.topic!r}, partition {record.partition}, is not JSON"
+        )
         return Rejected(message, MessageUndecodable(reason))
     return message
 
@@ -134,5 +127,5 @@ def position_key(topic: str, partition: int, offset: int, timestamp: int | None 
     return known if timestamp is None else f"{known}:{timestamp}"
 
 
-def _position(record: ConsumerRecord, topic: str, partition: int) -> str:
-    return position_key(topic, partition, record.offset, record.timestamp)
+def _position(record: ConsumerRecord) -> str:
+    return position_key(record.topic, record.partition, record.offset, record.timestamp)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import msgspec
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError
 
 from relay.backends.kafka import client
 from relay.backends.kafka.errors import mapped, of_exception
-from relay.backends.kafka.options import (
-    KafkaSinkOptions,
-    addresses_of,
-    check_at_least,
-    check_connection,
-)
-from relay.backends.kafka.packing import BATCH_BYTES, LIMIT_NAME, Pack, Packing, Topic
-from relay.backends.kafka.record import RecordEncoder
+from relay.backends.kafka.options import KafkaSinkOptions, check_connection
+from relay.backends.kafka.packing import BATCH_BYTES, LIMIT_NAME, Pack, Packer, Topic
 from relay.backends.kafka.topic import check_template, check_topic, escape
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
@@ -37,33 +33,32 @@ from relay.errors import (
 )
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing, compile_template
+from relay.template import compile_routing
 
+# Both keep the order: one batch of a partition is in flight at a time.
 ORDERINGS = ("strict", "pipelined")
 
 # Kafka's default for max.message.bytes, where the topic's can't be asked.
 _DEFAULT_TOPIC_LIMIT = 1_048_588
 _LIMIT_AGE_S = 60.0
 _HEALTH_TIMEOUT_S = 2.0
-# A batch that is not answered in this many publishes, though brokers answer, is sent again as new.
-_MOST_WAITS = 2
 
 
 class HeldBack(Outage):
-    """Not stored: what was sent before it was refused for good, which is not its fault."""
+    """Not sent: what goes before it was refused for good, which is not its fault."""
 
 
 class _Sent(msgspec.Struct, eq=False):
-    """A batch that the producer has; ``indexes`` are those of its messages in this publish.
-
-    ``waits``: how many publishes have waited for its answer in vain.
-    """
+    """A batch that the producer has; ``keys`` are the dedup keys of its messages."""
 
     pack: Pack
     keys: Sequence[str]
     answer: asyncio.Future[Any]
-    indexes: list[int]
-    waits: int = 0
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the broker has it, as `acks` wants it."""
+        return self.answer.done() and self.answer.exception() is None
 
     @property
     def error(self) -> RelayError | None:
@@ -75,108 +70,77 @@ class _Sent(msgspec.Struct, eq=False):
 
 
 class KafkaSink:
-    """Sends messages as record batches and waits for every answer.
+    """Sends messages as record batches, one of a partition at a time, and waits for every answer.
 
     The producer outlives publishes and connections: it sends a batch that was not answered again,
-    under the same number, and the publish that repeats its messages waits for the same answer.
+    under the same number, and the next publish waits for that answer first.
     """
 
-    def __init__(
-        self,
-        options: KafkaSinkOptions,
-        *,
-        render: Render,
-        key_of: Render | None,
-        encoder: RecordEncoder,
-        ordering: str,
-        name: str,
-    ) -> None:
+    def __init__(self, options: KafkaSinkOptions, context: BackendContext) -> None:
         self._options = options
-        self._render = render
-        self._key_of = key_of
-        self._encoder = encoder
-        self._name = name
+        template = options.topic or options.topic_template or ""
+        for one in (template, *options.routing.values()):
+            check_template(one)
+        self._render = compile_routing(template, options.routing, escape=escape, check=check_topic)
+        self._packer = Packer(options, context.dedup_namespace)
+        name = f"pgtrickle-relay-{context.pipeline}"
+        self._start = partial(client.started, options, "sink", name)
+        self._server = client.server_of(options, "sink")
         self._is_idempotent = options.acks == "all"
-        self._waits_for_each = not self._is_idempotent and ordering == "strict"
         self._timeout_s = options.request_timeout_ms / 1000
-        self._server = ",".join(map(str, addresses_of(options, "sink")))
-        self._admin: AIOKafkaAdminClient | None = None
+        self._is_open = False
         self._producer: AIOKafkaProducer | None = None
         self._heard = client.Heard(options)
         self._topics: dict[str, Topic] = {}
-        # By dedup key what the producer has, and nobody was told the outcome of.
-        self._unsettled: dict[str, _Sent] = {}
-        # Of each partition the last batch, and which have stored something of this producer.
-        self._last: dict[tuple[str, int], _Sent] = {}
-        self._begun: set[tuple[str, int]] = set()
+        # What the producer has, and nobody was told the outcome of.
+        self._sent: list[_Sent] = []
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, KafkaSinkOptions, path="sink")
         check_connection(parsed, "sink")
-        check_at_least("sink", 0, linger_ms=parsed.linger_ms)
-        check_at_least("sink", 1, max_request_size=parsed.max_request_size)
-        template = _topic_template(parsed)
-        for one in (template, *parsed.routing.values()):
-            check_template(one)
-        ordering = context.ordering or "strict"
-        if ordering not in ORDERINGS:
+        if parsed.topic and ("{" in parsed.topic or "}" in parsed.topic):
             raise ConfigurationError(
-                f"ordering {ordering!r} is unknown to the kafka sink",
+                f"sink.topic {parsed.topic!r} has a brace", remedy="write it as topic_template"
+            )
+        if (context.ordering or "strict") not in ORDERINGS:
+            raise ConfigurationError(
+                f"ordering {context.ordering!r} is unknown to the kafka sink",
                 remedy=f"use one of {', '.join(ORDERINGS)}",
             )
-        return cls(
-            parsed,
-            render=compile_routing(template, parsed.routing, escape=escape, check=check_topic),
-            key_of=None if parsed.key_template is None else compile_template(parsed.key_template),
-            encoder=RecordEncoder(parsed.format, context.dedup_namespace),
-            ordering=ordering,
-            name=f"pgtrickle-relay-{context.pipeline}",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """See that brokers answer and let us in. Raises `DestinationMissing` for the one topic."""
-        await self._close_admin()
-        admin = AIOKafkaAdminClient(**client.arguments_of(self._options, "sink", self._name))
-        await client.start(admin, client.Heard(self._options), self._options, "sink")
         try:
             producer = await self._ready()
             await self._look_again(producer)
-            cluster = producer.client.cluster
-            if any(
-                number not in (cluster.partitions_for_topic(topic) or ())
-                for topic, number in {one.pack.slot for one in self._unsettled.values()}
-            ):
-                # A topic that was made again may have fewer partitions.
+            partitions_of = producer.client.cluster.partitions_for_topic
+            slots = [one.pack.slot for one in self._sent]
+            if any(number not in (partitions_of(topic) or ()) for topic, number in slots):
+                # Of a topic that is gone, or was made again with fewer partitions.
                 await self._give_up()
                 producer = await self._ready()
-            topic = self._options.topic
-            if topic is not None:
-                await self._learn(producer, admin, {topic})
+            if self._options.topic is not None:
+                await self._learn(producer, {self._options.topic})
         except BaseException:
-            await client.close(admin)
-            if not self._unsettled:
+            self._is_open = False
+            if not self._sent:
                 await self._give_up()
             raise
-        self._admin = admin
+        self._is_open = True
 
     async def describe(self) -> dict[str, str]:
         """The brokers, what an acceptance means, and the partitions of the one topic."""
-        self._open()
         producer = await self._ready()
-        described = {
-            "server": self._server,
-            "brokers": str(len(producer.client.cluster.brokers())),
-            "durability": "acks all, idempotent"
-            if self._is_idempotent
-            else "acks 1: the leader alone",
+        durability = "acks all, idempotent" if self._is_idempotent else "acks 1: the leader alone"
+        topics = {
+            f"topic {name}": f"{topic.partitions} partitions, {LIMIT_NAME} {topic.limit}"
+            for name, topic in self._topics.items()
         }
-        for name, topic in self._topics.items():
-            described[f"topic {name}"] = (
-                f"{topic.partitions} partitions, {LIMIT_NAME} {topic.limit}"
-            )
-        return described
+        brokers = str(len(producer.client.cluster.brokers()))
+        return {"server": self._server, "brokers": brokers, "durability": durability, **topics}
 
     def subject_of(self, message: RelayMessage) -> str:
         """The topic by template or routing. Raises `MessageRejected` for one that is none."""
@@ -189,7 +153,8 @@ class KafkaSink:
         in flight fails as unknown and the rest as not sent. Raises `DestinationMissing` for a
         topic that is missing, and `Outage`.
         """
-        admin = self._open()
+        if not self._is_open:
+            raise NotConnected("the kafka sink is not connected")
         if not messages:
             return PublishResult()
         if self._options.linger_ms and sum(len(one.payload) for one in messages) < BATCH_BYTES:
@@ -198,36 +163,37 @@ class KafkaSink:
         producer = await self._ready()
         failed: dict[int, RelayError] = {}
         topics = self._topics_of(messages, failed)
-        await self._learn(producer, admin, {topic for topic in topics if topic is not None})
-        sent = self._in_flight(messages)
-        packing = Packing(
-            messages,
-            topics,
-            self._topics,
-            encoder=self._encoder,
-            key_of=self._key_of,
-            compression=self._options.compression,
-            max_request_size=self._options.max_request_size,
-            settled={index for one in sent for index in one.indexes},
-            failed=failed,
-        )
-        # What is sent already is answered before what comes behind it is sent.
-        trouble = await self._wait(sent)
-        while not packing.is_over and trouble is None:
-            for pack in packing.next_chunk(producer.create_batch):
-                if trouble is None:
-                    keys = [messages[index].dedup_key for index in pack.indexes]
-                    trouble = await self._send(producer, pack, keys, sent)
-                if trouble is not None and not any(one.pack is pack for one in sent):
-                    failed.update(dict.fromkeys(pack.indexes, trouble))
-            # Lets requests out before the next ones are made.
-            await asyncio.sleep(0)
-        trouble = await self._wait(sent) or trouble
-        if trouble is not None:
-            settled = {index for one in sent for index in one.indexes}
-            left = [one for one in range(packing.packed, len(messages)) if one not in settled]
-            failed.update(dict.fromkeys(left, trouble))
-        await self._note(sent, trouble, failed)
+        named = {topic for topic in topics if topic is not None}
+        await self._learn(producer, named)
+        trouble = await self._answered(self._sent)
+        stored = {key for one in self._sent if one.is_accepted for key in one.keys}
+        accepted = {at for at, one in enumerate(messages) if one.dedup_key in stored}
+        if trouble is None:
+            if not all(one.is_accepted for one in self._sent):
+                await self._give_up()
+                producer = await self._ready()
+            self._sent.clear()
+            chunks = self._packer.chunks(
+                messages, topics, self._topics, accepted, failed, producer.create_batch
+            )
+            flight: Sequence[_Sent] = ()
+            for packs in chunks:
+                # They were packed while those before them were in flight.
+                trouble = await self._settle(flight, accepted, failed)
+                if trouble is not None:
+                    break
+                flight = await self._send(producer, packs, messages)
+                # Lets requests out before the next ones are packed.
+                await asyncio.sleep(0)
+            else:
+                trouble = await self._settle(flight, accepted, failed)
+            self._sent = [one for one in self._sent if not one.answer.done()]
+        if trouble is None:
+            for topic in named:
+                self._topics[topic].is_searched = False
+        else:
+            rest = set(range(len(messages))) - accepted - failed.keys()
+            failed.update(dict.fromkeys(rest, trouble))
         return PublishResult(
             failures=[
                 Failure(one, error, was_sent=not isinstance(error, HeldBack))
@@ -237,7 +203,7 @@ class KafkaSink:
 
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds."""
-        if self._admin is None or self._producer is None:
+        if not self._is_open or self._producer is None:
             return False
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
@@ -247,42 +213,29 @@ class KafkaSink:
 
     async def aclose(self) -> None:
         """Close within seconds; what was not answered is not waited for."""
-        await self._close_admin()
+        self._is_open = False
         await self._give_up()
-
-    async def _close_admin(self) -> None:
-        admin, self._admin = self._admin, None
-        if admin is not None:
-            await client.close(admin)
-
-    async def _give_up(self) -> None:
-        """Close the producer: what it has not sent, or was not answered, is sent as new."""
-        producer, self._producer = self._producer, None
-        self._unsettled.clear()
-        self._last.clear()
-        self._begun.clear()
-        if producer is not None:
-            await client.close(producer)
-
-    def _open(self) -> AIOKafkaAdminClient:
-        if self._admin is None:
-            raise NotConnected("the kafka sink is not connected")
-        return self._admin
 
     async def _ready(self) -> AIOKafkaProducer:
         """The producer, started where there is none. Raises `Outage`, `AuthenticationRefused`."""
         if self._producer is None:
             compression = self._options.compression
-            producer = AIOKafkaProducer(
-                **client.arguments_of(self._options, "sink", self._name),
+            self._producer = await self._start(
+                AIOKafkaProducer,
+                self._heard,
                 enable_idempotence=self._is_idempotent,
                 acks="all" if self._is_idempotent else 1,
                 compression_type=None if compression == "none" else compression,
                 max_batch_size=BATCH_BYTES,
             )
-            await client.start(producer, self._heard, self._options, "sink")
-            self._producer = producer
         return self._producer
+
+    async def _give_up(self) -> None:
+        """Close the producer: what it was not answered for is sent as new."""
+        producer, self._producer = self._producer, None
+        self._sent.clear()
+        if producer is not None:
+            await client.close(producer)
 
     async def _look_again(self, producer: AIOKafkaProducer) -> None:
         """Ask for all topics: one that is asked for by its name is made where it is missing."""
@@ -312,138 +265,103 @@ class KafkaSink:
             topics.append(topic)
         return topics
 
-    async def _learn(
-        self, producer: AIOKafkaProducer, admin: AIOKafkaAdminClient, topics: set[str]
-    ) -> None:
+    async def _learn(self, producer: AIOKafkaProducer, topics: set[str]) -> None:
         """Know partitions and limits of these topics. Raises `DestinationMissing`, `Outage`."""
         partitions_of = producer.client.cluster.partitions_for_topic
         if not all(map(partitions_of, topics)):
             await self._look_again(producer)
-        oldest = time.monotonic() - _LIMIT_AGE_S
+        now = time.monotonic()
         to_ask = []
         for topic in topics:
-            known = self._topics.get(topic)
-            partitions = len(partitions_of(topic) or ())
+            partitions = partitions_of(topic)
             if not partitions:
                 raise client.topic_missing(topic, self._server)
-            if known is not None:
-                known.partitions = partitions
-            if known is None or known.known_at < oldest:
-                to_ask.append(topic)
-        if not to_ask:
-            return
-        with mapped("asking for the limits of topics"):
-            async with asyncio.timeout(self._timeout_s * 2):
-                limits = await limits_of(admin, to_ask)
-        for topic in to_ask:
-            limit = limits.get(topic, _DEFAULT_TOPIC_LIMIT)
             known = self._topics.get(topic)
+            if known is None or known.known_at < now - _LIMIT_AGE_S:
+                to_ask.append(topic)
+            else:
+                known.partitions = len(partitions)
+        for topic, limit in (await self._limits(to_ask)).items():
+            count, known = len(partitions_of(topic) or (0,)), self._topics.get(topic)
             if known is not None and known.limit == limit:
                 # What the broker has taught of its batches stays true.
-                known.known_at = time.monotonic()
-                continue
-            self._topics[topic] = Topic(
-                len(partitions_of(topic) or (0,)),
-                limit,
-                min(limit, self._options.max_request_size, BATCH_BYTES),
-                time.monotonic(),
-            )
+                known.partitions, known.known_at = count, now
+            else:
+                most = min(limit, self._options.max_request_size, BATCH_BYTES)
+                self._topics[topic] = Topic(count, limit, most, now)
 
-    def _in_flight(self, messages: Sequence[RelayMessage]) -> list[_Sent]:
-        """What an earlier publish has sent of these messages, in the order in which it was."""
-        found: list[_Sent] = []
-        for index, message in enumerate(messages if self._unsettled else ()):
-            one = self._unsettled.get(message.dedup_key)
-            if one is None:
-                continue
-            if one not in found:
-                found.append(one)
-                one.indexes = []
-            one.indexes.append(index)
-        return found
+    async def _limits(self, topics: Sequence[str]) -> dict[str, int]:
+        """The most bytes of a batch of each topic."""
+        if not topics:
+            return {}
+        admin = await self._start(AIOKafkaAdminClient, client.Heard(self._options))
+        try:
+            with mapped("asking for the limits of topics"):
+                async with asyncio.timeout(self._timeout_s):
+                    limits = await limits_of(admin, topics)
+        finally:
+            await client.close(admin)
+        return {topic: limits.get(topic, _DEFAULT_TOPIC_LIMIT) for topic in topics}
 
     async def _send(
-        self, producer: AIOKafkaProducer, pack: Pack, keys: Sequence[str], sent: list[_Sent]
-    ) -> RelayError | None:
-        """Queue one batch behind the others of its partition; what keeps it from that."""
-        last = self._last.get(pack.slot)
-        trouble = None
-        if last is not None and (self._waits_for_each or pack.slot not in self._begun):
-            # Of a producer that is new to a partition a broker takes any number: a second batch
-            # would be stored although the first is lost.
-            trouble = await self._wait([last])
-        if trouble is not None:
-            return trouble
-        if any(one.error is not None for one in sent):
-            return HeldBack("what was sent before was not accepted; this is sent again")
-
-        async def queue() -> None:
+        self, producer: AIOKafkaProducer, packs: Sequence[Pack], messages: Sequence[RelayMessage]
+    ) -> Sequence[_Sent]:
+        """Hand batches, one of a partition, to the producer, which has none of these partitions."""
+        flight = []
+        for pack in packs:
             topic, partition = pack.slot
-            answer = await producer.send_batch(pack.builder, topic, partition=partition)
-            one = _Sent(pack, keys, answer, pack.indexes)
-            answer.add_done_callback(answered)
-            self._last[pack.slot] = one
-            self._unsettled.update(dict.fromkeys(keys, one))
-            sent.append(one)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await producer.send_batch(pack.builder, topic, partition=partition)
+            except (KafkaError, TimeoutError, AssertionError) as error:
+                answer = asyncio.get_running_loop().create_future()
+                answer.set_exception(error)
+            # An answer that nobody waits for any more is no error of the program.
+            answer.add_done_callback(lambda one: one.exception())
+            keys = [messages[index].dedup_key for index in pack.indexes]
+            flight.append(_Sent(pack, keys, answer))
+            self._sent.append(flight[-1])
+        return flight
 
-        def answered(answer: asyncio.Future[Any]) -> None:
-            if answer.exception() is None:
-                self._begun.add(pack.slot)
+    async def _answered(self, flight: Sequence[_Sent]) -> RelayError | None:
+        """Wait until all are answered; what keeps us from that.
 
-        return await self._bounded(queue())
-
-    async def _wait(self, sent: Iterable[_Sent]) -> RelayError | None:
-        """Wait until all are answered; what keeps us from that."""
-        pending = [one.answer for one in sent if not one.answer.done()]
-        return await self._bounded(asyncio.wait(pending)) if pending else None
-
-    async def _bounded(self, work: Coroutine[Any, Any, object]) -> RelayError | None:
-        """Wait for it no longer than for an answer, nor when brokers can't be reached."""
-        tasks = doing, _ = asyncio.create_task(work), asyncio.create_task(self._heard.is_any.wait())
+        No longer than for one answer, nor when brokers can't be reached.
+        """
+        pending = [one.answer for one in flight if not one.answer.done()]
+        if not pending:
+            return None
         try:
-            await asyncio.wait(tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        if doing.cancelled():
+            async with self._heard.bound(self._timeout_s):
+                await asyncio.wait(pending)
+        except TimeoutError:
             return self._heard.trouble or TimedOut("sending records: no answer in time")
-        error = doing.exception()
-        return (
-            None if error is None else of_exception(error, "sending records") or Outage(str(error))
-        )
+        return None
 
-    async def _note(
-        self, sent: Sequence[_Sent], trouble: RelayError | None, failed: dict[int, RelayError]
-    ) -> None:
-        """What became of the messages of these batches, and whether the producer can go on."""
-        refused: set[tuple[str, int]] = set()
-        is_spent = False
-        for name in {one.pack.slot[0] for one in sent}:
-            if all(one.error is None for one in sent if one.pack.slot[0] == name):
-                self._topics[name].is_searched = False
-        for one in sent:
+    async def _settle(
+        self, flight: Sequence[_Sent], accepted: set[int], failed: dict[int, RelayError]
+    ) -> RelayError | None:
+        """Wait for these batches, and note what became of them; why nothing more may be sent."""
+        unanswered = trouble = await self._answered(flight)
+        is_refused = False
+        for one in flight:
             error = one.error
-            if not one.answer.done():
-                one.waits += 1
-                is_spent |= one.waits >= _MOST_WAITS and self._heard.trouble is None
-                error = trouble
-            is_spent |= error is not None and one.answer.done()
-            if error is None:
-                continue
-            if one.pack.slot in refused:
-                error = HeldBack(f"{error.problem}; what was sent before it was refused")
-            elif error.kind is ErrorKind.MESSAGE:
-                refused.add(one.pack.slot)
-                if len(one.keys) > 1:
+            if one.is_accepted:
+                accepted.update(one.pack.indexes)
+            elif error is not None:
+                is_refused = True
+                if error.kind is ErrorKind.MESSAGE and len(one.keys) > 1:
                     error = self._search(one.pack, error)
-            failed.update(dict.fromkeys(one.indexes, error))
-        self._unsettled = {
-            key: one for key, one in self._unsettled.items() if not one.answer.done()
-        }
-        if is_spent and self._is_idempotent:
-            # The numbers of a partition have a gap now, or nobody knows.
+                failed.update(dict.fromkeys(one.pack.indexes, error))
+                if error.kind is ErrorKind.MESSAGE:
+                    error = HeldBack(f"{error.problem}; what was sent before it was refused")
+                trouble = trouble or error
+            elif unanswered is not None:
+                failed.update(dict.fromkeys(one.pack.indexes, unanswered))
+        if is_refused and self._is_idempotent:
+            # The numbers of a partition have a gap now.
             await self._give_up()
+        return trouble
 
     def _search(self, pack: Pack, error: RelayError) -> Outage:
         """The broker refuses a batch, for a message that it does not name."""
@@ -466,19 +384,3 @@ async def limits_of(admin: AIOKafkaAdminClient, topics: Sequence[str]) -> dict[s
         for name, value, *_ in entries
         if code == 0 and name == LIMIT_NAME and str(value).isdecimal()
     }
-
-
-def _topic_template(options: KafkaSinkOptions) -> str:
-    if (options.topic is None) == (options.topic_template is None):
-        raise ConfigurationError(
-            "sink needs topic or topic_template, and not both",
-            remedy="topic is one topic for all, topic_template may name {stream_table} and more",
-        )
-    if options.topic is not None:
-        if "{" in options.topic or "}" in options.topic:
-            raise ConfigurationError(
-                f"sink.topic {options.topic!r} has a brace", remedy="write it as topic_template"
-            )
-        return options.topic
-    assert options.topic_template is not None, "one of the two"  # noqa: S101 - for the type checker
-    return options.topic_template

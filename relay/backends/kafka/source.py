@@ -7,9 +7,8 @@ import contextlib
 import logging
 import re
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -17,12 +16,7 @@ from aiokafka import errors as driver
 
 from relay.backends.kafka import client
 from relay.backends.kafka.errors import mapped, of_exception
-from relay.backends.kafka.options import (
-    KafkaSourceOptions,
-    addresses_of,
-    check_at_least,
-    check_connection,
-)
+from relay.backends.kafka.options import KafkaSourceOptions, check_connection
 from relay.backends.kafka.record import decoded, position_key
 from relay.backends.kafka.topic import check_names
 from relay.context import BackendContext
@@ -63,21 +57,28 @@ _EMPTIED = "Control batch did not contain any records"
 
 
 class _Position(msgspec.Struct, eq=False):
-    """What one batch holds: by partition its first offset and the one behind its last."""
+    """What one batch holds: by partition its first offset and the one behind its last.
 
-    opening: int
+    ``lost``: why it is not ours any more.
+    """
+
     ranges: Mapping[TopicPartition, tuple[int, int]]
-    is_lost: bool = False
+    lost: RelayError | None = None
 
 
-class _Page(msgspec.Struct):
-    """Records of one partition from ``at`` on; before them is ``start``, behind them ``behind``."""
+class _Unreadable(msgspec.Struct, frozen=True):
+    """In the place of a record that the client can't read."""
+
+    offset: int
+    rejected: Rejected
+
+
+class _Page(NamedTuple):
+    """Fetched records of one partition, one at least; behind them is ``behind``."""
 
     partition: TopicPartition
     records: Sequence[Any]
     behind: int
-    start: int = 0
-    at: int = 0
 
 
 class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped in the library
@@ -86,43 +87,29 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
     The client keeps the membership and fetches. What goes wrong there is raised by the next poll.
     """
 
-    def __init__(
-        self,
-        options: KafkaSourceOptions,
-        *,
-        topics: Sequence[str],
-        pipeline: str,
-        batch_size: int,
-        batch_bytes: int,
-    ) -> None:
+    def __init__(self, options: KafkaSourceOptions, context: BackendContext) -> None:
         self._options = options
-        self._topics = topics
+        self._context = context
+        self._topics = [options.topic] if isinstance(options.topic, str) else list(options.topic)
+        check_names("source.topic", self._topics)
         # A topic that is subscribed to by its name is made where it is missing.
-        self._pattern = f"^(?:{'|'.join(map(re.escape, topics))})$"
-        self._pipeline = pipeline
-        self._group = options.group_id or pipeline
+        self._pattern = f"^(?:{'|'.join(map(re.escape, self._topics))})$"
+        self._group = options.group_id or context.pipeline
         instance = options.group_instance_id
-        self._instance = (pipeline if instance is None else instance) or None
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
+        self._instance = (context.pipeline if instance is None else instance) or None
         self._timeout_s = options.request_timeout_ms / 1000
-        self._server = ",".join(map(str, addresses_of(options, "source")))
+        self._server = client.server_of(options, "source")
         self._consumer: AIOKafkaConsumer | None = None
         self._heard = client.Heard(options)
-        self._opening = 0
         self._trouble: RelayError | None = None
-        # Where the next records of each partition begin, and where its log ends.
-        self._positions: dict[TopicPartition, int] = {}
-        self._ends: dict[TopicPartition, int] = {}
-        # When each partition was last answered for, by the client's clock and by ours.
-        self._answered: dict[TopicPartition, tuple[int | None, float]] = {}
-        self._counted = 0
-        self._is_assigned = False
-        self._is_rebalancing = False
+        # Nothing is fetched in a rebalance; while joining, to see what keeps us from it.
+        self._state: Literal["joining", "rebalancing", "assigned"] = "joining"
         self._is_joining_again = False
+        # How many partitions the topics had when ours were assigned.
+        self._counted = 0
         self._coordination: asyncio.Task[Any] | None = None
         self._fetching: asyncio.Task[list[_Page]] | None = None
-        self._pages: deque[_Page] = deque()
+        self._busy_at = 0.0
         # Partitions of which one has a record that the client can't read.
         self._suspects: list[TopicPartition] = []
         self._in_flight: list[_Position] = []
@@ -136,24 +123,9 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, KafkaSourceOptions, path="source")
         check_connection(parsed, "source")
-        topics = [parsed.topic] if isinstance(parsed.topic, str) else list(parsed.topic)
-        check_names("source.topic", topics)
-        check_at_least(
-            "source",
-            1,
-            session_timeout_ms=parsed.session_timeout_ms,
-            rebalance_timeout_ms=parsed.rebalance_timeout_ms,
-            fetch_max_bytes=parsed.fetch_max_bytes,
-        )
         if parsed.group_id == "":
             raise ConfigurationError("source.group_id is empty", remedy="leave it out, or name it")
-        return cls(
-            parsed,
-            topics=topics,
-            pipeline=context.pipeline,
-            batch_size=context.batch_size,
-            batch_bytes=context.batch_bytes,
-        )
+        return cls(parsed, context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -167,11 +139,9 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         topic that is missing, `PositionLost`, `Outage`, `AuthenticationRefused`.
         """
         await self._close()
-        self._opening += 1
         self._heard = client.Heard(self._options)
-        consumer = self._consumer = self._new_consumer()
+        consumer = self._consumer = await self._started()
         try:
-            await client.start(consumer, self._heard, self._options, "source")
             with mapped(f"asking for topics at {self._server}"):
                 async with asyncio.timeout(self._timeout_s):
                     there = await consumer.topics()
@@ -180,11 +150,10 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
                     raise client.topic_missing(topic, self._server)
             consumer.subscribe(pattern=self._pattern, listener=self)
             deadline = time.monotonic() + _ASSIGNMENT_WAIT_S
-            while not (self._is_assigned or self._is_interrupted):
-                self._take_in()
-                self._open()
-                if not await self._woken(consumer, deadline):
+            while self._state != "assigned" and not self._is_interrupted:
+                if not await self._woken(deadline):
                     break
+                self._taken()
             self._open()
         except BaseException:
             await self._close()
@@ -196,8 +165,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         return {
             "server": self._server,
             "group": self._group,
-            "partitions": f"{len(self._positions)} of {self._count(consumer)}",
-            "state": "assigned" if self._is_assigned else "rebalancing",
+            "partitions": f"{len(consumer.assignment())} of {self._count(consumer)}",
+            "state": "assigned" if self._state == "assigned" else "rebalancing",
         }
 
     async def poll(self) -> Batch:
@@ -207,18 +176,16 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         `Outage`, `OwnershipLost`, `PositionLost`.
         """
         deadline = time.monotonic() + _POLL_S
-        while True:
-            consumer = self._open()
-            self._take_in()
-            if self._pages or self._is_interrupted or self._trouble is not None:
-                break
-            if not await self._woken(consumer, deadline):
+        while not (pages := self._taken()) and not self._is_interrupted:
+            if not await self._woken(deadline):
                 break
         consumer = self._open()
-        if not self._pages and not self._is_interrupted:
-            self._look_around(consumer)
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        return await self._batch(consumer, was_cut_short=was_cut_short)
+        if pages:
+            self._busy_at = time.monotonic()
+        elif not was_cut_short:
+            self._look_around(consumer)
+        return await self._batch(consumer, pages, was_cut_short=was_cut_short)
 
     def interrupt(self) -> None:
         """Make the waiting poll, or the next one, return at once."""
@@ -235,16 +202,16 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         try:
             with mapped(f"committing offsets of the group {self._group!r}"):
                 async with asyncio.timeout(self._timeout_s), self._committing:
-                    await self._check_generation(consumer, list(offsets))
+                    await self._check_generation(consumer, offsets)
                     await consumer.commit(offsets)
         except OwnershipLost as error:
             self._fail(error)
-            self._release()
+            self._release(error)
             raise
         self._settle(position)
 
     async def _check_generation(
-        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+        self, consumer: AIOKafkaConsumer, partitions: Mapping[TopicPartition, int]
     ) -> None:
         """Raise `OwnershipLost` where a topic was deleted and created again while nobody looked.
 
@@ -266,20 +233,21 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         self._position(batch)
 
     async def reject(self, batch: Batch) -> None:
-        """Give back this batch and all that came after it, so that the order stays.
+        """Hand out this batch again, and all that came after it, so that the order stays.
 
-        The next poll hands it out again. To acknowledge or reject a later batch that is in flight
-        does nothing more.
+        To acknowledge or reject a later batch that is in flight does nothing more.
         """
         position, consumer = batch.position, self._consumer
-        if not isinstance(position, _Position) or position not in self._in_flight:
+        if position not in self._in_flight or consumer is None:
             return
-        self._take_in()
-        for one in self._in_flight[self._in_flight.index(position) :]:
-            for partition, (first, _) in one.ranges.items():
-                if consumer is not None and self._positions.get(partition, first) > first:
-                    self._go_to(consumer, partition, first)
+        # Of each partition the earliest: what is set later in this order was handed out before.
+        back = {page.partition: page.records[0].offset for page in self._taken()}
+        self._drop_fetched()
+        for one in reversed(self._in_flight[self._in_flight.index(position) :]):
+            back |= {partition: first for partition, (first, _) in one.ranges.items()}
             self._settle(one)
+        for partition in back.keys() & consumer.assignment():
+            consumer.seek(partition, back[partition])
 
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds and nothing has ended the membership."""
@@ -300,15 +268,20 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         """
         await self._close()
 
-    def _new_consumer(self) -> AIOKafkaConsumer:
+    async def _started(self) -> AIOKafkaConsumer:
         options = self._options
-        arguments = client.arguments_of(options, "source", f"pgtrickle-relay-{self._pipeline}")
         # Joining takes as long as the others need to finish; all else is bounded here.
         slowest_ms = max(options.rebalance_timeout_ms, options.session_timeout_ms)
-        arguments["request_timeout_ms"] = max(options.request_timeout_ms, slowest_ms + _MARGIN_MS)
         shortest_ms = min(options.session_timeout_ms, options.rebalance_timeout_ms)
-        return AIOKafkaConsumer(
-            **arguments,
+        # What a batch has no room for is fetched again.
+        fetch_bytes = min(options.fetch_max_bytes, self._context.batch_bytes)
+        return await client.started(
+            options,
+            "source",
+            f"pgtrickle-relay-{self._context.pipeline}",
+            AIOKafkaConsumer,
+            self._heard,
+            request_timeout_ms=max(options.request_timeout_ms, slowest_ms + _MARGIN_MS),
             group_id=self._group,
             group_instance_id=self._instance,
             enable_auto_commit=False,
@@ -319,8 +292,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
             heartbeat_interval_ms=min(_LONGEST_HEARTBEAT_MS, max(1, shortest_ms // 3)),
             max_poll_interval_ms=_NEVER_MS,
             fetch_max_wait_ms=_FETCH_WAIT_MS,
-            fetch_max_bytes=options.fetch_max_bytes,
-            max_partition_fetch_bytes=min(options.fetch_max_bytes, _PARTITION_FETCH_BYTES),
+            fetch_max_bytes=fetch_bytes,
+            max_partition_fetch_bytes=min(fetch_bytes, _PARTITION_FETCH_BYTES),
         )
 
     async def _close(self) -> None:
@@ -330,8 +303,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         if coordination is not None and not coordination.done():
             coordination.cancel()
             await asyncio.wait({coordination})
-        self._release()
-        self._is_rebalancing = self._is_joining_again = False
+        self._release(NotConnected("this batch was handed out before the source was opened again"))
+        self._state, self._is_joining_again = "joining", False
         self._trouble = None
         self._counted = 0
         if consumer is not None:
@@ -346,41 +319,42 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         return self._consumer
 
     def _position(self, batch: Batch) -> _Position:
-        """The position of a batch that is ours. Raises `NotConnected`, `OwnershipLost`."""
+        """The position of a batch that is ours. Raises why it is not any more."""
         position = batch.position
-        if not isinstance(position, _Position) or position.opening != self._opening:
-            raise NotConnected("this batch was handed out before the source was opened again")
-        if position.is_lost:
-            raise OwnershipLost("the partitions of this batch went to another member of the group")
+        if not isinstance(position, _Position):
+            raise NotConnected("this batch is of another source")
+        if position.lost is not None:
+            raise position.lost
         return position
 
     def _settle(self, position: _Position) -> None:
-        if position in self._in_flight:
-            self._in_flight.remove(position)
+        self._in_flight.remove(position)
         if not self._in_flight:
             self._all_in.set()
 
-    def _fail(self, error: RelayError) -> None:
-        self._trouble = self._trouble or error
+    def _fail(self, error: BaseException) -> None:
+        """Keep what ends the membership or a fetch, for the next poll."""
+        doing = f"reading from Kafka at {self._server}"
+        ours = of_exception(error, doing)
+        if ours is None:
+            _log.error("unexpected error", exc_info=error)
+            ours = Outage(f"{doing}: unexpected {type(error).__name__}")
+        self._trouble = self._trouble or ours
         self._wake.set()
 
-    def _take_back(self) -> None:
-        """Hand out nothing more: what was fetched comes again."""
-        self._is_assigned = False
+    def _drop_fetched(self) -> None:
+        """Forget what was fetched and not handed out; a fetch that waits has nothing yet."""
         self._suspects = []
-        self._pages.clear()
         if self._fetching is not None:
             self._fetching.cancel()
             self._fetching = None
 
-    def _release(self) -> None:
-        """Forget all partitions; what is still in flight is lost."""
-        self._take_back()
+    def _release(self, why: RelayError) -> None:
+        """What is still in flight is lost, and what was fetched comes again."""
+        self._drop_fetched()
         for position in tuple(self._in_flight):
-            position.is_lost = True
+            position.lost = why
             self._settle(position)
-        self._positions.clear()
-        self._ends.clear()
 
     # Membership: called by the client, in the task that keeps it
 
@@ -390,12 +364,10 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         The client joins again when this returns. A task that is cancelled in here joins no more.
         """
         consumer = self._member()
-        self._is_rebalancing = True
-        self._take_back()
         end = None if self._is_joining_again else await self._end_of(consumer, revoked)
         if end is not None:
             self._fail(end)
-            self._release()
+            self._release(end)
             raise asyncio.CancelledError
         self._all_in.clear()
         if self._in_flight:
@@ -403,30 +375,30 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
                 bound_s = self._options.rebalance_timeout_ms / 1000 * _DRAIN_SHARE
                 async with asyncio.timeout(bound_s):
                     await self._all_in.wait()
-        self._release()
-        self._is_rebalancing = False
+        self._release(OwnershipLost("the partitions of this batch went to another member"))
+        self._state = "joining"
         if self._trouble is not None:
             raise asyncio.CancelledError
 
     def _member(self) -> AIOKafkaConsumer:
-        """The client, of whose coordination this is the task."""
+        """The client, of whose coordination this is the task; nothing more is handed out."""
         if self._consumer is None:
             raise asyncio.CancelledError
         self._coordination = asyncio.current_task()
+        self._state = "rebalancing"
+        self._drop_fetched()
         return self._consumer
 
     async def _end_of(
         self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]
     ) -> RelayError | None:
         """Why we are no member any more: then even what is committed already can't be committed."""
-        ours = next(iter(partitions & self._positions.keys()), None)
-        if ours is None:
-            return None
         try:
             async with asyncio.timeout(self._timeout_s), self._committing:
-                at = await consumer.committed(ours)
-                if at is not None:
-                    await consumer.commit({ours: at})
+                for one in list(partitions)[:1]:
+                    at = await consumer.committed(one)
+                    if at is not None:
+                        await consumer.commit({one: at})
         except driver.CommitFailedError as error:
             if not isinstance(error.__cause__, driver.RebalanceInProgressError):
                 return OwnershipLost("another member has taken our place in the group")
@@ -439,29 +411,28 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Take over what is ours now."""
         consumer = self._member()
-        self._is_rebalancing = True
-        self._take_back()
         if self._is_joining_again:
             self._is_joining_again = False
             consumer.subscribe(pattern=self._pattern, listener=self)
             return
         try:
-            with mapped(f"taking over partitions in the group {self._group!r}"):
-                async with asyncio.timeout(self._timeout_s):
-                    await self._take_over(consumer, sorted(assigned))
-                    has_new = await self._has_partitions_of_nobody(consumer)
-        except RelayError as error:
+            async with asyncio.timeout(self._timeout_s):
+                await self._take_over(consumer, sorted(assigned))
+                has_new = await self._has_partitions_of_nobody(consumer, assigned)
+        except Exception as error:  # noqa: BLE001 - the client would only log it
             self._fail(error)
-            has_new = False
+            return
         self._counted = self._count(consumer)
-        self._is_rebalancing = False
         if has_new:
             self._join_again(consumer)
             return
-        self._is_assigned = True
+        self._busy_at = time.monotonic()
+        self._state = "assigned"
         self._wake.set()
 
-    async def _has_partitions_of_nobody(self, consumer: AIOKafkaConsumer) -> bool:
+    async def _has_partitions_of_nobody(
+        self, consumer: AIOKafkaConsumer, ours: set[TopicPartition]
+    ) -> bool:
         """Whether partitions came before we took the place of the member that shares them.
 
         The group does not tell who takes that place, and they would stay nobody's. What a member
@@ -474,12 +445,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
             for topic in self._topics
             for number in consumer.partitions_for_topic(topic) or ()
         }
-        return None in await asyncio.gather(*map(consumer.committed, all_ - self._positions.keys()))
+        return None in await asyncio.gather(*map(consumer.committed, all_ - ours))
 
     def _join_again(self, consumer: AIOKafkaConsumer) -> None:
         """Make the group rebalance: the client joins again when its topics change."""
-        self._take_back()
-        self._is_joining_again = self._is_rebalancing = True
+        self._drop_fetched()
+        self._is_joining_again, self._state = True, "rebalancing"
         consumer.subscribe(pattern=_NOTHING, listener=self)
 
     async def _take_over(
@@ -491,24 +462,20 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         acknowledged. Raises `PositionLost`.
         """
         committed = await asyncio.gather(*map(consumer.committed, partitions))
-        earliest = await consumer.beginning_offsets(partitions) if partitions else {}
-        latest = await consumer.end_offsets(partitions) if partitions else {}
-        starts: dict[TopicPartition, int] = {}
-        for one, at in zip(partitions, committed, strict=True):
+        earliest = await consumer.beginning_offsets(partitions)
+        latest = await consumer.end_offsets(partitions)
+        positions: dict[TopicPartition, int | None] = dict(zip(partitions, committed, strict=True))
+        starts = {}
+        for one, at in positions.items():
             if at is None:
                 is_earliest = self._options.auto_offset_reset == "earliest"
                 starts[one] = earliest[one] if is_earliest else latest[one]
             elif not earliest[one] <= at <= latest[one]:
                 starts[one] = self._instead_of(one, at, earliest[one], latest[one])
-            else:
-                self._positions[one] = at
         if starts:
             await consumer.commit(starts)
-        self._positions |= starts
-        self._ends.update(latest)
-        self._answered.clear()
-        for one in partitions:
-            consumer.seek(one, self._positions[one])
+        for one, at in (positions | starts).items():
+            consumer.seek(one, at)
 
     def _instead_of(self, partition: TopicPartition, at: int, earliest: int, latest: int) -> int:
         """Where to go on when the position is not in the log. Raises `PositionLost`."""
@@ -529,19 +496,20 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
             "%s; going on at %s, as on_position_lost says",
             found,
             instead,
-            extra={"pipeline": self._pipeline},
+            extra={"pipeline": self._context.pipeline},
         )
         return instead
 
     # Fetching
 
-    async def _woken(self, consumer: AIOKafkaConsumer, deadline: float) -> bool:
+    async def _woken(self, deadline: float) -> bool:
         """Fetch, and wait until something happens; False when the time is over."""
+        consumer = self._open()
         self._wake.clear()
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return False
-        if self._fetching is None and not self._is_rebalancing and self._trouble is None:
+        if self._fetching is None and self._state != "rebalancing":
             self._fetching = asyncio.create_task(self._fetch(consumer))
             self._fetching.add_done_callback(lambda _: self._wake.set())
         with contextlib.suppress(TimeoutError):
@@ -550,110 +518,76 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         return True
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> list[_Page]:
-        """The next records; whoever is interrupted meanwhile gets them later.
+        """The next records; who is interrupted meanwhile gets them later.
 
         A record that the client can't read it would come to again and again. Such a one is looked
-        for record by record, passed, and named.
+        for record by record in the partitions that have any, passed, and named.
         """
-        careful = {"timeout_ms": _FETCH_WAIT_MS // 4, "max_records": 1}
-        swift = {"timeout_ms": int(_POLL_S * 1000), "max_records": self._batch_size}
-        pages: list[_Page] = []
-        for suspect in self._suspects or [None]:
-            at = 0 if suspect is None else await consumer.position(suspect)
-            try:
-                if suspect is None:
-                    found = await consumer.getmany(**swift)
-                else:
-                    found = await consumer.getmany(suspect, **careful)
-            except driver.OffsetOutOfRangeError as error:
-                self._seek_all(consumer)
-                for partition in error.args[0]:
-                    await self._find_place(consumer, partition)
-                return []
-            except (driver.KafkaError, UnicodeDecodeError) as error:
-                if not isinstance(error, UnicodeDecodeError) and _EMPTIED not in str(error):
-                    raise
-                if suspect is None:
-                    # What was read of other partitions went with it.
-                    self._seek_all(consumer)
-                    self._suspects = list(self._positions)
-                    return []
+        suspect = self._suspects[0] if self._suspects else None
+        others = self._suspects[1:]
+        began = {one: await consumer.position(one) for one in consumer.assignment()}
+        bounds = {"timeout_ms": int(_POLL_S * 1000), "max_records": self._context.batch_size}
+        try:
+            if suspect is None:
+                found = await consumer.getmany(**bounds)
+            else:
+                found = await consumer.getmany(suspect, **bounds | {"max_records": 1})
+        except driver.OffsetOutOfRangeError as error:
+            await self._take_over(consumer, list(error.args[0]))
+            raise Outage("the position was not in the log any more") from error
+        except (driver.KafkaError, UnicodeDecodeError) as error:
+            if not isinstance(error, UnicodeDecodeError) and _EMPTIED not in str(error):
+                raise
+            if suspect is not None:
+                at = began[suspect]
                 consumer.seek(suspect, at + 1)
                 self._suspects = [suspect]
-                return [*pages, _Page(suspect, [_unreadable(suspect, at, error)], at + 1)]
-            for one, records in found.items():
-                pages.append(_Page(one, records, await consumer.position(one)))
-        if len(self._suspects) == 1 or not pages:
-            self._suspects = []
-        return pages
+                return [_Page(suspect, [_unreadable(suspect, at, error)], at + 1)]
+            # What was read of other partitions went with it.
+            for one, at in began.items():
+                consumer.seek(one, at)
+            self._suspects = [one for one, at in began.items() if consumer.highwater(one) > at]
+            return []
+        # Where but one is left, it has just shown that it can be read again.
+        self._suspects = [*others, suspect] if others and found else others
+        return [_Page(one, page, await consumer.position(one)) for one, page in found.items()]
 
-    async def _find_place(self, consumer: AIOKafkaConsumer, partition: TopicPartition) -> None:
-        """Go on elsewhere where the next records are not in the log. Raises `PositionLost`."""
-        offset = self._positions.get(partition, -1)
-        with mapped(f"asking for offsets at {self._server}"):
-            async with asyncio.timeout(self._timeout_s):
-                first = (await consumer.beginning_offsets([partition]))[partition]
-                end = (await consumer.end_offsets([partition]))[partition]
-        if not first <= offset <= end and self._positions.get(partition, -1) == offset >= 0:
-            self._positions[partition] = self._instead_of(partition, offset, first, end)
-            self._ends[partition] = end
-            consumer.seek(partition, self._positions[partition])
-
-    def _seek_all(self, consumer: AIOKafkaConsumer) -> None:
-        for one, at in self._positions.items():
-            consumer.seek(one, at)
-
-    def _take_in(self) -> None:
-        """Buffer what a fetch has brought, or keep what ended it."""
+    def _taken(self) -> Sequence[_Page]:
+        """What a fetch has brought; what ended it is kept."""
         task = self._fetching
         if task is None or not task.done():
-            return
+            return ()
         self._fetching = None
         if task.cancelled():
-            return
+            return ()
         error = task.exception()
-        if error is not None:
-            doing = f"reading from Kafka at {self._server}"
-            ours = of_exception(error, doing)
-            if _OF_OTHER_TOPICS in str(error):
-                # Who takes a static member's place gets its partitions, of whatever topics.
-                ours = Outage(
-                    f"the member {self._instance!r} of the group {self._group!r} read other topics",
-                    remedy="its place is taken when its session is over",
-                    retry_after_s=self._options.session_timeout_ms / 1000 + 1,
-                )
-            if ours is None:
-                _log.error("unexpected error", exc_info=error)
-                ours = Outage(f"{doing}: unexpected {type(error).__name__}")
-            self._fail(ours)
-            return
-        for page in task.result():
-            page.start = self._positions[page.partition]
-            self._positions[page.partition] = page.behind
-            self._pages.append(page)
-
-    def _go_to(self, consumer: AIOKafkaConsumer, partition: TopicPartition, offset: int) -> None:
-        """Fetch this partition from there again."""
-        self._positions[partition] = offset
-        self._pages = deque(page for page in self._pages if page.partition != partition)
-        consumer.seek(partition, offset)
+        if error is None:
+            return task.result()
+        if _OF_OTHER_TOPICS in str(error):
+            # Who takes a static member's place gets its partitions, of whatever topics.
+            error = Outage(
+                f"the member {self._instance!r} of the group {self._group!r} read other topics",
+                remedy="its place is taken when its session is over",
+                retry_after_s=self._options.session_timeout_ms / 1000 + 1,
+            )
+        self._fail(error)
+        return ()
 
     def _look_around(self, consumer: AIOKafkaConsumer) -> None:
-        """What an idle poll looks at. Raises `Outage` for a silent broker and a topic that is gone.
+        """What an idle poll looks at. Raises `TimedOut` for a broker that is silent.
 
         Where partitions have been added the group rebalances.
         """
-        if not self._is_assigned:
+        if self._state != "assigned":
             return
-        now = time.monotonic()
         longest_s = self._timeout_s + 2 * _FETCH_WAIT_MS / 1000
-        for one in consumer.assignment():
-            stamp = consumer.last_poll_timestamp(one)
-            before, since = self._answered.get(one, (-1, now))
-            if stamp != before:
-                self._answered[one] = (stamp, now)
-            elif now - since > longest_s:
-                raise TimedOut(f"reading from {one.topic!r}, partition {one.partition}: no answer")
+        if time.monotonic() - self._busy_at > longest_s:
+            oldest_ms = (time.time() - longest_s) * 1000
+            for one in consumer.assignment():
+                if (consumer.last_poll_timestamp(one) or 0) < oldest_ms:
+                    raise TimedOut(
+                        f"reading from {one.topic!r}, partition {one.partition}: no answer"
+                    )
         if self._count(consumer) != self._counted and not self._in_flight:
             self._counted = self._count(consumer)
             self._join_again(consumer)
@@ -664,38 +598,35 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
 
     # Batches
 
-    async def _batch(self, consumer: AIOKafkaConsumer, *, was_cut_short: bool) -> Batch:
+    async def _batch(
+        self, consumer: AIOKafkaConsumer, pages: Sequence[_Page], *, was_cut_short: bool
+    ) -> Batch:
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
         ranges: dict[TopicPartition, tuple[int, int]] = {}
-        count, size = self._batch_size, 0
-        while self._pages and count > 0 and size < self._batch_bytes:
-            page = self._pages[0]
-            topic, number = page.partition
-            first = page.records[page.at].offset if page.at else page.start
-            for record in page.records[page.at : page.at + count]:
-                one = record if isinstance(record, Rejected) else decoded(record, topic, number)
+        size = 0
+        for partition, records, behind in pages:
+            first = records[0].offset
+            for record in records:
+                if size >= self._context.batch_bytes:
+                    # The rest comes again.
+                    behind = record.offset
+                    consumer.seek(partition, behind)
+                    break
+                one = record.rejected if isinstance(record, _Unreadable) else decoded(record)
                 if isinstance(one, Rejected):
                     rejected.append(one)
                     size += len(one.message.payload)
                 else:
                     messages.append(one)
                     size += len(one.payload)
-                page.at += 1
-                count -= 1
-                if size >= self._batch_bytes:
-                    break
-            is_used_up = page.at == len(page.records)
-            behind = page.behind if is_used_up else page.records[page.at].offset
-            ranges[page.partition] = (ranges.get(page.partition, (first,))[0], behind)
-            if is_used_up:
-                self._pages.popleft()
+            if behind > first:
+                ranges[partition] = first, behind
         is_end = not was_cut_short and await self._is_at_end(consumer)
         if not ranges:
             return Batch(is_end_of_backlog=is_end)
-        position = _Position(self._opening, ranges)
+        position = _Position(ranges)
         self._in_flight.append(position)
-        self._all_in.clear()
         return Batch(
             messages=messages,
             rejected=rejected,
@@ -706,24 +637,25 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
 
     async def _is_at_end(self, consumer: AIOKafkaConsumer) -> bool:
         """Whether the client has read all that there is of every partition."""
-        if self._pages or not self._is_assigned:
+        if self._state != "assigned":
             return False
         is_committed = self._options.isolation_level == "read_committed"
-        for one in consumer.assignment() & self._positions.keys():
-            end = consumer.last_stable_offset(one) if is_committed else consumer.highwater(one)
-            if await consumer.position(one) < (self._ends[one] if end is None or end < 0 else end):
+        end_of = consumer.last_stable_offset if is_committed else consumer.highwater
+        for one in consumer.assignment():
+            end = end_of(one)
+            if end is None or await consumer.position(one) < end:
                 return False
         return True
 
 
-def _unreadable(partition: TopicPartition, offset: int, error: Exception) -> Rejected:
+def _unreadable(partition: TopicPartition, offset: int, error: Exception) -> _Unreadable:
     topic, number = partition
     why = "a header's name is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
     problem = f"record {offset} of {topic!r}, partition {number}, can't be read: {why}"
     message = RelayMessage(
         dedup_key=position_key(topic, number, offset), payload=b"", subject=topic
     )
-    return Rejected(message, MessageUndecodable(problem))
+    return _Unreadable(offset, Rejected(message, MessageUndecodable(problem)))
 
 
 def _checkpoint(ranges: Mapping[TopicPartition, tuple[int, int]]) -> str:

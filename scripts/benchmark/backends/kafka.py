@@ -131,7 +131,7 @@ class _Topics:
         """Those of the newest."""
         return [TopicPartition(self.topic, number) for number in range(PARTITIONS)]
 
-    async def anew(self) -> None:
+    async def renew(self) -> None:
         """Make another, empty topic; the one before goes."""
         if self._made:
             await self._admin.delete_topics([self.topic])
@@ -162,7 +162,7 @@ class _Topics:
     async def add(self, records: Sequence[Record]) -> float:
         """Add all, each partition in its order; how many seconds that took.
 
-        Batches of every partition are under way at a time. Raises `RuntimeError` where the topic
+        Batches of every partition are in flight at a time. Raises `RuntimeError` where the topic
         does not have all that was acknowledged.
         """
         parts = defaultdict[int, list[Record]](list)
@@ -197,7 +197,7 @@ class _Topics:
             started = time.perf_counter()
             committing: asyncio.Task[None] | None = None
             while seen < count:
-                # The next records are under way while these are committed.
+                # The next records are in flight while these are committed.
                 pages = await _page(consumer)
                 seen += sum(map(len, pages))
                 if committing is not None:
@@ -299,7 +299,7 @@ class ToKafka(Destination):
         return {"type": "kafka", "brokers": self._topics.brokers, "topic": self._topics.topic}
 
     async def empty(self) -> None:
-        await self._topics.anew()
+        await self._topics.renew()
         self._records = ()
 
     async def until_holding(self, messages: int, timeout_s: float) -> Stretch:
@@ -310,7 +310,7 @@ class ToKafka(Destination):
         return {_decode_envelope(record.value).dedup_key for record in self._records}
 
     async def floor(self) -> float:
-        await self._topics.anew()
+        await self._topics.renew()
         return len(self._records) / await self._topics.add(self._records)
 
 
@@ -336,7 +336,7 @@ class FromKafka(Origin):
         return {"type": "kafka", "brokers": self._topics.brokers, "topic": self._topics.topic}
 
     async def fill(self, messages: int) -> None:
-        await self._topics.anew()
+        await self._topics.renew()
         await self._topics.add(
             [Record(number % PARTITIONS, None, payload(number)) for number in range(messages)]
         )
