@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,15 @@ LISTENERS: Mapping[str, str] = {
 }
 _CLUSTER_ID = "cGd0cmlja2xlLXJlbGF5LQ"
 _NOT_READY = (14, 15, 16)
+_NODES = 3
+# A broker that was killed is noticed within two seconds.
+_REPLICATED = {
+    "offsets.topic.replication.factor": "3",
+    "transaction.state.log.replication.factor": "3",
+    "min.insync.replicas": "2",
+    "broker.heartbeat.interval.ms": "500",
+    "broker.session.timeout.ms": "2000",
+}
 # So many ports are chosen that one may be taken meanwhile.
 _ATTEMPTS = 3
 
@@ -140,7 +149,7 @@ def find_kafka(tls_files: TlsFiles) -> KafkaServer:
 
 
 def _started_locally(tls_files: TlsFiles) -> KafkaServer:
-    local = LocalKafka(_java(), _jars(), tls_files)
+    local = LocalKafka(_java(), _jars(), _Node(tls_files, host=LOOPBACK))
     return _started(local, local.node, f"local, {JARS}")
 
 
@@ -163,8 +172,21 @@ def _started(control: ServerControl, node: _Node, origin: str) -> KafkaServer:
 class _Node:
     """The directory and the ports of one broker."""
 
-    def __init__(self, tls_files: TlsFiles, *, host: str, inside: str | None = None) -> None:
+    def __init__(
+        self,
+        tls_files: TlsFiles,
+        *,
+        host: str,
+        inside: str | None = None,
+        number: int = 1,
+        controllers: Sequence[int] = (),
+        more: Mapping[str, str] | None = None,
+    ) -> None:
+        """One of several where ``controllers`` has the ports of all, this one's among them."""
         self.directory = Path(tempfile.mkdtemp(prefix="pgt-kafka-"))
+        self.number = number
+        self._controllers = controllers or (free_port(),)
+        self._more = more or {}
         self.ports = {name: free_port() for name in LISTENERS}
         self.proxied_port = free_port()
         _write_tls(self.directory, tls_files)
@@ -172,14 +194,16 @@ class _Node:
         properties.write_text(self._properties(host, inside or str(self.directory)))
 
     def _properties(self, host: str, home: str) -> str:
-        controller = free_port()
+        controller = self._controllers[self.number - 1]
         advertised = {**self.ports, "PROXIED": self.proxied_port}
         protocols = {**LISTENERS, "CONTROLLER": "PLAINTEXT"}
         jaas = "org.apache.kafka.common.security"
         lines = {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "controller.quorum.voters": f"1@{LOOPBACK}:{controller}",
+            "node.id": f"{self.number}",
+            "controller.quorum.voters": ",".join(
+                f"{number}@{LOOPBACK}:{port}" for number, port in enumerate(self._controllers, 1)
+            ),
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "PLAIN",
             "listeners": ",".join(
@@ -221,7 +245,7 @@ class _Node:
                 lines[f"{prefix}.{mechanism}.sasl.jaas.config"] = (
                     f"{jaas}.scram.ScramLoginModule required;"
                 )
-        return "".join(f"{name}={value}\n" for name, value in lines.items())
+        return "".join(f"{name}={value}\n" for name, value in {**lines, **self._more}.items())
 
 
 def format_arguments() -> list[str]:
@@ -237,8 +261,8 @@ def format_arguments() -> list[str]:
 class LocalKafka:
     """A JVM of ours; its topics live as long as this object."""
 
-    def __init__(self, java: str, jars: Path, tls_files: TlsFiles) -> None:
-        self.node = _Node(tls_files, host=LOOPBACK)
+    def __init__(self, java: str, jars: Path, node: _Node) -> None:
+        self.node = node
         self._log = self.node.directory / "kafka.log"
         self._java = [
             java,
@@ -277,7 +301,7 @@ class LocalKafka:
         def is_gone() -> bool:
             return process.poll() is not None
 
-        if not _wait_until_ready(self.node.ports["PLAIN"], is_gone):
+        if not _wait_until_ready(self.node, is_gone):
             said = self._log.read_text(errors="replace")[-2000:]
             raise KafkaNotStarted(f"Kafka did not start:\n{said}")
 
@@ -286,6 +310,16 @@ class LocalKafka:
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """SIGSTOP: its connections stay, and nothing is answered until `thaw`."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         self._end(signal.SIGKILL)
@@ -301,6 +335,43 @@ class LocalKafka:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+class KafkaCluster:
+    """Three brokers, each a JVM of ours; what they keep of topics and groups is on all of them."""
+
+    def __init__(self, tls_files: TlsFiles) -> None:
+        """Raises `ServerMissing`."""
+        controllers = [free_port() for _ in range(_NODES)]
+        self.nodes = {
+            number: LocalKafka(
+                _java(),
+                _jars(),
+                _Node(
+                    tls_files,
+                    host=LOOPBACK,
+                    number=number,
+                    controllers=controllers,
+                    more=_REPLICATED,
+                ),
+            )
+            for number in range(1, _NODES + 1)
+        }
+
+    @property
+    def brokers(self) -> str:
+        """All addresses."""
+        return ",".join(f"{LOOPBACK}:{one.node.ports['PLAIN']}" for one in self.nodes.values())
+
+    def start(self) -> None:
+        """Start those that are not running, and wait until each serves groups."""
+        with ThreadPoolExecutor(_NODES) as each:
+            for starting in [each.submit(one.start) for one in self.nodes.values()]:
+                starting.result()
+
+    def close(self) -> None:
+        for one in self.nodes.values():
+            one.close()
 
 
 class DockerKafka:
@@ -333,7 +404,7 @@ class DockerKafka:
         else:
             self._is_created = True
             self._container.start()
-        if not _wait_until_ready(self.node.ports["PLAIN"], lambda: False):
+        if not _wait_until_ready(self.node, lambda: False):
             raise RuntimeError("Kafka did not start in Docker")
 
     def stop(self) -> None:
@@ -357,27 +428,29 @@ def _write_tls(directory: Path, tls_files: TlsFiles) -> None:
     (directory / "authority.pem").write_bytes(tls_files.authority.read_bytes())
 
 
-def _wait_until_ready(port: int, is_gone: object) -> bool:
+def _wait_until_ready(node: _Node, is_gone: object) -> bool:
     """Wait until the broker serves a group; False where it does not in time."""
     assert callable(is_gone)
     deadline = time.monotonic() + START_TIMEOUT_S
     # The loop of a test may be running in this thread.
     with ThreadPoolExecutor(1) as another:
         while time.monotonic() < deadline and not is_gone():
-            if another.submit(asyncio.run, _does_serve_groups(port)).result():
+            if another.submit(asyncio.run, _does_serve_groups(node)).result():
                 return True
             time.sleep(0.1)
     return False
 
 
-async def _does_serve_groups(port: int) -> bool:
+async def _does_serve_groups(node: _Node) -> bool:
     """Whether the broker answers, and has what it keeps of groups at hand."""
-    connection = AIOKafkaConnection(LOOPBACK, port, request_timeout_ms=5000)
+    connection = AIOKafkaConnection(LOOPBACK, node.ports["PLAIN"], request_timeout_ms=5000)
     try:
         await connection.connect()
         found = await connection.send(FindCoordinatorRequest("warm up", 0))
         if found.error_code:
             return False
+        if found.coordinator_id != node.number:
+            return True
         answer = await connection.send(OffsetFetchRequest("warm up", [("warm up", [0])]))
         codes = [code for _, ones in answer.topics for *_, code in ones]
         identified = await connection.send(InitProducerIdRequest(None, 1000))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tests.servers.finding import LOOPBACK, ServerLedger, ServerMissing, leave_out
-from tests.servers.kafka import KafkaServer, find_kafka
+from tests.servers.kafka import VERSION, KafkaCluster, KafkaServer, find_kafka
 from tests.servers.proxy import TcpProxy
 from tests.servers.tls import TlsFiles
 
@@ -26,6 +26,22 @@ def kafka_server(server_ledger: ServerLedger, tls_files: TlsFiles) -> Iterator[K
     server_ledger.found["kafka"] = f"Kafka {server.version} ({server.origin})"
     yield server
     server.control.close()
+
+
+@pytest.fixture(scope="module")
+def kafka_cluster(server_ledger: ServerLedger, tls_files: TlsFiles) -> Iterator[KafkaCluster]:
+    """Three brokers of the module's own."""
+    try:
+        cluster = KafkaCluster(tls_files)
+    except ServerMissing as missing:
+        server_ledger.missing["kafka, three brokers"] = str(missing)
+        leave_out(f"kafka: {missing}")
+    try:
+        cluster.start()
+        server_ledger.found["kafka, three brokers"] = f"Kafka {VERSION} (local)"
+        yield cluster
+    finally:
+        cluster.close()
 
 
 @pytest.fixture
