@@ -104,7 +104,7 @@ def _postgres_of_age(server_ledger: ServerLedger) -> Iterator[Callable[[Age], Po
     yield get
     for server in servers.values():
         try:
-            server.drop_template()
+            server.drop_templates()
         finally:
             server.control.close()
 

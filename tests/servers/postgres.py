@@ -33,6 +33,7 @@ import psycopg
 from docker.errors import DockerException
 from psycopg import sql
 
+from relay.settings import DEFAULT_SCHEMA
 from tests.servers.finding import (
     LOOPBACK,
     NotControllable,
@@ -84,13 +85,15 @@ class PostgresServer:
 
     `dsn` leads to the database `postgres`; `version` is the server's own, as in "18.4".
     `start`, `stop`, `kill` and `restart` block; from a coroutine use `asyncio.to_thread`.
+    `schema` is where migrated databases have the relay's catalog.
     """
 
     dsn: str
     version: str
     origin: str
     control: ServerControl
-    _migrated_template: str | None = field(default=None, init=False)
+    schema: str = field(default=DEFAULT_SCHEMA, init=False)
+    _migrated_templates: dict[str, str] = field(default_factory=dict, init=False)
 
     def start(self) -> None:
         """Start the stopped or killed server and wait until it accepts connections."""
@@ -126,16 +129,16 @@ class PostgresServer:
     @contextlib.contextmanager
     def migrated_database(self) -> Iterator[Database]:
         """A fresh database with the relay's catalog, copied from one that was migrated once."""
-        if self._migrated_template is None:
-            self._migrated_template = self._migrate_template()
-        with self._created_database(template=self._migrated_template) as created:
+        if self.schema not in self._migrated_templates:
+            self._migrated_templates[self.schema] = self._migrate_template()
+        with self._created_database(template=self._migrated_templates[self.schema]) as created:
             yield created
 
     @contextlib.contextmanager
     def encoded_database(self, encoding: str) -> Iterator[Database]:
         """A fresh database with the relay's catalog and another encoding than UTF-8."""
         with self._created_database(template="template0", encoding=encoding) as created:
-            _migrate_in_a_loop_of_its_own(created.dsn)
+            _migrate_in_a_loop_of_its_own(created.dsn, self.schema)
             yield created
 
     def copy(self, source: Database, target: Database) -> None:
@@ -162,11 +165,10 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def drop_template(self) -> None:
-        """Remove the migrated template; only a server that outlives the session needs it."""
-        if self._migrated_template is not None:
-            self._drop(self._migrated_template)
-            self._migrated_template = None
+    def drop_templates(self) -> None:
+        """Remove the migrated templates; only a server that outlives the session needs it."""
+        while self._migrated_templates:
+            self._drop(self._migrated_templates.popitem()[1])
 
     @contextlib.contextmanager
     def _created_database(self, *, template: str, encoding: str = "UTF8") -> Iterator[Database]:
@@ -181,7 +183,7 @@ class PostgresServer:
         name = f"relay_template_{_session}_{next(_database_numbers)}"
         self._create(name, template="template0")
         try:
-            _migrate_in_a_loop_of_its_own(self.database_dsn(name))
+            _migrate_in_a_loop_of_its_own(self.database_dsn(name), self.schema)
         except BaseException:
             self._drop(name)
             raise
@@ -564,19 +566,19 @@ def _plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
 
 
-def _migrate_in_a_loop_of_its_own(dsn: str) -> None:
+def _migrate_in_a_loop_of_its_own(dsn: str, schema: str) -> None:
     """Migrate in another thread, since the calling test may be inside a running event loop."""
     with ThreadPoolExecutor(max_workers=1) as executor:
-        executor.submit(lambda: asyncio.run(_migrate(dsn))).result()
+        executor.submit(lambda: asyncio.run(_migrate(dsn, schema))).result()
 
 
-async def _migrate(dsn: str) -> None:
+async def _migrate(dsn: str, schema: str) -> None:
     import asyncpg
 
     from relay.migrate import migrate
 
     connection = await asyncpg.connect(dsn)
     try:
-        await migrate(connection, on_step=lambda *_: None)
+        await migrate(connection, on_step=lambda *_: None, schema=schema)
     finally:
         await connection.close()

@@ -231,7 +231,7 @@ def test_names_that_need_quotes_are_only_names(
         return '"' + name.replace('"', '""') + '"'
 
     def run(text: str) -> None:
-        db.connection.execute(text.encode())
+        db.connection.execute(db.said(text).encode())
 
     if not db.rows("select from pg_roles where rolname = %s", role):
         run(f"create role {quoted(role)}")
@@ -339,7 +339,7 @@ def test_triggers_that_were_switched_off_or_came_later_are_problems_and_mended(d
         ("drop trigger f on t", "not of the kind"),
         ("drop table t cascade; create table t (id int primary key)", "nothing is captured"),
     ):  # fmt: skip
-        db.run(change.format(db.value("select left(md5('pgtrickle.outbox_t'), 7)")))
+        db.run(change.format(db.value("select left(md5('pgtrickle' || '.outbox_t'), 7)")))
         assert any(said in problem for _, problem in problems(db)), change
         assert db.value("select pgtrickle.repair_outbox('t')") > 0
         assert problems(db) == [], change

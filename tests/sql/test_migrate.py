@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import subprocess
 from collections.abc import Iterator
@@ -85,10 +86,10 @@ def second_empty(any_postgres_server: PostgresServer) -> Iterator[Database]:
         yield created
 
 
-async def run(dsn: str) -> MigrationReport:
-    connection = await asyncpg.connect(dsn)
+async def run(database: Database) -> MigrationReport:
+    connection = await asyncpg.connect(database.dsn)
     try:
-        return await migrate(connection, on_step=lambda _: None)
+        return await migrate(connection, on_step=lambda _: None, schema=database.server.schema)
     finally:
         await connection.close()
 
@@ -116,7 +117,7 @@ async def install_0_28(database: Database) -> None:
     connection = await asyncpg.connect(database.dsn)
     first = migrator._migrations()[0]
     try:
-        run_once = migrator._Migrator(connection, "pgtrickle")
+        run_once = migrator._Migrator(connection, database.server.schema)
         await run_once._apply(migrator._RECORDS, "recording")
         await run_once._apply(first.text + migrator._record_statement(first), "applying it")
     finally:
@@ -127,12 +128,13 @@ async def test_an_empty_database_is_migrated_and_a_second_run_has_nothing_to_do(
     empty: Database,
 ) -> None:
     connection = await asyncpg.connect(empty.dsn)
+    schema = empty.server.schema
     seen: list[MigrationStep] = []
     try:
-        assert await catalog_version(connection) is None
-        first = await migrate(connection, on_step=seen.append)
-        assert await catalog_version(connection) == "0.29.0"
-        second = await migrate(connection, on_step=lambda _: None)
+        assert await catalog_version(connection, schema) is None
+        first = await migrate(connection, on_step=seen.append, schema=schema)
+        assert await catalog_version(connection, schema) == "0.29.0"
+        second = await migrate(connection, on_step=lambda _: None, schema=schema)
         assert await connection.fetchval("select current_user::text") == "postgres"
         assert await connection.fetchval("show lock_timeout") == "0"
         assert (
@@ -162,7 +164,7 @@ async def test_an_empty_database_is_migrated_and_a_second_run_has_nothing_to_do(
 async def test_a_fresh_installation_equals_an_upgraded_one_that_keeps_its_data(
     empty: Database, second_empty: Database
 ) -> None:
-    await run(empty.dsn)
+    await run(empty)
     await install_0_28(second_empty)
     with session(second_empty.dsn) as old:
         old.run(
@@ -174,7 +176,7 @@ async def test_a_fresh_installation_equals_an_upgraded_one_that_keeps_its_data(
             " values ('outbox_y', 7)"
         )
 
-    report = await run(second_empty.dsn)
+    report = await run(second_empty)
 
     assert (report.version_before, report.version_after) == ("0.28.0", "0.29.0")
     assert not report.steps[0].is_applied
@@ -190,25 +192,25 @@ async def test_the_printed_script_does_what_migrate_does(
     empty: Database, second_empty: Database, tmp_path: Path
 ) -> None:
     script = tmp_path / "migrate.sql"
-    script.write_text(migration_script())
-    await run(empty.dsn)
+    script.write_text(migration_script(second_empty.server.schema))
+    await run(empty)
     for _ in range(2):
         await run_script(script, second_empty)
 
     assert described(empty) == described(second_empty)
-    assert (await run(second_empty.dsn)).is_up_to_date
+    assert (await run(second_empty)).is_up_to_date
 
 
 async def test_the_printed_script_upgrades_too(second_empty: Database, tmp_path: Path) -> None:
     await install_0_28(second_empty)
     script = tmp_path / "migrate.sql"
-    script.write_text(migration_script())
+    script.write_text(migration_script(second_empty.server.schema))
     await run_script(script, second_empty)
-    assert (await run(second_empty.dsn)).version_before == "0.29.0"
+    assert (await run(second_empty)).version_before == "0.29.0"
 
 
 async def test_twenty_migrations_at_once_apply_each_migration_once(empty: Database) -> None:
-    reports = await asyncio.gather(*(run(empty.dsn) for _ in range(20)))
+    reports = await asyncio.gather(*(run(empty) for _ in range(20)))
 
     applied = [
         step.filename
@@ -222,7 +224,7 @@ async def test_twenty_migrations_at_once_apply_each_migration_once(empty: Databa
 async def test_databases_of_one_cluster_can_be_migrated_at_once(
     empty: Database, second_empty: Database
 ) -> None:
-    reports = await asyncio.gather(run(empty.dsn), run(second_empty.dsn))
+    reports = await asyncio.gather(run(empty), run(second_empty))
 
     assert all(report.has_own_role for report in reports)
 
@@ -245,13 +247,13 @@ async def test_databases_of_one_cluster_can_be_migrated_at_once(
 async def test_what_was_changed_by_hand_is_put_right_once(
     empty: Database, second_empty: Database, by_hand: str
 ) -> None:
-    await run(empty.dsn)
-    await run(second_empty.dsn)
+    await run(empty)
+    await run(second_empty)
     with session(empty.dsn) as opened:
         opened.run(by_hand)
 
-    assert applied_kinds(await run(empty.dsn)) == {"functions"}
-    assert (await run(empty.dsn)).is_up_to_date
+    assert applied_kinds(await run(empty)) == {"functions"}
+    assert (await run(empty)).is_up_to_date
     assert described(empty) == described(second_empty)
     with session(empty.dsn) as opened:
         assert opened.value(
@@ -260,7 +262,7 @@ async def test_what_was_changed_by_hand_is_put_right_once(
 
 
 async def test_a_changed_migration_is_refused_by_name(empty: Database) -> None:
-    await run(empty.dsn)
+    await run(empty)
     with session(empty.dsn) as opened:
         opened.run(
             "update pgtrickle.relay_migrations set checksum = 'old'"
@@ -268,17 +270,17 @@ async def test_a_changed_migration_is_refused_by_name(empty: Database) -> None:
         )
 
     with pytest.raises(MigrationRefused, match=r"pg_trickle--0\.28\.0\.sql is not the file"):
-        await run(empty.dsn)
+        await run(empty)
 
 
 @pytest.mark.shows("error:MigrationRefused")
 async def test_a_newer_database_is_refused(empty: Database) -> None:
-    await run(empty.dsn)
+    await run(empty)
     with session(empty.dsn) as opened:
         opened.run("insert into pgtrickle.relay_migrations values ('x.sql', 'x', '0.100.0')")
 
     with pytest.raises(MigrationRefused, match=r"0\.100\.0, newer than 0\.29\.0") as refused:
-        await run(empty.dsn)
+        await run(empty)
     assert "upgrade pgtrickle-relay" in str(refused.value)
 
 
@@ -289,7 +291,7 @@ async def test_another_migration_that_does_not_end_is_not_waited_for_for_ever(
     with session(empty.dsn) as other:
         other.run(f"select pg_advisory_lock({migrator.LOCK_KEY})")
         with pytest.raises(MigrationRefused, match="another migration"):
-            await run(empty.dsn)
+            await run(empty)
 
 
 @pytest.mark.shows("error:CatalogError")
@@ -301,16 +303,16 @@ async def test_a_file_that_fails_leaves_nothing_and_is_named(
         files[1].name,
         files[1].kind,
         files[1].version,
-        "create table pgtrickle.half (); select 1/0;",
+        "create table @schema@.half (); select 1/0;",
     )
     monkeypatch.setattr(migrator, "_migrations", lambda: (files[0], broken, *files[2:]))
 
     with pytest.raises(CatalogError, match=r"pg_trickle--0\.28\.0--0\.29\.0\.sql.*division"):
-        await run(empty.dsn)
+        await run(empty)
     monkeypatch.undo()
     with session(empty.dsn) as opened:
         assert opened.value("select to_regclass('pgtrickle.half')") is None
-    assert (await run(empty.dsn)).version_before == "0.28.0"
+    assert (await run(empty)).version_before == "0.28.0"
 
 
 async def test_a_role_that_may_not_create_roles_owns_the_catalog_itself_and_is_told(
@@ -323,7 +325,7 @@ async def test_a_role_that_may_not_create_roles_owns_the_catalog_itself_and_is_t
     report = await run(_as_role(empty, "relay_plain_migrator"))
 
     assert (report.owner, report.has_own_role) == ("relay_plain_migrator", False)
-    with session(_as_role(empty, "relay_plain_migrator")) as opened:
+    with session(_as_role(empty, "relay_plain_migrator").dsn) as opened:
         opened.run("create schema mine; create table mine.t (id int)")
         opened.run("select pgtrickle.enable_outbox('mine.t')")
         opened.run("insert into mine.t values (1)")
@@ -331,7 +333,7 @@ async def test_a_role_that_may_not_create_roles_owns_the_catalog_itself_and_is_t
     assert (await run(_as_role(empty, "relay_plain_migrator"))).is_up_to_date
     # A superuser runs nothing that belongs to a lesser role.
     with pytest.raises(MigrationRefused, match="let relay_plain_migrator migrate"):
-        await run(empty.dsn)
+        await run(empty)
 
 
 async def test_a_role_with_createrole_is_enough(empty: Database) -> None:
@@ -349,7 +351,7 @@ async def test_a_role_with_createrole_is_enough(empty: Database) -> None:
 
 
 async def test_who_may_not_act_as_the_owner_is_told_the_grant(empty: Database) -> None:
-    await run(empty.dsn)
+    await run(empty)
     with session(empty.dsn) as admin:
         admin.new_role("relay_stranger")
 
@@ -357,8 +359,9 @@ async def test_who_may_not_act_as_the_owner_is_told_the_grant(empty: Database) -
         await run(_as_role(empty, "relay_stranger"))
 
 
-def _as_role(database: Database, role: str) -> str:
-    return database.dsn.replace("://postgres@", f"://{role}@")
+def _as_role(database: Database, role: str) -> Database:
+    dsn = database.dsn.replace("://postgres@", f"://{role}@")
+    return dataclasses.replace(database, dsn=dsn)
 
 
 def psql() -> str:
