@@ -540,11 +540,12 @@ class Catalog:
         )
         return "" if row is None else str(row["error"])
 
-    async def dead_letter_counts(self) -> dict[str, int]:
-        """How many dead letters each pipeline has."""
+    async def dead_letter_counts(self, pipelines: Sequence[str] | None = None) -> dict[str, int]:
+        """How many dead letters these pipelines have, or all; those without are left out."""
         rows = await self._database.fetch(
             "counting dead letters",
-            "select pipeline, entries from relay_dlq_stats()",
+            "select pipeline, entries from relay_dlq_stats($1)",
+            pipelines,
         )
         return {row["pipeline"]: row["entries"] for row in rows}
 

@@ -66,7 +66,7 @@ class Housekeeping:
         Of a forward pipeline whose outbox is gone the lag is unknown, and nothing is emitted.
         """
         owned = self._owned()
-        dead_letters = await self._catalog.dead_letter_counts()
+        dead_letters = await self._catalog.dead_letter_counts(list(owned))
         lags = {lag.pipeline: lag for lag in await self._catalog.lag(list(owned))}
         now = datetime.now(UTC)
         for name, row in owned.items():

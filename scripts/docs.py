@@ -121,8 +121,15 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
 
 # Raised by a trigger, which no function body names.
 _RAISED_BY_TRIGGERS = {"set_relay_outbox": {"RL012"}, "set_relay_inbox": {"RL012"}}
-# Raised below and caught on the way up.
-_CAUGHT = {"relay_lag": {"RL003", "RL005", "RL022"}}
+# Raised below for other callers, or caught on the way up.
+_CAUGHT = {
+    "relay_lag": {"RL003", "RL005", "RL022"},
+    "set_relay_outbox": {"RL004", "RL031", "RL032"},
+    "set_relay_inbox": {"RL003", "RL005", "RL022", "RL023"},
+    "disable_relay": {"RL010", "RL013"},
+    "create_inbox": {"RL030"},
+    "enable_inbox_tracking": {"RL030"},
+}
 
 
 class Unexplained(Exception):

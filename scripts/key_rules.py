@@ -1,7 +1,8 @@
 """Writes ``sql/functions/50_key_rules.sql``: the rules that SQL applies when a pipeline is set.
 
-They are made from the declarations of the keys (`relay.options.Key`). What holds for a sink and a
-source, or for both directions of a pipeline, stands once under ``both``. Run by `scripts/docs.py`.
+They are made from the declarations of the keys (`relay.options.Key`): a line for the keys that have
+one rule in the same places. A place is a backend, its sink or its source, or a pipeline's
+direction. Run by `scripts/docs.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Rules = dict[str, Rule]
 # What values of a type are: kinds of JSON, a pattern for their text, and the words of an error.
 TYPES: Mapping[str, Rule] = {
     "text": {"kinds": ["string"], "pattern": "", "must": "a text"},
-    "word": {"kinds": ["string"]},
+    "word": {"kinds": ["string"], "pattern": ""},
     "integer": {
         "kinds": ["string", "number"],
         "pattern": "^-?[0-9]{1,18}$",
@@ -81,7 +82,7 @@ def value_rule(annotation: object, key: Key) -> Rule:
             one |= other | {"is": f"{one['is']} or {other['is']}"}
         return one
     if origin is Literal:
-        return one_of(get_args(annotation))
+        return {"is": "word", "words": list(get_args(annotation))}
     if isinstance(origin, type) and issubclass(origin, Mapping):
         of = {} if arguments[1] is object else {"of": value_rule(arguments[1], key)}
         return {"is": "object", **of}
@@ -92,17 +93,8 @@ def value_rule(annotation: object, key: Key) -> Rule:
         rule["secret"] = True
     if key.schemes:
         rule |= url_rule(key.schemes)
-    if key.ge is not None:
-        until = f" to {key.le}" if key.le is not None else " on"
-        rule |= {"ge": key.ge, "must": f"{TYPES[rule['is']]['must']} from {key.ge}{until}"}
-    if key.le is not None:
-        rule["le"] = key.le
+    rule |= {name: bound for name in ("ge", "le") if (bound := getattr(key, name)) is not None}
     return rule
-
-
-def one_of(words: Sequence[str]) -> Rule:
-    """The rule for one of a few words."""
-    return {"is": "word", "pattern": f"^({'|'.join(words)})$", "must": " or ".join(words)}
 
 
 def url_rule(schemes: Sequence[str]) -> Rule:
@@ -117,7 +109,7 @@ def url_rule(schemes: Sequence[str]) -> Rule:
 
 
 def rules_of(struct: type[msgspec.Struct], kind: str) -> Rules:
-    """The rules for one type of backend, or one direction of pipelines."""
+    """The rules for one type of backend, or one direction of pipelines, by key."""
     rules: Rules = {}
     declared = declared_keys(struct)
     for field in msgspec.structs.fields(struct):
@@ -133,14 +125,15 @@ def rules_of(struct: type[msgspec.Struct], kind: str) -> Rules:
                 "can't be set here", "Options of the client library live in a profile of the relay."
             )
             continue
-        rule = one_of([kind]) if name == "type" else value_rule(field.type, key)
-        if name in _FIXED_TYPES.get(kind, ()):
-            rule = one_of([_FIXED_TYPES[kind][name]])
-            rule["must"] = f"{rule['must']} for a {kind} pipeline"
+        if name == "type":
+            continue  # SQL has looked the rules up by it.
+        rule = value_rule(field.type, key)
+        if fixed := _FIXED_TYPES.get((kind, name)):
+            rule = {"is": "word", "words": [fixed], "must": f"{fixed} for a {kind} pipeline"}
         for word in ("connection", "needs", "excludes", "required_unless"):
             if value := getattr(key, word):
                 rule[word] = value
-        if (key.required or field.required) and name not in ("type", "source_type", "sink_type"):
+        if (key.required or field.required) and name not in ("source_type", "sink_type"):
             rule |= {"required_unless": "profile"} if key.connection else {"required": True}
         rules[name] = rule
     if any(key.connection for key in declared.values()):
@@ -149,9 +142,9 @@ def rules_of(struct: type[msgspec.Struct], kind: str) -> Rules:
 
 
 # What the source or the sink of a pipeline's direction always is.
-_FIXED_TYPES: Mapping[str, Mapping[str, str]] = {
-    "forward": {"source_type": "outbox"},
-    "reverse": {"sink_type": "pg-inbox"},
+_FIXED_TYPES: Mapping[tuple[str, str], str] = {
+    ("forward", "source_type"): "outbox",
+    ("reverse", "sink_type"): "pg-inbox",
 }
 
 
@@ -160,8 +153,8 @@ def refused(words: str, hint: str) -> Rule:
     return {"refused": [words, hint]}
 
 
-def all_rules() -> dict[str, dict[str, Rules]]:
-    """Rules by backend and role, and those of ``pipeline`` by direction."""
+def all_places() -> dict[str, dict[str, Rules]]:
+    """Rules of each backend by role, and those of ``pipeline`` by direction."""
     found: dict[str, dict[str, Rules]] = {
         "pipeline": {
             direction: rules_of(PipelineConfig, direction) for direction in ("forward", "reverse")
@@ -170,31 +163,33 @@ def all_rules() -> dict[str, dict[str, Rules]]:
     for role, table in (("sink", SINKS), ("source", SOURCES)):
         for type_ in table:
             found.setdefault(type_, {})[role] = rules_of(options_of(role, type_), type_)
-    for roles in found.values():
-        one, other = [*roles.values(), *roles.values()][:2]
-        both = {name: rule for name, rule in one.items() if other.get(name) == rule}
-        for role, rules in roles.items():
-            roles[role] = {name: rule for name, rule in rules.items() if name not in both}
-        roles["both"] = both
     return found
+
+
+def lines() -> list[Rule]:
+    """The rules, each with all the keys and places for which it holds."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for backend, roles in all_places().items():
+        for role, rules in roles.items():
+            for key, rule in rules.items():
+                is_everywhere = all(other.get(key) == rule for other in roles.values())
+                place = backend if is_everywhere else f"{backend}.{role}"
+                held_in = places.setdefault((key, json.dumps(rule)), [])
+                if place not in held_in:
+                    held_in.append(place)
+    keys: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for (key, rule), held_in in places.items():
+        keys.setdefault((tuple(held_in), rule), []).append(key)
+    return [
+        {"in": held_in, "keys": named, **json.loads(rule)}
+        for (held_in, rule), named in keys.items()
+    ]
 
 
 def rules_file() -> str:
     """The whole text of the file."""
-    parts = [
-        f"{json.dumps(backend)}: {{\n"
-        + ",\n".join(
-            f"{json.dumps(role)}: {{\n"
-            + ",\n".join(
-                f"    {json.dumps(key)}: {json.dumps(rule)}" for key, rule in rules.items()
-            )
-            + "\n}"
-            for role, rules in roles.items()
-        )
-        + "}"
-        for backend, roles in all_rules().items()
-    ]
     words = {
+        "roles": {type_: list(roles) for type_, roles in all_places().items()},
         "types": TYPES,
         "variables": list(VARIABLES),
         "in_template": r"\{\{|\}\}|\$\{(env|file):[^}]+\}|\{("
@@ -207,6 +202,6 @@ def rules_file() -> str:
         " ${env:NAME} or ${file:/run/secrets/name}."
         ' "allow_plaintext_secrets": true takes it as it is.',
     }
-    parts += [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in words.items()]
-    rules = ",\n".join(parts)
-    return f"{_HEAD}{{\n{rules}\n}}{_TAIL}"
+    rules = ",\n".join(json.dumps(line) for line in lines())
+    rest = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in words.items())
+    return f'{_HEAD}{{\n"rules": [\n{rules}\n],\n{rest}\n}}{_TAIL}'

@@ -345,11 +345,7 @@ comment on function @schema@.relay_inbox_is_intact(oid, oid, text) is
 -- Making
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_build_inbox(
-    p_inbox @schema@.relay_inboxes,
-    p_operation text,
-    p_readers name[]
-)
+create or replace function @schema@.relay_build_inbox(p_inbox @schema@.relay_inboxes, p_readers name[])
 returns void
 language plpgsql
 volatile
@@ -358,18 +354,25 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     i @schema@.relay_inboxes := p_inbox;
+    v_before @schema@.relay_inboxes := @schema@.relay_find_inbox(i.inbox_name, null, false);
     v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
     v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
     v_owner name := (
         select pg_get_userbyid(c.relowner) from pg_class as c
         where c.relname = i.inbox_table and c.relnamespace = v_schema);
     v_comment text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
-    v_problems text[] := array(select p from @schema@.relay_inbox_problems(i) as p);
-    v_receive regprocedure;
+    v_problems text[];
+    v_receive text;
     v_role text;
+    v_detail text;
+    v_hint text;
     f record;
 begin
     perform @schema@.relay_check_event_triggers();
+    if i.adopted and v_before.adopted then
+        perform @schema@.relay_drop_inbox_parts(v_before, false, false);
+    end if;
+    v_problems := array(select p from @schema@.relay_inbox_problems(i) as p);
     if v_problems <> '{}' then
         raise exception using
             errcode = 'RL032',
@@ -379,7 +382,8 @@ begin
     elsif not pg_has_role(v_owner, 'usage') then
         raise exception using
             errcode = 'RL004',
-            message = format('only %I, who owns %s, can make it an inbox', v_owner, v_table);
+            message = format('only %I, who owns %s, can make it an inbox', v_owner, v_table),
+            hint = format('Call it as %I, or as a role that is a member of it.', v_owner);
     end if;
     -- ALTER ... OWNER wants it of the new owner too, but not where a superuser says it.
     select r.rolname into v_role
@@ -395,22 +399,11 @@ begin
             hint = format('grant create on schema %I to %I;', i.inbox_schema, v_role);
     end if;
     -- Free names: what stands there already belongs to somebody.
-    select jsonb_object_agg(w.purpose, chosen.name) into i.parts
-    from @schema@.relay_inbox_parts(i) as w
-    cross join lateral (
-        select c.name
-        from generate_series(0, 99) as n
-        cross join lateral (
-            select format('%s_%s', w.purpose, case n when 0 then i.inbox_name
-                else left(md5(i.inbox_name), 8) || '_' || n end)
-        ) as c (name)
-        where octet_length(c.name) <= 63
-            and not exists (select from pg_proc as p where p.proname = c.name and p.pronamespace = v_schema)
-            and not exists (select from pg_class as p where p.relname = c.name and p.relnamespace = v_schema)
-            and not exists (select from pg_type as p where p.typname = c.name and p.typnamespace = v_schema)
-        order by n
-        limit 1
-    ) as chosen;
+    select jsonb_object_agg(
+        w.purpose,
+        @schema@.relay_free_name(i.inbox_schema, w.purpose || '_' || i.inbox_name, i.inbox_name))
+    into i.parts
+    from @schema@.relay_inbox_parts(i) as w;
 
     for f in
         select w.*, case w.kind
@@ -429,23 +422,23 @@ begin
             execute format('alter %s owner to %I', f.part, v_owner);
         end if;
         execute format('comment on %s is %L', f.part, v_comment);
-        continue when f.kind = 'view';
+        if f.kind = 'view' then
+            for v_role in select r.name from unnest(p_readers) as r (name) loop
+                execute format('grant select on %I.%I to %I', i.inbox_schema, f.part_name, v_role);
+            end loop;
+            continue;
+        end if;
         -- Default privileges may have given it to anybody.
-        for v_role in
-            select case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end
-            from pg_proc as p
-            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
-            where p.proname = f.part_name and p.pronamespace = v_schema and a.grantee <> p.proowner
-                and pg_get_function_identity_arguments(p.oid) = f.arguments
-        loop
-            execute format('revoke all on %s from %s', f.part, v_role);
-        end loop;
+        select string_agg(distinct case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end, ', ')
+        into v_role
+        from pg_proc as p
+        cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+        where p.oid = substr(f.part, 10)::regprocedure and a.grantee <> p.proowner;
+        execute format('revoke all on %s from %s', f.part, coalesce(v_role, 'public'));
         if to_regrole('pgtrickle_relay') is not null then
             execute format('grant execute on %s to pgtrickle_relay', f.part);
         end if;
-        if f.purpose = 'receive' then
-            v_receive := format('%I.%I(%s)', i.inbox_schema, f.part_name, f.arguments)::regprocedure;
-        end if;
+        v_receive := case f.purpose when 'receive' then f.part else v_receive end;
     end loop;
     for v_role in
         select r.rolname from pg_roles as r
@@ -460,26 +453,31 @@ begin
         end if;
         execute format('grant usage on schema %I to %I', i.inbox_schema, v_role);
     end loop;
-    foreach v_role in array coalesce(p_readers, '{}')
-    loop
+    for v_role in select r.name from unnest(p_readers) as r (name) loop
         execute format('grant select, update (processed_at, error, retry_count) on %s to %I', v_table, v_role);
-        for f in select w.part_name from @schema@.relay_inbox_parts(i) as w where w.kind = 'view'
-        loop
-            execute format('grant select on %I.%I to %I', i.inbox_schema, f.part_name, v_role);
-        end loop;
     end loop;
 
-    execute format('comment on function %s is %L', v_receive,
-        format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id()));
-    perform @schema@.relay_register_inbox(i, p_operation);
-    execute format('comment on function %s is %L', v_receive, v_comment);
+    execute format('comment on %s is %L', v_receive,
+        format('pgtrickle-relay inbox %s %s', i.inbox_name, pg_current_xact_id()));
+    perform @schema@.relay_register_inbox(i);
+    execute format('comment on %s is %L', v_receive, v_comment);
+exception
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        if v_hint = '' then
+            raise;
+        elsif v_detail = '' then
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
 
-comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, text, name[]) is
+comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, name[]) is
     'Runs as its caller, whose DDL is the proof that they may. Make the functions and views beside the table of an inbox, and register it.';
 
-create or replace function @schema@.relay_register_inbox(p_inbox @schema@.relay_inboxes, p_operation text)
+create or replace function @schema@.relay_register_inbox(p_inbox @schema@.relay_inboxes)
 returns void
 language plpgsql
 volatile
@@ -491,36 +489,39 @@ declare
     v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
     v_owner oid := (
         select c.relowner from pg_class as c where c.relname = i.inbox_table and c.relnamespace = v_schema);
-    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
     v_problems text[];
     v_other @schema@.relay_inboxes;
 begin
-    if i.inbox_schema = @schema_name@ and (i.adopted or v_owner <> quote_ident(current_user)::regrole) then
-        v_problems := array['the table stands in the schema of the catalog'];
-    else
-        i.parts := coalesce(i.parts, '{}');
-        v_problems := array(select p from @schema@.relay_inbox_problems(i) as p) || array(
-            select format('function %I is executable by others', p.proname)
-            from @schema@.relay_inbox_parts(i) as w
-            join pg_proc as p
-                on p.proname = w.part_name and p.pronamespace = v_schema
-                and pg_get_function_identity_arguments(p.oid) = w.arguments
-            cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
-            where a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
-            union all
-            select format('%I is no view of the owner', w.part_name)
-            from @schema@.relay_inbox_parts(i) as w
-            where w.kind = 'view' and not exists (
-                select from pg_class as c
-                where c.relname = w.part_name and c.relnamespace = v_schema
-                    and c.relkind = 'v' and c.relowner = v_owner));
-    end if;
-    -- Only the owner of a function, and a superuser, can comment on it.
-    if v_problems <> '{}' or not exists (
-        select from pg_proc as p
-        where p.pronamespace = v_schema and p.proname = i.parts ->> 'receive' and p.proowner = v_owner
-            and obj_description(p.oid, 'pg_proc') = v_proof
-    ) then
+    i.parts := coalesce(i.parts, '{}');
+    v_problems := array(
+        select 'the table stands in the schema of the catalog'
+        where i.inbox_schema = @schema_name@ and (i.adopted or v_owner <> quote_ident(current_user)::regrole)
+        union all
+        -- Only the owner of a function, and a superuser, can comment on it.
+        select 'no comment of this transaction on its function'
+        where not exists (
+            select from pg_proc as p
+            where p.pronamespace = v_schema and p.proname = i.parts ->> 'receive' and p.proowner = v_owner
+                and obj_description(p.oid, 'pg_proc')
+                    = format('pgtrickle-relay inbox %s %s', i.inbox_name, pg_current_xact_id()))
+        union all
+        select p from @schema@.relay_inbox_problems(i) as p
+        union all
+        select format('function %I is executable by others', p.proname)
+        from @schema@.relay_inbox_parts(i) as w
+        join pg_proc as p
+            on p.proname = w.part_name and p.pronamespace = v_schema
+            and pg_get_function_identity_arguments(p.oid) = w.arguments
+        cross join lateral aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) as a
+        where a.grantee not in (p.proowner, coalesce(to_regrole('pgtrickle_relay')::oid, p.proowner))
+        union all
+        select format('%I is no view of the owner', w.part_name)
+        from @schema@.relay_inbox_parts(i) as w
+        where w.kind = 'view' and not exists (
+            select from pg_class as c
+            where c.relname = w.part_name and c.relnamespace = v_schema
+                and c.relkind = 'v' and c.relowner = v_owner));
+    if v_problems <> '{}' then
         raise exception using
             errcode = '42501',
             message = format('nothing proves that you may make %I.%I an inbox', i.inbox_schema, i.inbox_table),
@@ -557,7 +558,8 @@ exception
     when unique_violation then
         raise exception using
             errcode = 'RL031',
-            message = format('inbox "%s", or one of its table, was made just now', i.inbox_name);
+            message = format('inbox "%s", or one of its table, was made just now', i.inbox_name),
+            hint = 'Choose another name.';
     when check_violation or not_null_violation then
         raise exception using
             errcode = '22023',
@@ -566,14 +568,18 @@ exception
 end
 $$;
 
-comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes, text) is
+comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes) is
     'Definer, since nobody but the catalog''s owner writes the catalog. Registers an inbox after comparing all that stands beside its table, for whoever proves with a comment on its function to be the owner.';
 
 -- ---------------------------------------------------------------------------
 -- Finding
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_find_inbox(p_inbox text, p_schema text default null)
+create or replace function @schema@.relay_find_inbox(
+    p_inbox text,
+    p_schema text default null,
+    p_must_exist boolean default true
+)
 returns @schema@.relay_inboxes
 language plpgsql
 stable
@@ -586,7 +592,7 @@ begin
     select r.* into i
     from @schema@.relay_inboxes as r
     where r.inbox_name = p_inbox and (p_schema is null or r.inbox_schema = p_schema);
-    if not found then
+    if not found and p_must_exist is not false then
         raise exception using
             errcode = 'RL030',
             message = format('there is no inbox "%s"%s', coalesce(p_inbox, 'null'), ' in schema ' || quote_ident(p_schema)),
@@ -597,8 +603,8 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_find_inbox(text, text) is
-    'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; RL030 where there is none.';
+comment on function @schema@.relay_find_inbox(text, text, boolean) is
+    'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; where there is none RL030, or null if it need not exist.';
 
 create or replace function @schema@.relay_inbox(inbox text default null, schema text default null)
 returns table (
@@ -708,7 +714,7 @@ $$;
 comment on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) is
     'Runs as its caller. Drop the functions and views beside an inbox, and its table if so asked.';
 
-create or replace function @schema@.relay_forget_inbox(p_inbox text, p_operation text, p_cascade boolean)
+create or replace function @schema@.relay_forget_inbox(p_inbox text, p_cascade boolean)
 returns void
 language plpgsql
 volatile
@@ -717,7 +723,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     i @schema@.relay_inboxes := @schema@.relay_find_inbox(p_inbox);
-    v_proof text := format('pgtrickle-relay %s %s %s', p_operation, i.inbox_name, pg_current_xact_id());
+    v_receive text := format('%I.%I(%s)', i.inbox_schema, i.parts ->> 'receive', i.parts ->> 'arguments');
 begin
     if i.inbox_schema = @schema_name@ then
         if exists (
@@ -735,23 +741,21 @@ begin
         where p.pronamespace = to_regnamespace(quote_ident(i.inbox_schema))
             and p.proname = i.parts ->> 'receive'
             and pg_get_function_identity_arguments(p.oid) = i.parts ->> 'arguments'
-            and obj_description(p.oid, 'pg_proc') is distinct from v_proof
     ) then
         raise exception using
             errcode = '42501',
-            message = format('only the owner of function %I.%I can do this with inbox "%s"',
-                i.inbox_schema, i.parts ->> 'receive', i.inbox_name);
+            message = format('only the owner of function %s can do this with inbox "%s"', v_receive, i.inbox_name),
+            hint = format('drop function %s;', v_receive);
     end if;
     delete from @schema@.relay_inboxes as r where r.inbox_name = i.inbox_name;
 end
 $$;
 
-comment on function @schema@.relay_forget_inbox(text, text, boolean) is
-    'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others for whoever proves with a comment on its function to be the owner.';
+comment on function @schema@.relay_forget_inbox(text, boolean) is
+    'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others when its owner, and nobody else can, has dropped its function.';
 
 create or replace function @schema@.relay_remove_inbox(
     p_inbox @schema@.relay_inboxes,
-    p_operation text,
     p_with_table boolean,
     p_cascade boolean
 )
@@ -761,84 +765,76 @@ volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    v_receive regprocedure := (
-        select p.oid from pg_proc as p
-        where p.pronamespace = to_regnamespace(quote_ident(p_inbox.inbox_schema))
-            and p.proname = p_inbox.parts ->> 'receive'
-            and pg_get_function_identity_arguments(p.oid) = p_inbox.parts ->> 'arguments'
-            and p_inbox.inbox_schema <> @schema_name@);
-    v_part text := obj_description(v_receive, 'pg_proc');
 begin
-    if v_receive is not null then
-        execute format('comment on function %s is %L', v_receive,
-            format('pgtrickle-relay %s %s %s', p_operation, p_inbox.inbox_name, pg_current_xact_id()));
-    end if;
-    perform @schema@.relay_forget_inbox(p_inbox.inbox_name, p_operation, p_cascade);
-    if v_receive is not null then
-        execute format('comment on function %s is %L', v_receive, v_part);
-    end if;
-    if p_inbox.inbox_schema <> @schema_name@ then
+    if p_inbox is null then
+        return;
+    elsif p_with_table and p_inbox.adopted then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" is an adopted table and is not dropped', p_inbox.inbox_name),
+            detail = format('%I.%I was there before it became an inbox.', p_inbox.inbox_schema, p_inbox.inbox_table),
+            hint = format('select %I.disable_inbox_tracking(%L);', @schema_name@, p_inbox.inbox_name);
+    elsif not p_with_table and p_inbox.inbox_schema = @schema_name@ then
+        raise exception using
+            errcode = 'RL033',
+            message = format('inbox "%s" has no other owner that could keep its table', p_inbox.inbox_name),
+            hint = format('select %I.drop_inbox(%L);', @schema_name@, p_inbox.inbox_name);
+    elsif p_inbox.inbox_schema <> @schema_name@ then
         perform @schema@.relay_drop_inbox_parts(p_inbox, p_with_table, p_cascade);
     end if;
+    perform @schema@.relay_forget_inbox(p_inbox.inbox_name, p_cascade);
 end
 $$;
 
-comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, text, boolean, boolean) is
-    'Runs as its caller, whose comment on a function of their own is the proof that they may.';
+comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, boolean, boolean) is
+    'Runs as its caller, whose DDL is the proof that they may. Drop what stands beside an inbox, with its table or without, and forget it.';
 
 -- ---------------------------------------------------------------------------
 -- What people call
+--
+-- Each is one expression, which PostgreSQL puts in the place of the call: an error then comes with
+-- the one line that says where it was raised, and a name means what it means to the caller.
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.create_inbox(
-    inbox_name text,
-    schema text default @schema_name@,
-    max_retries integer default 5,
-    schedule text default '1s',
-    with_dead_letter boolean default true,
-    with_stats boolean default true,
-    retention_hours integer default null,
-    readers name[] default '{}'
+create or replace function @schema@.relay_new_inbox(
+    p_inbox text,
+    p_schema text,
+    p_max_retries integer,
+    p_schedule text,
+    p_with_dead_letter boolean,
+    p_with_stats boolean,
+    p_retention_hours integer
 )
-returns void
+returns @schema@.relay_inboxes
 language plpgsql
 volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    i @schema@.relay_inboxes;
-    v_table text := quote_ident(schema) || '.' || quote_ident(inbox_name);
+    v_table text := quote_ident(p_schema) || '.' || quote_ident(p_inbox);
 begin
-    if schema = @schema_name@ and current_user <> (
-        select pg_get_userbyid(c.relowner) from pg_class as c
-        where c.relname = 'relay_inboxes' and c.relnamespace = to_regnamespace(quote_ident(@schema_name@)))
-    then
-        perform @schema@.relay_create_inbox(
-            inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers);
-        return;
-    end if;
-    if coalesce(octet_length(inbox_name), 0) not between 1 and 63 then
+    if coalesce(octet_length(p_inbox), 0) not between 1 and 63 then
         raise exception using
             errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox', inbox_name),
+            message = format('"%s" can''t be the name of an inbox', p_inbox),
             hint = 'Its table has the same name: 1 to 63 bytes.';
-    elsif schema is null or to_regnamespace(quote_ident(schema)) is null then
+    elsif p_schema is null or to_regnamespace(quote_ident(p_schema)) is null then
         raise exception using
             errcode = '3F000',
-            message = format('there is no schema "%s"', schema);
-    elsif schema = @schema_name@ and inbox_name ~ '^(relay_|pgt_|outbox_)' then
+            message = format('there is no schema "%s"', p_schema),
+            hint = format('create schema %I;', p_schema);
+    elsif p_schema = @schema_name@ and p_inbox ~ '^(relay_|pgt_|outbox_)' then
         raise exception using
             errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox in schema %I', inbox_name, schema),
+            message = format('"%s" can''t be the name of an inbox in schema %I', p_inbox, p_schema),
             hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
     elsif to_regclass(v_table) is not null then
         raise exception using
             errcode = 'RL031',
             message = format('%s is there already', v_table),
-            hint = case when schema = @schema_name@ then 'Choose another name.' else format(
-                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', @schema_name@, inbox_name, v_table) end;
+            hint = case when p_schema = @schema_name@ then 'Choose another name.' else format(
+                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', @schema_name@, p_inbox, v_table) end;
     end if;
     execute format(
         $ddl$
@@ -862,30 +858,23 @@ begin
     execute format('create index on %s (received_at) where processed_at is null', v_table);
     execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
     execute format('create index on %s (processed_at) where processed_at is not null', v_table);
-    if schema = @schema_name@ and to_regrole('pgtrickle_relay') is not null then
+    if p_schema = @schema_name@ and to_regrole('pgtrickle_relay') is not null then
         execute format(
             'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %s to pgtrickle_relay',
             v_table);
     end if;
-    i.inbox_name := inbox_name;
-    i.inbox_schema := schema;
-    i.inbox_table := inbox_name;
-    i.adopted := false;
-    i.max_retries := max_retries;
-    i.schedule := schedule;
-    i.with_dead_letter := with_dead_letter;
-    i.with_stats := with_stats;
-    i.retention_hours := retention_hours;
-    i.policies := 'enforced';
-    i.columns := (
-        select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
-        where a.attrelid = to_regclass(v_table) and a.attnum > 0);
-    perform @schema@.relay_build_inbox(i, 'create_inbox', readers);
+    return jsonb_populate_record(null::@schema@.relay_inboxes, jsonb_build_object(
+        'inbox_name', p_inbox, 'inbox_schema', p_schema, 'inbox_table', p_inbox, 'adopted', false,
+        'max_retries', p_max_retries, 'schedule', p_schedule, 'with_dead_letter', p_with_dead_letter,
+        'with_stats', p_with_stats, 'retention_hours', p_retention_hours, 'policies', 'enforced',
+        'columns', (
+            select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
+            where a.attrelid = to_regclass(v_table) and a.attnum > 0)));
 end
 $$;
 
-comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
-    'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
+comment on function @schema@.relay_new_inbox(text, text, integer, text, boolean, boolean, integer) is
+    'Runs as its caller, whose DDL is the proof that they may. Part of create_inbox: make the table, and say how it is to be registered.';
 
 create or replace function @schema@.relay_create_inbox(
     p_inbox text,
@@ -902,15 +891,86 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select @schema@.create_inbox(
-        p_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, p_with_stats,
-        p_retention_hours, p_readers)
+    select @schema@.relay_build_inbox(
+        @schema@.relay_new_inbox(
+            p_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, p_with_stats, p_retention_hours),
+        p_readers)
 $$;
 
 comment on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) is
     'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
 
--- No search_path of its own: the table's name means what it means to the caller.
+create or replace function @schema@.create_inbox(
+    inbox_name text,
+    schema text default @schema_name@,
+    max_retries integer default 5,
+    schedule text default '1s',
+    with_dead_letter boolean default true,
+    with_stats boolean default true,
+    retention_hours integer default null,
+    readers name[] default '{}'
+)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select case
+        when schema operator(pg_catalog.=) @schema_name@
+        then @schema@.relay_create_inbox(
+            inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers)
+        else @schema@.relay_build_inbox(
+            @schema@.relay_new_inbox(
+                inbox_name, schema, max_retries, schedule, with_dead_letter, with_stats, retention_hours),
+            readers)
+    end
+$$;
+
+comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
+    'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
+
+create or replace function @schema@.relay_adopted_inbox(
+    p_inbox text,
+    p_table_name text,
+    p_table oid,
+    p_columns jsonb,
+    p_max_retries integer,
+    p_retention_hours integer,
+    p_policies text
+)
+returns @schema@.relay_inboxes
+language plpgsql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if p_table is null or p_inbox is null then
+        raise exception using
+            errcode = 'RL032',
+            message = format('there is no table %s to adopt as inbox', coalesce(p_table_name, 'null')),
+            hint = format('select %I.create_inbox(%L);', @schema_name@, p_inbox);
+    end if;
+    return jsonb_populate_record(null::@schema@.relay_inboxes, jsonb_build_object(
+        'inbox_name', p_inbox, 'inbox_schema', n.nspname, 'inbox_table', c.relname, 'adopted', true,
+        'max_retries', p_max_retries, 'schedule', '1s', 'with_dead_letter', true,
+        'with_stats', true, 'retention_hours', p_retention_hours, 'policies', p_policies,
+        'columns', (
+            -- An optional field whose column has the default name, and is not there, is left out.
+            select jsonb_object_agg(m.key, m.value)
+            from jsonb_each_text(p_columns) as m
+            where m.key <> m.value or m.key in ('event_id', 'payload') or exists (
+                select from pg_attribute as a
+                where a.attrelid = p_table and a.attname = m.value and not a.attisdropped))))
+    from pg_class as c
+    join pg_namespace as n on n.oid = c.relnamespace
+    where c.oid = p_table;
+end
+$$;
+
+comment on function @schema@.relay_adopted_inbox(text, text, oid, jsonb, integer, integer, text) is
+    'Runs as its caller. Part of enable_inbox_tracking: how a table is to be registered as an inbox.';
+
 create or replace function @schema@.enable_inbox_tracking(
     inbox_name text,
     table_name text,
@@ -930,53 +990,20 @@ create or replace function @schema@.enable_inbox_tracking(
     policies text default 'enforced'
 )
 returns void
-language plpgsql
+language sql
 volatile
 security invoker
 as $$
-declare
-    i @schema@.relay_inboxes;
-    v_table oid := pg_catalog.to_regclass(table_name);
-begin
-    select n.nspname, c.relname into i.inbox_schema, i.inbox_table
-    from pg_catalog.pg_class as c
-    join pg_catalog.pg_namespace as n on n.oid operator(pg_catalog.=) c.relnamespace
-    where c.oid operator(pg_catalog.=) v_table;
-    if not found or inbox_name is null then
-        raise exception using
-            errcode = 'RL032',
-            message = pg_catalog.format('there is no table %s to adopt as inbox', coalesce(table_name, 'null')),
-            hint = pg_catalog.format('select %I.create_inbox(%L);', @schema_name@, inbox_name);
-    end if;
-    i.inbox_name := inbox_name;
-    i.adopted := true;
-    i.max_retries := max_retries;
-    i.schedule := '1s';
-    i.with_dead_letter := true;
-    i.with_stats := true;
-    i.retention_hours := retention_hours;
-    i.policies := policies;
-    -- An optional field whose column has the default name, and is not there, is left out.
-    select pg_catalog.jsonb_object_agg(m.key, m.value) into i.columns
-    from pg_catalog.jsonb_each_text(pg_catalog.jsonb_build_object(
-        'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
-        'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
-        'received_at', received_at_column, 'processed_at', processed_at_column,
-        'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column)) as m
-    where m.key operator(pg_catalog.<>) m.value
-        or m.key operator(pg_catalog.=) any (array['event_id', 'payload'])
-        or exists (
-            select from pg_catalog.pg_attribute as a
-            where a.attrelid operator(pg_catalog.=) v_table
-                and a.attname operator(pg_catalog.=) m.value and not a.attisdropped);
-    if exists (
-        select from @schema@.relay_inbox() as r
-        where r.inbox_name operator(pg_catalog.=) i.inbox_name and r.adopted)
-    then
-        perform @schema@.relay_drop_inbox_parts(@schema@.relay_find_inbox(i.inbox_name), false, false);
-    end if;
-    perform @schema@.relay_build_inbox(i, 'enable_inbox_tracking', '{}');
-end
+    select @schema@.relay_build_inbox(
+        @schema@.relay_adopted_inbox(
+            inbox_name, table_name, @schema@.relay_relation(table_name),
+            pg_catalog.jsonb_build_object(
+                'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
+                'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
+                'received_at', received_at_column, 'processed_at', processed_at_column,
+                'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column),
+            max_retries, retention_hours, policies),
+        '{}')
 $$;
 
 comment on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) is
@@ -984,22 +1011,11 @@ comment on function @schema@.enable_inbox_tracking(text, text, text, text, text,
 
 create or replace function @schema@.disable_inbox_tracking(inbox_name text)
 returns void
-language plpgsql
+language sql
 volatile
 security invoker
-set search_path = pg_catalog, pg_temp
 as $$
-declare
-    i @schema@.relay_inboxes := @schema@.relay_find_inbox(inbox_name);
-begin
-    if i.inbox_schema = @schema_name@ then
-        raise exception using
-            errcode = 'RL033',
-            message = format('inbox "%s" has no other owner that could keep its table', i.inbox_name),
-            hint = format('select %I.drop_inbox(%L);', @schema_name@, i.inbox_name);
-    end if;
-    perform @schema@.relay_remove_inbox(i, 'disable_inbox_tracking', false, false);
-end
+    select @schema@.relay_remove_inbox(@schema@.relay_find_inbox(inbox_name), false, false)
 $$;
 
 comment on function @schema@.disable_inbox_tracking(text) is
@@ -1011,29 +1027,12 @@ create or replace function @schema@.drop_inbox(
     "cascade" boolean default false
 )
 returns void
-language plpgsql
+language sql
 volatile
 security invoker
-set search_path = pg_catalog, pg_temp
 as $$
-declare
-    i @schema@.relay_inboxes;
-begin
-    i := @schema@.relay_find_inbox(inbox_name);
-    if i.adopted then
-        raise exception using
-            errcode = 'RL033',
-            message = format('inbox "%s" is an adopted table and is not dropped', i.inbox_name),
-            detail = format('%I.%I was there before it became an inbox.', i.inbox_schema, i.inbox_table),
-            hint = format('select %I.disable_inbox_tracking(%L);', @schema_name@, i.inbox_name);
-    end if;
-    perform @schema@.relay_remove_inbox(i, 'drop_inbox', true, coalesce("cascade", false));
-exception
-    when sqlstate 'RL030' then
-        if if_exists is not true then
-            raise;
-        end if;
-end
+    select @schema@.relay_remove_inbox(
+        @schema@.relay_find_inbox(inbox_name, null, if_exists is not true), true, "cascade" is true)
 $$;
 
 comment on function @schema@.drop_inbox(text, boolean, boolean) is
@@ -1064,33 +1063,26 @@ as $$
 declare
     i record;
     v_counts jsonb;
+    v_problem text;
 begin
     for i in select r.* from @schema@.relay_inbox(name) as r
     loop
         v_counts := null;
-        problem := i.problem;
-        if problem is null then
+        v_problem := i.problem;
+        if v_problem is null then
             begin
                 execute format('select %s()', i.count_function) into v_counts;
             exception
                 when others then
-                    problem := sqlerrm;
+                    v_problem := sqlerrm;
             end;
         end if;
-        inbox_name := i.inbox_name;
-        inbox_schema := i.inbox_schema;
-        inbox_table := i.inbox_table;
-        total_messages := v_counts ->> 'total';
-        pending_messages := v_counts ->> 'pending';
-        dlq_messages := v_counts ->> 'dead';
-        processed_messages := v_counts ->> 'processed';
-        oldest_pending_at := v_counts ->> 'oldest';
-        max_retries := i.max_retries;
-        retention_hours := i.retention_hours;
-        adopted := i.adopted;
-        created_at := i.created_at;
-        status := case when problem is not null then 'broken' when dlq_messages > 0 then 'degraded' else 'healthy' end;
-        return next;
+        return query select
+            i.inbox_name, i.inbox_schema::text, i.inbox_table::text,
+            case when v_problem is not null then 'broken' when v_counts ->> 'dead' <> '0' then 'degraded' else 'healthy' end,
+            (v_counts ->> 'total')::bigint, (v_counts ->> 'pending')::bigint, (v_counts ->> 'dead')::bigint,
+            (v_counts ->> 'processed')::bigint, (v_counts ->> 'oldest')::timestamptz,
+            i.max_retries, i.retention_hours, i.adopted, i.created_at, v_problem;
     end loop;
 end
 $$;
@@ -1113,7 +1105,7 @@ comment on function @schema@.inbox_health(text) is
 
 -- No search_path of its own: triggers of the table see the caller's.
 create or replace function @schema@.relay_mark_inbox(
-    p_inbox text,
+    p_inbox @schema@.relay_inboxes,
     p_event_ids text[],
     p_mark text,
     p_error text default null
@@ -1124,36 +1116,35 @@ volatile
 security invoker
 as $$
 declare
-    i @schema@.relay_inboxes := @schema@.relay_find_inbox(p_inbox);
-    v_retries text := pg_catalog.quote_ident(i.columns ->> 'retry_count');
+    v_retries text := pg_catalog.quote_ident(p_inbox.columns ->> 'retry_count');
     v_set text;
     v_marked integer;
 begin
-    if i.columns ->> 'processed_at' is null then
+    if p_inbox.columns ->> 'processed_at' is null then
         raise exception using
             errcode = 'RL032',
-            message = pg_catalog.format('inbox "%s" has no column for processed_at', i.inbox_name),
+            message = pg_catalog.format('inbox "%s" has no column for processed_at', p_inbox.inbox_name),
             hint = pg_catalog.format('Add the column to %I.%I, then call %I.enable_inbox_tracking again.',
-                i.inbox_schema, i.inbox_table, @schema_name@);
+                p_inbox.inbox_schema, p_inbox.inbox_table, @schema_name@);
     end if;
     -- concat_ws leaves out what is null: the columns that an adopted table lacks.
     v_set := pg_catalog.concat_ws(', ',
-        pg_catalog.format('%I = %s', i.columns ->> 'processed_at',
+        pg_catalog.format('%I = %s', p_inbox.columns ->> 'processed_at',
             case p_mark when 'processed' then 'pg_catalog.now()' else 'null' end),
-        pg_catalog.quote_ident(i.columns ->> 'error') || ' = $2',
+        pg_catalog.quote_ident(p_inbox.columns ->> 'error') || ' = $2',
         case p_mark
             when 'failed' then v_retries || ' = marked.' || v_retries || ' + 1'
             when 'pending' then v_retries || ' = 0'
         end);
     execute pg_catalog.format('update %I.%I as marked set %s where marked.%I = any ($1)',
-        i.inbox_schema, i.inbox_table, v_set, i.columns ->> 'event_id')
+        p_inbox.inbox_schema, p_inbox.inbox_table, v_set, p_inbox.columns ->> 'event_id')
     using p_event_ids, p_error;
     get diagnostics v_marked = row_count;
     return v_marked;
 end
 $$;
 
-comment on function @schema@.relay_mark_inbox(text, text[], text, text) is
+comment on function @schema@.relay_mark_inbox(@schema@.relay_inboxes, text[], text, text) is
     'Runs as its caller, with nothing but the caller''s own rights on the table. Makes messages processed, failed or pending; returns how many.';
 
 create or replace function @schema@.replay_inbox_messages(name text, event_ids text[])
@@ -1162,7 +1153,7 @@ language sql
 volatile
 security invoker
 as $$
-    select @schema@.relay_mark_inbox(name, event_ids, 'pending')
+    select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), event_ids, 'pending')
 $$;
 
 comment on function @schema@.replay_inbox_messages(text, text[]) is
@@ -1174,7 +1165,7 @@ language sql
 volatile
 security invoker
 as $$
-    select @schema@.relay_mark_inbox(name, event_ids, 'processed')
+    select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), event_ids, 'processed')
 $$;
 
 comment on function @schema@.inbox_mark_processed(text, text[]) is
@@ -1186,7 +1177,7 @@ language sql
 volatile
 security invoker
 as $$
-    select @schema@.relay_mark_inbox(name, array[event_id], 'processed') > 0
+    select @schema@.inbox_mark_processed(name, array[event_id]) operator(pg_catalog.>) 0
 $$;
 
 comment on function @schema@.inbox_mark_processed(text, text) is
@@ -1198,7 +1189,8 @@ language sql
 volatile
 security invoker
 as $$
-    select @schema@.relay_mark_inbox(name, array[event_id], 'failed', error) > 0
+    select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), array[event_id], 'failed', error)
+        operator(pg_catalog.>) 0
 $$;
 
 comment on function @schema@.inbox_mark_failed(text, text, text) is

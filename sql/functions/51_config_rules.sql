@@ -1,30 +1,5 @@
 -- Applies relay_key_rules to a pipeline. Checks return what is wrong: message, hint, error code.
 
-create or replace function @schema@.relay_nearest(p_word text, p_candidates text[])
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select c.word
-    from unnest(p_candidates) as c (word)
-    cross join lateral (
-        select 2.0 * count(*) / (length(p_word) + length(c.word) + 2) as share
-        from (
-            select substr(' ' || lower(p_word) || ' ', i, 2) from generate_series(1, length(p_word) + 1) as i
-            intersect all
-            select substr(' ' || lower(c.word) || ' ', i, 2) from generate_series(1, length(c.word) + 1) as i
-        ) as pair
-    ) as s
-    where s.share > 0.5
-    order by s.share desc, c.word
-    limit 1
-$$;
-
-comment on function @schema@.relay_nearest(text, text[]) is
-    'The candidate that a mistyped word may have meant, by the pairs of letters they share; null where none is near.';
-
 create or replace function @schema@.relay_check_value(p_path text, p_rule jsonb, p_value jsonb, p_plaintext boolean)
 returns text[]
 language plpgsql
@@ -40,31 +15,36 @@ declare
     -- Nothing is left of what a template may have in it.
     v_bare text := regexp_replace(v_text, v_rules ->> 'in_template', '', 'g');
     v_name text := substring(v_bare, '\{([^{}]*)\}');
+    v_must text := coalesce(
+        p_rule ->> 'must',
+        (select string_agg(w.word, ' or ') from jsonb_array_elements_text(p_rule -> 'words') as w (word)),
+        concat(v_rule ->> 'must', ' from ' || (v_rule ->> 'ge') || coalesce(' to ' || (v_rule ->> 'le'), ' on')));
     v_is text;
-    v_problem text[];
 begin
     if p_value is null or (p_path ~ '\.' and v_text ~ '^\$\{(env|file):[^}]+\}$') then
         return null;
     elsif not v_rule -> 'kinds' ? v_kind then
         v_is := case v_kind when 'string' then 'a text that does not fit' else 'of type ' || v_kind end;
     elsif v_kind in ('array', 'object') then
-        select @schema@.relay_check_value(e.path, v_rule -> 'of', e.value, p_plaintext) as problem into v_problem
-        from (
-            select p_path || '.' || o.key, o.value from jsonb_each(case v_kind when 'object' then p_value else '{}' end) as o
-            union all
-            select p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
-        ) as e (path, value)
-        where v_rule ? 'of'
-        order by problem limit 1;
-        return v_problem;
+        return (
+            select @schema@.relay_check_value(e.path, v_rule -> 'of', e.value, p_plaintext) as problem
+            from (
+                select p_path || '.' || o.key, o.value from jsonb_each(case v_kind when 'object' then p_value else '{}' end) as o
+                union all
+                select p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
+            ) as e (path, value)
+            where v_rule ? 'of'
+            order by problem limit 1);
+    elsif not v_rule -> 'words' ? v_text then
+        v_is := quote_literal(v_text);
     elsif v_text !~ (v_rule ->> 'pattern') then
-        v_is := case when v_rule ->> 'is' = 'word' then quote_literal(v_text) when v_kind = 'string' then 'a text that does not fit' else v_text end;
+        v_is := case v_kind when 'string' then 'a text that does not fit' else v_text end;
     elsif v_rule ?| array['ge', 'le'] then
         v_is := case when v_text::numeric not between coalesce((v_rule ->> 'ge')::numeric, '-infinity')
             and coalesce((v_rule ->> 'le')::numeric, 'infinity') then v_text end;
     end if;
     return case
-        when v_is is not null then array[format('%s is %s', p_path, v_is), format('It must be %s.', v_rule ->> 'must')]
+        when v_is is not null then array[format('%s is %s', p_path, v_is), format('It must be %s.', v_must)]
         when p_plaintext is not true and (
             regexp_replace(v_text, '\$\{(env|file):[^}]+\}', '', 'g') ~* (v_rules ->> 'secret_in_url')
             or (v_text !~* (v_rules ->> 'references_only')
@@ -85,7 +65,7 @@ $$;
 comment on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) is
     'What is wrong with a value, or inside it. Shows it only where it can be no secret.';
 
-create or replace function @schema@.relay_check_keys(p_role text, p_rules jsonb, p_options jsonb, p_plaintext boolean)
+create or replace function @schema@.relay_check_keys(p_role text, p_places text[], p_options jsonb, p_plaintext boolean)
 returns text[]
 language plpgsql
 immutable
@@ -94,20 +74,27 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_prefix text := case when p_role in ('source', 'sink') then p_role || '.' else '' end;
-    v_known text[] := array(select r.key from jsonb_each(p_rules) as r where not r.value ? 'refused');
+    v_rules jsonb := (
+        select jsonb_object_agg(k.key, r.rule)
+        from jsonb_array_elements(@schema@.relay_key_rules() -> 'rules') as r (rule)
+        cross join jsonb_array_elements_text(r.rule -> 'keys') as k (key)
+        where r.rule -> 'in' ?| p_places
+    ) || case v_prefix when '' then '{}' else
+        jsonb_build_object('type', jsonb_build_object('is', 'word', 'words', p_places[1:1])) end;
+    v_known text[] := array(select r.key from jsonb_each(v_rules) as r where not r.value ? 'refused');
     v_given text[] := array(select o.key from jsonb_each_text(p_options) as o where o.value not in ('', 'false'));
     v_problem text[];
     r record;
 begin
     for r in
-        select o.key, o.value, p_rules -> o.key as rule, v_prefix || o.key as path,
-            case when not p_rules ? o.key then @schema@.relay_nearest(o.key, v_known) end as near
+        select o.key, o.value, v_rules -> o.key as rule, v_prefix || o.key as path,
+            case when not v_rules ? o.key then @schema@.relay_nearest(o.key, v_known) end as near
         from jsonb_each(p_options) as o
         order by o.key
     loop
         v_problem := case
             when r.rule ? 'refused' then array[format('%s %s', r.path, r.rule #>> '{refused,0}'), r.rule #>> '{refused,1}']
-            when p_rules ? r.key then @schema@.relay_check_value(r.path, r.rule, nullif(r.value, 'null'), p_plaintext)
+            when v_rules ? r.key then @schema@.relay_check_value(r.path, r.rule, nullif(r.value, 'null'), p_plaintext)
             when r.near is not null then array[r.path || ' is not a known key', format('Did you mean %s?', r.near)]
             when v_prefix = '' then array[r.key || ' is not a key of the pipeline itself', 'Does it belong into the source or sink object?']
             else array[r.path || ' is not a known key', format('Known are %s.', array_to_string(v_known, ', '))]
@@ -116,7 +103,7 @@ begin
     end loop;
     for r in
         select k.key, k.value as rule, v_prefix || k.key as path, k.value ->> 'needs' as needs, k.value ->> 'required_unless' as other
-        from jsonb_each(p_rules) as k
+        from jsonb_each(v_rules) as k
         where v_problem is null
     loop
         v_problem := case
@@ -136,8 +123,8 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_check_keys(text, jsonb, jsonb, boolean) is
-    'What is wrong with the keys of a source or sink object, or of the pipeline itself.';
+comment on function @schema@.relay_check_keys(text, text[], jsonb, boolean) is
+    'What is wrong with the keys of a source or sink object, or of the pipeline itself, by the rules of these places; of a source or sink its type comes first.';
 
 create or replace function @schema@.relay_validate_config(p_direction text, p_config jsonb)
 returns void
@@ -147,7 +134,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_rules constant jsonb := @schema@.relay_key_rules();
+    v_roles constant jsonb := @schema@.relay_key_rules() -> 'roles';
     v_plaintext constant boolean := lower(p_config ->> 'allow_plaintext_secrets') = 'true';
     v_problem text[];
     r record;
@@ -157,30 +144,29 @@ begin
             array[format('%L is no direction of a pipeline', p_direction), 'forward: outbox to broker; reverse: broker to inbox.', '22023']
         when p_config is null or jsonb_typeof(p_config) <> 'object' then
             array['the configuration is not a JSON object', 'As in {"source": {"outbox": "orders"}, "sink": {"type": "stdout"}}.']
-        else @schema@.relay_check_keys(p_direction || ' pipeline', (v_rules #> '{pipeline,both}') || (v_rules #> array['pipeline', p_direction]), p_config, v_plaintext)
+        else @schema@.relay_check_keys(p_direction || ' pipeline', array['pipeline', 'pipeline.' || p_direction], p_config, v_plaintext)
     end;
     for r in
         select x.role, p_config ->> (x.role || '_type') as type, p_config -> x.role as options,
-            array(select b.key from jsonb_each(v_rules) as b where b.value ? x.role and b.key <> 'outbox' order by b.key) as types
+            array(select b.key from jsonb_each(v_roles) as b where b.value ? x.role and b.key <> 'outbox' order by b.key) as types
         from unnest(array['source', 'sink']) as x (role)
         where v_problem is null
     loop
         v_problem := coalesce(v_problem, case
             when r.type is null or (r.type <> 'outbox' and r.options ->> 'type' is null) then
                 array[r.role || '.type is missing', format('It must be one of %s.', array_to_string(r.types, ', '))]
-            when not coalesce(v_rules -> r.type ? r.role, false) then array[
+            when not coalesce(v_roles -> r.type ? r.role, false) then array[
                 format('%s.type %L is not known', r.role, r.type),
                 concat('Did you mean ' || @schema@.relay_nearest(r.type, r.types) || '? ', format('Known are %s.', array_to_string(r.types, ', ')))]
-            else @schema@.relay_check_keys(r.role, (v_rules #> array[r.type, 'both']) || (v_rules #> array[r.type, r.role]), r.options, v_plaintext)
+            else @schema@.relay_check_keys(r.role, array[r.type, r.type || '.' || r.role], r.options, v_plaintext)
         end);
     end loop;
-    v_problem := case
-        when v_problem is not null then v_problem
+    v_problem := coalesce(v_problem, case
         when (p_config ->> 'retry_max_ms')::bigint < (p_config ->> 'retry_initial_ms')::bigint then
             array['retry_max_ms is less than retry_initial_ms', 'The first wait is the shortest.']
         when (p_config ->> 'parallelism')::bigint > 1 and p_config #>> '{source,consumer_group}' is null then
             array['parallelism needs a consumer group', 'Name one in source.consumer_group; its slots share the rows, without order among them.']
-    end;
+    end);
     if v_problem is not null then
         raise exception using errcode = coalesce(v_problem[3], 'RL010'), message = v_problem[1], hint = v_problem[2];
     end if;

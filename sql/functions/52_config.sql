@@ -1,5 +1,8 @@
 -- The catalog of pipelines: the functions that people call, and the triggers that keep names
 -- unique and tell the relays.
+--
+-- What people call is one expression, which PostgreSQL puts in the place of the call: an error then
+-- comes with the one line that says where it was raised, and a name means what it means to the caller.
 
 -- ---------------------------------------------------------------------------
 -- Triggers
@@ -90,94 +93,14 @@ comment on trigger relay_config_notify on @schema@.relay_inbox_config is
     'Relays reload the pipeline.';
 
 -- ---------------------------------------------------------------------------
--- Forward
+-- Setting
 -- ---------------------------------------------------------------------------
 
--- No search_path of its own: the outbox's name means what it means to the caller.
-create or replace function @schema@.set_relay_outbox(
-    name text,
-    outbox text,
-    consumer_group text,
-    sink jsonb,
-    retention_hours integer default 24,
-    enabled boolean default true
-)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    perform @schema@.relay_set_forward(
-        name,
-        pg_catalog.jsonb_build_object(
-            'source', pg_catalog.jsonb_strip_nulls(
-                pg_catalog.jsonb_build_object('outbox', outbox, 'consumer_group', consumer_group)),
-            'sink', sink),
-        @schema@.relay_outbox_named(outbox), enabled, retention_hours);
-end
-$$;
-
-comment on function @schema@.set_relay_outbox(text, text, text, jsonb, integer, boolean) is
-    'Make or change a pipeline from an outbox to a sink; without a consumer group it reads in id order by itself. Which outbox the name means is settled now. The outbox keeps delivered rows at least so many hours. The position survives changes, delete_relay removes it.';
-
-create or replace function @schema@.set_relay_outbox(name text, outbox text, sink jsonb)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    perform @schema@.set_relay_outbox(name, outbox, null, sink);
-end
-$$;
-
-comment on function @schema@.set_relay_outbox(text, text, jsonb) is
-    'The same without a consumer group.';
-
-create or replace function @schema@.set_relay_outbox(name text, outbox text, sink text)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    perform @schema@.set_relay_outbox(name, outbox, null, @schema@.relay_object('sink', sink));
-end
-$$;
-
-comment on function @schema@.set_relay_outbox(text, text, text) is
-    'The same with the sink as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the sink from the config form''s boolean.';
-
--- No search_path of its own: the outbox's name means what it means to the caller.
-create or replace function @schema@.set_relay_outbox(
-    name text,
-    config jsonb,
-    enabled boolean default true
-)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
-begin
-    perform @schema@.relay_set_forward(
-        name, config,
-        case
-            when config operator(pg_catalog.#>>) '{source,outbox}' is not null
-            then @schema@.relay_outbox_named(config operator(pg_catalog.#>>) '{source,outbox}')
-        end,
-        enabled);
-end
-$$;
-
-comment on function @schema@.set_relay_outbox(text, jsonb, boolean) is
-    'Make or change a pipeline from an outbox to a sink: {"source": {"outbox": ...}, "sink": {"type": ...}, ...} with any keys of a pipeline.';
-
+-- Not immutable: PostgreSQL would call it while it plans, and say so in the error.
 create or replace function @schema@.relay_object(key text, document text)
 returns jsonb
 language plpgsql
-immutable
+stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
@@ -193,56 +116,18 @@ end
 $$;
 
 comment on function @schema@.relay_object(text, text) is
-    'The document in this text; RL010 where it is none.';
+    'Runs as its caller. The document in this text; RL010 where it is none.';
 
-create or replace function @schema@.relay_complete_config(
+create or replace function @schema@.relay_set_pipeline(
+    p_direction text,
     p_name text,
     p_config jsonb,
-    p_direction text
-)
-returns jsonb
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_config jsonb;
-    v_role text;
-    v_default text;
-begin
-    if coalesce(length(p_name), 0) not between 1 and 200 or jsonb_typeof(p_config) is distinct from 'object' then
-        raise exception using
-            errcode = 'RL010',
-            message = case when coalesce(length(p_name), 0) between 1 and 200
-                then 'the configuration is not a JSON object'
-                else 'a pipeline needs a name of 1 to 200 characters' end;
-    end if;
-    v_config := '{"config_version": 1}' || p_config;
-    foreach v_role in array array['source', 'sink'] loop
-        v_default := coalesce(
-            v_config #>> array[v_role, 'type'], v_config ->> (v_role || '_type'),
-            case p_direction || ' ' || v_role when 'forward source' then 'outbox' when 'reverse sink' then 'pg-inbox' end);
-        v_config := v_config || jsonb_build_object(
-            v_role || '_type', coalesce(v_config ->> (v_role || '_type'), v_default));
-        if jsonb_typeof(v_config -> v_role) = 'object' and v_default is not null and v_role || p_direction <> 'sourceforward' then
-            v_config := jsonb_set(v_config, array[v_role, 'type'], to_jsonb(v_default));
-        end if;
-    end loop;
-    perform @schema@.relay_validate_config(p_direction, v_config #- '{source,outbox_table}');
-    return v_config;
-end
-$$;
-
-comment on function @schema@.relay_complete_config(text, jsonb, text) is
-    'Fill in what follows from the rest, version and types, and check all of it.';
-
-create or replace function @schema@.relay_set_forward(
-    p_name text,
-    p_config jsonb,
-    p_outbox_table text,
     p_enabled boolean,
-    p_retention_hours integer default null
+    p_outbox_table text default null,
+    p_retention_hours integer default null,
+    p_max_retries integer default 5,
+    p_schedule text default '1s',
+    p_with_dead_letter boolean default true
 )
 returns void
 language plpgsql
@@ -251,22 +136,85 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_config jsonb := @schema@.relay_complete_config(p_name, p_config, 'forward');
-    v_start text := coalesce(v_config ->> 'start', 'earliest');
-    v_outbox record;
+    v_config jsonb := '{"config_version": 1}' || p_config;
+    v_role text;
+    v_type text;
+    v_detail text;
+    v_hint text;
+begin
+    if coalesce(length(p_name), 0) not between 1 and 200 then
+        raise exception using
+            errcode = 'RL010',
+            message = 'a pipeline needs a name of 1 to 200 characters',
+            hint = format('As in select %I.set_relay_outbox(''orders-out'', ...);', @schema_name@);
+    end if;
+    if jsonb_typeof(p_config -> 'source') = 'object' then
+        v_config := v_config #- '{source,outbox_table}';
+    end if;
+    -- Types stand in one place or two; what a direction always has is left out.
+    foreach v_role in array array['source', 'sink'] loop
+        continue when jsonb_typeof(p_config) is distinct from 'object';
+        v_type := coalesce(
+            v_config #>> array[v_role, 'type'], v_config ->> (v_role || '_type'),
+            case p_direction || ' ' || v_role when 'forward source' then 'outbox' when 'reverse sink' then 'pg-inbox' end);
+        v_config := v_config || jsonb_build_object(
+            v_role || '_type', coalesce(v_config ->> (v_role || '_type'), v_type));
+        if jsonb_typeof(v_config -> v_role) = 'object' and v_type is not null and v_role || p_direction <> 'sourceforward' then
+            v_config := jsonb_set(v_config, array[v_role, 'type'], to_jsonb(v_type));
+        end if;
+    end loop;
+    perform @schema@.relay_validate_config(p_direction, v_config);
+    if p_direction = 'forward' then
+        perform @schema@.relay_set_forward(p_name, v_config, p_enabled, p_outbox_table, p_retention_hours);
+    else
+        perform @schema@.relay_set_reverse(
+            p_name, v_config, p_enabled, p_retention_hours, p_max_retries, p_schedule, p_with_dead_letter);
+    end if;
+exception
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        if v_hint = '' then
+            raise;
+        elsif v_detail = '' then
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
+end
+$$;
+
+comment on function @schema@.relay_set_pipeline(text, text, jsonb, boolean, text, integer, integer, text, boolean) is
+    'Definer, since callers have no right on the catalog. Complete, check and write a pipeline; the outbox of a forward one by its own name.';
+
+create or replace function @schema@.relay_set_forward(
+    p_name text,
+    p_config jsonb,
+    p_enabled boolean,
+    p_outbox_table text,
+    p_retention_hours integer
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_start text := coalesce(p_config ->> 'start', 'earliest');
     v_after_id bigint := 0;
     v_gaps int8multirange := '{}';
 begin
-    select * into v_outbox from @schema@.relay_outbox_of(p_outbox_table);
+    perform @schema@.relay_outbox_of(p_outbox_table);
     if p_retention_hours < 1 then
-        raise exception using errcode = 'RL010',
-            message = format('retention_hours is %s', p_retention_hours), hint = 'It must be 1 or more.';
+        raise exception using
+            errcode = 'RL010',
+            message = format('retention_hours is %s', p_retention_hours),
+            hint = 'It must be 1 or more.';
     end if;
-    if v_config #>> '{sink,type}' = 'pg-inbox'
-        and v_config #>> '{sink,inbox}' is not null
-        and not v_config -> 'sink' ?| array['url', 'profile']
-    then
-        perform @schema@.relay_find_inbox(v_config #>> '{sink,inbox}', v_config #>> '{sink,schema}');
+    if p_config #>> '{sink,type}' = 'pg-inbox' and not p_config -> 'sink' ?| array['url', 'profile'] then
+        perform @schema@.relay_find_inbox(i.name, p_config #>> '{sink,schema}')
+        from (select p_config #>> '{sink,inbox}') as i (name)
+        where i.name is not null;
     end if;
     if v_start = 'latest' then
         -- Set again before it ran, it still owes what came after it was first set.
@@ -279,7 +227,7 @@ begin
     end if;
     insert into @schema@.relay_outbox_config as c
         (name, enabled, config, outbox_table_name, start_after_id, start_gaps)
-    values (p_name, coalesce(p_enabled, true), v_config #- '{source,outbox_table}', p_outbox_table, v_after_id, v_gaps)
+    values (p_name, coalesce(p_enabled, true), p_config, p_outbox_table, v_after_id, v_gaps)
     on conflict (name) do update
     set
         enabled = excluded.enabled,
@@ -288,8 +236,8 @@ begin
         start_after_id = excluded.start_after_id,
         start_gaps = excluded.start_gaps,
         updated_at = now();
-    if v_config #>> '{source,consumer_group}' is not null then
-        perform @schema@.relay_group_create(v_config #>> '{source,consumer_group}', p_outbox_table, v_start);
+    if p_config #>> '{source,consumer_group}' is not null then
+        perform @schema@.relay_group_create(p_config #>> '{source,consumer_group}', p_outbox_table, v_start);
     end if;
     -- Raised, never lowered, since other pipelines may need it.
     update @schema@.pgt_outbox_config as o
@@ -298,12 +246,115 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_set_forward(text, jsonb, text, boolean, integer) is
-    'Check and write a forward pipeline of an outbox, by its own name; its consumer group is made. Definer: callers have no right on the catalog.';
+comment on function @schema@.relay_set_forward(text, jsonb, boolean, text, integer) is
+    'Part of relay_set_pipeline: write a pipeline that reads an outbox; its consumer group is made.';
 
--- ---------------------------------------------------------------------------
--- Reverse
--- ---------------------------------------------------------------------------
+create or replace function @schema@.relay_set_reverse(
+    p_name text,
+    p_config jsonb,
+    p_enabled boolean,
+    p_retention_hours integer,
+    p_max_retries integer,
+    p_schedule text,
+    p_with_dead_letter boolean
+)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_inbox text := p_config #>> '{sink,inbox}';
+    v_schema text := p_config #>> '{sink,schema}';
+begin
+    if v_inbox is not null and not p_config -> 'sink' ?| array['url', 'profile'] then
+        -- In a schema of others only its owner creates tables.
+        if @schema@.relay_find_inbox(v_inbox, v_schema, coalesce(v_schema, @schema_name@) <> @schema_name@) is null then
+            perform @schema@.create_inbox(
+                v_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, true,
+                p_retention_hours);
+        end if;
+    end if;
+    insert into @schema@.relay_inbox_config as c (name, enabled, config)
+    values (p_name, coalesce(p_enabled, true), p_config)
+    on conflict (name) do update
+    set enabled = excluded.enabled, config = excluded.config, updated_at = now();
+end
+$$;
+
+comment on function @schema@.relay_set_reverse(text, jsonb, boolean, integer, integer, text, boolean) is
+    'Part of relay_set_pipeline: write a pipeline into an inbox, which is created where it is missing.';
+
+create or replace function @schema@.set_relay_outbox(
+    name text,
+    outbox text,
+    consumer_group text,
+    sink jsonb,
+    retention_hours integer default 24,
+    enabled boolean default true
+)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_set_pipeline(
+        'forward', name,
+        pg_catalog.jsonb_build_object(
+            'source', pg_catalog.jsonb_strip_nulls(
+                pg_catalog.jsonb_build_object('outbox', outbox, 'consumer_group', consumer_group)),
+            'sink', sink),
+        enabled, @schema@.relay_outbox_named(outbox), retention_hours)
+$$;
+
+comment on function @schema@.set_relay_outbox(text, text, text, jsonb, integer, boolean) is
+    'Make or change a pipeline from an outbox to a sink; without a consumer group it reads in id order by itself. Which outbox the name means is settled now. The outbox keeps delivered rows at least so many hours. The position survives changes, delete_relay removes it.';
+
+create or replace function @schema@.set_relay_outbox(name text, outbox text, sink jsonb)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.set_relay_outbox(name, outbox, null, sink)
+$$;
+
+comment on function @schema@.set_relay_outbox(text, text, jsonb) is
+    'The same without a consumer group.';
+
+create or replace function @schema@.set_relay_outbox(name text, outbox text, sink text)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.set_relay_outbox(name, outbox, null, @schema@.relay_object('sink', sink))
+$$;
+
+comment on function @schema@.set_relay_outbox(text, text, text) is
+    'The same with the sink as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the sink from the config form''s boolean.';
+
+create or replace function @schema@.set_relay_outbox(
+    name text,
+    config jsonb,
+    enabled boolean default true
+)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_set_pipeline(
+        'forward', name, config, enabled,
+        case
+            when config operator(pg_catalog.#>>) '{source,outbox}' is not null
+            then @schema@.relay_outbox_named(config operator(pg_catalog.#>>) '{source,outbox}')
+        end)
+$$;
+
+comment on function @schema@.set_relay_outbox(text, jsonb, boolean) is
+    'Make or change a pipeline from an outbox to a sink: {"source": {"outbox": ...}, "sink": {"type": ...}, ...} with any keys of a pipeline.';
 
 create or replace function @schema@.set_relay_inbox(
     name text,
@@ -316,38 +367,32 @@ create or replace function @schema@.set_relay_inbox(
     enabled boolean default true
 )
 returns void
-language plpgsql
+language sql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
-begin
-    perform @schema@.relay_set_reverse(
-        name,
-        jsonb_build_object(
+    select @schema@.relay_set_pipeline(
+        'reverse', name,
+        pg_catalog.jsonb_build_object(
             'source', source,
-            'sink', jsonb_build_object('type', 'pg-inbox', 'inbox', inbox)),
-        enabled, max_retries, schedule, with_dead_letter, retention_hours);
-end
+            'sink', pg_catalog.jsonb_build_object('type', 'pg-inbox', 'inbox', inbox)),
+        enabled, null, retention_hours, max_retries, schedule, with_dead_letter)
 $$;
 
 comment on function @schema@.set_relay_inbox(text, text, jsonb, integer, text, boolean, integer, boolean) is
-    'Make or change a pipeline from a source to an inbox. A missing inbox is created with the settings given; one that is there keeps its own. Definer: callers have no right on the catalog.';
+    'Make or change a pipeline from a source to an inbox. A missing inbox is created with the settings given; one that is there keeps its own.';
 
 create or replace function @schema@.set_relay_inbox(name text, inbox text, source text)
 returns void
-language plpgsql
+language sql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
-begin
-    perform @schema@.set_relay_inbox(name, inbox, @schema@.relay_object('source', source));
-end
+    select @schema@.set_relay_inbox(name, inbox, @schema@.relay_object('source', source))
 $$;
 
 comment on function @schema@.set_relay_inbox(text, text, text) is
-    'The same with the source as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the source from the config form''s boolean. Definer: as the others.';
+    'The same with the source as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the source from the config form''s boolean.';
 
 create or replace function @schema@.set_relay_inbox(
     name text,
@@ -355,175 +400,19 @@ create or replace function @schema@.set_relay_inbox(
     enabled boolean default true
 )
 returns void
-language plpgsql
+language sql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
-begin
-    perform @schema@.relay_set_reverse(name, config, enabled, 5, '1s', true, null);
-end
+    select @schema@.relay_set_pipeline('reverse', name, config, enabled)
 $$;
 
 comment on function @schema@.set_relay_inbox(text, jsonb, boolean) is
-    'Make or change a pipeline from a source to an inbox: {"source": {"type": ...}, "sink": {"inbox": ...}, ...} with any keys of a pipeline. A missing inbox is created. Definer: callers have no right on the catalog.';
-
-create or replace function @schema@.relay_set_reverse(
-    p_name text,
-    p_config jsonb,
-    p_enabled boolean,
-    p_max_retries integer,
-    p_schedule text,
-    p_with_dead_letter boolean,
-    p_retention_hours integer
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_config jsonb := @schema@.relay_complete_config(p_name, p_config, 'reverse');
-    v_inbox text := v_config #>> '{sink,inbox}';
-    v_schema text := v_config #>> '{sink,schema}';
-begin
-    if v_inbox is not null and not v_config -> 'sink' ?| array['url', 'profile'] then
-        begin
-            perform @schema@.relay_find_inbox(v_inbox, v_schema);
-        exception
-            when sqlstate 'RL030' then
-                if coalesce(v_schema, @schema_name@) <> @schema_name@ then
-                    -- In a schema of others only its owner creates tables.
-                    raise;
-                end if;
-                perform @schema@.create_inbox(
-                    v_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, true,
-                    p_retention_hours);
-        end;
-    end if;
-    insert into @schema@.relay_inbox_config as c (name, enabled, config)
-    values (p_name, coalesce(p_enabled, true), v_config)
-    on conflict (name) do update
-    set enabled = excluded.enabled, config = excluded.config, updated_at = now();
-end
-$$;
-
-comment on function @schema@.relay_set_reverse(text, jsonb, boolean, integer, text, boolean, integer) is
-    'Check and write a reverse pipeline; its inbox is created where it is missing.';
+    'Make or change a pipeline from a source to an inbox: {"source": {"type": ...}, "sink": {"inbox": ...}, ...} with any keys of a pipeline. A missing inbox is created.';
 
 -- ---------------------------------------------------------------------------
--- Switching, deleting, looking
+-- Looking, switching, deleting
 -- ---------------------------------------------------------------------------
-
-create or replace function @schema@.relay_require_pipeline(p_name text)
-returns text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_direction text;
-    v_near text;
-begin
-    select n.direction into v_direction from @schema@.relay_pipeline_names as n where n.name = p_name;
-    if not found then
-        v_near := @schema@.relay_nearest(
-            p_name, array(select n.name from @schema@.relay_pipeline_names as n));
-        raise exception using
-            errcode = 'RL011',
-            message = format('there is no pipeline "%s"', coalesce(p_name, 'null')),
-            hint = coalesce(
-                format('Did you mean "%s"?', v_near),
-                format('select name, direction, enabled from %I.list_relay_configs();', @schema_name@));
-    end if;
-    return v_direction;
-end
-$$;
-
-comment on function @schema@.relay_require_pipeline(text) is
-    'Direction of a pipeline; RL011 where there is none of this name.';
-
-create or replace function @schema@.relay_switch(p_name text, p_enabled boolean)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    perform @schema@.relay_require_pipeline(p_name);
-    update @schema@.relay_outbox_config as c
-    set enabled = p_enabled, updated_at = now()
-    where c.name = p_name and c.enabled <> p_enabled;
-    update @schema@.relay_inbox_config as c
-    set enabled = p_enabled, updated_at = now()
-    where c.name = p_name and c.enabled <> p_enabled;
-end
-$$;
-
-comment on function @schema@.relay_switch(text, boolean) is
-    'Enable or disable a pipeline; writes only where that changes something.';
-
-create or replace function @schema@.enable_relay(name text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    perform @schema@.relay_validate_config(
-        @schema@.relay_require_pipeline(name),
-        (select c.config from @schema@.list_relay_configs() as c where c.name = enable_relay.name) #- '{source,outbox_table}');
-    perform @schema@.relay_switch(name, true);
-end
-$$;
-
-comment on function @schema@.enable_relay(text) is
-    'Start a pipeline where it stopped, or where it was set to start. Definer: callers have no right on the catalog.';
-
-create or replace function @schema@.disable_relay(name text)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select @schema@.relay_switch(name, false)
-$$;
-
-comment on function @schema@.disable_relay(text) is
-    'Stop a pipeline; its position stays, and its outbox keeps what it has not delivered. Definer: callers have no right on the catalog.';
-
-create or replace function @schema@.delete_relay(name text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_direction text := @schema@.relay_require_pipeline(name);
-    v_positions bigint;
-begin
-    delete from @schema@.relay_outbox_config as c where c.name = delete_relay.name;
-    delete from @schema@.relay_inbox_config as c where c.name = delete_relay.name;
-    delete from @schema@.relay_consumer_offsets as o where o.pipeline_id = delete_relay.name;
-    get diagnostics v_positions = row_count;
-    delete from @schema@.relay_pending_gaps as g where g.pipeline_id = delete_relay.name;
-    delete from @schema@.relay_cursors as c where c.pipeline_id = delete_relay.name;
-    if v_positions > 0 then
-        raise notice using
-            message = format('the position of %s pipeline "%s" is deleted with it', v_direction, name),
-            hint = 'A pipeline that is set under this name starts from its beginning. Dead letters and consumer groups stay.';
-    end if;
-end
-$$;
-
-comment on function @schema@.delete_relay(text) is
-    'Delete a pipeline and its position in all relay groups; its dead letters and its consumer group stay. Definer: callers have no right on the catalog.';
 
 create or replace function @schema@.list_relay_configs()
 returns table (name text, direction text, enabled boolean, config jsonb)
@@ -547,18 +436,159 @@ $$;
 comment on function @schema@.list_relay_configs() is
     'All pipelines, forward and reverse; source.outbox_table is the outbox that a forward one reads. Definer: callers have no right on the catalog.';
 
-create or replace function @schema@.get_relay_config(name text)
-returns jsonb
+create or replace function @schema@.relay_nearest(p_word text, p_candidates text[])
+returns text
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.word
+    from unnest(p_candidates) as c (word)
+    cross join lateral (
+        select 2.0 * count(*) / (length(p_word) + length(c.word) + 2) as share
+        from (
+            select substr(' ' || lower(p_word) || ' ', i, 2) from generate_series(1, length(p_word) + 1) as i
+            intersect all
+            select substr(' ' || lower(c.word) || ' ', i, 2) from generate_series(1, length(c.word) + 1) as i
+        ) as pair
+    ) as s
+    where s.share > 0.5
+    order by s.share desc, c.word
+    limit 1
+$$;
+
+comment on function @schema@.relay_nearest(text, text[]) is
+    'The candidate that a mistyped word may have meant, by the pairs of letters they share; null where none is near.';
+
+create or replace function @schema@.relay_find_pipeline(
+    p_name text,
+    out name text,
+    out config jsonb
+)
 language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    v_near text;
 begin
-    perform @schema@.relay_require_pipeline(name);
-    return (select c.config from @schema@.list_relay_configs() as c where c.name = get_relay_config.name);
+    select c.name, c.config into name, config
+    from @schema@.list_relay_configs() as c
+    where c.name = p_name;
+    if not found then
+        v_near := @schema@.relay_nearest(p_name, array(select n.name from @schema@.relay_pipeline_names as n));
+        raise exception using
+            errcode = 'RL011',
+            message = format('there is no pipeline "%s"', coalesce(p_name, 'null')),
+            hint = coalesce(
+                format('Did you mean "%s"?', v_near),
+                format('select name, direction, enabled from %I.list_relay_configs();', @schema_name@));
+    end if;
 end
 $$;
 
+comment on function @schema@.relay_find_pipeline(text) is
+    'Definer, since callers have no right on the catalog. A pipeline as list_relay_configs has it; RL011 where there is none of this name.';
+
+create or replace function @schema@.get_relay_config(name text)
+returns jsonb
+language sql
+stable
+security invoker
+as $$
+    select (@schema@.relay_find_pipeline(name)).config
+$$;
+
 comment on function @schema@.get_relay_config(text) is
-    'Configuration of a pipeline; secrets in it are references. Definer: callers have no right on the catalog.';
+    'Configuration of a pipeline; secrets in it are references.';
+
+create or replace function @schema@.relay_switch(p_name text, p_enabled boolean)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if p_enabled then
+        perform @schema@.relay_validate_config('forward', c.config) from @schema@.relay_outbox_config as c where c.name = p_name;
+        perform @schema@.relay_validate_config('reverse', c.config) from @schema@.relay_inbox_config as c where c.name = p_name;
+    end if;
+    update @schema@.relay_outbox_config as c
+    set enabled = p_enabled, updated_at = now()
+    where c.name = p_name and c.enabled <> p_enabled;
+    update @schema@.relay_inbox_config as c
+    set enabled = p_enabled, updated_at = now()
+    where c.name = p_name and c.enabled <> p_enabled;
+end
+$$;
+
+comment on function @schema@.relay_switch(text, boolean) is
+    'Definer, since callers have no right on the catalog. Enable a pipeline, if its configuration is sound, or disable it; writes only where that changes something.';
+
+create or replace function @schema@.enable_relay(name text)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_switch((@schema@.relay_find_pipeline(name)).name, true)
+$$;
+
+comment on function @schema@.enable_relay(text) is
+    'Start a pipeline where it stopped, or where it was set to start.';
+
+create or replace function @schema@.disable_relay(name text)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_switch((@schema@.relay_find_pipeline(name)).name, false)
+$$;
+
+comment on function @schema@.disable_relay(text) is
+    'Stop a pipeline; its position stays, and its outbox keeps what it has not delivered.';
+
+create or replace function @schema@.relay_delete_pipeline(p_name text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_direction text;
+    v_positions bigint;
+begin
+    delete from @schema@.relay_outbox_config as c where c.name = p_name;
+    v_direction := case when found then 'forward' else 'reverse' end;
+    delete from @schema@.relay_inbox_config as c where c.name = p_name;
+    delete from @schema@.relay_consumer_offsets as o where o.pipeline_id = p_name;
+    get diagnostics v_positions = row_count;
+    delete from @schema@.relay_pending_gaps as g where g.pipeline_id = p_name;
+    delete from @schema@.relay_cursors as c where c.pipeline_id = p_name;
+    if v_positions > 0 then
+        raise notice using
+            message = format('the position of %s pipeline "%s" is deleted with it', v_direction, p_name),
+            hint = 'A pipeline that is set under this name starts from its beginning. Dead letters and consumer groups stay.';
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_delete_pipeline(text) is
+    'Definer, since callers have no right on the catalog. Delete what the catalog has of a pipeline.';
+
+create or replace function @schema@.delete_relay(name text)
+returns void
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_delete_pipeline((@schema@.relay_find_pipeline(name)).name)
+$$;
+
+comment on function @schema@.delete_relay(text) is
+    'Delete a pipeline and its position in all relay groups; its dead letters and its consumer group stay.';

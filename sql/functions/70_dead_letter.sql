@@ -197,7 +197,7 @@ declare
     pipeline text not null := relay_dlq_retry_all.pipeline;
     v_letters bigint;
 begin
-    perform @schema@.relay_require_pipeline(pipeline);
+    perform @schema@.relay_find_pipeline(pipeline);
     insert into @schema@.relay_dlq_retries (relay_group_id, pipeline, id)
     select d.relay_group_id, d.pipeline, d.id
     from @schema@.relay_dlq as d
@@ -249,7 +249,7 @@ $$;
 comment on function @schema@.relay_dlq_purge(text, interval) is
     'Definer, since only functions write dead letters. Delete those of a pipeline, all or those that failed last before a time; returns how many. Works for pipelines that are deleted too.';
 
-create or replace function @schema@.relay_dlq_stats()
+create or replace function @schema@.relay_dlq_stats(pipelines text[] default null)
 returns table (
     pipeline text,
     direction text,
@@ -263,52 +263,39 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select
-        d.pipeline,
-        max(d.direction),
-        count(*),
-        coalesce(max(r.requested), 0),
-        min(d.first_failed_at),
-        max(d.last_failed_at)
-    from @schema@.relay_dlq as d
-    left join (
-        select a.pipeline, count(*) as requested
-        from @schema@.relay_dlq_retries as a
-        group by a.pipeline
-    ) as r using (pipeline)
-    group by d.pipeline
-    order by d.pipeline
+    select p.name, d.direction, d.entries, r.requested, d.oldest_failed_at, d.newest_failed_at
+    from unnest(coalesce(pipelines, array(select distinct a.pipeline from @schema@.relay_dlq as a))) as p (name)
+    cross join lateral (
+        select
+            max(a.direction) as direction,
+            count(*) as entries,
+            min(a.first_failed_at) as oldest_failed_at,
+            max(a.last_failed_at) as newest_failed_at
+        from @schema@.relay_dlq as a
+        where a.pipeline = p.name
+    ) as d
+    cross join lateral (
+        select count(*) as requested from @schema@.relay_dlq_retries as a where a.pipeline = p.name
+    ) as r
+    where d.entries > 0
+    order by p.name
 $$;
 
-comment on function @schema@.relay_dlq_stats() is
-    'Definer, since only functions read dead letters. Their number and age, by pipeline.';
+comment on function @schema@.relay_dlq_stats(text[]) is
+    'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all.';
 
 create or replace function @schema@.relay_dlq_take(
     p_relay_group_id text,
     p_pipeline text,
     p_max_rows integer
 )
-returns table (
-    id bigint,
-    dedup_key text,
-    subject text,
-    message_key text,
-    op text,
-    headers jsonb,
-    payload bytea,
-    metadata jsonb,
-    error_kind text,
-    error text,
-    attempts integer
-)
+returns setof @schema@.relay_dlq
 language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select
-        d.id, d.dedup_key, d.subject, d.message_key, d.op, d.headers, d.payload, d.metadata,
-        d.error_kind, d.error, d.attempts
+    select d.*
     from @schema@.relay_dlq_retries as r
     join @schema@.relay_dlq as d using (relay_group_id, pipeline, id)
     where r.relay_group_id = p_relay_group_id

@@ -19,14 +19,11 @@ create or replace function @schema@.relay_report(
     p_report jsonb
 )
 returns void
-language plpgsql
+language sql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    report jsonb not null := p_report;
-begin
     insert into @schema@.relay_workers as w
         (relay_group_id, worker_id, host, pid, version, report)
     values (
@@ -45,8 +42,7 @@ begin
         last_seen_at = now(),
         report = excluded.report;
     -- Relays that were killed.
-    delete from @schema@.relay_workers as w where w.last_seen_at < now() - interval '1 day';
-end
+    delete from @schema@.relay_workers as w where w.last_seen_at < now() - interval '1 day'
 $$;
 
 comment on function @schema@.relay_report(text, text, jsonb) is

@@ -28,8 +28,8 @@ declare
         'relay_sweep_outbox', 'relay_swept_outboxes', 'relay_due_snapshots', 'relay_snapshot_is_intact',
         'relay_end_snapshot',
         -- pipelines
-        'set_relay_outbox', 'set_relay_inbox', 'relay_set_forward', 'relay_object', 'enable_relay', 'disable_relay',
-        'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',
+        'set_relay_outbox', 'set_relay_inbox', 'relay_set_pipeline', 'relay_object', 'enable_relay', 'disable_relay',
+        'relay_find_pipeline', 'relay_switch', 'relay_delete_pipeline', 'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',
         -- positions
         'relay_claim', 'relay_commit', 'relay_release', 'relay_forget_group', 'relay_cursor_get', 'relay_cursor_set',
         'relay_lag',
@@ -45,7 +45,7 @@ declare
         'relay_inbox', 'relay_inbox_is_intact', 'create_inbox', 'enable_inbox_tracking', 'disable_inbox_tracking',
         'drop_inbox', 'inbox_status', 'inbox_health', 'relay_base_type',
         'relay_inbox_parts', 'relay_inbox_problems',
-        'relay_build_inbox', 'relay_drop_inbox_parts', 'relay_remove_inbox',
+        'relay_build_inbox', 'relay_drop_inbox_parts', 'relay_remove_inbox', 'relay_new_inbox', 'relay_adopted_inbox',
         -- definer halves of these, which look before they act
         'relay_create_inbox', 'relay_register_inbox', 'relay_forget_inbox'
     ];

@@ -25,7 +25,9 @@ PINNED = "search_path=pg_catalog, pg_temp"
 WITHOUT_SEARCH_PATH = {
     "relay_relation", "relay_outbox_named", "outbox_rows_consumed", "outbox_status",
     "outbox_publish", "enable_outbox", "repair_outbox", "disable_outbox", "set_relay_outbox",
-    "create_consumer_group", "enable_inbox_tracking",
+    "create_consumer_group", "enable_inbox_tracking", "set_relay_inbox", "create_inbox",
+    "disable_inbox_tracking", "drop_inbox", "get_relay_config", "enable_relay", "disable_relay",
+    "delete_relay",
 }  # fmt: skip
 
 # The triggers of the marked table find what they name, as in a statement of the caller's.

@@ -426,37 +426,57 @@ def test_another_member_neither_removes_nor_takes_over_an_inbox(
     with member.refused("42501"):
         member.run("select pgtrickle.disable_inbox_tracking('mine')")
     with member.refused("42501"):
-        member.run("select pgtrickle.relay_forget_inbox('mine', 'disable_inbox_tracking', false)")
+        member.run("select pgtrickle.relay_forget_inbox('mine', false)")
     with member.refused("42501"):
         member.run(
             "select pgtrickle.relay_register_inbox(jsonb_populate_record("
-            "pgtrickle.relay_find_inbox('mine'), '{\"adopted\": false}'), 'enable_inbox_tracking')"
+            "pgtrickle.relay_find_inbox('mine'), '{\"adopted\": false}'))"
         )
     with member.refused("42501"):
         member.run(
             "select pgtrickle.relay_register_inbox(jsonb_populate_record("
             'pgtrickle.relay_find_inbox(\'mine\'), \'{"inbox_name": "x",'
-            ' "inbox_schema": "pgtrickle", "inbox_table": "relay_outbox_config"}\'),'
-            " 'create_inbox')"
+            ' "inbox_schema": "pgtrickle", "inbox_table": "relay_outbox_config"}\'))'
         )
     assert inboxes(boss) == ["mine"]
 
 
-@pytest.mark.parametrize("operation", ["disable_inbox_tracking", "drop_inbox"])
 def test_a_proof_of_an_earlier_transaction_or_for_something_else_proves_nothing(
-    boss: Session, alice: Session, member: Session, operation: str
+    boss: Session, alice: Session, member: Session
 ) -> None:
     alice.run(ADOPT)
-    xid = alice.value("select pg_current_xact_id()")
-    alice.run(
-        "comment on function app.receive_mine is"
-        f" 'pgtrickle-relay disable_inbox_tracking mine {xid}'"
+    prove = (
+        "do $$ begin execute format('comment on function app.receive_mine is %L',"
+        " concat('pgtrickle-relay inbox {} ', pg_current_xact_id())); end $$"
+    )
+    register = (
+        "select pgtrickle.relay_register_inbox(jsonb_populate_record("
+        "pgtrickle.relay_find_inbox('mine'), '{\"policies\": \"bypassed\"}'))"
     )
 
-    with member.refused("42501"):
-        member.run("select pgtrickle.relay_forget_inbox('mine', %s, false)", operation)
+    alice.run(prove.format("mine"))
+    with member.refused("42501") as earlier:
+        member.run(register)
+    with alice.refused("42501") as something_else:
+        alice.run(f"{prove.format('another')}; {register}")
 
-    assert inboxes(boss) == ["mine"]
+    for said in (earlier, something_else):
+        assert said.message_detail == "no comment of this transaction on its function"
+    assert boss.value("select policies from pgtrickle.relay_inboxes") == "enforced"
+
+
+def test_an_inbox_whose_function_somebody_left_in_the_way_names_what_to_drop(
+    boss: Session, alice: Session
+) -> None:
+    alice.run(ADOPT)
+    alice.run("comment on function app.receive_mine is 'mine'")
+
+    with alice.refused("42501") as said:
+        alice.run("select pgtrickle.disable_inbox_tracking('mine')")
+    alice.run(said.message_hint)
+    alice.run("select pgtrickle.disable_inbox_tracking('mine')")
+
+    assert inboxes(boss) == []
 
 
 def test_code_in_an_index_that_a_superuser_analyzes_removes_no_inbox(

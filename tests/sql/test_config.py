@@ -279,6 +279,7 @@ WRONG_KEYS: list[tuple[dict[str, object], str]] = [
     ({"sink_type": "nats"}, "sink.type is 'stdout'"),
     ({"source": {"outbox": "events", "grp": "x"}}, "source.grp is not a known key"),
     ({"source": {}}, "source.outbox is missing"),
+    ({"source": ["events"]}, "source is of type array"),
 ]
 
 
@@ -288,6 +289,9 @@ def test_a_wrong_pipeline_key_is_refused(db: Session) -> None:
             db.run(FORWARD_CONFIG, forward(**keys))
 
         assert message in said.message_primary, keys
+    with db.refused("RL010") as said:
+        db.run(FORWARD_CONFIG, '["events"]')
+    assert said.message_primary == "the configuration is not a JSON object"
 
 
 def test_a_configuration_that_is_none_is_refused_by_the_one_function_that_may_be_called(
