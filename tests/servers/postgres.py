@@ -141,6 +141,20 @@ class PostgresServer:
             _migrate_in_a_loop_of_its_own(created.dsn, self.schema)
             yield created
 
+    @contextlib.contextmanager
+    def standby(self, name: str = "standby") -> Iterator[PostgresServer]:
+        """A server that follows this one, started; removed at the end.
+
+        ``name`` is its `application_name` at the primary. Only for a local server.
+        """
+        assert isinstance(self.control, LocalPostgres)
+        local = self.control.follower(name)
+        standby = _started(local, local.dsn, f"standby of {self.origin}")
+        try:
+            yield standby
+        finally:
+            local.close()
+
     def copy(self, source: Database, target: Database) -> None:
         """Dump one database and restore it into another, as `pg_dump | psql` does."""
         dumped = self._client("pg_dump", "--dbname", source.dsn, text="")
@@ -202,7 +216,11 @@ class PostgresServer:
             )
 
     def _drop(self, name: str) -> None:
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
+        # A server that died for good took its databases along.
+        with (
+            contextlib.suppress(psycopg.OperationalError),
+            psycopg.connect(self.dsn, autocommit=True) as connection,
+        ):
             connection.execute(
                 sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
             )
@@ -266,7 +284,9 @@ class LocalPostgres:
         binaries: Path,
         settings: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
+        follows: str | None = None,
     ) -> None:
+        self._follows = follows
         self._settings = settings or {}
         self._files = files or {}
         self._user = _unprivileged_user()
@@ -280,6 +300,10 @@ class LocalPostgres:
     @property
     def dsn(self) -> str:
         return f"postgresql://postgres@{LOOPBACK}:{self._port}/postgres"
+
+    def follower(self, name: str) -> LocalPostgres:
+        """A standby of this server, not started; its data are copied at its first start."""
+        return LocalPostgres(binaries=self._binaries, follows=f"{self.dsn}?application_name={name}")
 
     def start(self) -> None:
         """Start and wait for the first accepted connection, at most `START_TIMEOUT_S`."""
@@ -330,15 +354,25 @@ class LocalPostgres:
         if self._user is not None:
             for path in (self._directory, sockets):
                 os.chown(path, self._user.pw_uid, self._user.pw_gid)
-        self._run(
-            "initdb",
-            f"--pgdata={self._data}",
-            "--username=postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--locale=C",
-            "--no-sync",
-        )
+        if self._follows is None:
+            self._run(
+                "initdb",
+                f"--pgdata={self._data}",
+                "--username=postgres",
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--no-sync",
+            )
+        else:
+            self._run(
+                "pg_basebackup",
+                f"--pgdata={self._data}",
+                f"--dbname={self._follows}",
+                "--write-recovery-conf",
+                "--checkpoint=fast",
+                "--no-sync",
+            )
         settings = {
             **SETTINGS,
             "listen_addresses": LOOPBACK,
