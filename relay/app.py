@@ -22,6 +22,7 @@ from relay.assembly import Assembly
 from relay.board import Board
 from relay.catalog import CONFIG_CHANNEL, OUTBOX_CHANNEL, Catalog
 from relay.coordinator import Coordinator
+from relay.errors import ConfigurationError
 from relay.events import Events
 from relay.housekeeping import Housekeeping
 from relay.http import HttpServer
@@ -113,9 +114,22 @@ class Relay:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.http)
             await stack.enter_async_context(opened(self.database, self.catalog))
+            await self._require_primary()
             await self._announce()
             await stack.enter_async_context(self._background())
             return await self.coordinator.run(until_drained=until_drained)
+
+    async def _require_primary(self) -> None:
+        """What a relay does, it writes down; a standby would let it start and then do nothing."""
+        row = await self.database.fetch_row(
+            "looking at the server", "select pg_catalog.pg_is_in_recovery() as is_standby"
+        )
+        if row is not None and row["is_standby"]:
+            raise ConfigurationError(
+                "the database is a standby",
+                remedy="connect to the primary; with several hosts, add"
+                " target_session_attrs=read-write",
+            )
 
     async def _announce(self) -> None:
         """The first line of a start, and a warning where this start delivers everything again."""

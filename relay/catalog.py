@@ -15,7 +15,7 @@ import msgspec
 from relay.errors import CatalogError, ConfigurationError
 from relay.events import Direction
 from relay.message import RelayMessage, op_named
-from relay.postgres import Database, leaving_nothing
+from relay.postgres import Database
 from relay.settings import schema_identifier
 
 CONFIG_CHANNEL = "pgtrickle_relay_config"
@@ -381,7 +381,7 @@ class Catalog:
             return 0
         async with (
             self._database.connection("sweeping the inbox") as connection,
-            leaving_nothing(connection, is_needed=inbox.is_foreign),
+            self._database.leaving_nothing(connection, is_needed=inbox.is_foreign),
         ):
             swept = await connection.fetchval(
                 f"select case when {INBOX_IS_INTACT} then {inbox.sweep_function}($4) end,"
@@ -408,7 +408,7 @@ class Catalog:
         """
         async with (
             self._database.connection("writing a snapshot") as connection,
-            leaving_nothing(connection, is_needed=True),
+            self._database.leaving_nothing(connection, is_needed=True),
             connection.transaction(isolation="read_committed"),
         ):
             due = await connection.fetchrow("select * from relay_due_snapshots($1)", outbox_table)

@@ -16,7 +16,7 @@ import asyncpg
 import msgspec
 
 from relay.errors import NotConnected, RelayError
-from relay.postgres import Connection, connect, postgres_errors
+from relay.postgres import Connection, connect, postgres_errors, wandering_session
 from relay.settings import DEFAULT_SCHEMA, PostgresSettings
 
 _NAMESPACE = "pgtrickle-relay"
@@ -43,6 +43,7 @@ member as (
 )
 select
     count(*) as members,
+    bool_or(pid = pg_backend_pid()) as is_member,
     coalesce(
         array_agg(held) filter (where not is_full and pid <> pg_backend_pid()), '{}'
     ) as held_by_open
@@ -117,9 +118,13 @@ class Locks:
     async def members(self) -> Members:
         """The relays of the group that are alive; also the heartbeat.
 
-        Raises `Outage` when the server does not answer in time; all locks are gone then.
+        Raises `Outage` when the server does not answer in time; all locks are gone then, as where
+        our session is not the one that took them.
         """
         row = await self._query(_MEMBERS, *_halves(self._member_key), *_halves(self._full_key))
+        if not row["is_member"]:
+            self._abandon()
+            raise wandering_session()
         return Members(count=row["members"], held_by_open=tuple(row["held_by_open"]))
 
     async def show_full(self, *, is_full: bool) -> None:

@@ -46,12 +46,15 @@ _PAIR = re.compile(r"\s*(\w+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)*))(
 _NO_TLS = "rejected SSL upgrade"
 _TLS_FILES = ("sslrootcert", "sslcert", "sslkey")
 
+# They are the server's, and let it notice that a relay is gone and free its locks.
 _KEEPALIVE = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
+# A pooler may have several free connections to hand out, in whatever order.
+_POOLER_LOOKS = 4
 
 # By SQLSTATE; a two-letter entry stands for its class. What is not listed is an outage: it is
 # tried again and loses nothing, while a wrong "message" verdict would drop an event to the dead
@@ -191,9 +194,9 @@ async def connect(settings: PostgresSettings, *, purpose: str) -> Connection:
             dsn=_dsn(settings),
             timeout=settings.connect_timeout_s,
             command_timeout=settings.command_timeout_s,
-            server_settings=_server_settings(settings, purpose),
+            server_settings=_application_name(settings, purpose),
         )
-        await _prepare(connection)
+        await _prepare(connection, _session(settings))
         return connection
 
 
@@ -202,6 +205,7 @@ class Database:
 
     def __init__(self, settings: PostgresSettings) -> None:
         self._settings = settings
+        self._session = _session(settings)
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._listeners: dict[str, list[Listener]] = {}
 
@@ -211,7 +215,11 @@ class Database:
         return self._settings
 
     async def open(self) -> None:
-        """Open the pool with one connection in it. Raises as `connect` does."""
+        """Open the pool with one connection in it.
+
+        Raises as `connect` does, and `ConfigurationError` for a pooler that hands a session from
+        one server process to another.
+        """
         with _readable_string(), postgres_errors(_connecting(self._settings)):
             pool = await asyncpg.create_pool(
                 dsn=_dsn(self._settings),
@@ -219,13 +227,12 @@ class Database:
                 max_size=self._settings.pool_size,
                 timeout=self._settings.connect_timeout_s,
                 command_timeout=self._settings.command_timeout_s,
-                server_settings=_server_settings(self._settings, "work"),
-                init=_prepare,
+                server_settings=_application_name(self._settings, "work"),
+                init=lambda connection: _prepare(connection, self._session),
                 reset=_leave,
             )
             try:
-                async with pool.acquire(timeout=self._settings.connect_timeout_s):
-                    pass
+                await _refuse_pooler(pool, self._settings)
             except BaseException:
                 pool.terminate()
                 raise
@@ -274,6 +281,31 @@ class Database:
         """One statement for its effect."""
         async with self.connection(doing) as connection:
             await connection.execute(query, *args)
+
+    @contextlib.asynccontextmanager
+    async def leaving_nothing(
+        self, connection: PooledConnection, *, is_needed: bool
+    ) -> AsyncIterator[None]:
+        """Undo what code of others, such as a trigger, does to the session in the block.
+
+        Settings, temporary objects and prepared statements: each could make a later statement of
+        ours mean something else. A connection for which that fails is closed. Nothing, unless
+        ``is_needed``.
+        """
+        try:
+            yield
+        finally:
+            if is_needed:
+                try:
+                    await self.leave_nothing(connection)
+                except BaseException:
+                    connection.terminate()
+                    raise
+
+    async def leave_nothing(self, connection: PooledConnection) -> None:
+        """As `leaving_nothing`, at once; the driver prepares its statements again."""
+        await connection.execute(f"reset all; discard temp; deallocate all; {self._session}")
+        await connection.reload_schema_state()
 
     def subscribe(self, channel: str, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` with the payload of each notification; returns what ends that.
@@ -405,20 +437,49 @@ def _check_tls_files(stated: Mapping[str, str]) -> None:
         ) from error
 
 
-def _server_settings(settings: PostgresSettings, purpose: str) -> dict[str, str]:
-    # The keepalives are the server's: they let it notice that a relay is gone and free its locks.
-    return {
-        "application_name": f"{settings.application_name} {purpose}"[:63],
-        "search_path": f"pg_catalog, {schema_identifier(settings.schema)}",
-        "default_transaction_isolation": "read committed",
-        "idle_in_transaction_session_timeout": "60000",
-        "timezone": "UTC",
-        **_KEEPALIVE,
-    }
+def wandering_session() -> ConfigurationError:
+    """What is said where a session is not one at the server."""
+    return ConfigurationError(
+        "a pooler in transaction mode stands before PostgreSQL: advisory locks, settings and"
+        " notifications belong to a session, and it keeps none",
+        remedy="connect to the server itself, or set pool_mode to session",
+    )
 
 
-async def _prepare(connection: Connection | PooledConnection) -> None:
+async def _refuse_pooler(pool: asyncpg.Pool[asyncpg.Record], settings: PostgresSettings) -> None:
+    """Raise `ConfigurationError` where two sessions meet in one server process, or one wanders."""
+    timeout_s = settings.connect_timeout_s
+    async with pool.acquire(timeout=timeout_s) as one:
+        if settings.pool_size == 1:
+            return
+        async with pool.acquire(timeout=timeout_s) as other:
+            seen = [
+                [await session.fetchval("select pg_catalog.pg_backend_pid()") for session in both]
+                for both in ((one, other),) * _POOLER_LOOKS
+            ]
+    ones, others = map(set, zip(*seen, strict=True))
+    if len(ones) > 1 or ones & others:
+        raise wandering_session()
+
+
+def _application_name(settings: PostgresSettings, purpose: str) -> dict[str, str]:
+    """The only parameter of a start that poolers in session mode take, too."""
+    return {"application_name": f"{settings.application_name} {purpose}"[:63]}
+
+
+def _session(settings: PostgresSettings) -> str:
+    """The statements that make a session ours."""
+    return (
+        f"set search_path to pg_catalog, {schema_identifier(settings.schema)};"
+        " set default_transaction_isolation to 'read committed';"
+        " set idle_in_transaction_session_timeout to 60000; set timezone to 'UTC';"
+        + "".join(f" set {name} to {value};" for name, value in _KEEPALIVE.items())
+    )
+
+
+async def _prepare(connection: Connection | PooledConnection, session: str) -> None:
     """JSON stays bytes on both ways: nobody here looks into a payload without need."""
+    await connection.execute(session)
     await connection.set_type_codec(
         "jsonb", schema="pg_catalog", format="binary", encoder=_jsonb_out, decoder=_jsonb_in
     )
@@ -433,30 +494,6 @@ async def _leave(_connection: Connection | PooledConnection) -> None:
     The relay's statements leave nothing in a session; what an open transaction did is undone by
     the driver all the same.
     """
-
-
-@contextlib.asynccontextmanager
-async def leaving_nothing(connection: PooledConnection, *, is_needed: bool) -> AsyncIterator[None]:
-    """Undo what code of others, such as a trigger, does to the session in the block.
-
-    Settings, temporary objects and prepared statements: each could make a later statement of ours
-    mean something else. A connection for which that fails is closed. Nothing, unless ``is_needed``.
-    """
-    try:
-        yield
-    finally:
-        if is_needed:
-            try:
-                await leave_nothing(connection)
-            except BaseException:
-                connection.terminate()
-                raise
-
-
-async def leave_nothing(connection: PooledConnection) -> None:
-    """As `leaving_nothing`, at once; the driver prepares its statements again."""
-    await connection.execute("reset all; discard temp; deallocate all")
-    await connection.reload_schema_state()
 
 
 def _jsonb_out(value: bytes) -> bytes:

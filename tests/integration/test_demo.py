@@ -24,7 +24,7 @@ from relay.demo.embedded import (
     _let_through,
     _Place,
     _Postgres,
-    _unprivileged_user,
+    unprivileged_user,
 )
 from relay.demo.orders import Shop
 from relay.demo.tally import Summary, count_arrivals
@@ -40,7 +40,7 @@ BOUND_S = 30.0
 @pytest.fixture
 def place() -> Iterator[_Place]:
     """A directory that whoever runs PostgreSQL can reach."""
-    user = _unprivileged_user()
+    user = unprivileged_user()
     with tempfile.TemporaryDirectory(prefix="pgt-demo-", ignore_cleanup_errors=True) as name:
         _let_through(Path(name), user)
         yield _Place(Path(name), user)

@@ -289,7 +289,7 @@ class LocalPostgres:
         self._follows = follows
         self._settings = settings or {}
         self._files = files or {}
-        self._user = _unprivileged_user()
+        self._user = unprivileged_user()
         self._directory = Path(tempfile.mkdtemp(prefix="pgt-pg-"))
         self._binaries = _reachable(binaries, self._directory, self._user)
         self._data = self._directory / "data"
@@ -559,7 +559,7 @@ def _major(binaries: Path) -> int | None:
     return None if match is None else int(match.group(1))
 
 
-def _unprivileged_user() -> pwd.struct_passwd | None:
+def unprivileged_user() -> pwd.struct_passwd | None:
     """Who runs the server when we are root (PostgreSQL refuses root); None: ourselves."""
     if os.geteuid() != 0:
         return None

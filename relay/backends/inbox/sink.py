@@ -28,8 +28,6 @@ from relay.message import RelayMessage
 from relay.postgres import (
     Database,
     PooledConnection,
-    leave_nothing,
-    leaving_nothing,
     postgres_errors,
     rejection_of_row,
 )
@@ -201,7 +199,7 @@ class _Insert:
         try:
             async with (
                 self.database.connection(_DOING) as connection,
-                leaving_nothing(connection, is_needed=self._is_foreign),
+                self.database.leaving_nothing(connection, is_needed=self._is_foreign),
             ):
                 written.rows += await self._run(connection, rows)
             return
@@ -226,7 +224,7 @@ class _Insert:
         try:
             async with (
                 self.database.connection(_DOING) as connection,
-                leaving_nothing(connection, is_needed=self._is_foreign),
+                self.database.leaving_nothing(connection, is_needed=self._is_foreign),
                 connection.transaction(),
             ):
                 # A deferred constraint that waited for the commit would refuse all rows.
@@ -278,7 +276,7 @@ class _Insert:
         try:
             with postgres_errors(_DOING):
                 if self._is_foreign:
-                    await leave_nothing(connection)
+                    await self.database.leave_nothing(connection)
                 async with connection.transaction():
                     written.rows += await self._run(connection, rows)
         except RelayError as error:
