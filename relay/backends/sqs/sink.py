@@ -1,4 +1,18 @@
-"""The SQS sink: see the package for what it promises."""
+"""The SQS sink.
+
+A message is accepted when the queue has named it among the successful ones of a
+``SendMessageBatch``: it is then stored redundantly. Up to ten messages go in one call, as far as
+the limit of bytes allows, and ``max_in_flight`` calls are in flight at a time. A standard queue
+keeps no order, whatever is done here. A FIFO queue (its name ends in ``.fifo``) keeps the order of
+a message group, which is by default the event's key; events without a key share one group. With
+``ordering`` ``strict``, the default, at most one event of a key is in flight, so that none
+overtakes another whichever entry of a batch is refused; it costs a hot key one call per event. With
+``pipelined`` one call may carry several of a key, and an event behind a refused one may be stored
+before it. Of one group at most one call is in flight either way. A FIFO queue drops what has a
+deduplication id, our dedup key, that it has seen in the last five minutes, without saying so:
+duplicates are not counted. An entry that the queue refuses by the sender's fault is refused for
+good, any other is tried again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""The SQS source: see the package for what it promises."""
+"""The SQS source.
+
+Long polls, several at a time while they come back full. A message is deleted when its
+batch is acknowledged, and until then hidden from others for ``visibility_timeout``, which is
+extended while the batch is worked on; a batch that is released is visible at once. What a killed
+relay held, or an answer that was lost on the way, comes again when that time has run out. Order is
+the group's on a FIFO queue; a standard queue has none and may repeat a message. A queue with a
+redrive policy counts each receipt and moves what was received too often; an outage of the inbox
+does not count, since the batch is held. The dedup key is ours where the message is ours, else its
+attribute ``Pgtrickle-Dedup-Key``, else its ``MessageDeduplicationId`` (with the group in front
+where the queue deduplicates by group) unless that is the SHA-256 of the body, since equal bodies
+recur after five minutes, else its ``MessageId``.
+"""
 
 from __future__ import annotations
 
