@@ -20,7 +20,7 @@ import msgspec
 from relay import __version__
 from relay.errors import CatalogError, ConfigurationError, Outage, RelayError
 from relay.options import known_keys
-from relay.overlays import VARIABLES, compose_settings, show_settings, type_settings
+from relay.overlays import VARIABLES, Composed, compose_settings, show_settings, type_settings
 from relay.secrets import mask_urls
 from relay.settings import Settings
 
@@ -30,6 +30,7 @@ _VERBS: Mapping[str, str] = {
     "run": "run the pipelines of the catalog until stopped (the default)",
     "status": "show the fleet, from the database alone",
     "doctor": "look at everything that can be wrong, and say how to mend it",
+    "validate": "look at settings, overlays and pipelines, or at one, without a destination",
     "drain": "run until everything is delivered, then exit",
     "migrate": "install or upgrade the catalog in the database",
     "demo": "show it all on an embedded PostgreSQL and NATS",
@@ -54,7 +55,10 @@ _FLAGS = (
     _Flag("--rate", ["demo"], "orders written per second", "RATE", float),
     _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", float),
     _Flag("--once", ["status"], "print a table and exit, as in a pipe"),
-    _Flag("--json", ["status", "doctor", "drain", "demo"], "answer with one JSON object"),
+    _Flag("--sample", ["validate"], "show the next events as they would go out", "EVENTS", int),
+    _Flag(
+        "--json", ["status", "doctor", "validate", "drain", "demo"], "answer with one JSON object"
+    ),
 )
 
 _EXAMPLES = """\
@@ -99,20 +103,27 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    verb, overrides = _told_apart(arguments.words)
+    verb, name, overrides = _told_apart(arguments.words)
     for flag in _FLAGS:
         if verb not in flag.verbs and getattr(arguments, _attribute(flag.name)):
             raise ConfigurationError(
                 f"{flag.name} does not go with {verb}",
                 remedy=f"it belongs to {', '.join(flag.verbs)}",
             )
-    composed = compose_settings(
-        overrides,
-        config_dirs=arguments.config_dir,
-        flags=_flags(arguments),
-        environment=os.environ,
-        base_overrides=["+env=demo"] if verb == "demo" else (),
-    )
+
+    def compose() -> Composed:
+        return compose_settings(
+            overrides,
+            config_dirs=arguments.config_dir,
+            flags=_flags(arguments),
+            environment=os.environ,
+            base_overrides=["+env=demo"] if verb == "demo" else (),
+        )
+
+    if verb == "validate" and not arguments.cfg:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_validate(arguments, name, compose))
+    composed = compose()
     if arguments.cfg:
         sys.stdout.write(show_settings(composed))
         return EXIT_OK
@@ -135,12 +146,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(message, remedy="see pgtrickle-relay --help")
 
 
-def _told_apart(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb, ``run`` where none is named, and the overrides."""
+def _told_apart(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """The verb, ``run`` where none is named, the pipeline behind ``validate``, and overrides."""
     overrides = [word for word in words if "=" in word or word.startswith(("+", "~"))]
     plain = [word for word in words if word not in overrides]
     if not plain:
-        return "run", overrides
+        return "run", None, overrides
     verb, *more = plain
     if verb in known_keys(Settings):
         raise ConfigurationError(f"{verb} has no value", remedy=f"write {verb}=…")
@@ -150,9 +161,10 @@ def _told_apart(words: Sequence[str]) -> tuple[str, list[str]]:
             f"{verb!r} is not a command",
             remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(_VERBS)}",
         )
+    name = more.pop(0) if more and verb == "validate" else None
     if more:
         raise ConfigurationError(f"{more[0]!r} is one word too many behind {verb}")
-    return verb, overrides
+    return verb, name, overrides
 
 
 def _parser() -> _Parser:
@@ -257,6 +269,24 @@ async def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
         for line in lines_of(diagnosis):
             _say(line)
     return EXIT_OK if diagnosis.is_well else EXIT_RUNTIME
+
+
+async def _validate(
+    arguments: argparse.Namespace, name: str | None, compose: Callable[[], Composed]
+) -> int:
+    from relay.validate import Validation, lines_of, settings_of, validate
+
+    settings, findings = settings_of(compose, arguments.config_dir)
+    if settings is None:
+        found = Validation(is_valid=False, findings=findings, pipelines=[], samples=[])
+    else:
+        found = await validate(settings, os.environ, name=name, samples=arguments.sample or 0)
+    if arguments.json:
+        _say(msgspec.json.encode(found).decode())
+    else:
+        for line in lines_of(found):
+            _say(line)
+    return EXIT_OK if found.is_valid else EXIT_CONFIGURATION
 
 
 async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -1,0 +1,124 @@
+"""`validate`: all findings at once, without a destination, and what would go out next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world
+from tests.servers.postgres import Database
+from tests.servers.process import RelayProcess
+
+SECRET = "correct-horse"
+AWAY = {"type": "nats", "url": "nats://127.0.0.1:1", "stream": "s"}
+
+
+@pytest.fixture
+async def world(
+    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
+) -> AsyncIterator[RelayWorld]:
+    async with relay_world(migrated_database, tmp_path, relay_process) as world:
+        await world.make_orders()
+        await world.insert(1, 5)
+        yield world
+
+
+async def asked(world: RelayWorld, *arguments: str) -> RelayProcess:
+    process = await world.relay(
+        "validate", *arguments, is_awaited=False, environment={"RELAY_SECRET": SECRET}
+    )
+    await process.wait()
+    assert SECRET not in process.output
+    assert "Traceback" not in process.output
+    return process
+
+
+async def test_all_findings_of_settings_and_overlays_are_told_and_exit_2(
+    world: RelayWorld, tmp_path: Path
+) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "ours.yaml").write_text("relay: {group_id: x}\n")
+
+    answer = await asked(
+        world,
+        "relay.batch_size=0",
+        "log.level=loud",
+        "++relay.groop=x",
+        "metrics.addr=9090",
+        "--config-dir",
+        str(tmp_path),
+    )
+
+    told = "\n".join(answer.stdout)
+    assert answer.returncode == 2, answer.output
+    for one in (
+        "settings: relay.batch_size must be above 0",
+        "settings: log.level: invalid enum value",
+        "settings: relay.groop is not a known key (did you mean group_id?)",
+        "overlay ours: ",
+    ):
+        assert one in told
+
+
+async def test_all_findings_of_all_pipelines_are_told(world: RelayWorld) -> None:
+    for name in ("good", "bad", "secret"):
+        await world.forward(name, AWAY)
+    await world.run(
+        "update pgtrickle.relay_outbox_config set config = config ||"
+        ' \'{"batch_size": 0, "colour": 1, "prefetch": 99}\' where name = \'bad\''
+    )
+    await world.run(
+        "update pgtrickle.relay_outbox_config set config ="
+        " jsonb_set(config, '{sink,token}', '\"${env:RELAY_ABSENT}\"') where name = 'secret'"
+    )
+
+    every = await asked(world)
+    one = await asked(world, "good", "--json")
+    none = await asked(world, "nope")
+
+    assert every.returncode == 2, every.output
+    told = "\n".join(every.stdout)
+    assert "pipeline bad: colour is not a known key" in told
+    assert "pipeline bad: batch_size must be from 1 to 100000, but is 0" in told
+    assert "pipeline bad: prefetch must be from 0 to 8, but is 99" in told
+    assert "pipeline secret: ${env:RELAY_ABSENT}: the environment has no such variable" in told
+    assert "pipeline good" not in told
+    assert (one.returncode, json.loads(one.stdout[0])) == (
+        0,
+        {"is_valid": True, "findings": [], "pipelines": ["good"], "samples": []},
+    )
+    assert none.returncode == 2
+    assert "there is no pipeline nope" in none.stderr[0]
+
+
+async def test_a_sample_shows_the_next_events_as_they_would_go_out_and_moves_nothing(
+    world: RelayWorld,
+) -> None:
+    output = await world.to_file("out")
+    await (await world.relay("drain", is_awaited=False)).wait()
+    await world.insert(6, 9)
+    await world.forward("away", {**AWAY, "subject_template": "shop.{op}", "format": "payload"})
+    positions = "select array_agg(r::text) from pgtrickle.relay_consumer_offsets as r"
+    before = await world.value(positions)
+
+    answer = await asked(world, "--sample", "3", "--json")
+    table = await asked(world, "out", "--sample", "1")
+
+    assert answer.returncode == 0, answer.output
+    samples = json.loads(answer.stdout[0])["samples"]
+    away = [sample for sample in samples if sample["pipeline"] == "away"]
+    assert [(one["subject"], one["key"]) for one in away] == [
+        ("shop.insert", "1"),
+        ("shop.insert", "2"),
+        ("shop.insert", "3"),
+    ]
+    assert json.loads(away[0]["body"]) == {"id": 1, "version": 0, "note": None}
+    assert away[0]["headers"]["Pgtrickle-Dedup-Key"] == away[0]["dedup_key"]
+    out = [json.loads(one["body"]) for one in samples if one["pipeline"] == "out"]
+    assert [event["payload"]["id"] for event in out] == [6, 7, 8]
+    assert "out: pgtrickle" in table.stdout[0] or "out: orders" in table.stdout[0]
+    assert await world.value(positions) == before
+    assert len(output.read_text().splitlines()) == 5
