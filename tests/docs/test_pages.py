@@ -142,9 +142,9 @@ def test_a_command_that_is_not_executed_is_one_that_the_relay_understands(block:
     for line in re.findall(
         r"^(?:ExecStart|docker run).*?pgtrickle-relay\S* (.*)$", text, re.MULTILINE
     ):
-        verb, rest = cli._split_verb(shlex.split(line))
-        arguments = cli._parser(verb).parse_args(rest)
-        compose_settings(arguments.overrides)
+        arguments = cli._parser().parse_intermixed_args(shlex.split(line))
+        _, _, overrides = cli._told_apart(arguments.words)
+        compose_settings(overrides)
 
 
 @pytest.mark.parametrize("page", EXECUTED_PAGES)
