@@ -125,6 +125,16 @@ class ClaimCheckFetched(PipelineEvent, frozen=True, kw_only=True):
     rows: int
 
 
+class RequestRefused(PipelineEvent, frozen=True, kw_only=True):
+    """A request to this pipeline's receiver was answered with this status, and is no message.
+
+    ``reason`` is one of few words; what the request held is not told.
+    """
+
+    status: int
+    reason: str
+
+
 class LagObserved(PipelineEvent, frozen=True, kw_only=True):
     """How far a pipeline is behind its outbox, and how many dead letters it has."""
 

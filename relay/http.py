@@ -178,7 +178,7 @@ def _health_of(status: RelayStatus) -> dict[str, object]:
                 "direction": pipeline.direction,
                 "state": pipeline.state.value,
                 "healthy": pipeline.is_healthy,
-                "reason": pipeline.trouble,
+                "reason": pipeline.trouble or pipeline.reason,
             }
             for pipeline in status.pipelines
         },

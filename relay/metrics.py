@@ -2,8 +2,8 @@
 
 `METRICS` is the whole list, in the order of the exposition, each with its meaning, its labels and
 where the board has it. Labels are bounded: a pipeline's name, its direction, the type of a backend,
-the kind of an error, a state. ``backend`` is the side in question: the sink's for what is published
-or written, the source's for what is polled or consumed.
+the kind of an error, a state, the reason of a refusal. ``backend`` is the side in question: the
+sink's for what is published or written, the source's for what is polled or consumed.
 
 Counters of a pipeline start at 0 when it is described here; when it is gone, so are its series.
 """
@@ -166,6 +166,14 @@ METRICS: Sequence[MetricSpec] = (
         "counter",
         "Messages that became dead letters.",
         read=lambda stats: stats.dead_lettered,
+    ),
+    MetricSpec(
+        "webhook_refused_total",
+        "counter",
+        "Requests that a webhook receiver did not answer with 200, by reason.",
+        read=lambda stats: stats.refusals,
+        by="reason",
+        of="reverse",
     ),
     MetricSpec(
         "last_committed_offset",

@@ -27,11 +27,13 @@ from relay.cancellation import reraise_cancellation
 from relay.contracts import Batch, Sink, Source
 from relay.dead_letter import DeadLetterQueue, DeadLetters, Transform
 from relay.delivery import Delivery, Prepared, RetryPolicy, Stopping
-from relay.errors import EndOfInput, ErrorKind, RelayError
+from relay.errors import DestinationMissing, EndOfInput, ErrorKind, PositionLost, RelayError
 from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Polled
 from relay.pipeline_events import PipelineEvents
 
 _log = logging.getLogger(__name__)
+
+_MISSING_RETRY_S = 3.0
 
 _is_full_refresh = operator.attrgetter("is_full_refresh")
 
@@ -48,7 +50,8 @@ class Pipeline:
     """Runs one source into one sink. Its trouble is its own: `run` raises nothing but cancellation.
 
     ``prefetch``: how many polled batches may wait while one is being published.
-    ``failed_retry_s``: how long a configuration error stands before everything is tried again.
+    ``failed_retry_s``: how long a configuration error stands before everything is tried again; for
+    what is missing it is a few seconds at most, since it may be made again any time.
     """
 
     def __init__(
@@ -159,6 +162,8 @@ class Pipeline:
             self._events.retried("source", attempt, delay_s, error)
         else:
             delay_s = self._failed_retry_s
+            if isinstance(error, DestinationMissing | PositionLost):
+                delay_s = min(delay_s, _MISSING_RETRY_S)
             reason = str(error)
             if not isinstance(error, RelayError):
                 _log.error("unexpected error", exc_info=error, extra=self._events.labels)

@@ -149,7 +149,8 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         no limit.
     shutdown_timeout_s: How long work in flight may take to finish on SIGTERM.
     coordinate_interval_s: How often ownership is looked at, besides every change of the catalog.
-    failed_retry_s: How often a pipeline with a configuration error is tried again.
+    failed_retry_s: How often a pipeline with a configuration error is tried again; where a stream,
+        topic, queue, group or table is missing, every 3 s at least.
     batch_size: Most messages in a batch; a pipeline's own key wins.
     batch_bytes: About the most payload bytes in a batch.
     prefetch: Polled batches that may wait while one is published; a pipeline's own key wins.

@@ -27,6 +27,7 @@ from relay.events import (
     PipelineEvent,
     PipelineState,
     Polled,
+    RequestRefused,
     Retried,
     Side,
     StateChanged,
@@ -35,6 +36,10 @@ from relay.events import (
 RECENT_BATCHES = 20
 
 _RATE_AVERAGED_OVER_S = 5
+# For so long a refused request says something about the senders, if none was accepted.
+_REFUSED_FOR_S = 60.0
+# Who does not even know the path or the method is not one of them.
+_OF_PASSERS_BY = frozenset({"unknown_path", "method"})
 _TROUBLE_GRACE_S = 10.0
 
 _DURATION_BOUNDS_S = (
@@ -78,7 +83,12 @@ class PipelineStats:
     accepted: int = 0
     duplicates: int = 0
     dead_lettered: int = 0
+    dying: int = 0
     acknowledged_batches: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    last_refusal: str = ""
+    refused_s: float = -math.inf
+    received_s: float = -math.inf
     retries: Counter[Side] = field(default_factory=Counter)
     errors: Counter[ErrorKind] = field(default_factory=Counter)
     last_error: str = ""
@@ -129,6 +139,11 @@ class PipelineStats:
             case DeadLettersRetried():
                 self._accepted(event.delivered, clock_s)
                 self.dead_letters = max(0, (self.dead_letters or 0) - event.delivered)
+            case RequestRefused():
+                self.refusals[event.reason] += 1
+                if event.reason not in _OF_PASSERS_BY:
+                    self.refused_s = clock_s
+                    self.last_refusal = f"{event.status}, {event.reason}"
             case ClaimCheckFetched():
                 self.claim_check_pages += 1
             case StateChanged():
@@ -148,6 +163,8 @@ class PipelineStats:
         self.poll_durations.observe((event.duration_s,))
         taken = event.messages + event.rejected
         self.found_nothing = taken == 0
+        if taken:
+            self.received_s = clock_s
         if taken and not self.in_flight:
             self.in_flight_s = clock_s
         self.in_flight += taken
@@ -155,6 +172,7 @@ class PipelineStats:
             self.troubled_s = None
 
     def _settled(self, event: BatchPublished, clock_s: float) -> None:
+        self.dying += event.dead_lettered
         self._accepted(event.messages, clock_s)
         self.duplicates += event.duplicates
         if event.messages or event.dead_lettered:
@@ -165,6 +183,8 @@ class PipelineStats:
 
     def _accepted(self, messages: int, clock_s: float) -> None:
         self.accepted += messages
+        if messages:
+            self.dying = 0
         self.rate.add(messages, clock_s)
 
     def _acknowledged(self, event: BatchAcknowledged, clock_s: float) -> None:
@@ -232,6 +252,10 @@ class PipelineStats:
         if self.troubled_s is not None and clock_s - self.troubled_s >= _TROUBLE_GRACE_S:
             so_long = f"{clock_s - self.troubled_s:.0f} s"
             return f"no progress for {so_long}: {self.last_error or self.reason}"
+        if self.dying > 1 and self.dead_letters != 0:
+            return f"the last {self.dying} messages became dead letters: {self.last_error}"
+        if clock_s - self.refused_s < _REFUSED_FOR_S < self.refused_s - self.received_s:
+            return f"requests are refused, and none was accepted: {self.last_refusal}"
         if not is_stalled:
             return ""
         if self.in_flight:
@@ -287,6 +311,7 @@ class PipelineStats:
             consumed=self.accepted if self.direction == "reverse" else 0,
             duplicates=self.duplicates,
             dead_lettered=self.dead_lettered,
+            refused=dict(self.refusals),
             errors=self.errors.total(),
             last_error=self.last_error,
             last_error_at=None if self.last_error_s is None else at(self.last_error_s),

@@ -36,8 +36,9 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``settings`` have their secrets masked. ``since`` is when ``state`` was entered, whatever the
     reason has been since. ``trouble`` says why ``is_healthy`` is false, ``undelivered`` why
     ``is_drained`` is; both are empty otherwise. ``published`` counts messages that a forward
-    pipeline's sink accepted, ``consumed`` those of a reverse one. ``in_flight`` messages are polled
-    and not acknowledged. ``lag_rows``, ``oldest_unsent_age_s`` and ``dead_letters`` are as last
+    pipeline's sink accepted, ``consumed`` those of a reverse one, ``refused`` by reason the
+    requests to a receiver that became no messages. ``in_flight`` messages are polled and not
+    acknowledged. ``lag_rows``, ``oldest_unsent_age_s`` and ``dead_letters`` are as last
     observed, None before. ``rate_history`` has one count a second, the latest complete second
     last.
     """
@@ -61,6 +62,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     consumed: int
     duplicates: int
     dead_lettered: int
+    refused: Mapping[str, int]
     errors: int
     last_error: str
     last_error_at: datetime | None

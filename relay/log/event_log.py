@@ -23,6 +23,7 @@ from relay.events import (
     PipelineEvent,
     PipelineState,
     Polled,
+    RequestRefused,
     Retried,
     StateChanged,
 )
@@ -115,6 +116,13 @@ class EventLog:
                         "kind": event.kind.value,
                         "error": event.error,
                     },
+                )
+            case RequestRefused():
+                self._once(
+                    event.pipeline,
+                    logging.WARNING,
+                    f"a request was refused: {event.status}, {event.reason}",
+                    self._fields(event),
                 )
             case DeadLettersRetried() if event.delivered or event.failed:
                 self._say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ async def catalog(migrated_database: Database) -> AsyncIterator[Catalog]:
     await connection.close()
 
 
-async def everything_happens(catalog: Catalog, directory: Path) -> None:
+async def everything_happens(catalog: Catalog, directory: Path, hook_port: int) -> None:
     """Pipelines in both directions, some well and some in each kind of trouble."""
     (directory / "in.jsonl").write_text('{"id": 1}\n')
     nowhere = f"nats://127.0.0.1:{free_port()}"
@@ -49,15 +50,22 @@ async def everything_happens(catalog: Catalog, directory: Path) -> None:
         "from-file", {"type": "file", "input": str(directory / "in.jsonl")}, inbox="received"
     )
     await catalog.reverse(
+        "hook",
+        {"type": "webhook", "listen_addr": f"127.0.0.1:{hook_port}", "path": "/in"},
+        inbox="received",
+    )
+    await catalog.reverse(
         "from-nowhere", {"type": "nats", "url": nowhere, "subject": "a"}, inbox="received"
     )
 
 
-async def moved(relay: AtWork) -> set[str]:
+async def moved(relay: AtWork, hook_port: int) -> set[str]:
     """The metrics of which a sample is above zero."""
     assert relay.relay.http.address is not None
     host, port = relay.relay.http.address
     async with httpx.AsyncClient(trust_env=False) as client:
+        with contextlib.suppress(httpx.TransportError):
+            await client.post(f"http://127.0.0.1:{hook_port}/in", content=b"no JSON")
         exposed = (await client.get(f"http://{host}:{port}/metrics")).text
     above_zero = {
         sample.name
@@ -87,6 +95,7 @@ async def moved(relay: AtWork) -> set[str]:
     "metric:full_refresh_batches_total",
     "metric:inbox_writes_total",
     "metric:inbox_dedup_skips_total",
+    "metric:webhook_refused_total",
     "metric:dlq_depth",
     "metric:dlq_entries_total",
     "metric:last_committed_offset",
@@ -103,7 +112,8 @@ async def moved(relay: AtWork) -> set[str]:
     "metric:build_info",
 )
 async def test_a_relay_at_work_moves_every_metric(catalog: Catalog, tmp_path: Path) -> None:
-    await everything_happens(catalog, tmp_path)
+    hook_port = free_port()
+    await everything_happens(catalog, tmp_path, hook_port)
     expected = {spec.name for spec in METRICS}
     metrics = MetricsSettings(addr="127.0.0.1:0", lag_interval_s=0.05, stalled_after_s=0.2)
 
@@ -112,6 +122,6 @@ async def test_a_relay_at_work_moves_every_metric(catalog: Catalog, tmp_path: Pa
         still = expected
         with_time_left = asyncio.get_running_loop().time() + BOUND_S
         while still and asyncio.get_running_loop().time() < with_time_left:
-            still = still - await moved(relay)
+            still = still - await moved(relay, hook_port)
 
     assert still == set()

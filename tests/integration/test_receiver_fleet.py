@@ -118,6 +118,37 @@ async def owned_by(world: RelayWorld, relay: RelayProcess) -> int:
     return int(float(line.split()[1]))
 
 
+async def test_refused_requests_are_counted_logged_once_and_shown(world: RelayWorld) -> None:
+    await world.reverse(
+        "hook", source(auth_value="${env:RELAY_HOOK_PORT}", max_body_bytes=64), "arrived"
+    )
+    one = await receiver(world)
+    await one.relay.wait_for_log(r"\[hook\] running")
+    addr = f"{LOOPBACK}:{one.port}"
+    allowed = (b"Authorization", str(one.port).encode())
+    for _ in range(3):
+        assert (await call(addr, b"{}")).status == 401
+    assert (await call(addr, b"x" * 65, [allowed])).status == 413
+    form = (b"Content-Type", b"application/x-www-form-urlencoded")
+    assert (await call(addr, b"a=1", [allowed, form])).status == 415
+    assert (await call(addr, b"no JSON", [allowed])).status == 400
+    assert (await call(addr, b"{}", path="/elsewhere")).status == 404
+
+    metrics = await world.page(one.relay, "/metrics")
+    refused = 'webhook_refused_total{direction="reverse",pipeline="hook",reason='
+    counts = {"unauthorized": 3, "too_large": 1, "unsupported": 1, "malformed": 1}
+    for reason, count in {**counts, "unknown_path": 1}.items():
+        assert f'{refused}"{reason}"}} {count}.0' in metrics
+    health = await world.health(one.relay)
+    assert health.status == "degraded"
+    assert "requests are refused, and none was accepted" in health.pipelines["hook"].reason
+    lines = [line for line in one.relay.stderr if "a request was refused" in line]
+    assert len(lines) == len(counts) + 1
+    assert "401, unauthorized" in lines[0]
+    assert (await call(addr, b"{}", [allowed])).status == 200
+    assert (await world.health(one.relay)).status == "healthy"
+
+
 async def test_every_relay_receives_and_each_idempotency_key_is_written_once(
     world: RelayWorld,
 ) -> None:

@@ -37,6 +37,7 @@ HEALTHY = PipelineStatus(
     consumed=0,
     duplicates=2,
     dead_lettered=0,
+    refused={},
     errors=0,
     last_error="",
     last_error_at=None,

@@ -22,6 +22,7 @@ from relay.events import (
     PipelineDescribed,
     PipelineState,
     Polled,
+    RequestRefused,
     Retried,
     Side,
     StateChanged,
@@ -159,6 +160,9 @@ class Stage:
                 error=error,
             )
         )
+
+    def refused(self, status: int, reason: str) -> None:
+        self.board(RequestRefused(pipeline="p", direction="forward", status=status, reason=reason))
 
     def owned(self, *names: str, members: int = 1) -> None:
         self.board(OwnershipChanged(pipelines=names, members=members))
@@ -401,6 +405,45 @@ def test_an_outbox_that_is_ahead_of_a_pipeline_that_finds_nothing_is_a_stall(sta
         stage.clock_s += 5.0
 
     assert stage.pipeline.trouble == "stalled: 3 rows behind and nothing moves"
+
+
+def test_a_pipeline_of_which_all_messages_die_is_not_well_until_one_is_accepted(
+    stage: Stage,
+) -> None:
+    stage.running()
+    stage.published(3, dead_lettered=2)
+    assert stage.pipeline.is_healthy
+
+    stage.published(0, dead_lettered=1)
+    assert stage.pipeline.is_healthy
+    stage.published(0, dead_lettered=6)
+
+    assert stage.pipeline.trouble == "the last 7 messages became dead letters: not for this sink"
+    stage.lag(0, dead_letters=0)
+    assert stage.pipeline.is_healthy
+    stage.lag(0, dead_letters=9)
+    stage.published(1)
+    assert stage.pipeline.is_healthy
+
+
+def test_a_receiver_that_refuses_every_request_is_not_well(stage: Stage) -> None:
+    stage.running()
+    stage.refused(404, "unknown_path")
+    assert stage.pipeline.is_healthy
+    stage.refused(401, "unauthorized")
+
+    assert stage.pipeline.trouble == (
+        "requests are refused, and none was accepted: 401, unauthorized"
+    )
+    assert stage.pipeline.refused == {"unknown_path": 1, "unauthorized": 1}
+    stage.delivered(1)
+    assert stage.pipeline.is_healthy
+    stage.clock_s += 61.0
+    stage.refused(413, "too_large")
+    assert not stage.pipeline.is_healthy
+    stage.clock_s += 61.0
+    stage.polled(0)
+    assert stage.pipeline.is_healthy
 
 
 def test_a_backlog_that_moves_is_not_a_stall(stage: Stage) -> None:

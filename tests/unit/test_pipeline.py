@@ -10,7 +10,7 @@ import pytest
 
 from relay.contracts import ALL_ACCEPTED, Batch, PublishResult
 from relay.delivery import RetryPolicy
-from relay.errors import ConfigurationError, LeaseLost, Outage
+from relay.errors import ConfigurationError, DestinationMissing, LeaseLost, Outage, PositionLost
 from relay.events import (
     BatchAcknowledged,
     BatchPublished,
@@ -281,6 +281,20 @@ async def test_a_failed_pipeline_is_tried_again_after_its_time() -> None:
         PipelineState.RUNNING,
     ]
     assert line.heard.of(StateChanged)[1].reason == "no such stream (make it)"
+
+
+@pytest.mark.parametrize("kind", [DestinationMissing, PositionLost])
+async def test_what_was_missing_and_is_made_again_is_found_within_seconds(
+    kind: type[ConfigurationError],
+) -> None:
+    line = Line(source=Watched, failed_retry_s=3600)
+    line.write(message("0"))
+    _watched(line).connect_errors = [kind("it is gone")]
+
+    async with asyncio.timeout(5):
+        assert await line.run_to_the_end() is Ending.COMPLETED
+
+    assert line.received == ["0"]
 
 
 async def test_a_failed_pipeline_stops_at_once_when_asked() -> None:

@@ -33,6 +33,18 @@ _BACKLOG_CONNECTIONS = 1024
 # Well below what a process may usually open, of which the database needs its share.
 _MOST_CONNECTIONS = 800
 
+# What a refusal is counted under; an answer itself says more.
+_REASONS: Mapping[int, str] = {
+    400: "malformed",
+    401: "unauthorized",
+    404: "unknown_path",
+    405: "method",
+    408: "too_slow",
+    413: "too_large",
+    415: "unsupported",
+    503: "unavailable",
+}
+
 _HEADERS = {"Server": "pgtrickle-relay", "Content-Type": "application/json"}
 
 _log = logging.getLogger(__name__)
@@ -67,6 +79,9 @@ class Receiver(Protocol):
         self, headers: Mapping[str, str], raw: Mapping[str, str], body: bytes
     ) -> Answer:
         """The answer to a whole request; ``raw`` has the headers as they were spelled."""
+
+    def refused(self, status: int, reason: str) -> None:
+        """Hear of a request that got another answer than 200; of an unknown path, all do."""
 
 
 class Listener:
@@ -176,6 +191,10 @@ class Listener:
         except Exception as error:  # noqa: BLE001 - a mistake of ours is an answer, too
             _log.debug("a request could not be answered", exc_info=error)
             answer = Answer(500, reason="internal error")
+        if answer.status != 200:
+            addressed = self._receivers.get(request.path)
+            for receiver in self._receivers.values() if addressed is None else (addressed,):
+                receiver.refused(answer.status, _REASONS.get(answer.status, "internal"))
         response = web.Response(
             body=_body_of(answer.accepted, answer.reason),
             status=answer.status,

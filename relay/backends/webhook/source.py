@@ -36,6 +36,7 @@ from relay.backends.webhook.signature import is_same, verifier
 from relay.context import BackendContext
 from relay.contracts import Batch
 from relay.errors import MessageTooLarge, MessageUndecodable, NotConnected
+from relay.events import RequestRefused
 from relay.message import RelayMessage
 from relay.options import parse_options
 
@@ -143,6 +144,7 @@ class WebhookSource:
 
     def __init__(self, options: WebhookSourceOptions, context: BackendContext) -> None:
         self._options = options
+        self._context = context
         self._batch_size = context.batch_size
         self._batch_bytes = context.batch_bytes
         self._intake = Intake(options)
@@ -318,6 +320,17 @@ class WebhookSource:
             return await request.answer
         finally:
             patience.cancel()
+
+    def refused(self, status: int, reason: str) -> None:
+        """Let it be counted: only the sender saw it."""
+        self._context.emit(
+            RequestRefused(
+                pipeline=self._context.pipeline,
+                direction=self._context.direction,
+                status=status,
+                reason=reason,
+            )
+        )
 
     def _give_up(self, request: _Request) -> None:
         """Tell a sender who has waited for as long as is configured to come again."""
