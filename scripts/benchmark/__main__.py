@@ -13,6 +13,7 @@ from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
 from scripts.benchmark.capture import capture
 from scripts.benchmark.fleet import claim_check, fleet, idle
 from scripts.benchmark.forward import forward
+from scripts.benchmark.group import group
 from scripts.benchmark.latency import latency, latency_reverse
 from scripts.benchmark.report import print_table, write_results
 from scripts.benchmark.row import Row
@@ -36,6 +37,9 @@ def _throughput(measure: Callable[..., Awaitable[Row]], backend: str) -> Measure
 
 ROWS: dict[str, Measure] = {
     "forward": lambda options, say: forward(events=options.events, runs=options.runs, say=say),
+    "group": lambda options, say: group(
+        events=options.events, runs=options.runs, seconds=options.seconds, say=say
+    ),
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
     "latency": lambda options, say: latency(seconds=4 * options.seconds, say=say),
     "latency-reverse": lambda options, say: latency_reverse(seconds=4 * options.seconds, say=say),

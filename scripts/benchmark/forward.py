@@ -35,8 +35,8 @@ async def forward(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
         await around.set_pipeline(_PIPELINE, "orders", is_enabled=False)
         async with around.relay():
             for run in range(1, runs + 1):
-                await _fill(around, events)
-                result, stored = await _drain(around, events)
+                await fill(around, events)
+                result, stored = await drain(around, _PIPELINE, events)
                 received += len({_message_id(message) for message in stored})
                 result["floor_per_s"] = await floor_rate(around, stored)
                 result["protocol_per_s"] = await protocol_rate(around, stored)
@@ -80,7 +80,8 @@ async def forward(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
     )
 
 
-async def _fill(around: Surroundings, events: int) -> None:
+async def fill(around: Surroundings, events: int) -> None:
+    """So many more rows in the outbox of `orders`, each of a statement of its own."""
     await around.postgres.execute(
         f"do $$ begin for n in 1..{events} loop"
         f" insert into orders ({COLUMNS}) values ({VALUES}); end loop; end $$"
@@ -88,13 +89,15 @@ async def _fill(around: Surroundings, events: int) -> None:
     await around.postgres.execute("vacuum analyze pgtrickle.outbox_orders")
 
 
-async def _drain(around: Surroundings, events: int) -> tuple[dict[str, float], list[StoredMessage]]:
+async def drain(
+    around: Surroundings, pipeline: str, events: int
+) -> tuple[dict[str, float], list[StoredMessage]]:
     """Let the relay deliver the backlog. By the stream's own clock, from its first message on."""
     await around.fresh_stream()
     enabled_at = time.time()
-    await around.postgres.execute("select pgtrickle.enable_relay($1)", _PIPELINE)
+    await around.postgres.execute("select pgtrickle.enable_relay($1)", pipeline)
     state = await around.nats.until_stored(STREAM, events, timeout_s=60 + events / 1000)
-    await around.postgres.execute("select pgtrickle.disable_relay($1)", _PIPELINE)
+    await around.postgres.execute("select pgtrickle.disable_relay($1)", pipeline)
     stored = await around.nats.read(STREAM, state.messages)
     first_at, last_at = _timestamp(state.first_ts), _timestamp(state.last_ts)
     sizes = [len(message.body) for message in stored]

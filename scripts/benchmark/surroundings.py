@@ -75,7 +75,9 @@ class Surroundings:
             finally:
                 await stopped(process)
 
-    async def set_pipeline(self, name: str, outbox: str, *, is_enabled: bool = True) -> None:
+    async def set_pipeline(
+        self, name: str, outbox: str, *, group: str | None = None, is_enabled: bool = True
+    ) -> None:
         """A pipeline from this outbox to the stream, with the defaults of everything else."""
         sink = {
             "type": "nats",
@@ -84,16 +86,22 @@ class Surroundings:
             "stream": STREAM,
             "subject_template": f"{STREAM}.{{stream_table}}.{{op}}",
         }
-        await self.forward(name, outbox, sink, is_enabled=is_enabled)
+        await self.forward(name, outbox, sink, group=group, is_enabled=is_enabled)
 
     async def forward(
-        self, name: str, outbox: str, sink: Mapping[str, object], *, is_enabled: bool = True
+        self,
+        name: str,
+        outbox: str,
+        sink: Mapping[str, object],
+        *,
+        group: str | None = None,
+        is_enabled: bool = True,
     ) -> None:
         """A pipeline from this outbox to this sink, with the defaults of everything else."""
         await self.postgres.execute(
             "select pgtrickle.set_relay_outbox("
-            "name => $1, outbox => $2, consumer_group => null, sink => $3, enabled => $4)",
-            *(name, outbox, msgspec.json.encode(sink).decode(), is_enabled),
+            "name => $1, outbox => $2, consumer_group => $3, sink => $4, enabled => $5)",
+            *(name, outbox, group, msgspec.json.encode(sink).decode(), is_enabled),
         )
 
     async def reverse(self, name: str, inbox: str, source: Mapping[str, object]) -> None:

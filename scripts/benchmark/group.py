@@ -1,0 +1,119 @@
+"""`group`: what a consumer group costs, in the relay and for one commit among many."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Final
+
+import asyncpg
+
+from scripts.benchmark.forward import drain, fill
+from scripts.benchmark.orders import make_table
+from scripts.benchmark.row import Row, Target
+from scripts.benchmark.surroundings import Surroundings, surroundings
+
+TARGET_OF_ALONE: Final = 0.5
+TARGET_COMMIT_MS: Final = 10.0
+
+_ALONE: Final = "alone"
+_GROUPED: Final = "grouped"
+_WORKERS_GROUP: Final = "workers"
+_WORKERS: Final = 10
+_WORKERS_BATCH: Final = 20
+
+
+async def group(*, events: int, runs: int, seconds: float, say: Callable[[str], None]) -> Row:
+    """The same backlog by a pipeline without a group and by one worker of a group, in turns.
+
+    Then so many workers poll and commit at once, without a relay, for so many seconds.
+    """
+    results: list[dict[str, float]] = []
+    received = 0
+    async with surroundings() as around:
+        await make_table(around.postgres, "orders")
+        await around.postgres.execute("select pgtrickle.enable_outbox('orders')")
+        await around.set_pipeline(_ALONE, "orders", is_enabled=False)
+        await around.set_pipeline(_GROUPED, "orders", group=_GROUPED, is_enabled=False)
+        async with around.relay():
+            for run in range(1, runs + 1):
+                await fill(around, events)
+                alone, stored = await drain(around, _ALONE, events)
+                received += len(stored)
+                grouped, stored = await drain(around, _GROUPED, events)
+                received += len(stored)
+                result = {
+                    "per_s": grouped["per_s"],
+                    "alone_per_s": alone["per_s"],
+                    "of_alone": grouped["per_s"] / alone["per_s"],
+                }
+                results.append(result)
+                say(
+                    f"group {run}/{runs}: {result['per_s']:,.0f}/s,"
+                    f" without a group {result['alone_per_s']:,.0f}/s"
+                )
+        commits_ms = await _commits_ms(around, seconds)
+    figures = {name: median(result[name] for result in results) for name in results[0]}
+    figures["commit_p50_ms"] = median(commits_ms)
+    figures["commit_p99_ms"] = quantiles(commits_ms, n=100)[-1]
+    figures["commits_per_s"] = len(commits_ms) / seconds
+    say(f"group: a commit takes {figures['commit_p50_ms']:.1f} ms, {_WORKERS} workers at once")
+    return Row(
+        name="group",
+        title=f"{events:,} outbox events to JetStream by a consumer group of one",
+        targets=[
+            Target(
+                figure="of the same without a group",
+                value=100 * figures["of_alone"],
+                bound="at least",
+                limit=100 * TARGET_OF_ALONE,
+                unit="%",
+            ),
+            Target(
+                figure=f"commit_offset p99, {_WORKERS} workers",
+                value=figures["commit_p99_ms"],
+                bound="below",
+                limit=TARGET_COMMIT_MS,
+                unit="ms",
+            ),
+        ],
+        figures=figures,
+        runs=results,
+        counted={"sent": 2 * events * runs, "received": received},
+    )
+
+
+async def _commits_ms(around: Surroundings, seconds: float) -> list[float]:
+    """How long each commit took, with as many workers at it as long as there are rows."""
+    await around.postgres.execute(
+        "select pgtrickle.create_consumer_group($1, 'orders', 'earliest')", _WORKERS_GROUP
+    )
+    found = await asyncio.gather(
+        *(_work(around.database_url, f"worker{number}", seconds) for number in range(_WORKERS))
+    )
+    return [taken for one in found for taken in one]
+
+
+async def _work(url: str, consumer: str, seconds: float) -> list[float]:
+    connection = await asyncpg.connect(url)
+    taken_ms: list[float] = []
+    try:
+        ends_at = time.perf_counter() + seconds
+        while time.perf_counter() < ends_at:
+            rows = await connection.fetch(
+                "select outbox_id, lease_token from pgtrickle.poll_outbox($1, $2, $3)",
+                *(_WORKERS_GROUP, consumer, _WORKERS_BATCH),
+            )
+            if not rows:
+                break
+            began = time.perf_counter()
+            await connection.execute(
+                "select pgtrickle.commit_offset($1, $2, $3, $4)",
+                *(_WORKERS_GROUP, consumer, rows[-1]["outbox_id"], rows[-1]["lease_token"]),
+            )
+            taken_ms.append(1000 * (time.perf_counter() - began))
+    finally:
+        await connection.close()
+    return taken_ms
