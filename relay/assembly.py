@@ -15,16 +15,19 @@ from relay.contracts import Sink, Source
 from relay.dead_letter import Transform
 from relay.delivery import RetryPolicy
 from relay.errors import ConfigurationError
-from relay.events import Direction, Event, PipelineDescribed
+from relay.events import Direction, Event, PipelineDescribed, PipelineEvent
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
 from relay.options import declared_keys
-from relay.pipeline import Pipeline
+from relay.pipeline import Pipeline, Workers
 from relay.pipeline_config import Pace, PipelineConfig, pace_of, parse_config, with_profile
 from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
+
+# Longer than one attempt of one batch of them may take.
+_DEAD_LETTER_LEASE_S = 60
 
 
 class Sides(NamedTuple):
@@ -74,23 +77,34 @@ class Assembly:
 
     def runs_everywhere(self, row: PipelineRow) -> bool:
         """Whether every relay of the group runs this row at once, and none owns it."""
+        if _consumer_group(row.config) is not None:
+            return True
         try:
             return source_runs_everywhere(str(row.config.get("source_type")))
         except (ConfigurationError, ImportError):
             # What is wrong is told by the one relay that owns it and can't build it.
             return False
 
-    def sides(self, row: PipelineRow) -> Sides:
-        """Both sides of a row, not connected. Raises `ConfigurationError`."""
+    def sides(
+        self,
+        row: PipelineRow,
+        *,
+        worker: int = 0,
+        emit: Callable[[Event], None] | None = None,
+    ) -> Sides:
+        """Both sides of a row, not connected, for the relay or one of its workers.
+
+        Raises `ConfigurationError`.
+        """
         config = parse_config(row.direction, row.config)
         pace = pace_of(config, self._settings.relay)
         context = BackendContext(
             pipeline=row.name,
             direction=row.direction,
-            worker_id=self._worker_id,
+            worker_id=f"{self._worker_id}/{worker}" if worker else self._worker_id,
             database=self._database,
             catalog=self._catalog,
-            emit=self._emit,
+            emit=emit or self._emit,
             file_roots=self._file_roots,
             batch_size=pace.batch_size,
             batch_bytes=self._settings.relay.batch_bytes,
@@ -108,9 +122,23 @@ class Assembly:
         transform = _transform(row.direction, config, sink)
         return Sides(config=config, pace=pace, source=source, sink=sink, transform=transform)
 
-    def build(self, row: PipelineRow) -> Pipeline:
+    def build(self, row: PipelineRow) -> Pipeline | Workers:
         """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""
-        sides = self.sides(row)
+        config = parse_config(row.direction, row.config)
+        if _consumer_group(row.config) is None:
+            return self._pipeline(row, self._emit)
+        several = config.parallelism > 1
+        return Workers(
+            [
+                self._pipeline(row, self._emitter(number) if several else self._emit, number)
+                for number in range(1, config.parallelism + 1)
+            ]
+        )
+
+    def _pipeline(
+        self, row: PipelineRow, emit: Callable[[Event], None], worker: int = 0
+    ) -> Pipeline:
+        sides = self.sides(row, worker=worker, emit=emit)
         pace = sides.pace
         return Pipeline(
             name=row.name,
@@ -119,7 +147,8 @@ class Assembly:
             sink=sides.sink,
             transform=sides.transform,
             dead_letters=self._catalog,
-            emit=self._emit,
+            dead_letter_lease_s=_DEAD_LETTER_LEASE_S if self.runs_everywhere(row) else 0,
+            emit=emit,
             policy=RetryPolicy(
                 initial_s=pace.retry_initial_s,
                 max_s=pace.retry_max_s,
@@ -129,6 +158,16 @@ class Assembly:
             prefetch=pace.prefetch,
             failed_retry_s=self._settings.relay.failed_retry_s,
         )
+
+    def _emitter(self, worker: int) -> Callable[[Event], None]:
+        """Emits the events of one worker, with its number on them."""
+
+        def emit(event: Event) -> None:
+            if isinstance(event, PipelineEvent):
+                event = msgspec.structs.replace(event, worker=worker)
+            self._emit(event)
+
+        return emit
 
     def _options(
         self, role: str, type_: str, options: Mapping[str, object]
@@ -159,6 +198,11 @@ def _transform(direction: Direction, config: PipelineConfig, sink: Sink) -> Tran
         return list(messages)
 
     return routed
+
+
+def _consumer_group(config: Mapping[str, object]) -> object:
+    source = config.get("source")
+    return source.get("consumer_group") if isinstance(source, Mapping) else None
 
 
 def _shown(config: Mapping[str, object]) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TypeVar
+from uuid import UUID
 
 import asyncpg
 import msgspec
@@ -172,6 +173,16 @@ class CaptureProblem(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str | None
 
 
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows of a consumer group that are one consumer's for a while.
+
+    ``is_settled``: there are none, and nobody else has any either.
+    """
+
+    outbox_ids: Sequence[int]
+    is_settled: bool
+
+
 class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stream_table: str = ""
     outbox_id: int | None = None
@@ -307,6 +318,86 @@ class Catalog:
             self._group_id,
             pipeline,
             epoch,
+        )
+
+    async def join_group(
+        self, group: str, pipeline: str, outbox_table: str, consumer: str, on_reset: str
+    ) -> bool:
+        """Become a consumer of a group; True where its position was reset as ``on_reset`` says.
+
+        Raises `ConfigurationError` where the group is gone, or another's.
+        """
+        row = await self._database.fetch_row(
+            "joining the consumer group",
+            "select relay_group_join($1, $2, $3, $4, $5, $6) as was_reset",
+            group,
+            pipeline,
+            self._group_id,
+            outbox_table,
+            consumer,
+            on_reset,
+        )
+        return row is not None and bool(row["was_reset"])
+
+    async def lease(
+        self,
+        group: str,
+        consumer: str,
+        lease_token: UUID,
+        *,
+        max_messages: int,
+        max_bytes: int,
+        seconds: int,
+    ) -> Lease:
+        """The next rows of a group: about so many messages and bytes, for so long."""
+        return await self._one(
+            Lease,
+            "leasing rows",
+            "select outbox_ids, is_settled from relay_group_poll($1, $2, $3, $4, $5, $3, $6)",
+            group,
+            consumer,
+            max_messages,
+            seconds,
+            max_bytes,
+            lease_token,
+        )
+
+    async def extend_lease(
+        self, group: str, consumer: str, lease_token: UUID, seconds: int
+    ) -> None:
+        """Keep the rows of a lease, for so long from now. Raises `LeaseLost`."""
+        await self._database.execute(
+            "extending the lease",
+            "select extend_lease($1, $2, $3, $4)",
+            group,
+            consumer,
+            seconds,
+            lease_token,
+        )
+
+    async def settle_lease(
+        self, group: str, consumer: str, lease_token: UUID, through_id: int
+    ) -> None:
+        """The rows of a lease up to this id are delivered. Raises `LeaseLost`."""
+        await self._database.execute(
+            "committing the offset",
+            "select commit_offset($1, $2, $3, $4)",
+            group,
+            consumer,
+            through_id,
+            lease_token,
+        )
+
+    async def release_lease(self, group: str, lease_token: UUID) -> None:
+        """Give the rest of a lease back at once; harmless when it was lost already."""
+        await self._database.execute(
+            "releasing the lease", "select relay_group_release($1, $2)", group, lease_token
+        )
+
+    async def leave_group(self, group: str, consumer: str) -> None:
+        """Be a consumer of this group no longer."""
+        await self._database.execute(
+            "leaving the consumer group", "select relay_group_leave($1, $2)", group, consumer
         )
 
     async def cursor(self, pipeline: str, cursor_key: str) -> bytes | None:
@@ -454,14 +545,17 @@ class Catalog:
         )
         return [] if row is None else list(row["ids"])
 
-    async def take_dead_letters(self, pipeline: str, max_rows: int) -> list[StoredDeadLetter]:
-        """Dead letters of a pipeline for which a retry was asked."""
+    async def take_dead_letters(
+        self, pipeline: str, max_rows: int, lease_s: int = 0
+    ) -> list[StoredDeadLetter]:
+        """Dead letters of a pipeline for which a retry was asked; nobody else's for so long."""
         rows = await self._database.fetch(
             "taking dead letters",
-            "select * from relay_dlq_take($1, $2, $3)",
+            "select * from relay_dlq_take($1, $2, $3, $4)",
             self._group_id,
             pipeline,
             max_rows,
+            lease_s,
         )
         return [_stored(row) for row in rows]
 

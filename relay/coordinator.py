@@ -4,9 +4,10 @@ One loop compares what the catalog wants with what runs here, on every config no
 a short tick. A pipeline runs exactly while its lock is held; it is stopped gracefully before its
 lock is released, and at once when the lock may be lost.
 
-A pipeline whose source says so *runs everywhere*: every relay of the group runs it, without a lock.
-It counts in no share and is not handed over; in all else it is started, stopped and lost like any
-other. A drain leaves it out: nothing waits on its far side, and it never ends by itself.
+A pipeline of a consumer group, or with a receiver, *runs everywhere*: every relay of the group runs
+it, without a lock. It counts in no share and is not handed over; in all else it is started, stopped
+and lost like any other. A drain leaves receivers out: nothing waits on their far side, and they
+never end by themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow
 from relay.errors import ConfigurationError, RelayError
 from relay.events import DatabaseChanged, Event, OwnershipChanged, PipelineState, StateChanged
 from relay.locks import Locks, Members
-from relay.pipeline import Ending, Pipeline
+from relay.pipeline import Ending, Pipeline, Workers
 from relay.postgres import Database, postgres_errors
 from relay.settings import RelaySettings
 
@@ -50,7 +51,7 @@ class Builder(Protocol):
     def runs_everywhere(self, row: PipelineRow) -> bool:
         """Whether every relay of the group runs this row at once. Never raises."""
 
-    def build(self, row: PipelineRow) -> Pipeline:
+    def build(self, row: PipelineRow) -> Pipeline | Workers:
         """Raises `ConfigurationError` with what is wrong in the row."""
 
 
@@ -67,7 +68,7 @@ class _Work:
     def __init__(self, row: PipelineRow, *, runs_everywhere: bool = False) -> None:
         self.row = row
         self.runs_everywhere = runs_everywhere
-        self.pipeline: Pipeline | None = None
+        self.pipeline: Pipeline | Workers | None = None
         self.task: asyncio.Task[Ending] | None = None
         self.build_again_at = -math.inf
         self.cut_at: float | None = None
@@ -118,7 +119,6 @@ class Coordinator:
         self._offer_ticks = _TICKS_BEFORE_OFFER
         self._ticks_with_room = 0
         self._members = Members(count=1)
-        self._blocked: Mapping[str, str] = {}
         self._last_told: OwnershipChanged | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
@@ -212,6 +212,13 @@ class Coordinator:
         self._everywhere = frozenset(
             name for name, row in self._wanted.items() if self._builder.runs_everywhere(row)
         )
+        if self._is_draining:
+            receivers = {
+                name for name in self._everywhere if self._wanted[name].direction == "reverse"
+            }
+            self._everywhere -= receivers
+            for name in receivers:
+                del self._wanted[name]
 
     def _end_what_changed(self) -> None:
         """Ask what is not wanted any more, or has changed, to end; each on its own."""
@@ -280,7 +287,6 @@ class Coordinator:
 
     async def _acquire(self, *, limit: int) -> None:
         """Take free pipelines up to our share; beyond it those that nobody takes for a while."""
-        missed: list[str] = []
         for name, row in sorted(self._wanted.items()):
             if name in self._works or name in self._everywhere:
                 continue
@@ -292,9 +298,6 @@ class Coordinator:
                     self._overflow.add(name)
                 self._free_ticks.pop(name, None)
                 self._works[name] = _Work(row)
-            else:
-                missed.append(name)
-        self._blocked = await self._locks.strangers(missed)
         maximum = self._settings.max_pipelines
         is_full = maximum is not None and self._owned_count() >= maximum
         await self._locks.show_full(is_full=is_full)
@@ -315,8 +318,6 @@ class Coordinator:
         return sum(not work.runs_everywhere for work in self._works.values())
 
     def _join_what_runs_everywhere(self) -> None:
-        if self._is_draining:
-            return
         for name in sorted(self._everywhere - self._works.keys()):
             self._works[name] = _Work(self._wanted[name], runs_everywhere=True)
 
@@ -359,7 +360,6 @@ class Coordinator:
     async def _lose_everything(self, reason: str) -> None:
         """The locks may be gone: another relay may be at work already, so nothing is finished."""
         self._emit(DatabaseChanged(is_connected=False, reason=reason))
-        self._blocked = {}
         for work in self._works.values():
             work.end(0.0)
         await self._cut([work.task for work in self._works.values() if work.task is not None])
@@ -389,7 +389,7 @@ class Coordinator:
             and task.done()
             and not task.cancelled()
             and task.result() is Ending.COMPLETED
-            for name in self._wanted.keys() - self._everywhere
+            for name in self._wanted
         )
 
     @staticmethod
@@ -405,7 +405,6 @@ class Coordinator:
             pipelines=sorted(self._works),
             everywhere=sorted(name for name, work in self._works.items() if work.runs_everywhere),
             members=max(1, self._members.count),
-            blocked=self._blocked,
         )
         if told != self._last_told:
             self._last_told = told

@@ -32,8 +32,10 @@ class DeadLetters(Protocol):
     ) -> list[int]:
         """Keep these; gives their ids in order."""
 
-    async def take_dead_letters(self, pipeline: str, max_rows: int) -> list[StoredDeadLetter]:
-        """Those for which a retry was asked."""
+    async def take_dead_letters(
+        self, pipeline: str, max_rows: int, lease_s: int
+    ) -> list[StoredDeadLetter]:
+        """Those for which a retry was asked; nobody else's for so long."""
 
     async def settle_dead_letters(self, ids: Sequence[int]) -> None:
         """These were delivered."""
@@ -61,11 +63,13 @@ class DeadLetterQueue:
         transform: Transform,
         events: PipelineEvents,
         look_again_s: float,
+        lease_s: int,
     ) -> None:
         self._dead_letters = dead_letters
         self._transform = transform
         self._events = events
         self._look_again_s = look_again_s
+        self._lease_s = lease_s
         self._retry_wanted = asyncio.Event()
         self._suspects: list[int] = []
 
@@ -138,7 +142,9 @@ class DeadLetterQueue:
     async def _publish_requested(self, attempt: Attempt) -> bool:
         """True when no request is left."""
         pipeline = self._events.labels["pipeline"]
-        while letters := await self._dead_letters.take_dead_letters(pipeline, _RETRY_ROWS):
+        while letters := await self._dead_letters.take_dead_letters(
+            pipeline, _RETRY_ROWS, self._lease_s
+        ):
             if not await self._publish(letters, attempt):
                 return False
         return True

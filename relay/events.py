@@ -33,10 +33,14 @@ class PipelineState(StrEnum):
 
 
 class PipelineEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Common to all events of one pipeline."""
+    """Common to all events of one pipeline.
+
+    ``worker``: which of several workers in this relay, counted from 1; 0 where there is one.
+    """
 
     pipeline: str
     direction: Direction
+    worker: int = 0
 
 
 class PipelineDescribed(PipelineEvent, frozen=True, kw_only=True):
@@ -104,6 +108,12 @@ class Retried(PipelineEvent, frozen=True, kw_only=True):
     error: str
 
 
+class LeaseExpired(PipelineEvent, frozen=True, kw_only=True):
+    """A lease ran out, or its group was moved: what was not acknowledged is delivered again."""
+
+    reason: str
+
+
 class DeadLettered(PipelineEvent, frozen=True, kw_only=True):
     """Messages went to the dead-letter queue, all for this reason."""
 
@@ -147,13 +157,11 @@ class OwnershipChanged(msgspec.Struct, frozen=True, kw_only=True):
     """Which pipelines this process runs now, and how many relays share the group.
 
     ``everywhere``: those of them that no relay owns, because all of the group run them.
-    ``blocked``: those that none of the group can have, each with who holds its lock instead.
     """
 
     pipelines: Sequence[str]
     members: int
     everywhere: Sequence[str] = ()
-    blocked: Mapping[str, str] = {}
 
 
 class DatabaseChanged(msgspec.Struct, frozen=True, kw_only=True):

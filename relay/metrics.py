@@ -104,6 +104,31 @@ METRICS: Sequence[MetricSpec] = (
         side="source",
     ),
     MetricSpec(
+        "worker_messages_published_total",
+        "counter",
+        "The same of each worker, where a pipeline of a consumer group has several here.",
+        read=lambda stats: {str(n): worker.accepted for n, worker in stats.workers.items()},
+        by="worker",
+        of="forward",
+    ),
+    MetricSpec(
+        "worker_healthy",
+        "gauge",
+        "1 while this one of several workers of a pipeline is healthy.",
+        read=lambda stats: {
+            str(n): float(not worker.trouble()) for n, worker in stats.workers.items()
+        },
+        by="worker",
+        of="forward",
+    ),
+    MetricSpec(
+        "leases_lost_total",
+        "counter",
+        "Leases of a consumer group that ran out before their rows were settled.",
+        read=lambda stats: stats.leases_lost,
+        of="forward",
+    ),
+    MetricSpec(
         "errors_total",
         "counter",
         "Failed attempts, dead-lettered messages and entries into failed or suspended, by kind.",

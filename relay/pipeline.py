@@ -17,7 +17,7 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 from typing import TypeGuard
 
@@ -27,8 +27,22 @@ from relay.cancellation import reraise_cancellation
 from relay.contracts import Batch, Sink, Source
 from relay.dead_letter import DeadLetterQueue, DeadLetters, Transform
 from relay.delivery import Delivery, Prepared, RetryPolicy, Stopping
-from relay.errors import DestinationMissing, EndOfInput, ErrorKind, PositionLost, RelayError
-from relay.events import BatchAcknowledged, Direction, Event, PipelineState, Polled
+from relay.errors import (
+    DestinationMissing,
+    EndOfInput,
+    ErrorKind,
+    LeaseLost,
+    PositionLost,
+    RelayError,
+)
+from relay.events import (
+    BatchAcknowledged,
+    Direction,
+    Event,
+    LeaseExpired,
+    PipelineState,
+    Polled,
+)
 from relay.pipeline_events import PipelineEvents
 
 _log = logging.getLogger(__name__)
@@ -50,6 +64,8 @@ class Pipeline:
     """Runs one source into one sink. Its trouble is its own: `run` raises nothing but cancellation.
 
     ``prefetch``: how many polled batches may wait while one is being published.
+    ``dead_letter_lease_s``: for how long a retry of a dead letter is this one's; 0 where no other
+    runs the pipeline.
     ``failed_retry_s``: how long a configuration error stands before everything is tried again; for
     what is missing it is a few seconds at most, since it may be made again any time.
     """
@@ -65,6 +81,7 @@ class Pipeline:
         dead_letters: DeadLetters,
         emit: Callable[[Event], None],
         policy: RetryPolicy,
+        dead_letter_lease_s: int = 0,
         prefetch: int = 1,
         failed_retry_s: float = 30.0,
     ) -> None:
@@ -81,6 +98,7 @@ class Pipeline:
             transform=transform,
             events=self._events,
             look_again_s=policy.max_s,
+            lease_s=dead_letter_lease_s,
         )
         self._delivery = Delivery(
             sink=sink,
@@ -120,6 +138,10 @@ class Pipeline:
                     break
                 except Stopping:
                     break
+                except LeaseLost as error:
+                    # Nothing has failed: the rows are another's, and there are others.
+                    reraise_cancellation(error)
+                    self._events.emit(LeaseExpired(**self._events.labels, reason=str(error)))
                 except Exception as error:  # noqa: BLE001 - nothing reaches the siblings
                     reraise_cancellation(error)
                     asked_s = error.retry_after_s if isinstance(error, RelayError) else None
@@ -189,6 +211,39 @@ class Pipeline:
             _log.exception("a pipeline could not be closed in order", extra=self._events.labels)
 
 
+class Workers:
+    """The workers that one pipeline has in this relay, run as if they were one pipeline."""
+
+    def __init__(self, workers: Sequence[Pipeline]) -> None:
+        self._workers = workers
+
+    def stop(self) -> None:
+        """See `Pipeline.stop`."""
+        for worker in self._workers:
+            worker.stop()
+
+    def drain(self) -> None:
+        """See `Pipeline.drain`."""
+        for worker in self._workers:
+            worker.drain()
+
+    def retry_dead_letters(self) -> None:
+        """See `Pipeline.retry_dead_letters`."""
+        for worker in self._workers:
+            worker.retry_dead_letters()
+
+    async def run(self) -> Ending:
+        """Run all; ends as the one that fared worst."""
+        async with asyncio.TaskGroup() as tasks:
+            runs = [tasks.create_task(worker.run()) for worker in self._workers]
+        endings = {run.result() for run in runs}
+        return next(
+            ending
+            for ending in (Ending.FAILED, Ending.STOPPED, Ending.COMPLETED)
+            if ending in endings
+        )
+
+
 def _is_worth_waiting(error: Exception) -> TypeGuard[RelayError]:
     return isinstance(error, RelayError) and error.kind is not ErrorKind.CONFIGURATION
 
@@ -219,7 +274,7 @@ class _Session:
         self._stop = stop
         self._is_draining = is_draining
         self._progressed = progressed
-        self._polled: asyncio.Queue[tuple[Batch, Prepared] | _Finished] = asyncio.Queue(
+        self._polled: asyncio.Queue[tuple[Batch, Prepared, float] | _Finished] = asyncio.Queue(
             max(1, prefetch)
         )
         self._settled: asyncio.Queue[Batch | _Finished] = asyncio.Queue(2)
@@ -271,13 +326,17 @@ class _Session:
                     break
                 continue
             self._unacknowledged.append(batch)
-            await self._polled.put((batch, self._delivery.prepare(batch)))
+            await self._polled.put((batch, self._delivery.prepare(batch), time.monotonic()))
         await self._polled.put(_Finished())
 
     async def _publish(self) -> None:
         while not isinstance(polled := await self._polled.get(), _Finished):
-            batch, prepared = polled
+            batch, prepared, polled_s = polled
             if not self._stop.is_set():
+                interval_s = self._source.keep_alive_interval_s
+                if interval_s is not None and time.monotonic() - polled_s > interval_s:
+                    # It has waited for so long that it may be another's by now.
+                    await self._source.keep_alive(batch)
                 with contextlib.suppress(Stopping):
                     await self._delivery.settle(prepared)
                     reraise_cancellation()

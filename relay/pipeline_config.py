@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from relay import __version__
 from relay.errors import ConfigurationError
 from relay.events import Direction
 from relay.options import Key, Positive, parse_options
@@ -19,9 +18,7 @@ from relay.settings import RelaySettings
 
 CONFIG_VERSION = 1
 
-# The catalog accepts these for releases in which relays of a group compete for one outbox. Until
-# they do, such a pipeline would run with other guarantees than its row asks for.
-_NOT_AVAILABLE = ("parallelism", "visibility_seconds")
+_OF_A_GROUP = frozenset({"parallelism", "visibility_seconds"})
 
 
 class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,9 +48,9 @@ class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         transactions open at that moment are still delivered.
     on_reset: What to do when the position lies beyond the outbox, which was created again or
         restored.
-    parallelism: Slots of a consumer group. Not available in this version: leave it out.
-    visibility_seconds: Length of a consumer group's lease, in seconds. Not available in this
-        version: leave it out.
+    parallelism: Workers of a consumer group in each relay; there is no order across workers.
+    visibility_seconds: For how long rows are leased to a worker of a consumer group. It is extended
+        while the worker lives; others have the rows of a dead one that much later.
     collapse_updates: Send the delete and the insert of one key in one outbox row as one `update`.
         Needs a key.
     snapshot_markers: Frame a full refresh with `snapshot_begin` and `snapshot_end`.
@@ -116,26 +113,16 @@ def parse_config(direction: Direction, config: Mapping[str, object]) -> Pipeline
             remedy="upgrade pgtrickle-relay",
         )
     parsed = parse_options(config, PipelineConfig, path="", kind=direction)
-    _refuse_what_is_not_available(config, parsed.source)
+    if parsed.source.get("consumer_group") is None:
+        for name in _OF_A_GROUP & config.keys():
+            raise ConfigurationError(
+                f"{name} needs a consumer group", remedy="name one in source.consumer_group"
+            )
     if direction == "forward" and parsed.source_type != "outbox":
         raise ConfigurationError("source_type of a forward pipeline must be outbox")
     if direction == "reverse" and parsed.sink_type != "pg-inbox":
         raise ConfigurationError("sink_type of a reverse pipeline must be pg-inbox")
     return parsed
-
-
-def _refuse_what_is_not_available(
-    config: Mapping[str, object], source: Mapping[str, object]
-) -> None:
-    asked_for = [name for name in _NOT_AVAILABLE if name in config]
-    if source.get("consumer_group") is not None:
-        asked_for.append("source.consumer_group")
-    if asked_for:
-        raise ConfigurationError(
-            f"{asked_for[0]} is not available in {__version__}: one relay at a time reads an outbox"
-            " for a pipeline",
-            remedy="leave it out",
-        )
 
 
 def pace_of(config: PipelineConfig, defaults: RelaySettings) -> Pace:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+import operator
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import msgspec
 
 from relay.board.membership import AT_REST
-from relay.board.status import PipelineStatus, RecentBatch
+from relay.board.status import PipelineStatus, RecentBatch, WorkerStatus
 from relay.board.window import Histogram, LatencyWindow, RateWindow
 from relay.errors import ErrorKind
 from relay.events import (
@@ -23,6 +25,7 @@ from relay.events import (
     DeadLettersRetried,
     Direction,
     LagObserved,
+    LeaseExpired,
     PipelineDescribed,
     PipelineEvent,
     PipelineState,
@@ -53,6 +56,16 @@ _UNWELL = {
     PipelineState.SUSPENDED: ErrorKind.OUTAGE,
 }
 _TROUBLED = frozenset({*_UNWELL, PipelineState.RETRYING})
+_WORST_FIRST = (
+    PipelineState.FAILED,
+    PipelineState.SUSPENDED,
+    PipelineState.RETRYING,
+    PipelineState.STOPPING,
+    PipelineState.STARTING,
+    PipelineState.RUNNING,
+    PipelineState.COMPLETED,
+    PipelineState.STOPPED,
+)
 
 
 @dataclass(slots=True)
@@ -61,6 +74,8 @@ class PipelineStats:
 
     ``accepted`` counts messages that the sink has accepted, retried dead letters with them.
     ``errors`` counts failed attempts, dead-lettered messages and entries into failed or suspended.
+    ``workers``: those of a consumer group, where there are several. What is counted is then their
+    sum; a state is that of the one that fares worst.
     """
 
     name: str
@@ -85,6 +100,7 @@ class PipelineStats:
     dead_lettered: int = 0
     dying: int = 0
     acknowledged_batches: int = 0
+    leases_lost: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     last_refusal: str = ""
     refused_s: float = -math.inf
@@ -105,6 +121,7 @@ class PipelineStats:
     behind_s: float | None = None
     in_flight_s: float | None = None
     waiting: deque[BatchPublished] = field(default_factory=deque)
+    workers: dict[int, PipelineStats] = field(default_factory=dict)
     recent: deque[tuple[float, str, BatchPublished]] = field(
         default_factory=lambda: deque(maxlen=RECENT_BATCHES)
     )
@@ -117,6 +134,8 @@ class PipelineStats:
     def observe(self, event: PipelineEvent) -> None:
         """Take one event into account."""
         clock_s = self.clock()
+        if event.worker:
+            self._of_worker(event)
         match event:
             case Polled():
                 self._polled(event, clock_s)
@@ -127,11 +146,15 @@ class PipelineStats:
             case LagObserved():
                 self.lag = event
                 self.dead_letters = event.dead_letters
+                for worker in self.workers.values():
+                    worker.dead_letters = event.dead_letters
                 self.behind_s = _first(self.behind_s, clock_s) if event.lag_rows > 0 else None
             case Retried():
                 self.retries[event.side] += 1
                 self._failed(event.kind, event.error, clock_s)
                 self.troubled_s = _first(self.troubled_s, clock_s)
+            case LeaseExpired():
+                self.leases_lost += 1
             case DeadLettered():
                 self.dead_lettered += event.messages
                 self.dead_letters = (self.dead_letters or 0) + event.messages
@@ -146,15 +169,45 @@ class PipelineStats:
                     self.last_refusal = f"{event.status}, {event.reason}"
             case ClaimCheckFetched():
                 self.claim_check_pages += 1
-            case StateChanged():
+            case StateChanged() if not event.worker:
                 self._changed(event, clock_s)
-            case ConnectionChanged():
+            case ConnectionChanged() if not event.worker:
                 self._connected(event)
             case PipelineDescribed():
                 self.direction, self.source, self.sink = event.direction, event.source, event.sink
                 self.settings = event.settings
+                self.workers.clear()
             case _:
                 pass
+        if event.worker:
+            self._gather(clock_s)
+
+    def _of_worker(self, event: PipelineEvent) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is None:
+            worker = PipelineStats(
+                name=self.name,
+                direction=self.direction,
+                mask=self.mask,
+                clock=self.clock,
+                now=self.now,
+                stalled_after_s=self.stalled_after_s,
+                since_s=self.clock(),
+            )
+            self.workers[event.worker] = worker
+        worker.observe(msgspec.structs.replace(event, worker=0))
+
+    def _gather(self, clock_s: float) -> None:
+        """What holds of the workers as a whole."""
+        workers = self.workers.values()
+        worst = min(workers, key=lambda worker: _WORST_FIRST.index(worker.state))
+        if worst.state is not self.state:
+            self.since_s = clock_s
+        self.state, self.reason = worst.state, worst.reason
+        self.source_connected = all(worker.source_connected for worker in workers)
+        self.sink_connected = all(worker.sink_connected for worker in workers)
+        self.in_flight = sum(worker.in_flight for worker in workers)
+        self.found_nothing = all(worker.found_nothing for worker in workers)
 
     def _polled(self, event: Polled, clock_s: float) -> None:
         self.polled_s = clock_s
@@ -179,7 +232,8 @@ class PipelineStats:
             self.publish_durations.observe((event.duration_s,))
         self.delivery_latencies.observe(event.latencies_s)
         self.latencies.add(event.latencies_s, clock_s)
-        self.waiting.append(msgspec.structs.replace(event, latencies_s=()))
+        if not event.worker:
+            self.waiting.append(msgspec.structs.replace(event, latencies_s=()))
 
     def _accepted(self, messages: int, clock_s: float) -> None:
         self.accepted += messages
@@ -239,6 +293,9 @@ class PipelineStats:
         """For ``stalled_after_s`` there was something to do, and no progress."""
         if self.state in AT_REST:
             return False
+        if self.workers:
+            is_behind = _is_over(self.behind_s, self.stalled_after_s, self.clock())
+            return is_behind or any(worker.is_stalled() for worker in self.workers.values())
         begun = [since for since in (self.behind_s, self.in_flight_s) if since is not None]
         if self.state is PipelineState.STARTING:
             begun.append(self.since_s)
@@ -246,17 +303,22 @@ class PipelineStats:
             begun.append(max(self.polled_s, self.since_s))
         return bool(begun) and self.clock() - min(begun) >= self.stalled_after_s
 
-    def _trouble(self, clock_s: float, *, is_stalled: bool) -> str:
+    def trouble(self) -> str:
+        """Why it is not healthy; empty where it is."""
+        for number, worker in sorted(self.workers.items()):
+            if trouble := worker.trouble():
+                return f"worker {number}: {trouble}"
         if self.state in _UNWELL:
             return f"{self.state.value}: {self.reason}"
-        if self.troubled_s is not None and clock_s - self.troubled_s >= _TROUBLE_GRACE_S:
-            so_long = f"{clock_s - self.troubled_s:.0f} s"
+        is_troubled = not self.workers and _is_over(self.troubled_s, _TROUBLE_GRACE_S, self.clock())
+        if is_troubled and self.troubled_s is not None:
+            so_long = f"{self.clock() - self.troubled_s:.0f} s"
             return f"no progress for {so_long}: {self.last_error or self.reason}"
         if self.dying > 1 and self.dead_letters != 0:
             return f"the last {self.dying} messages became dead letters: {self.last_error}"
-        if clock_s - self.refused_s < _REFUSED_FOR_S < self.refused_s - self.received_s:
+        if self.clock() - self.refused_s < _REFUSED_FOR_S < self.refused_s - self.received_s:
             return f"requests are refused, and none was accepted: {self.last_refusal}"
-        if not is_stalled:
+        if not self.is_stalled():
             return ""
         if self.in_flight:
             return f"stalled: {self.in_flight} messages in flight, none settled"
@@ -287,8 +349,7 @@ class PipelineStats:
         def at(then_s: float) -> datetime:
             return now - timedelta(seconds=clock_s - then_s)
 
-        is_stalled = self.is_stalled()
-        trouble = self._trouble(clock_s, is_stalled=is_stalled)
+        trouble = self.trouble()
         undelivered = self._undelivered()
         history = self.rate.history(clock_s)
         return PipelineStatus(
@@ -302,7 +363,7 @@ class PipelineStats:
             since=at(self.since_s),
             is_healthy=not trouble,
             trouble=trouble,
-            is_stalled=is_stalled,
+            is_stalled=self.is_stalled(),
             is_drained=not undelivered,
             undelivered=undelivered,
             source_connected=self.source_connected,
@@ -334,10 +395,36 @@ class PipelineStats:
                     attempts=batch.attempts,
                     duration_s=batch.duration_s,
                 )
-                for acknowledged_s, checkpoint, batch in self.recent
+                for acknowledged_s, checkpoint, batch in self._recent()
             ],
             last_progress_at=self.progress_at,
+            workers=[
+                WorkerStatus(
+                    number=number,
+                    state=worker.state,
+                    reason=worker.reason,
+                    trouble=worker.trouble(),
+                    published=worker.accepted,
+                    errors=worker.errors.total(),
+                    in_flight=worker.in_flight,
+                    checkpoint=worker.checkpoint,
+                    last_progress_at=worker.progress_at,
+                )
+                for number, worker in sorted(self.workers.items())
+            ],
         )
+
+    def _recent(self) -> Iterable[tuple[float, str, BatchPublished]]:
+        if not self.workers:
+            return self.recent
+        of_all = heapq.merge(
+            *(worker.recent for worker in self.workers.values()), key=operator.itemgetter(0)
+        )
+        return deque(of_all, maxlen=RECENT_BATCHES)
+
+
+def _is_over(since_s: float | None, seconds: float, now_s: float) -> bool:
+    return since_s is not None and now_s - since_s >= seconds
 
 
 def _first(earlier_s: float | None, now_s: float) -> float:

@@ -30,6 +30,20 @@ class RecentBatch(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
 
 
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several workers of a consumer group in this relay; as in `PipelineStatus`."""
+
+    number: int
+    state: PipelineState
+    reason: str
+    trouble: str
+    published: int
+    errors: int
+    in_flight: int
+    checkpoint: str
+    last_progress_at: datetime | None
+
+
 class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline at the time of the snapshot. Counts are since this process took it over.
 
@@ -40,7 +54,8 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     requests to a receiver that became no messages. ``in_flight`` messages are polled and not
     acknowledged. ``lag_rows``, ``oldest_unsent_age_s`` and ``dead_letters`` are as last
     observed, None before. ``rate_history`` has one count a second, the latest complete second
-    last.
+    last. ``workers``: where this relay has several of the pipeline; numbers are then sums, and the
+    state is that of the worker that fares worst.
     """
 
     name: str
@@ -77,14 +92,14 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     latency: Latency | None
     recent_batches: Sequence[RecentBatch]
     last_progress_at: datetime | None
+    workers: Sequence[WorkerStatus] = ()
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The relay at the time of the snapshot; pipelines are ordered by name.
 
     ``is_coordinated``: it has been decided at least once which pipelines run here. ``members``
-    counts the relays of the group, this one included. ``blocked``: pipelines that run nowhere, each
-    with the session outside of the group that holds its lock.
+    counts the relays of the group, this one included.
     """
 
     worker_id: str
@@ -97,22 +112,18 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     is_coordinated: bool
     members: int
     pipelines: Sequence[PipelineStatus]
-    blocked: Mapping[str, str] = {}
 
     @property
     def trouble(self) -> str:
         """Why the relay is not well, in one line; empty where it is."""
         if not self.database_connected:
             return self.database_reason or "the database is not connected"
-        if self.blocked:
-            held = "; ".join(f"{name}: {who}" for name, who in sorted(self.blocked.items()))
-            return f"no relay can run what a stranger holds the lock of: {held}"
         unwell = [pipeline.name for pipeline in self.pipelines if not pipeline.is_healthy]
         return f"not healthy: {', '.join(unwell)}" if unwell else ""
 
     @property
     def is_healthy(self) -> bool:
-        """True when the database is connected, and every pipeline is well and not blocked."""
+        """True when the database is connected and every pipeline is well."""
         return not self.trouble
 
     @property

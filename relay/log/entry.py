@@ -15,6 +15,7 @@ import msgspec
 FIELDS = (
     "pipeline",
     "direction",
+    "worker",
     "source",
     "sink",
     "side",

@@ -18,6 +18,7 @@ from relay.events import (
     DeadLettered,
     DeadLettersRetried,
     Event,
+    LeaseExpired,
     OwnershipChanged,
     PipelineDescribed,
     PipelineEvent,
@@ -42,6 +43,10 @@ _WORDS = {
     PipelineState.FAILED: "failed",
     PipelineState.SUSPENDED: "suspended",
 }
+
+
+# A pipeline and its worker.
+_Who = tuple[str, int]
 
 
 class _Repeat(msgspec.Struct):
@@ -72,9 +77,9 @@ class EventLog:
         self._repeat_s = repeat_s
         self._clock = clock
         self._repeats: dict[tuple[str, str], _Repeat] = {}
-        self._troubles: dict[str, _Trouble] = {}
-        self._states: dict[str, PipelineState] = {}
-        self._connections: dict[tuple[str, str], bool] = {}
+        self._troubles: dict[_Who, _Trouble] = {}
+        self._states: dict[_Who, PipelineState] = {}
+        self._connections: dict[tuple[_Who, str], bool] = {}
         self._described: dict[str, PipelineDescribed] = {}
         self._owned: frozenset[str] | None = None
         self._members = 0
@@ -105,6 +110,13 @@ class EventLog:
                 self._connection(event)
             case Retried():
                 self._retried(event)
+            case LeaseExpired():
+                self._once(
+                    event.pipeline,
+                    logging.WARNING,
+                    "a lease ran out, its rows are delivered again",
+                    {**self._fields(event), "error": event.reason},
+                )
             case DeadLettered():
                 self._once(
                     event.pipeline,
@@ -142,9 +154,9 @@ class EventLog:
                 pass
 
     def _state(self, event: StateChanged) -> None:
-        former = self._states.get(event.pipeline)
-        self._states[event.pipeline] = event.state
-        is_in_trouble = event.pipeline in self._troubles
+        former = self._states.get(_who(event))
+        self._states[_who(event)] = event.state
+        is_in_trouble = _who(event) in self._troubles
         if event.state is PipelineState.RETRYING or event.state is former is PipelineState.STOPPED:
             return
         if event.state in _TROUBLED:
@@ -164,11 +176,11 @@ class EventLog:
         self._say(event, level, _WORDS[event.state], state=event.state.value)
 
     def _connection(self, event: ConnectionChanged) -> None:
-        side = (event.pipeline, event.side)
+        side = (_who(event), event.side)
         if self._connections.get(side, False) == event.is_connected:
             return
         self._connections[side] = event.is_connected
-        level = logging.DEBUG if event.pipeline in self._troubles else logging.INFO
+        level = logging.DEBUG if _who(event) in self._troubles else logging.INFO
         word = "connected" if event.is_connected else "disconnected"
         facts = "; ".join(f"{name}: {fact}" for name, fact in event.details.items())
         detail = f" ({facts})" if facts else ""
@@ -194,7 +206,7 @@ class EventLog:
         match event:
             case Polled():
                 if not event.messages and not event.rejected:
-                    if self._states.get(event.pipeline) is PipelineState.RUNNING:
+                    if self._states.get(_who(event)) is PipelineState.RUNNING:
                         self._recovered(event)
                     return
                 self._debug(event, "polled", messages=event.messages, duration_s=event.duration_s)
@@ -217,11 +229,11 @@ class EventLog:
                 self._debug(event, "claim check fetched", messages=event.rows)
 
     def _trouble(self, event: PipelineEvent) -> None:
-        trouble = self._troubles.setdefault(event.pipeline, _Trouble(self._clock()))
+        trouble = self._troubles.setdefault(_who(event), _Trouble(self._clock()))
         trouble.failures += 1
 
     def _recovered(self, event: PipelineEvent) -> None:
-        trouble = self._troubles.pop(event.pipeline, None)
+        trouble = self._troubles.pop(_who(event), None)
         if trouble is not None:
             failures = "1 failure" if trouble.failures == 1 else f"{trouble.failures} failures"
             lasted = f"{self._clock() - trouble.since_s:.0f} s"
@@ -241,9 +253,6 @@ class EventLog:
         if owned != self._owned or event.members != self._members:
             _log.info("; ".join(words), extra={"members": event.members})
         self._owned, self._members = owned, event.members
-        for name, who in event.blocked.items():
-            error = f"a session that is no relay of this group holds its lock: {who}"
-            self._once(name, logging.ERROR, "blocked", {"pipeline": name, "error": error})
         for gone in former - owned:
             self._forget(gone)
 
@@ -254,14 +263,16 @@ class EventLog:
     def _begin_run(self, pipeline: str) -> None:
         """What comes now belongs to another run: it is logged even if it resembles the last."""
         self._sum_up_of(pipeline)
-        self._troubles.pop(pipeline, None)
+        for who in [who for who in self._troubles if who[0] == pipeline]:
+            del self._troubles[who]
 
     def _forget(self, pipeline: str) -> None:
         self._begin_run(pipeline)
-        self._states.pop(pipeline, None)
         self._described.pop(pipeline, None)
-        for side in ("source", "sink"):
-            self._connections.pop((pipeline, side), None)
+        for who in [who for who in self._states if who[0] == pipeline]:
+            del self._states[who]
+        for side in [side for side in self._connections if side[0][0] == pipeline]:
+            del self._connections[side]
 
     def _once(self, pipeline: str, level: int, message: str, fields: dict[str, FieldValue]) -> None:
         """Log it, unless its like was logged within ``repeat_s``."""
@@ -309,7 +320,13 @@ class EventLog:
 
     def _fields(self, event: PipelineEvent) -> dict[str, FieldValue]:
         fields: dict[str, FieldValue] = {"pipeline": event.pipeline, "direction": event.direction}
+        if event.worker:
+            fields["worker"] = event.worker
         described = self._described.get(event.pipeline)
         if described is not None:
             fields |= {"source": described.source, "sink": described.sink}
         return fields
+
+
+def _who(event: PipelineEvent) -> _Who:
+    return event.pipeline, event.worker

@@ -65,7 +65,6 @@ declare
     v_start text not null := p_start;
     v_outbox record;
     v_is_new boolean;
-    v_end record;
     g @schema@.relay_groups;
 begin
     if length(v_group) not between 1 and 200 or v_start not in ('earliest', 'latest') then
@@ -97,11 +96,7 @@ begin
             hint = 'Choose another name, or drop the group first.';
     end if;
     if v_is_new and v_start = 'latest' then
-        select * into v_end from @schema@.relay_outbox_end(g.outbox_table_name);
-        perform @schema@.relay_group_note_gaps(g.group_id, v_end.gaps, array['']);
-        update @schema@.relay_groups as r
-        set frontier = v_end.after_id
-        where r.group_id = g.group_id;
+        perform @schema@.relay_group_to_end(g);
     end if;
     return v_is_new;
 end
@@ -109,6 +104,27 @@ $$;
 
 comment on function @schema@.relay_group_create(text, text, text) is
     'Definer, since only functions write groups. Make a consumer group on an outbox table; false where it exists and reads the same one.';
+
+create or replace function @schema@.relay_group_to_end(p_group @schema@.relay_groups)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_end record;
+begin
+    select * into v_end from @schema@.relay_outbox_end(p_group.outbox_table_name);
+    perform @schema@.relay_group_note_gaps(p_group.group_id, v_end.gaps, array['']);
+    update @schema@.relay_groups as r
+    set frontier = v_end.after_id
+    where r.group_id = p_group.group_id;
+end
+$$;
+
+comment on function @schema@.relay_group_to_end(@schema@.relay_groups) is
+    'Put a group that has nothing yet behind what is visible now.';
 
 create or replace function @schema@.relay_outbox_end(
     p_outbox text,
@@ -203,6 +219,104 @@ $$;
 comment on function @schema@.relay_group_find(text, boolean) is
     'A group with its watermark as it is now; RL022 where there is none. Locked until the transaction ends where asked, so that polls of one group go one after another.';
 
+create or replace function @schema@.relay_group_check_pipeline(p_group text, p_pipeline text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_other text;
+begin
+    select min(c.name) into v_other
+    from @schema@.relay_outbox_config as c
+    where c.config #>> '{source,consumer_group}' = p_group and c.name <> p_pipeline;
+    if v_other is not null then
+        raise exception using
+            errcode = 'RL023',
+            message = format('consumer group "%s" belongs to pipeline "%s"', p_group, v_other),
+            detail = 'Each of two pipelines would get a part of the rows.',
+            hint = 'Give each pipeline a consumer group of its own; parallelism adds workers to a pipeline.';
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_group_check_pipeline(text, text) is
+    'RL023 where another pipeline reads this group. Whoever holds the group''s lock sees every other one.';
+
+create or replace function @schema@.relay_group_join(
+    p_group text,
+    p_pipeline text,
+    p_relay_group_id text,
+    p_outbox_table text,
+    p_consumer text,
+    p_on_reset text
+)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    pipeline text not null := p_pipeline;
+    relay_group_id text not null := p_relay_group_id;
+    outbox_table text not null := p_outbox_table;
+    on_reset text not null := p_on_reset;
+    g @schema@.relay_groups := @schema@.relay_group_find(p_group, true);
+    v_is_reset boolean;
+begin
+    perform @schema@.relay_group_check_pipeline(p_group, pipeline);
+    if g.outbox_table_name <> outbox_table or g.relay_group_id <> p_relay_group_id then
+        raise exception using
+            errcode = 'RL023',
+            message = format('consumer group "%s" reads outbox "%s" for relay group "%s"',
+                p_group, g.outbox_table_name, coalesce(g.relay_group_id, p_relay_group_id)),
+            detail = 'Another relay group would get a part of the rows.',
+            hint = format('Use another consumer group. Once the relays of that group are gone: select %I.relay_forget_group(%L);',
+                @schema_name@, g.relay_group_id);
+    end if;
+    update @schema@.relay_groups as r
+    set relay_group_id = p_relay_group_id
+    where r.group_id = g.group_id and r.relay_group_id is null;
+    v_is_reset := on_reset <> 'fail'
+        and g.frontier > (select o.last_id from @schema@.relay_outbox_of(g.outbox_table_name) as o);
+    if v_is_reset then
+        perform @schema@.seek_offset(p_group, p_consumer, 0);
+    end if;
+    if v_is_reset and on_reset = 'latest' then
+        perform @schema@.relay_group_to_end(g);
+    end if;
+    perform @schema@.consumer_heartbeat(p_group, p_consumer);
+    return v_is_reset;
+end
+$$;
+
+comment on function @schema@.relay_group_join(text, text, text, text, text, text) is
+    'Definer, since only functions write groups. A worker of a pipeline becomes a consumer; true where the group stood beyond its outbox and was put where on_reset says. RL023 where the group belongs to another pipeline, outbox or relay group: the first that joins has it.';
+
+create or replace function @schema@.relay_group_unbind(p_group text)
+returns void
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update @schema@.relay_groups as r set relay_group_id = null where r.group_name = p_group;
+    if found then
+        raise notice using
+            message = format('consumer group "%s" stays, with its position', p_group),
+            detail = 'It holds back retention. A pipeline that names it goes on where this one stopped.',
+            hint = format('Where nobody will: select %I.drop_consumer_group(%L);', @schema_name@, p_group);
+    end if;
+end
+$$;
+
+comment on function @schema@.relay_group_unbind(text) is
+    'A pipeline does not read this group any more: the next one may.';
+
 create or replace function @schema@.drop_consumer_group(name text, if_exists boolean default false)
 returns void
 language plpgsql
@@ -263,21 +377,56 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_column
 declare
-    "group" text not null := poll_outbox."group";
-    consumer text not null := poll_outbox.consumer;
-    batch_size integer not null := poll_outbox.batch_size;
-    visibility_seconds integer not null := poll_outbox.visibility_seconds;
-    max_bytes bigint not null := poll_outbox.max_bytes;
+    v_poll record;
+begin
+    select * into v_poll from @schema@.relay_group_poll(
+        "group", consumer, batch_size, visibility_seconds, max_bytes);
+    return query execute format(
+        $query$
+        select
+            o.id, o.pgt_id, o.created_at, o.inserted_count::bigint, o.deleted_count::bigint,
+            o.is_claim_check, o.payload, $1, o.refresh_id, o.headers
+        from %s as o
+        where o.id = any ($2)
+        order by o.id
+        $query$, v_poll.outbox_relation)
+    using v_poll.lease_token, v_poll.outbox_ids;
+end
+$$;
+
+comment on function @schema@.poll_outbox(text, text, integer, integer, bigint) is
+    'Definer, since only functions write groups. Lease the next rows of a group, in id order: returned ones first, then new ones; at least one, then as many as batch size and bytes (as stored) allow. All rows of a poll carry its lease token.';
+
+create or replace function @schema@.relay_group_poll(
+    p_group text,
+    p_consumer text,
+    p_batch_size integer,
+    p_seconds integer,
+    p_max_bytes bigint,
+    p_max_messages integer default null,
+    p_lease_token uuid default null,
+    out lease_token uuid,
+    out outbox_ids bigint[],
+    out is_settled boolean,
+    out outbox_relation text
+)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    consumer text not null := p_consumer;
+    batch_size integer not null := p_batch_size;
+    visibility_seconds integer not null := p_seconds;
+    max_bytes bigint not null := p_max_bytes;
     v_instance text;
     v_outbox record;
     g @schema@.relay_groups;
     v_new bigint[];
     v_holders text[] := '{}';
-    v_ids bigint[];
     v_frontier bigint;
-    v_token uuid;
 begin
     if consumer = ''
         or batch_size not between 1 and 100000
@@ -290,22 +439,22 @@ begin
                 consumer, batch_size, max_bytes, visibility_seconds),
             hint = 'A named consumer leases 1 to 100000 rows of 1 byte or more for 1 to 604800 seconds (a week).';
     end if;
-    g := @schema@.relay_group_find("group", true);
+    g := @schema@.relay_group_find(p_group, true);
     select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if v_outbox.last_id < g.frontier then
         raise exception using
             errcode = 'RL005',
             message = format('consumer group "%s" stands at id %s, but outbox "%s" ends at id %s',
-                "group", g.frontier, g.outbox_table_name, v_outbox.last_id),
+                p_group, g.frontier, g.outbox_table_name, v_outbox.last_id),
             detail = 'The outbox was made again or restored from an older state; its next rows would be skipped.',
-            hint = format('select %I.seek_offset(%L, %L, 0);', @schema_name@, "group", consumer);
+            hint = format('select %I.seek_offset(%L, %L, 0);', @schema_name@, p_group, consumer);
     end if;
     if v_outbox.pgt_id <> g.pgt_id then
         -- Made again: ids go on above the old ones. Should they not, what lies below is a gap.
-        perform @schema@.seek_offset("group", consumer, g.frontier);
+        perform @schema@.seek_offset(p_group, consumer, g.frontier);
         perform @schema@.relay_group_note_gaps(
             g.group_id, int8multirange(int8range(1, g.frontier, '[]')), array['']);
-        g := @schema@.relay_group_find("group", true);
+        g := @schema@.relay_group_find(p_group, true);
     end if;
 
     execute format(
@@ -347,31 +496,25 @@ begin
 
     perform @schema@.relay_group_read_gaps(
         g.group_id, v_outbox.outbox_relation, v_holders, batch_size, v_new = '{}');
-    v_ids := @schema@.relay_group_pick(
-        g, v_outbox.outbox_relation, v_new, batch_size, max_bytes);
-    v_frontier := greatest(g.frontier, v_ids[cardinality(v_ids)]);
+    outbox_ids := @schema@.relay_group_pick(
+        g, v_outbox.outbox_relation, v_new, batch_size, max_bytes, p_max_messages);
+    v_frontier := greatest(g.frontier, outbox_ids[cardinality(outbox_ids)]);
     perform @schema@.relay_group_note_gaps(
         g.group_id,
         int8multirange(int8range(g.frontier, v_frontier, '(]')) - (
             select coalesce(range_agg(int8range(i.id, i.id, '[]')), '{}') from unnest(v_new) as i (id)),
         array_prepend('', v_holders));
-    v_token := @schema@.relay_group_lease(g, consumer, v_ids, v_frontier, visibility_seconds);
-
-    return query execute format(
-        $query$
-        select
-            o.id, o.pgt_id, o.created_at, o.inserted_count::bigint, o.deleted_count::bigint,
-            o.is_claim_check, o.payload, $1, o.refresh_id, o.headers
-        from %s as o
-        where o.id = any ($2)
-        order by o.id
-        $query$, v_outbox.outbox_relation)
-    using v_token, v_ids;
+    lease_token := @schema@.relay_group_lease(
+        g, consumer, outbox_ids, v_frontier, visibility_seconds, p_lease_token);
+    is_settled := lease_token is null
+        and not exists (
+            select from @schema@.relay_group_leases as l where l.group_id = g.group_id);
+    outbox_relation := v_outbox.outbox_relation;
 end
 $$;
 
-comment on function @schema@.poll_outbox(text, text, integer, integer, bigint) is
-    'Definer, since only functions write groups. Lease the next rows of a group, in id order: returned ones first, then new ones; at least one, then as many as batch size and bytes (as stored) allow. All rows of a poll carry its lease token.';
+comment on function @schema@.relay_group_poll(text, text, integer, integer, bigint, integer, uuid) is
+    'Definer, since only functions write groups. What poll_outbox does, giving the ids of the rows alone, bounded also by how many messages they make, under a token that the caller may choose; settled: there is nothing to lease, and nobody holds anything. RL005 where the group stands beyond its outbox.';
 
 create or replace function @schema@.relay_group_read_gaps(
     p_group_id bigint,
@@ -515,7 +658,8 @@ create or replace function @schema@.relay_group_pick(
     p_relation text,
     p_new bigint[],
     p_batch_size integer,
-    p_max_bytes bigint
+    p_max_bytes bigint,
+    p_max_messages integer
 )
 returns bigint[]
 language plpgsql
@@ -560,21 +704,24 @@ begin
         select
             coalesce(array_agg(s.id order by s.id), '{}'),
             coalesce(
-                array_agg(s.id order by s.id) filter (where s.place <= $2 and s.bytes_before < $3),
+                array_agg(s.id order by s.id) filter (
+                    where s.place <= $2 and s.bytes_before < $3 and s.messages_before < $4),
                 '{}')
         from (
             select
                 o.id,
                 row_number() over w as place,
                 coalesce(sum(pg_column_size(o.payload)) over (
-                    w rows between unbounded preceding and 1 preceding), 0) as bytes_before
+                    w rows between unbounded preceding and 1 preceding), 0) as bytes_before,
+                coalesce(sum(coalesce(o.inserted_count, 0) + coalesce(o.deleted_count, 0)) over (
+                    w rows between unbounded preceding and 1 preceding), 0) as messages_before
             from %s as o
             where o.id = any ($1)
             window w as (order by o.id)
         ) as s
         $query$, p_relation)
     into v_existing, v_picked
-    using v_returned || p_new, p_batch_size, p_max_bytes;
+    using v_returned || p_new, p_batch_size, p_max_bytes, coalesce(p_max_messages, 2147483647);
 
     if v_returned <> '{}' then
         delete from @schema@.relay_group_returned as r
@@ -586,15 +733,16 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_group_pick(@schema@.relay_groups, text, bigint[], integer, bigint) is
-    'The rows of this poll: lowest ids first, within batch size and bytes, those of leases that ran out among them. Returned rows that were deleted meanwhile are dropped.';
+comment on function @schema@.relay_group_pick(@schema@.relay_groups, text, bigint[], integer, bigint, integer) is
+    'The rows of this poll: lowest ids first, within batch size, bytes and messages, those of leases that ran out among them. Returned rows that were deleted meanwhile are dropped.';
 
 create or replace function @schema@.relay_group_lease(
     p_group @schema@.relay_groups,
     p_consumer text,
     p_ids bigint[],
     p_frontier bigint,
-    p_seconds integer
+    p_seconds integer,
+    p_lease_token uuid
 )
 returns uuid
 language plpgsql
@@ -605,7 +753,7 @@ as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_expires_at timestamptz := v_now + make_interval(secs => p_seconds);
-    v_token uuid := case when p_ids <> '{}' then gen_random_uuid() end;
+    v_token uuid := case when p_ids <> '{}' then coalesce(p_lease_token, gen_random_uuid()) end;
 begin
     -- An idle consumer is written every 3 seconds.
     insert into @schema@.relay_group_consumers as c
@@ -637,7 +785,7 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigint[], bigint, integer) is
+comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigint[], bigint, integer, uuid) is
     'Write down who holds the rows of this poll, and the group''s position; null where there are none.';
 
 -- ---------------------------------------------------------------------------
@@ -773,12 +921,13 @@ begin
     update @schema@.relay_group_leases as l
     set expires_at = v_lease.expires_at
     where l.lease_token = v_lease.lease_token;
+    perform @schema@.consumer_heartbeat("group", consumer);
     return v_lease.expires_at;
 end
 $$;
 
 comment on function @schema@.extend_lease(text, text, integer, uuid) is
-    'Definer, since only functions write leases. Keep the rows of the poll of this token, without one of the newest poll under this name, for so many seconds from now; never shortens. RL021 where they are lost.';
+    'Definer, since only functions write leases. Keep the rows of the poll of this token, without one of the newest poll under this name, for so many seconds from now; never shortens. A heartbeat too. RL021 where they are lost.';
 
 create or replace function @schema@.relay_group_release(p_group text, p_lease_token uuid)
 returns boolean
@@ -807,6 +956,23 @@ $$;
 comment on function @schema@.relay_group_release(text, uuid) is
     'Definer, since only functions write leases. Give the rows of a lease back at once; false when it was lost already.';
 
+create or replace function @schema@.relay_group_leave(p_group text, p_consumer text)
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    delete from @schema@.relay_group_consumers as c
+    using @schema@.relay_groups as g
+    where c.consumer_id = p_consumer
+        and g.group_id = c.group_id
+        and g.group_name = p_group
+$$;
+
+comment on function @schema@.relay_group_leave(text, text) is
+    'Definer, since only functions write consumers. Forget a consumer that is gone for good. Leases it still has run out.';
+
 create or replace function @schema@.seek_offset("group" text, consumer text, new_offset bigint)
 returns void
 language plpgsql
@@ -821,7 +987,6 @@ declare
     v_outbox record;
 begin
     g := @schema@.relay_group_find("group", true);
-    perform @schema@.consumer_heartbeat("group", consumer);
     select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if new_offset not between 0 and v_outbox.last_id then
         raise exception using
@@ -848,6 +1013,8 @@ begin
         leases_since = '-infinity',
         pgt_id = v_outbox.pgt_id
     where r.group_id = g.group_id;
+    -- Last, as extend_lease does it: leases before consumers.
+    perform @schema@.consumer_heartbeat("group", consumer);
 end
 $$;
 

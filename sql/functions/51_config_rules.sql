@@ -164,8 +164,9 @@ begin
     v_problem := coalesce(v_problem, case
         when (p_config ->> 'retry_max_ms')::bigint < (p_config ->> 'retry_initial_ms')::bigint then
             array['retry_max_ms is less than retry_initial_ms', 'The first wait is the shortest.']
-        when (p_config ->> 'parallelism')::bigint > 1 and p_config #>> '{source,consumer_group}' is null then
-            array['parallelism needs a consumer group', 'Name one in source.consumer_group; its slots share the rows, without order among them.']
+        when p_config ?| array['parallelism', 'visibility_seconds'] and p_config #>> '{source,consumer_group}' is null then
+            array[case when p_config ? 'parallelism' then 'parallelism' else 'visibility_seconds' end || ' needs a consumer group',
+                'Name one in source.consumer_group; its workers share the rows, without order among them.']
     end);
     if v_problem is not null then
         raise exception using errcode = coalesce(v_problem[3], 'RL010'), message = v_problem[1], hint = v_problem[2];

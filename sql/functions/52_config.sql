@@ -201,10 +201,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_start text := coalesce(p_config ->> 'start', 'earliest');
+    v_group text := p_config #>> '{source,consumer_group}';
+    v_former_group text;
     v_after_id bigint := 0;
     v_gaps int8multirange := '{}';
 begin
     perform @schema@.relay_outbox_of(p_outbox_table);
+    select c.config #>> '{source,consumer_group}' into v_former_group
+    from @schema@.relay_outbox_config as c
+    where c.name = p_name;
     if p_retention_hours < 1 then
         raise exception using
             errcode = 'RL010',
@@ -236,8 +241,19 @@ begin
         start_after_id = excluded.start_after_id,
         start_gaps = excluded.start_gaps,
         updated_at = now();
-    if p_config #>> '{source,consumer_group}' is not null then
-        perform @schema@.relay_group_create(p_config #>> '{source,consumer_group}', p_outbox_table, v_start);
+    if v_former_group <> coalesce(v_group, '') then
+        perform @schema@.relay_group_unbind(v_former_group);
+    end if;
+    if v_group is not null then
+        perform @schema@.relay_group_create(v_group, p_outbox_table, v_start);
+        perform @schema@.relay_group_check_pipeline(v_group, p_name);
+        if v_former_group is null and exists (
+            select from @schema@.relay_consumer_offsets as o where o.pipeline_id = p_name)
+        then
+            raise notice using
+                message = format('pipeline "%s" goes on at the position of consumer group "%s", not at its own', p_name, v_group),
+                hint = format('select %I.consumer_lag(%L) shows it, seek_offset moves it.', @schema_name@, v_group);
+        end if;
     end if;
     -- Raised, never lowered, since other pipelines may need it.
     update @schema@.pgt_outbox_config as o
@@ -561,10 +577,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_direction text;
+    v_group text;
     v_positions bigint;
 begin
-    delete from @schema@.relay_outbox_config as c where c.name = p_name;
+    delete from @schema@.relay_outbox_config as c
+    where c.name = p_name
+    returning c.config #>> '{source,consumer_group}' into v_group;
     v_direction := case when found then 'forward' else 'reverse' end;
+    perform @schema@.relay_group_unbind(v_group);
     delete from @schema@.relay_inbox_config as c where c.name = p_name;
     delete from @schema@.relay_consumer_offsets as o where o.pipeline_id = p_name;
     get diagnostics v_positions = row_count;
@@ -573,7 +593,7 @@ begin
     if v_positions > 0 then
         raise notice using
             message = format('the position of %s pipeline "%s" is deleted with it', v_direction, p_name),
-            hint = 'A pipeline that is set under this name starts from its beginning. Dead letters and consumer groups stay.';
+            hint = 'A pipeline that is set under this name starts from its beginning. Dead letters stay.';
     end if;
 end
 $$;

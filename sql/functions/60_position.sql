@@ -200,12 +200,15 @@ begin
     where g.relay_group_id = relay_forget_group.relay_group_id;
     delete from @schema@.relay_cursors as c
     where c.relay_group_id = relay_forget_group.relay_group_id;
+    update @schema@.relay_groups as g
+    set relay_group_id = null
+    where g.relay_group_id = relay_forget_group.relay_group_id;
     return v_positions;
 end
 $$;
 
 comment on function @schema@.relay_forget_group(text) is
-    'Definer, since only functions write positions. Remove positions, gaps and cursors of a relay group that is gone, so that it holds back no retention, and return how many positions it had. Dead letters stay. RL024 while one of its relays lives.';
+    'Definer, since only functions write positions. Remove positions, gaps and cursors of a relay group that is gone, so that it holds back no retention, and return how many positions it had. Its consumer groups and dead letters stay, the former for another relay group. RL024 while one of its relays lives.';
 
 create or replace function @schema@.relay_cursor_get(
     p_relay_group_id text,

@@ -287,25 +287,39 @@ comment on function @schema@.relay_dlq_stats(text[]) is
 create or replace function @schema@.relay_dlq_take(
     p_relay_group_id text,
     p_pipeline text,
-    p_max_rows integer
+    p_max_rows integer,
+    p_seconds integer default 0
 )
 returns setof @schema@.relay_dlq
 language sql
-stable
+volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+    with free as (
+        select r.id
+        from @schema@.relay_dlq_retries as r
+        where r.relay_group_id = p_relay_group_id
+            and r.pipeline = p_pipeline
+            and (r.taken_until is null or r.taken_until <= clock_timestamp())
+        order by r.id
+        limit p_max_rows
+        for update skip locked
+    ), taken as (
+        update @schema@.relay_dlq_retries as r
+        set taken_until = clock_timestamp() + make_interval(secs => p_seconds)
+        from free as f
+        where r.relay_group_id = p_relay_group_id and r.pipeline = p_pipeline and r.id = f.id
+        returning r.relay_group_id, r.pipeline, r.id
+    )
     select d.*
-    from @schema@.relay_dlq_retries as r
+    from taken as t
     join @schema@.relay_dlq as d using (relay_group_id, pipeline, id)
-    where r.relay_group_id = p_relay_group_id
-        and r.pipeline = p_pipeline
-    order by r.id
-    limit p_max_rows
+    order by d.id
 $$;
 
-comment on function @schema@.relay_dlq_take(text, text, integer) is
-    'Definer, since only functions read dead letters. Those that are to be sent again, oldest first. They stay requested until settled or failed: a crash repeats them.';
+comment on function @schema@.relay_dlq_take(text, text, integer, integer) is
+    'Definer, since only functions write dead letters. Those that are to be sent again, oldest first; for so many seconds nobody else takes them. They stay requested until settled or failed: a crash repeats them.';
 
 create or replace function @schema@.relay_dlq_settle(p_ids bigint[])
 returns void
@@ -338,8 +352,8 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    -- A webhook receiver runs in several relays, which may all have taken the same letter. Whoever
-    -- is late must not take back what was asked for after the first of them.
+    -- Whoever is late, and whose lease went to another meanwhile, must not take back what was asked
+    -- for after that one.
     with failed as (
         update @schema@.relay_dlq as d
         set

@@ -42,7 +42,12 @@ as $$
         last_seen_at = now(),
         report = excluded.report;
     -- Relays that were killed.
-    delete from @schema@.relay_workers as w where w.last_seen_at < now() - interval '1 day'
+    delete from @schema@.relay_workers as w where w.last_seen_at < now() - interval '1 day';
+    delete from @schema@.relay_group_consumers as c
+    where c.last_heartbeat_at < now() - interval '1 day'
+        and not exists (
+            select from @schema@.relay_group_leases as l
+            where l.group_id = c.group_id and l.consumer_id = c.consumer_id)
 $$;
 
 comment on function @schema@.relay_report(text, text, jsonb) is

@@ -35,7 +35,8 @@ declare
         'relay_lag',
         -- consumer groups
         'create_consumer_group', 'drop_consumer_group', 'poll_outbox', 'commit_offset', 'extend_lease',
-        'consumer_heartbeat', 'seek_offset', 'consumer_lag', 'relay_group_create', 'relay_group_release',
+        'consumer_heartbeat', 'seek_offset', 'consumer_lag', 'relay_group_create', 'relay_group_join',
+        'relay_group_leave', 'relay_group_poll', 'relay_group_release',
         -- dead letters
         'relay_dead_letter', 'relay_dlq_list', 'relay_dlq_retry', 'relay_dlq_retry_all', 'relay_dlq_purge',
         'relay_dlq_stats', 'relay_dlq_take', 'relay_dlq_settle', 'relay_dlq_fail', 'relay_dlq_put_back',

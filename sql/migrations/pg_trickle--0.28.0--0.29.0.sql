@@ -153,11 +153,14 @@ create table @schema@.relay_dlq_retries (
     pipeline text not null,
     id bigint not null,
     requested_at timestamptz not null default now(),
+    taken_until timestamptz,
     primary key (relay_group_id, pipeline, id)
 );
 
 comment on table @schema@.relay_dlq_retries is
     'Dead letters that their pipeline sends again. Apart from the letters, which are large: asking for hundreds of thousands rewrites none of them.';
+comment on column @schema@.relay_dlq_retries.taken_until is
+    'Until then only who took it sends it: every relay runs a consumer group, or a receiver.';
 
 -- ---------------------------------------------------------------------------
 -- Fleet

@@ -84,6 +84,7 @@ create table @schema@.relay_groups (
     pgt_id uuid not null,
     auto_offset_reset text not null
         check (auto_offset_reset in ('earliest', 'latest')),
+    relay_group_id text,
     frontier bigint not null default 0,
     watermark bigint not null default 0,
     leases_since timestamptz not null default '-infinity',
@@ -97,6 +98,8 @@ comment on column @schema@.relay_groups.outbox_table_name is
     'The outbox that the group reads, bound when it was made: nothing looks its name up again.';
 comment on column @schema@.relay_groups.pgt_id is
     'Identity of that outbox; another one means that it was made again.';
+comment on column @schema@.relay_groups.relay_group_id is
+    'The relay group whose pipeline reads the group; null while none does.';
 comment on column @schema@.relay_groups.frontier is
     'Highest id that a poll has passed. Only seek_offset moves it back.';
 comment on column @schema@.relay_groups.watermark is

@@ -137,7 +137,7 @@ class RelayWorld:
         """Make or change a forward pipeline."""
         config = {"source": {"outbox": table}, "sink": sink, **keys}
         await self.run(
-            "select pgtrickle.set_relay_outbox($1, $2::text::jsonb)", name, _json(config)
+            "select pgtrickle.set_relay_outbox($1, $2::text::jsonb)", name, as_json(config)
         )
 
     async def to_file(self, name: str, table: str = "orders", **keys: object) -> Path:
@@ -149,7 +149,10 @@ class RelayWorld:
     async def reverse(self, name: str, source: Mapping[str, object], inbox: str) -> None:
         """Make or change a reverse pipeline into an inbox that is made where it is missing."""
         await self.run(
-            "select pgtrickle.set_relay_inbox($1, $2, $3::text::jsonb)", name, inbox, _json(source)
+            "select pgtrickle.set_relay_inbox($1, $2, $3::text::jsonb)",
+            name,
+            inbox,
+            as_json(source),
         )
 
     async def inbox_keys(self, inbox: str) -> list[str]:
@@ -329,7 +332,9 @@ class NatsWorld:
         stream = self.client.jetstream()
         for id_ in range(first, last + 1):
             await stream.publish(
-                f"{self.subject}in", _json({"id": id_}).encode(), headers={"Nats-Msg-Id": f"m{id_}"}
+                f"{self.subject}in",
+                as_json({"id": id_}).encode(),
+                headers={"Nats-Msg-Id": f"m{id_}"},
             )
 
     def sink(self, url: str | None = None, **keys: object) -> Mapping[str, object]:
@@ -354,14 +359,16 @@ class NatsWorld:
 
 
 @contextlib.asynccontextmanager
-async def nats_world(server: NatsServer, stream: str) -> AsyncIterator[NatsWorld]:
+async def nats_world(
+    server: NatsServer, stream: str, *, duplicate_window_s: float = 120
+) -> AsyncIterator[NatsWorld]:
     """A stream of that name for as long as the block lasts."""
     client = await nats.connect(server.url, max_reconnect_attempts=-1, reconnect_time_wait=0.1)
     world = NatsWorld(server, stream, client)
     with contextlib.suppress(nats.js.errors.NotFoundError):
         await client.jetstream().delete_stream(stream)
     await client.jetstream().add_stream(
-        StreamConfig(name=stream, subjects=[f"{stream}.>"], duplicate_window=120)
+        StreamConfig(name=stream, subjects=[f"{stream}.>"], duplicate_window=duplicate_window_s)
     )
     try:
         yield world
@@ -401,5 +408,5 @@ def writing(dsn: str, statement: str, first: int, last: int) -> Iterator[Callabl
         thread.join()
 
 
-def _json(value: object) -> str:
+def as_json(value: object) -> str:
     return msgspec.json.encode(value).decode()

@@ -504,7 +504,7 @@ async def test_rows_in_one_record_are_what_they_are_one_by_one(world: OutboxWorl
     together = await connected(world, pipeline="together")
     singly = await connected(world, pipeline="singly")
     assert singly._session is not None
-    singly._session.reader._rounds_before_packing = 1_000_000
+    singly._session.reader._rows._rounds_before_packing = 1_000_000
 
     (packed,) = await polled(together, 7)
     (single,) = await polled(singly, 7)
@@ -715,4 +715,4 @@ def _ahead(source: OutboxSource) -> asyncio.Task[Round] | None:
 
 def _packs(source: OutboxSource) -> bool:
     assert source._session is not None
-    return source._session.reader._rounds_before_packing == 0
+    return source._session.reader._rows._rounds_before_packing == 0

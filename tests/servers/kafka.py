@@ -317,7 +317,7 @@ class LocalKafka:
             self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Resume it."""
+        """Let it go on."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 

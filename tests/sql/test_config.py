@@ -126,6 +126,59 @@ def test_a_consumer_group_is_made_with_its_pipeline(db: Session) -> None:
         db.run("select pgtrickle.set_relay_outbox('q', 'others', 'g', %s::jsonb)", STDOUT)
 
 
+def test_a_consumer_group_belongs_to_one_pipeline_and_to_one_relay_group(db: Session) -> None:
+    db.run("select pgtrickle.set_relay_outbox('p', 'events', 'g', %s::jsonb)", STDOUT)
+    join = "select pgtrickle.relay_group_join('g', 'p', %s, 'outbox_events', 'one/1', 'fail')"
+
+    with db.refused("RL023") as said:
+        db.run("select pgtrickle.set_relay_outbox('q', 'events', 'g', %s::jsonb)", STDOUT)
+    assert 'belongs to pipeline "p"' in said.message_primary
+    assert db.rows("select name from pgtrickle.list_relay_configs()") == [("p",)]
+    db.run(join, "mine")
+    db.run(join, "mine")
+    with db.refused("RL023") as said:
+        db.run(join, "theirs")
+    assert 'for relay group "mine"' in said.message_primary
+    assert "relay_forget_group('mine')" in said.message_hint
+    db.run("select pgtrickle.relay_forget_group('mine')")
+    db.run(join, "theirs")
+
+
+def test_a_pipeline_that_is_deleted_or_reads_another_group_leaves_its_group_and_says_so(
+    db: Session,
+) -> None:
+    def frontiers() -> list[tuple[str, int, str | None]]:
+        return db.rows(
+            "select group_name, frontier, relay_group_id from pgtrickle.relay_groups order by 1"
+        )
+
+    db.run("select pgtrickle.set_relay_outbox('p', 'events', 'g', %s::jsonb)", STDOUT)
+    db.run("select pgtrickle.relay_group_join('g', 'p', 'd', 'outbox_events', 'one/1', 'fail')")
+    db.run("insert into pgtrickle.outbox_events (payload) values ('{}')")
+    db.run("select pgtrickle.relay_group_poll('g', 'one/1', 10, 30, 1000)")
+
+    db.run("select pgtrickle.set_relay_outbox('p', 'events', 'h', %s::jsonb)", STDOUT)
+    assert db.notices == ['consumer group "g" stays, with its position']
+    db.run("select pgtrickle.delete_relay('p')")
+
+    assert db.notices[1:] == ['consumer group "h" stays, with its position']
+    assert frontiers() == [("g", 1, None), ("h", 0, None)]
+    db.run("select pgtrickle.set_relay_outbox('q', 'events', 'g', %s::jsonb)", STDOUT)
+
+
+def test_a_pipeline_that_gets_a_group_says_that_its_own_position_does_not_count(
+    db: Session,
+) -> None:
+    db.run("select pgtrickle.set_relay_outbox('p', 'events', null, %s::jsonb)", STDOUT)
+    db.run("select pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w')")
+
+    db.run("select pgtrickle.set_relay_outbox('p', 'events', 'g', %s::jsonb)", STDOUT)
+
+    assert db.notices == [
+        'pipeline "p" goes on at the position of consumer group "g", not at its own'
+    ]
+
+
 def test_names_are_unique_over_both_directions(db: Session) -> None:
     db.run(FORWARD, "p", STDOUT)
 

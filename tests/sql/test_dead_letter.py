@@ -89,6 +89,21 @@ def test_a_requested_retry_is_taken_until_it_is_settled(db: Session) -> None:
     assert db.rows("select dedup_key from pgtrickle.relay_dlq_list()") == [("b",)]
 
 
+def test_a_retry_that_one_relay_has_taken_is_no_other_s_until_its_lease_runs_out(
+    db: Session,
+) -> None:
+    ids = store(db, "a", "b", "c")
+    db.run("select pgtrickle.relay_dlq_put_back(%s::bigint[])", ids)
+    take = "select id from pgtrickle.relay_dlq_take('default', 'p', %s, 60)"
+
+    first, second = db.rows(take, 2), db.rows(take, 2)
+
+    assert (first, second) == ([(ids[0],), (ids[1],)], [(ids[2],)])
+    assert db.rows(take, 2) == []
+    db.run("update pgtrickle.relay_dlq_retries set taken_until = now() where id = %s", ids[1])
+    assert db.rows(take, 2) == [(ids[1],)]
+
+
 def test_a_retry_that_fails_is_not_tried_again_by_itself(db: Session) -> None:
     (only,) = store(db, "a")
     db.run("select pgtrickle.relay_dlq_retry(%s)", only)

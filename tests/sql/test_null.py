@@ -15,6 +15,11 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "relay_group_create": (("'h'", "'outbox_events'", "'latest'"), ()),
     "create_consumer_group": (("'h'", "'events'", "'latest'"), ()),
     "drop_consumer_group": (("'nobody'", "false"), ()),
+    "relay_group_poll": (
+        ("'g'", "'c'", "1", "30", "1000::bigint", "1", "gen_random_uuid()"),
+        (5, 6),
+    ),
+    "relay_group_join": (("'g'", "'p'", "'default'", "'outbox_events'", "'c'", "'fail'"), ()),
     "poll_outbox": (("'g'", "'c'", "1", "30", "1000::bigint"), ()),
     "commit_offset": (("'g'", "'c'", "3", "gen_random_uuid()"), ()),
     "extend_lease": (("'g'", "'c'", "30", "gen_random_uuid()"), ()),
@@ -46,6 +51,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 # These do nothing where an argument is null: there is nothing to find, and nothing to refuse.
 HARMLESS = {
     "relay_group_release": ("'g'", "gen_random_uuid()"),
+    "relay_group_leave": ("'g'", "'nobody'"),
     "relay_release": ("'default'", "'p'", "1"),
     "relay_cursor_get": ("'default'", "'p'", "'f'"),
     "relay_dlq_take": ("'default'", "'p'", "10"),

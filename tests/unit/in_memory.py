@@ -88,6 +88,7 @@ class KeptLetters:
         self,
         pipeline: str,  # noqa: ARG002 - one pipeline has them
         max_rows: int,
+        lease_s: int,  # noqa: ARG002 - nobody else takes them
     ) -> list[StoredDeadLetter]:
         ids = self.requested[:max_rows]
         return [

@@ -711,3 +711,56 @@ def test_a_snapshot_does_not_change_when_the_board_does(stage: Stage) -> None:
 
     assert before.published == 0
     assert list(before.recent_batches) == []
+
+
+def test_several_workers_are_told_apart_and_summed() -> None:
+    stage = Stage()
+    stage.described()
+    board, of_worker = stage.board, {"pipeline": "p", "direction": "forward"}
+    for worker in (1, 2):
+        for state in (PipelineState.STARTING, PipelineState.RUNNING):
+            board(StateChanged(**of_worker, worker=worker, state=state))
+        for side in ("source", "sink"):
+            board(ConnectionChanged(**of_worker, worker=worker, side=side, is_connected=True))
+        board(
+            Polled(
+                **of_worker,
+                worker=worker,
+                messages=worker * 10,
+                rejected=0,
+                full_refresh=False,
+                duration_s=0.1,
+            )
+        )
+        board(
+            BatchPublished(
+                **of_worker,
+                worker=worker,
+                messages=worker * 10,
+                duplicates=0,
+                dead_lettered=0,
+                duration_s=0.1,
+                attempts=1,
+            )
+        )
+    board(BatchAcknowledged(**of_worker, worker=2, messages=20, checkpoint="30"))
+
+    whole = stage.pipeline
+    assert (whole.published, whole.in_flight, whole.is_healthy) == (30, 10, True)
+    assert [batch.messages for batch in whole.recent_batches] == [20]
+    assert [(one.number, one.published, one.in_flight) for one in whole.workers] == [
+        (1, 10, 10),
+        (2, 20, 0),
+    ]
+
+    board(StateChanged(**of_worker, worker=1, state=PipelineState.FAILED, reason="no stream"))
+
+    whole = stage.pipeline
+    assert (whole.state, whole.trouble) == ("failed", "worker 1: failed: no stream")
+    board(StateChanged(**of_worker, worker=1, state=PipelineState.RUNNING))
+    board(ConnectionChanged(**of_worker, worker=1, side="source", is_connected=False))
+    assert (stage.pipeline.source_connected, stage.pipeline.in_flight) == (False, 0)
+    board(BatchAcknowledged(**of_worker, worker=1, messages=0, checkpoint="31"))
+    board(Polled(**of_worker, worker=1, messages=5, rejected=0, full_refresh=False, duration_s=0.1))
+    stage.clock_s += STALLED_AFTER_S
+    assert stage.pipeline.trouble == "worker 1: stalled: 5 messages in flight, none settled"

@@ -506,7 +506,7 @@ async def test_what_a_batch_had_come_to_is_told_when_a_stop_interrupts_it() -> N
 
 async def test_an_outage_of_the_dead_letters_does_not_end_the_session() -> None:
     class Away(KeptLetters):
-        async def take_dead_letters(self, _: str, __: int) -> list[StoredDeadLetter]:
+        async def take_dead_letters(self, _: str, __: int, ___: int) -> list[StoredDeadLetter]:
             self.tried += 1
             raise Outage("the catalog is away")
 

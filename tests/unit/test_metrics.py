@@ -235,7 +235,13 @@ EFFECTS: Sequence[Effect] = (
     Effect("database_connected", DatabaseChanged(is_connected=True), {}, 0, 1),
 )
 # These two follow no single event: each has a test of its own below.
-OTHERWISE_SHOWN = {"pipeline_stalled", "build_info"}
+OTHERWISE_SHOWN = {
+    "leases_lost_total",
+    "worker_healthy",
+    "worker_messages_published_total",
+    "pipeline_stalled",
+    "build_info",
+}
 
 
 @pytest.mark.parametrize(

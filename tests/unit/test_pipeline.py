@@ -15,6 +15,7 @@ from relay.events import (
     BatchAcknowledged,
     BatchPublished,
     ConnectionChanged,
+    LeaseExpired,
     PipelineState,
     Polled,
     Retried,
@@ -478,3 +479,51 @@ async def test_a_pipeline_can_be_run_again_by_another_with_what_it_left() -> Non
     await second.run()
 
     assert first.received + second.received == [str(n) for n in range(6)]
+
+
+async def test_a_lost_lease_is_no_failure() -> None:
+    line = Line(source=Watched)
+    _watched(line).acknowledge_errors.append(LeaseLost("the lease is another's"))
+    line.write(message("0"))
+
+    assert await line.run_to_the_end() is Ending.COMPLETED
+
+    assert len(line.heard.of(LeaseExpired)) == 1
+    assert line.heard.of(Retried) == []
+    assert set(line.heard.states) == {
+        PipelineState.STARTING,
+        PipelineState.RUNNING,
+        PipelineState.COMPLETED,
+    }
+
+
+class _Outlasted(Watched):
+    """Its lease runs out while a batch waits to be published."""
+
+    interval_s = 60.0
+
+    @property
+    def keep_alive_interval_s(self) -> float | None:
+        return self.interval_s
+
+    async def poll(self) -> Batch:
+        batch = await super().poll()
+        if self.polled == 1:
+            self.interval_s = 0.0
+        return batch
+
+    async def keep_alive(self, batch: Batch) -> None:  # noqa: ARG002 - the contract's signature
+        self.interval_s = 60.0
+        raise LeaseLost("the lease is another's")
+
+
+async def test_a_batch_that_waited_too_long_is_not_published_before_it_is_known_to_be_ours() -> (
+    None
+):
+    line = Line(source=_Outlasted)
+    line.write(message("0"))
+
+    await line.run_to_the_end()
+
+    assert line.received == ["0"]
+    assert len(line.heard.of(LeaseExpired)) == 1

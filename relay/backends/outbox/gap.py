@@ -13,6 +13,7 @@ import operator
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
@@ -44,6 +45,9 @@ class GapQuestion(msgspec.Struct, frozen=True):
     lasts: Sequence[int]
     holders: Sequence[Holders]
     is_complete: bool
+
+
+NO_QUESTION: Final = GapQuestion((), (), (), is_complete=True)
 
 
 class PositionDelta(msgspec.Struct, frozen=True):

@@ -12,8 +12,9 @@ class OutboxSourceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     outbox: The table, or the outbox table, as it was named when the pipeline was set.
     outbox_table: The outbox that this meant then. The catalog says it; it is read whatever is
         called so now.
-    consumer_group: Null for a reader of its own. Not available in this version: the catalog accepts
-        a group, and the relay refuses to run the pipeline.
+    consumer_group: Every relay reads the outbox, with `parallelism` workers each, and each row
+        goes to one of them. The group belongs to this pipeline alone. Without it one relay reads,
+        in order.
     """
 
     type: str = "outbox"

@@ -18,6 +18,7 @@ import msgspec
 
 from relay.backends.outbox.gap import (
     MAX_ID,
+    NO_QUESTION,
     NOBODY,
     GapBook,
     GapQuestion,
@@ -107,7 +108,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rows: OutboxRows
-    question: GapQuestion
+    question: GapQuestion = NO_QUESTION
     may_have_claim_check: bool = False
     has_more: bool = False
     locks: LockView | None = None
@@ -118,6 +119,98 @@ class _Statement(msgspec.Struct, frozen=True):
 
     bounded: str
     packed: str
+
+
+class RowFetcher:
+    """Fetches rows of one outbox as bounded batches, in the cheaper of two forms where it fits."""
+
+    def __init__(self, outbox: OutboxDescription, batch_size: int, batch_bytes: int) -> None:
+        self._batch_size = batch_size
+        self._batch_bytes = batch_bytes
+        columns = (
+            "select o.id, o.refresh_id, o.created_at, o.inserted_count, o.deleted_count,"
+            " o.is_claim_check, o.payload, o.headers, o.key_columns"
+            f" from {outbox.outbox_relation} as o"
+        )
+        above = f"{columns} where o.id > $1 order by o.id limit $2"
+        above_of_ids = (
+            f"{columns} where o.id = any($4::bigint[]) and o.id > $1 order by o.id limit $2"
+        )
+        # Most gaps are one id wide; a list of those is the cheapest to look up by far.
+        at_ids = f"{columns} where o.id = any($4::bigint[]) order by o.id limit $2"
+        in_ranges = (
+            "select o.* from unnest($5::bigint[], $6::bigint[]) as g (first_id, last_id)"
+            f" cross join lateral ({columns} where o.id between g.first_id and g.last_id"
+            " order by o.id limit $2) as o order by o.id limit $2"
+        )
+        in_gaps_too = (
+            f"select o.* from (({at_ids}) union all ({in_ranges}) union all ({above})) as o"
+            " order by o.id limit $2"
+        )
+        self.above = _Statement(_bounded(above), _packed(above))
+        self.above_and_in_gaps = _Statement(_bounded(in_gaps_too), _packed(in_gaps_too))
+        self.above_of_ids = _Statement(_bounded(above_of_ids), _packed(above_of_ids))
+        self._packed_row_bytes = min(_LARGEST_PACKED_ROW_BYTES, batch_bytes)
+        self._packed_rows = max(1, min(batch_size, batch_bytes // self._packed_row_bytes))
+        self._rounds_before_packing = 0
+
+    async def fetch(
+        self, connection: PooledConnection, statement: _Statement, above: int, *ids: Sequence[int]
+    ) -> Round:
+        """At least one row where there is one. Raises as PostgreSQL does."""
+        if self._rounds_before_packing == 0:
+            read = await self._fetch_packed(connection, statement.packed, above, ids)
+            if read is not None:
+                return read
+            self._rounds_before_packing = _ROUNDS_BEFORE_PACKING
+        self._rounds_before_packing -= 1
+        records = await connection.fetch(
+            statement.bounded, above, self._batch_size, self._batch_bytes, *ids
+        )
+        messages = sum(max(1, (record[3] or 0) + (record[4] or 0)) for record in records)
+        size = sum(len(record[6] or b"") for record in records)
+        self._expect(len(records), messages, size)
+        return Round(
+            rows=OutboxRows.of([tuple(record) for record in records]),
+            may_have_claim_check=True,
+            # What is stored compressed has counted for up to eight times of what it is.
+            has_more=messages >= self._batch_size or size * 8 >= self._batch_bytes,
+        )
+
+    def _expect(self, rows: int, messages: int, size: int) -> None:
+        """Ask next time for about as many rows of this kind as make one batch."""
+        if not rows:
+            return
+        by_messages = self._batch_size * rows // max(1, messages)
+        by_bytes = self._batch_bytes * rows // max(1, size)
+        most = min(self._batch_size, 2 * self._packed_rows)
+        self._packed_rows = max(1, min(by_messages, by_bytes, most))
+
+    async def _fetch_packed(
+        self,
+        connection: PooledConnection,
+        statement: str,
+        above: int,
+        ids: tuple[Sequence[int], ...],
+    ) -> Round | None:
+        """The rows in one record, at a third of the cost; None where they have to come singly.
+
+        That is where one is a claim check, is large, or where all together are too much.
+        """
+        asked = self._packed_rows
+        try:
+            record = await connection.fetchrow(
+                statement, above, asked, self._packed_row_bytes, *ids
+            )
+        except (UnicodeDecodeError, asyncpg.ProgramLimitExceededError):
+            return None
+        if record is None or record["ids"] is None:
+            return Round(rows=OutboxRows())
+        if record["is_unfit"] or record["messages"] > self._batch_size:
+            return None
+        rows = len(record["ids"])
+        self._expect(rows, int(record["messages"]), len(record["payloads"]))
+        return Round(rows=_unpacked(record), has_more=rows == asked)
 
 
 class CommitOrderReader:
@@ -133,30 +226,7 @@ class CommitOrderReader:
     ) -> None:
         self._database = database
         self._outbox_relation = outbox.outbox_relation
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
-        columns = (
-            "select o.id, o.refresh_id, o.created_at, o.inserted_count, o.deleted_count,"
-            " o.is_claim_check, o.payload, o.headers, o.key_columns"
-            f" from {outbox.outbox_relation} as o"
-        )
-        above = f"{columns} where o.id > $1 order by o.id limit $2"
-        # Most gaps are one id wide; a list of those is the cheapest to look up by far.
-        at_ids = f"{columns} where o.id = any($4::bigint[]) order by o.id limit $2"
-        in_ranges = (
-            "select o.* from unnest($5::bigint[], $6::bigint[]) as g (first_id, last_id)"
-            f" cross join lateral ({columns} where o.id between g.first_id and g.last_id"
-            " order by o.id limit $2) as o order by o.id limit $2"
-        )
-        in_gaps_too = (
-            f"select o.* from (({at_ids}) union all ({in_ranges}) union all ({above})) as o"
-            " order by o.id limit $2"
-        )
-        self._above_position = _Statement(_bounded(above), _packed(above))
-        self._above_position_and_in_gaps = _Statement(_bounded(in_gaps_too), _packed(in_gaps_too))
-        self._packed_row_bytes = min(_LARGEST_PACKED_ROW_BYTES, batch_bytes)
-        self._packed_rows = max(1, min(batch_size, batch_bytes // self._packed_row_bytes))
-        self._rounds_before_packing = 0
+        self._rows = RowFetcher(outbox, batch_size, batch_bytes)
         self._book = GapBook(0)
         self._server_started_at = ""
         self._recovered: Holders = NOBODY
@@ -229,66 +299,12 @@ class CommitOrderReader:
     async def _fetch(self, connection: PooledConnection, question: GapQuestion) -> Round:
         # Rows behind gaps that are not asked about yet have to wait for their answer.
         above = self._book.position if question.is_complete else MAX_ID
-        gaps: tuple[Sequence[int], ...] = ()
-        statement = self._above_position
-        if question.firsts:
-            statement = self._above_position_and_in_gaps
+        if not question.firsts:
+            read = await self._rows.fetch(connection, self._rows.above, above)
+        else:
             gaps = _singles_and_ranges(question)
-        if self._rounds_before_packing == 0:
-            read = await self._fetch_packed(connection, statement.packed, above, question, gaps)
-            if read is not None:
-                return read
-            self._rounds_before_packing = _ROUNDS_BEFORE_PACKING
-        self._rounds_before_packing -= 1
-        records = await connection.fetch(
-            statement.bounded, above, self._batch_size, self._batch_bytes, *gaps
-        )
-        messages = sum(max(1, (record[3] or 0) + (record[4] or 0)) for record in records)
-        size = sum(len(record[6] or b"") for record in records)
-        self._expect(len(records), messages, size)
-        return Round(
-            rows=OutboxRows.of([tuple(record) for record in records]),
-            question=question,
-            may_have_claim_check=True,
-            # What is stored compressed has counted for up to eight times of what it is.
-            has_more=messages >= self._batch_size or size * 8 >= self._batch_bytes,
-        )
-
-    def _expect(self, rows: int, messages: int, size: int) -> None:
-        """Ask next time for about as many rows of this kind as make one batch."""
-        if not rows:
-            return
-        by_messages = self._batch_size * rows // max(1, messages)
-        by_bytes = self._batch_bytes * rows // max(1, size)
-        most = min(self._batch_size, 2 * self._packed_rows)
-        self._packed_rows = max(1, min(by_messages, by_bytes, most))
-
-    async def _fetch_packed(
-        self,
-        connection: PooledConnection,
-        statement: str,
-        above: int,
-        question: GapQuestion,
-        gaps: tuple[Sequence[int], ...],
-    ) -> Round | None:
-        """The rows in one record, at a third of the cost; None where they have to come singly.
-
-        That is where one is a claim check, is large, or where all together are too much.
-        """
-        asked = self._packed_rows
-        try:
-            record = await connection.fetchrow(
-                statement, above, asked, self._packed_row_bytes, *gaps
-            )
-        except (UnicodeDecodeError, asyncpg.ProgramLimitExceededError):
-            return None
-        if record is None or record["ids"] is None:
-            return Round(rows=OutboxRows(), question=question)
-        if record["is_unfit"] or record["messages"] > self._batch_size:
-            return None
-        rows = len(record["ids"])
-        self._expect(rows, int(record["messages"]), len(record["payloads"]))
-        return Round(rows=_unpacked(record), question=question, has_more=rows == asked)
+            read = await self._rows.fetch(connection, self._rows.above_and_in_gaps, above, *gaps)
+        return msgspec.structs.replace(read, question=question)
 
     def _is_another_run(self, locks: LockView) -> bool:
         """True where the names of holders have changed: the server has started, or recovered.

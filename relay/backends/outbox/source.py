@@ -16,46 +16,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from typing import Final, Literal, Self
+from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
-from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader
-from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
 from relay.backends.outbox.gap import PositionDelta
+from relay.backends.outbox.group import GroupSource
 from relay.backends.outbox.options import OutboxSourceOptions
-from relay.backends.outbox.reader import CommitOrderReader, Round, standby
-from relay.backends.outbox.row import OutboxRows
-from relay.backends.outbox.wakefulness import Wakefulness
-from relay.catalog import OUTBOX_CHANNEL, Claim, OutboxDescription
+from relay.backends.outbox.reader import CommitOrderReader, Round
+from relay.backends.outbox.reading import (
+    CLOSE_TIMEOUT_S,
+    OutboxReading,
+    Unpacker,
+    Watch,
+    answers,
+    refuse_unsafe,
+)
+from relay.catalog import Claim, OutboxDescription
 from relay.context import BackendContext
 from relay.contracts import Batch
-from relay.errors import ConfigurationError, NotConnected, OutboxUnsafe, PositionLost, RelayError
-from relay.events import ClaimCheckFetched
+from relay.errors import NotConnected, PositionLost, RelayError
 from relay.options import parse_options
 
-POLL_WAIT_S: Final = 1.0
 FLUSH_INTERVAL_S: Final = 1.0
-HEALTH_TIMEOUT_S: Final = 2.0
-CLOSE_TIMEOUT_S: Final = 2.0
 
 _log = logging.getLogger(__name__)
-
-OnReset = Literal["earliest", "latest", "fail"]
-
-
-class OutboxReading(msgspec.Struct, frozen=True, kw_only=True):
-    """What a forward pipeline says about reading its outbox.
-
-    ``on_reset``: what to do where the position lies beyond the outbox. ``key_columns``: what
-    identifies an entity, null for the primary key. For the rest see `OutboxDecoder`.
-    """
-
-    on_reset: OnReset = "fail"
-    collapse_updates: bool = False
-    snapshot_markers: bool = False
-    key_columns: tuple[str, ...] | None = None
 
 
 class _Token(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,16 +62,15 @@ class _Session(msgspec.Struct, kw_only=True):
     number: int
     epoch: int
     outbox: OutboxDescription
-    decoder: OutboxDecoder
     reader: CommitOrderReader
-    claim_check: ClaimCheckReader | None = None
+    unpacker: Unpacker
     left_some: bool = False
     ahead: asyncio.Task[Round] | None = None
 
     @property
     def has_more(self) -> bool:
         """True when there is more to hand out at once, as far as is known."""
-        return self.claim_check is not None or self.left_some
+        return self.unpacker.claim_check_id is not None or self.left_some
 
     async def read(self) -> Round:
         """The next round, which may have been read ahead."""
@@ -117,32 +102,28 @@ class OutboxSource:
         self._context = context
         self._database = context.database
         self._catalog = context.catalog
-        self._news = asyncio.Event()
-        self._is_interrupted = False
-        self._unsubscribe: Callable[[], None] | None = None
+        self._watch = Watch(context)
         self._outbox_table = ""
         self._session: _Session | None = None
         self._sessions = 0
         self._is_stale = False
-        self._wakefulness: Wakefulness | None = None
         self._flush_at = 0.0
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
+    def from_options(
+        cls, options: Mapping[str, object], context: BackendContext
+    ) -> OutboxSource | GroupSource:
         """Build from a catalog row's ``source``. Raises `ConfigurationError`."""
         parsed = parse_options(options, OutboxSourceOptions, path="source")
-        if parsed.consumer_group is not None:
-            raise ConfigurationError(
-                f"source.consumer_group {parsed.consumer_group}: this source is the only reader of"
-                " its position and does not share it",
-                remedy="leave consumer_group out",
-            )
         known = {
             name: value
             for name, value in context.pipeline_options.items()
             if name in OutboxReading.__struct_fields__
         }
-        return cls(parsed, parse_options(known, OutboxReading, path=""), context)
+        reading = parse_options(known, OutboxReading, path="")
+        if parsed.consumer_group is not None:
+            return GroupSource(parsed, parsed.consumer_group, reading, context)
+        return cls(parsed, reading, context)
 
     async def connect(self) -> None:
         """Take over the position and check that reading from it can lose nothing.
@@ -153,49 +134,29 @@ class OutboxSource:
         outbox = await self._catalog.outbox(
             self._options.outbox_table or await self._catalog.outbox_named(self._options.outbox)
         )
-        await self._refuse_unsafe(outbox)
+        await refuse_unsafe(self._database, outbox)
         self._session = await self._begin_session(outbox)
         self._outbox_table = outbox.outbox_table
-        self._wakefulness = Wakefulness(
-            catalog=self._catalog,
-            outbox_table=outbox.outbox_table,
-            sleeper=f"{self._context.worker_id}:{self._context.pipeline}",
-            poll_interval_s=self._context.poll_interval_s,
-        )
-        self._unsubscribe = self._database.subscribe(OUTBOX_CHANNEL, self._notified)
+        self._watch.begin(outbox.outbox_table)
 
     async def poll(self) -> Batch:
         """The next rows in commit order, or the next page of a claim check.
 
         Raises `NotConnected` before `connect`, `OutboxUnsafe`, `Outage`.
         """
-        session, wakefulness = self._session, self._wakefulness
-        if session is None or wakefulness is None:
+        session = self._session
+        if session is None:
             raise NotConnected("the outbox source is not connected")
         if self._is_stale:
             await session.aclose()
             session = self._session = await self._begin_session(session.outbox)
-        deadline = _now() + POLL_WAIT_S
-        self._news.clear()
-        if await self._wait(wakefulness.gather_s):
-            return Batch()
-        while True:
-            self._news.clear()
-            batch = await self._next(session)
-            while batch is None and session.reader.has_due_gaps and not self._is_interrupted:
-                # Noted or stirred in the round that has just ended, or too many for one round.
-                batch = await self._next(session)
-            if batch is not None:
-                await wakefulness.found(is_full=session.has_more)
-                return batch
-            wait_s = await wakefulness.found_nothing()
-            if await self._wait(min(wait_s, deadline - _now())) or _now() >= deadline:
-                return self._idle(session)
+        current = session
+        batch = await self._watch.first(lambda: self._next(current), lambda: current.has_more)
+        return self._idle(session) if batch is None else batch
 
     def interrupt(self) -> None:
         """End the wait of a poll, this one or the next."""
-        self._is_interrupted = True
-        self._news.set()
+        self._watch.interrupt()
 
     async def acknowledge(self, batch: Batch) -> None:
         """Commit position and gaps of this batch. Raises `OwnershipLost`, `Outage`."""
@@ -225,14 +186,7 @@ class OutboxSource:
 
     async def is_healthy(self) -> bool:
         """True when connected and the database answers."""
-        if self._session is None:
-            return False
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await self._database.execute("checking the outbox", "select 1")
-        except (RelayError, TimeoutError):
-            return False
-        return True
+        return self._session is not None and await answers(self._database)
 
     async def aclose(self) -> None:
         """Give up ownership of the position and take back the request to be woken."""
@@ -245,29 +199,28 @@ class OutboxSource:
 
     async def _next(self, session: _Session) -> Batch | None:
         """What there is now, without waiting; None for nothing."""
-        if session.claim_check is not None:
-            return await self._next_page(session, session.claim_check)
-        reader = session.reader
+        batch = await self._round(session)
+        while batch is None and session.reader.has_due_gaps and not self._watch.is_interrupted:
+            # Noted or stirred in the round that has just ended, or too many for one round.
+            batch = await self._round(session)
+        return batch
+
+    async def _round(self, session: _Session) -> Batch | None:
+        reader, unpacker = session.reader, session.unpacker
+        if unpacker.claim_check_id is not None:
+            return await self._next_page(session)
         read = await session.read()
         session.left_some = read.has_more
         if read.may_have_claim_check:
-            decoded = await _decoded(session.decoder, read.rows)
+            decoded = await unpacker.unpack(read.rows)
             reader.settle(read, decoded.rows)
         else:
             reader.settle(read, len(read.rows))
             if read.has_more and read.locks is None:
                 session.read_ahead()
-            decoded = await _decoded(session.decoder, read.rows)
+            decoded = await unpacker.unpack(read.rows)
         if decoded.claim_check is not None:
-            session.claim_check = ClaimCheckReader(
-                database=self._database,
-                outbox=session.outbox,
-                decoder=session.decoder,
-                claim_check=decoded.claim_check,
-                page_rows=min(PAGE_ROWS, self._context.batch_size),
-                page_bytes=self._context.batch_bytes,
-            )
-            return await self._next_page(session, session.claim_check)
+            return await self._next_page(session)
         if not read.rows.ids:
             return None
         return Batch(
@@ -277,31 +230,23 @@ class OutboxSource:
             checkpoint=str(reader.position),
         )
 
-    async def _next_page(self, session: _Session, claim_check: ClaimCheckReader) -> Batch | None:
-        page = await claim_check.next_page()
+    async def _next_page(self, session: _Session) -> Batch | None:
+        outbox_id = session.unpacker.claim_check_id
+        page = await session.unpacker.next_page()
         if page is None:
             return None
-        if page.rows:
-            self._context.emit(
-                ClaimCheckFetched(
-                    pipeline=self._context.pipeline,
-                    direction=self._context.direction,
-                    rows=page.rows,
-                )
-            )
         if not page.is_last:
             return Batch(messages=page.messages, rejected=page.rejected)
-        session.claim_check = None
         return Batch(
             messages=page.messages,
             rejected=page.rejected,
-            position=self._token(session, consumed_claim_check=claim_check.outbox_id),
+            position=self._token(session, consumed_claim_check=outbox_id),
             checkpoint=str(session.reader.position),
         )
 
     def _idle(self, session: _Session) -> Batch:
         """Nothing came. Gaps that were decided meanwhile are committed now and then."""
-        if session.claim_check is not None:
+        if session.unpacker.claim_check_id is not None:
             return Batch()
         if session.reader.has_changes and _now() >= self._flush_at:
             return Batch(
@@ -319,50 +264,12 @@ class OutboxSource:
             consumed_claim_check=consumed_claim_check,
         )
 
-    async def _wait(self, seconds: float) -> bool:
-        """Until there is news or the time is over; True when interrupted."""
-        if seconds > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._news.wait()
-        was_interrupted, self._is_interrupted = self._is_interrupted, False
-        return was_interrupted
-
-    def _notified(self, outbox_table: str) -> None:
-        if outbox_table in ("", self._outbox_table):
-            self._news.set()
-
     async def _end_session(self) -> None:
         """Forget everything, and spare publishers the notification. Raises `Outage`."""
-        unsubscribe, self._unsubscribe = self._unsubscribe, None
-        wakefulness, self._wakefulness = self._wakefulness, None
         session, self._session = self._session, None
-        if unsubscribe is not None:
-            unsubscribe()
         if session is not None:
             await session.aclose()
-        if wakefulness is not None:
-            await wakefulness.end()
-
-    async def _refuse_unsafe(self, outbox: OutboxDescription) -> None:
-        if outbox.sequence_cache != 1:
-            raise OutboxUnsafe(
-                f"the sequence of {outbox.outbox_relation} has cache {outbox.sequence_cache}:"
-                " sessions would draw ids long before they write them",
-                remedy="alter sequence … cache 1",
-            )
-        row = await self._database.fetch_row(
-            "checking the server",
-            "select pg_catalog.pg_is_in_recovery() as is_standby,"
-            " pg_catalog.current_setting('transaction_isolation') as isolation",
-        )
-        if row is not None and row["is_standby"]:
-            raise standby()
-        if row is not None and row["isolation"] != "read committed":
-            raise OutboxUnsafe(
-                f"the relay's transactions run at {row['isolation']}, which hides fresh commits",
-                remedy="remove default_transaction_isolation from the relay's connection string",
-            )
+        await self._watch.end()
 
     async def _begin_session(self, outbox: OutboxDescription) -> _Session:
         """Claim the position and check it against what the outbox has."""
@@ -400,16 +307,8 @@ class OutboxSource:
             number=self._sessions,
             epoch=claim.epoch,
             outbox=outbox,
-            decoder=OutboxDecoder(
-                outbox_table=outbox.outbox_table,
-                stream_table=outbox.stream_table,
-                key_columns=self._reading.key_columns or tuple(outbox.key_columns or ()),
-                follows_renames=self._reading.key_columns is None,
-                namespace=self._context.dedup_namespace,
-                collapse_updates=self._reading.collapse_updates,
-                snapshot_markers=self._reading.snapshot_markers,
-            ),
             reader=reader,
+            unpacker=Unpacker(self._context, self._reading, outbox),
         )
 
     async def _reset(
@@ -458,16 +357,6 @@ class OutboxSource:
             f" swept before pipeline {self._context.pipeline} had read all of them",
             remedy="delete_relay and set the pipeline again to go on with what is there",
         )
-
-
-async def _decoded(decoder: OutboxDecoder, rows: OutboxRows) -> Decoded:
-    """As much of these as belongs into one batch; others have their turn in between."""
-    decoded = Decoded()
-    for start in range(0, len(rows), PART_ROWS):
-        await asyncio.sleep(0)
-        if not decoder.decode(rows.part(start, start + PART_ROWS), decoded):
-            break
-    return decoded
 
 
 def _now() -> float:

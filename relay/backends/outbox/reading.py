@@ -1,0 +1,230 @@
+"""What both sources of an outbox do alike, the only reader of its position and the group's worker.
+
+`OutboxReading` is what their pipeline says, `Watch` waits for rows, `Unpacker` makes messages of
+them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal
+
+import msgspec
+
+from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader, Page
+from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
+from relay.backends.outbox.reader import standby
+from relay.backends.outbox.row import OutboxRows
+from relay.backends.outbox.wakefulness import Wakefulness
+from relay.catalog import OUTBOX_CHANNEL, OutboxDescription
+from relay.context import BackendContext
+from relay.contracts import Batch
+from relay.errors import NotConnected, OutboxUnsafe, RelayError
+from relay.events import ClaimCheckFetched
+from relay.postgres import Database
+
+POLL_WAIT_S: Final = 1.0
+HEALTH_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 2.0
+
+OnReset = Literal["earliest", "latest", "fail"]
+
+
+class OutboxReading(msgspec.Struct, frozen=True, kw_only=True):
+    """What a forward pipeline says about reading its outbox.
+
+    ``on_reset``: what to do where the position lies beyond the outbox. ``key_columns``: what
+    identifies an entity, null for the primary key. ``visibility_seconds``: length of a lease. For
+    the rest see `OutboxDecoder`.
+    """
+
+    on_reset: OnReset = "fail"
+    collapse_updates: bool = False
+    snapshot_markers: bool = False
+    key_columns: tuple[str, ...] | None = None
+    visibility_seconds: int = 30
+
+
+class Watch:
+    """Waits for rows of one outbox: looks again and again, and asks publishers to notify."""
+
+    def __init__(self, context: BackendContext) -> None:
+        self._context = context
+        self._news = asyncio.Event()
+        self._is_interrupted = False
+        self._outbox_table = ""
+        self._unsubscribe: Callable[[], None] | None = None
+        self._wakefulness: Wakefulness | None = None
+
+    def begin(self, outbox_table: str) -> None:
+        """Watch this outbox."""
+        self._outbox_table = outbox_table
+        self._wakefulness = Wakefulness(
+            catalog=self._context.catalog,
+            outbox_table=outbox_table,
+            sleeper=f"{self._context.worker_id}:{self._context.pipeline}",
+            poll_interval_s=self._context.poll_interval_s,
+        )
+        self._unsubscribe = self._context.database.subscribe(OUTBOX_CHANNEL, self._notified)
+
+    async def first(
+        self, find: Callable[[], Awaitable[Batch | None]], has_more: Callable[[], bool]
+    ) -> Batch | None:
+        """What `find` finds, within a second or so; None where it finds nothing.
+
+        An empty batch where it was interrupted before it looked. ``has_more`` tells whether it
+        would find something again at once. Raises `NotConnected` before `begin`, `Outage`.
+        """
+        wakefulness = self._wakefulness
+        if wakefulness is None:
+            raise NotConnected("the outbox source is not connected")
+        deadline = _now() + POLL_WAIT_S
+        self._news.clear()
+        if await self._wait(wakefulness.gather_s):
+            return Batch()
+        while True:
+            self._news.clear()
+            batch = await find()
+            if batch is not None:
+                await wakefulness.found(is_full=has_more())
+                return batch
+            wait_s = await wakefulness.found_nothing()
+            if await self._wait(min(wait_s, deadline - _now())) or _now() >= deadline:
+                return None
+
+    def interrupt(self) -> None:
+        """End the wait of `first`, this one or the next."""
+        self._is_interrupted = True
+        self._news.set()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True where `first` is to return soon."""
+        return self._is_interrupted
+
+    async def end(self) -> None:
+        """Watch no longer, and spare publishers the notification. Raises `Outage`."""
+        unsubscribe, self._unsubscribe = self._unsubscribe, None
+        wakefulness, self._wakefulness = self._wakefulness, None
+        if unsubscribe is not None:
+            unsubscribe()
+        if wakefulness is not None:
+            await wakefulness.end()
+
+    async def _wait(self, seconds: float) -> bool:
+        """Until there is news or the time is over; True when interrupted."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._news.wait()
+        was_interrupted, self._is_interrupted = self._is_interrupted, False
+        return was_interrupted
+
+    def _notified(self, outbox_table: str) -> None:
+        if outbox_table in ("", self._outbox_table):
+            self._news.set()
+
+
+class Unpacker:
+    """Makes messages of outbox rows, and of a claim check page by page."""
+
+    def __init__(
+        self, context: BackendContext, reading: OutboxReading, outbox: OutboxDescription
+    ) -> None:
+        self._context = context
+        self._outbox = outbox
+        self._decoder = OutboxDecoder(
+            outbox_table=outbox.outbox_table,
+            stream_table=outbox.stream_table,
+            key_columns=reading.key_columns or tuple(outbox.key_columns or ()),
+            follows_renames=reading.key_columns is None,
+            namespace=context.dedup_namespace,
+            collapse_updates=reading.collapse_updates,
+            snapshot_markers=reading.snapshot_markers,
+        )
+        self._claim_check: ClaimCheckReader | None = None
+
+    @property
+    def claim_check_id(self) -> int | None:
+        """The outbox row whose pages come next."""
+        return None if self._claim_check is None else self._claim_check.outbox_id
+
+    def forget_claim_check(self) -> None:
+        """Give no more pages: it is handed out again from its beginning."""
+        self._claim_check = None
+
+    async def unpack(self, rows: OutboxRows) -> Decoded:
+        """As much of these as belongs into one batch; of a claim check `next_page` gives the rows.
+
+        Other pipelines have their turn in between.
+        """
+        decoded = Decoded()
+        for start in range(0, len(rows), PART_ROWS):
+            await asyncio.sleep(0)
+            if not self._decoder.decode(rows.part(start, start + PART_ROWS), decoded):
+                break
+        if decoded.claim_check is not None:
+            self._claim_check = ClaimCheckReader(
+                database=self._context.database,
+                outbox=self._outbox,
+                decoder=self._decoder,
+                claim_check=decoded.claim_check,
+                page_rows=min(PAGE_ROWS, self._context.batch_size),
+                page_bytes=self._context.batch_bytes,
+            )
+        return decoded
+
+    async def next_page(self) -> Page | None:
+        """The next page of the claim check; None where it has none yet. Raises `Outage`."""
+        page = None if self._claim_check is None else await self._claim_check.next_page()
+        if page is None:
+            return None
+        if page.is_last:
+            self._claim_check = None
+        if page.rows:
+            self._context.emit(
+                ClaimCheckFetched(
+                    pipeline=self._context.pipeline,
+                    direction=self._context.direction,
+                    rows=page.rows,
+                )
+            )
+        return page
+
+
+async def refuse_unsafe(database: Database, outbox: OutboxDescription) -> None:
+    """Raises `OutboxUnsafe` where reading could lose an event, and `Outage`."""
+    if outbox.sequence_cache != 1:
+        raise OutboxUnsafe(
+            f"the sequence of {outbox.outbox_relation} has cache {outbox.sequence_cache}:"
+            " sessions would draw ids long before they write them",
+            remedy="alter sequence … cache 1",
+        )
+    row = await database.fetch_row(
+        "checking the server",
+        "select pg_catalog.pg_is_in_recovery() as is_standby,"
+        " pg_catalog.current_setting('transaction_isolation') as isolation",
+    )
+    if row is not None and row["is_standby"]:
+        raise standby()
+    if row is not None and row["isolation"] != "read committed":
+        raise OutboxUnsafe(
+            f"the relay's transactions run at {row['isolation']}, which hides fresh commits",
+            remedy="remove default_transaction_isolation from the relay's connection string",
+        )
+
+
+async def answers(database: Database) -> bool:
+    """True when the database answers within a bound."""
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            await database.execute("checking the outbox", "select 1")
+    except (RelayError, TimeoutError):
+        return False
+    return True
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
