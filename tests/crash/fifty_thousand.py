@@ -29,6 +29,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
+from zlib import crc32
 
 import msgspec
 import pytest
@@ -89,6 +90,11 @@ def arrived(envelope: bytes) -> Arrived:
     """What an event in the format ``envelope`` is to the proof."""
     event = _decode_envelope(envelope)
     return Arrived(event.dedup_key, event.key, event.payload.id, envelope)
+
+
+def dedup_key(outbox_id: int, index: int, refresh_id: object) -> str:
+    """The key of one event of the outbox of `orders`."""
+    return f"outbox_orders:{outbox_id}:{index}:{crc32(str(refresh_id).encode()):08x}"
 
 
 class Destination(Protocol):
@@ -341,10 +347,10 @@ class _Forward:
     async def assert_nothing_is_lost(self, written: int) -> None:
         """Each event is there, its repetitions are equal, and each key's events are in order."""
         rows = await self.world.owner.fetch(
-            "select id, inserted_count from pgtrickle.outbox_orders order by id"
+            "select id, refresh_id, inserted_count from pgtrickle.outbox_orders order by id"
         )
         expected = {
-            f"outbox_orders:{row['id']}:{index}"
+            dedup_key(row["id"], index, row["refresh_id"])
             for row in rows
             for index in range(row["inserted_count"])
         }
@@ -413,7 +419,7 @@ class _Reverse:
         await _assert_no_dead_letters(self.world)
 
 
-class _Proof:
+class Proof:
     """What both directions have in common."""
 
     @pytest.fixture
@@ -424,7 +430,7 @@ class _Proof:
             yield world
 
 
-class ForwardProof(_Proof):
+class ForwardProof(Proof):
     """Nothing is lost on the way from an outbox to a ``destination``."""
 
     async def test_fifty_thousand_events_survive_a_relay_that_is_killed_again_and_again(
@@ -448,7 +454,7 @@ class ForwardProof(_Proof):
         await flow.assert_nothing_is_lost(written)
 
 
-class ReverseProof(_Proof):
+class ReverseProof(Proof):
     """Nothing is lost on the way from an ``origin`` to an inbox, and nothing is there twice."""
 
     async def test_fifty_thousand_messages_survive_a_relay_that_is_killed_again_and_again(
@@ -484,7 +490,7 @@ def _parts(ids: range, sizes: Iterator[int]) -> Iterator[range]:
 def _assert_order_of_each_key(first_occurrences: Iterable[Arrived]) -> None:
     last: dict[str | None, tuple[int, int]] = {}
     for event in first_occurrences:
-        _, outbox_id, index = event.dedup_key.split(":")
+        _, outbox_id, index, _ = event.dedup_key.split(":")
         position = (int(outbox_id), int(index))
         assert last.get(event.key, (0, 0)) < position, f"{event.dedup_key} is behind its successor"
         last[event.key] = position

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from tests.crash.fifty_thousand import Arrived, Blow, Destination, ForwardProof
+from tests.crash.sharing import GroupProof
 from tests.servers.postgres import PostgresServer
 
 # The order of arrival is the order in which the rows were numbered.
@@ -25,7 +26,7 @@ create table public.arrived (
 """
 
 
-class _ToInbox(Destination):
+class ToInbox(Destination):
     deduplicates = True
 
     def __init__(self, server: PostgresServer, dsn: str) -> None:
@@ -69,13 +70,13 @@ class _ToInbox(Destination):
             await connection.close()
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     async def destination(
         self, postgres_server_with: Callable[..., PostgresServer]
     ) -> AsyncIterator[Destination]:
         server = postgres_server_with({})
         with server.database() as database:
-            destination = _ToInbox(server, database.dsn)
+            destination = ToInbox(server, database.dsn)
             await destination.prepare()
             yield destination

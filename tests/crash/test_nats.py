@@ -17,6 +17,7 @@ from tests.crash.fifty_thousand import (
     arrived,
     payload,
 )
+from tests.crash.sharing import GroupProof
 from tests.integration.relay_surroundings import BOUND_S, NatsWorld, nats_world, until
 from tests.servers.nats import NatsServer
 
@@ -41,7 +42,7 @@ class _JetStream:
         await until(is_connected)
 
 
-class _ToJetStream(_JetStream, Destination):
+class ToJetStream(_JetStream, Destination):
     deduplicates = True
 
     def sink(self) -> Mapping[str, object]:
@@ -84,10 +85,10 @@ async def stream(nats_server: NatsServer) -> AsyncIterator[NatsWorld]:
         yield stream
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     def destination(self, stream: NatsWorld) -> Destination:
-        return _ToJetStream(stream)
+        return ToJetStream(stream)
 
 
 class TestReverse(ReverseProof):

@@ -22,6 +22,7 @@ from tests.crash.fifty_thousand import (
     arrived,
     payload,
 )
+from tests.crash.sharing import GroupProof
 from tests.servers.rabbitmq import RabbitServer
 
 _AT_ONCE = 2_000
@@ -113,7 +114,7 @@ async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
     await far_side.drop()
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     def destination(self, far_side: FarSide) -> Destination:
         return _ToRabbit(far_side)

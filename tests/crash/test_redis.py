@@ -18,6 +18,7 @@ from tests.crash.fifty_thousand import (
     arrived,
     payload,
 )
+from tests.crash.sharing import GroupProof
 from tests.servers.redis import RedisServer
 
 STREAM = "fifty"
@@ -63,7 +64,7 @@ async def broker(redis_server: RedisServer) -> AsyncIterator[Broker]:
     await broker.drop()
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     def destination(self, broker: Broker) -> Destination:
         return _ToRedis(broker)

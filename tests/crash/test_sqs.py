@@ -18,6 +18,7 @@ from tests.crash.fifty_thousand import (
     arrived,
     payload,
 )
+from tests.crash.sharing import GroupProof
 from tests.servers.proxy import TcpProxy
 from tests.servers.sqs import SqsServer
 
@@ -115,7 +116,7 @@ async def proxy(
     return await tcp_proxy(*sqs_server.address)
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     async def destination(
         self, sqs_server: SqsServer, proxy: TcpProxy

@@ -21,6 +21,7 @@ from tests.crash.fifty_thousand import (
     arrived,
     payload,
 )
+from tests.crash.sharing import GroupProof
 from tests.integration.relay_surroundings import RelayWorld, until
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.http import HttpServer
@@ -125,7 +126,7 @@ class _FromWebhook(Origin):
             return False
 
 
-class TestForward(ForwardProof):
+class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
     def destination(self, http_server: HttpServer) -> Destination:
         return _ToWebhook(http_server)
