@@ -24,11 +24,11 @@ from relay.demo.embedded import (
     _let_through,
     _Place,
     _Postgres,
-    unprivileged_user,
 )
 from relay.demo.orders import Shop
 from relay.demo.tally import Summary, count_arrivals
 from relay.migrate import migrate
+from tests.servers.postgres import unprivileged_user
 from tests.servers.process import REPOSITORY, RelayProcess
 from tests.status.emulator import Emulator
 
