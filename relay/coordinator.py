@@ -119,6 +119,7 @@ class Coordinator:
         self._offer_ticks = _TICKS_BEFORE_OFFER
         self._ticks_with_room = 0
         self._members = Members(count=1)
+        self._blocked: Mapping[str, str] = {}
         self._last_told: OwnershipChanged | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
@@ -287,6 +288,7 @@ class Coordinator:
 
     async def _acquire(self, *, limit: int) -> None:
         """Take free pipelines up to our share; beyond it those that nobody takes for a while."""
+        missed: list[str] = []
         for name, row in sorted(self._wanted.items()):
             if name in self._works or name in self._everywhere:
                 continue
@@ -298,6 +300,9 @@ class Coordinator:
                     self._overflow.add(name)
                 self._free_ticks.pop(name, None)
                 self._works[name] = _Work(row)
+            else:
+                missed.append(name)
+        self._blocked = await self._locks.strangers(missed)
         maximum = self._settings.max_pipelines
         is_full = maximum is not None and self._owned_count() >= maximum
         await self._locks.show_full(is_full=is_full)
@@ -360,6 +365,7 @@ class Coordinator:
     async def _lose_everything(self, reason: str) -> None:
         """The locks may be gone: another relay may be at work already, so nothing is finished."""
         self._emit(DatabaseChanged(is_connected=False, reason=reason))
+        self._blocked = {}
         for work in self._works.values():
             work.end(0.0)
         await self._cut([work.task for work in self._works.values() if work.task is not None])
@@ -405,6 +411,7 @@ class Coordinator:
             pipelines=sorted(self._works),
             everywhere=sorted(name for name, work in self._works.items() if work.runs_everywhere),
             members=max(1, self._members.count),
+            blocked=self._blocked,
         )
         if told != self._last_told:
             self._last_told = told

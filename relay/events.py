@@ -157,11 +157,13 @@ class OwnershipChanged(msgspec.Struct, frozen=True, kw_only=True):
     """Which pipelines this process runs now, and how many relays share the group.
 
     ``everywhere``: those of them that no relay owns, because all of the group run them.
+    ``blocked``: those that none of the group can have, each with who holds its lock instead.
     """
 
     pipelines: Sequence[str]
     members: int
     everywhere: Sequence[str] = ()
+    blocked: Mapping[str, str] = {}
 
 
 class DatabaseChanged(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,7 +39,6 @@ class Flight:
     ) -> None:
         self.messages = messages
         self.duplicates = 0
-        self.settled = 0
         self.bytes_in_flight = 0
         self._states = bytearray(len(messages))
         self._sizes = [0] * len(messages)
@@ -59,16 +58,6 @@ class Flight:
     def is_over(self) -> bool:
         """True when nothing is in flight and nothing more will be sent."""
         return not self._count_in_flight and (self._stopped_by is not None or not self._has_more)
-
-    @property
-    def wants_sender(self) -> bool:
-        """True when the sender has something to do: to send, or to report the end."""
-        if not self._count_in_flight:
-            return True
-        if self._stopped_by is not None or self._is_full:
-            return False
-        may_go = self._next < len(self.messages) and self._count_in_flight * 2 <= self._window
-        return may_go or bool(self._freed)
 
     def in_flight(self) -> list[int]:
         """What was sent and is not settled, in order."""
@@ -193,7 +182,6 @@ class Flight:
                 if key is not None and key in ordered_keys:
                     self._free(key)
         self.bytes_in_flight -= size
-        self.settled += settled_now
         self._count_in_flight -= settled_now
         return settled_now
 

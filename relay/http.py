@@ -181,6 +181,10 @@ def _health_of(status: RelayStatus) -> dict[str, object]:
                 "reason": pipeline.trouble or pipeline.reason,
             }
             for pipeline in status.pipelines
+        }
+        | {
+            name: {"state": "blocked", "healthy": False, "reason": f"its lock is held by {who}"}
+            for name, who in status.blocked.items()
         },
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import asyncpg
 import msgspec
@@ -48,6 +48,23 @@ select
         array_agg(held) filter (where not is_full and pid <> pg_backend_pid()), '{}'
     ) as held_by_open
 from member
+"""
+
+# Who holds a lock that only members may hold. What a mere role may not see of others is null.
+_STRANGERS = """
+select wanted.name, held.pid, activity.usename, activity.application_name, activity.client_addr
+from unnest($1::text[], $2::oid[], $3::oid[]) as wanted (name, high, low)
+join pg_catalog.pg_locks as held
+    on held.classid = wanted.high and held.objid = wanted.low
+left join pg_catalog.pg_stat_activity as activity on activity.pid = held.pid
+where held.locktype = 'advisory' and held.objsubid = 1 and held.granted
+    and held.database = (select oid from pg_catalog.pg_database where datname = current_database())
+    and not exists (
+        select from pg_catalog.pg_locks as member
+        where member.pid = held.pid and member.locktype = 'advisory' and member.objsubid = 1
+            and member.granted and member.database = held.database
+            and member.classid = $4 and member.objid = $5
+    )
 """
 
 
@@ -143,6 +160,19 @@ class Locks:
             self._held.add(pipeline)
         return bool(row["taken"])
 
+    async def strangers(self, pipelines: Sequence[str]) -> Mapping[str, str]:
+        """Of these, the ones that a session outside of the group holds, and which. Raises `Outage`.
+
+        Whoever may connect can take an advisory lock; such a pipeline runs nowhere.
+        """
+        if not pipelines:
+            return {}
+        halves = [_halves(self._key(name)) for name in pipelines]
+        rows = await self._fetch(
+            _STRANGERS, pipelines, *map(list, zip(*halves, strict=True)), *_halves(self._member_key)
+        )
+        return {row["name"]: _stranger(row) for row in rows}
+
     async def release(self, pipeline: str) -> None:
         """Let a pipeline go. Raises `Outage`."""
         if pipeline in self._held:
@@ -154,18 +184,20 @@ class Locks:
 
     async def _query(self, query: str, *args: object) -> asyncpg.Record:
         """The one row of a query."""
+        (row,) = await self._fetch(query, *args)
+        return row
+
+    async def _fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
         if self._connection is None:
             raise NotConnected("the ownership connection is closed")
         try:
             with postgres_errors("asking for ownership"):
-                row = await self._connection.fetchrow(
+                return await self._connection.fetch(
                     query, *args, timeout=self._settings.heartbeat_timeout_s
                 )
         except BaseException:
             self._abandon()
             raise
-        assert row is not None  # noqa: S101 - each of these questions has one row
-        return row
 
     def _abandon(self) -> None:
         connection, self._connection = self._connection, None
@@ -173,6 +205,16 @@ class Locks:
         self._is_full = False
         if connection is not None:
             connection.terminate()
+
+
+def _stranger(row: asyncpg.Record) -> str:
+    known = {
+        "role": row["usename"],
+        "application": row["application_name"],
+        "address": row["client_addr"],
+    }
+    facts = [f"{name} {fact}" for name, fact in known.items() if fact]
+    return ", ".join([f"pid {row['pid']}", *facts])
 
 
 def _halves(key: int) -> tuple[int, int]:

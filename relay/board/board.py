@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from relay import __version__
@@ -42,6 +42,7 @@ class Board:
         self._membership = Membership()
         self.pipelines: dict[str, PipelineStats] = {}
         self.is_database_connected = False
+        self._blocked: Mapping[str, str] = {}
         self.owned = 0
         self.members = 0
 
@@ -56,6 +57,7 @@ class Board:
             self._is_coordinated = True
             self.owned = len(event.pipelines) - len(event.everywhere)
             self.members = event.members
+            self._blocked = event.blocked
         else:
             self.is_database_connected = event.is_connected
             self._database_reason = self._mask(event.reason)
@@ -72,6 +74,7 @@ class Board:
             database_reason=self._database_reason,
             is_coordinated=self._is_coordinated,
             members=self.members,
+            blocked=self._blocked,
             pipelines=[self.pipelines[name].status() for name in sorted(self.pipelines)],
         )
 

@@ -99,7 +99,8 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The relay at the time of the snapshot; pipelines are ordered by name.
 
     ``is_coordinated``: it has been decided at least once which pipelines run here. ``members``
-    counts the relays of the group, this one included.
+    counts the relays of the group, this one included. ``blocked``: pipelines that run nowhere, each
+    with the session outside of the group that holds its lock.
     """
 
     worker_id: str
@@ -112,18 +113,22 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     is_coordinated: bool
     members: int
     pipelines: Sequence[PipelineStatus]
+    blocked: Mapping[str, str] = {}
 
     @property
     def trouble(self) -> str:
         """Why the relay is not well, in one line; empty where it is."""
         if not self.database_connected:
             return self.database_reason or "the database is not connected"
+        if self.blocked:
+            held = "; ".join(f"{name}: {who}" for name, who in sorted(self.blocked.items()))
+            return f"no relay can run what a stranger holds the lock of: {held}"
         unwell = [pipeline.name for pipeline in self.pipelines if not pipeline.is_healthy]
         return f"not healthy: {', '.join(unwell)}" if unwell else ""
 
     @property
     def is_healthy(self) -> bool:
-        """True when the database is connected and every pipeline is well."""
+        """True when the database is connected, and every pipeline is well and not blocked."""
         return not self.trouble
 
     @property

@@ -253,6 +253,9 @@ class EventLog:
         if owned != self._owned or event.members != self._members:
             _log.info("; ".join(words), extra={"members": event.members})
         self._owned, self._members = owned, event.members
+        for name, who in event.blocked.items():
+            error = f"a session that is no relay of this group holds its lock: {who}"
+            self._once(name, logging.ERROR, "blocked", {"pipeline": name, "error": error})
         for gone in former - owned:
             self._forget(gone)
 

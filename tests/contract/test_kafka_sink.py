@@ -11,7 +11,7 @@ from relay.backends.kafka import KafkaSink
 from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
-from tests.contract.kafka_far_side import FarSide, KafkaHarness, login, new_name, sink_of
+from tests.contract.kafka_broker import Broker, KafkaHarness, login, new_name, sink_of
 from tests.contract.sink_contract import SinkContract, SinkHarness
 from tests.servers.kafka import KafkaServer
 from tests.servers.proxy import TcpProxy
@@ -23,13 +23,13 @@ TOPICS = ("orders.insert", "orders.upsert")
 
 class KafkaSinkHarness(KafkaHarness, SinkHarness):
     def make(self) -> KafkaSink:
-        return sink_of(self.brokers, self.far_side.topic)
+        return sink_of(self.brokers, self.broker.topic)
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
         return await until(self._all, at_least)
 
     async def _all(self) -> Sequence[RelayMessage]:
-        return await self.far_side.restored(self.far_side.topic, *TOPICS)
+        return await self.broker.restored(self.broker.topic, *TOPICS)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
         return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
@@ -38,13 +38,11 @@ class KafkaSinkHarness(KafkaHarness, SinkHarness):
         return RelayMessage(dedup_key=dedup_key, payload=b'"%s"' % (b"x" * LIMIT_BYTES))
 
     async def make_tls(self, *, trusted: bool) -> Sink:
-        return sink_of(
-            self.far_side.server.at("TLS"), self.far_side.topic, **self.tls(trusted=trusted)
-        )
+        return sink_of(self.broker.server.at("TLS"), self.broker.topic, **self.tls(trusted=trusted))
 
     async def make_unauthorized(self) -> Sink:
-        server = self.far_side.server
-        return sink_of(server.at("SASL"), self.far_side.topic, **login("wrong"))
+        server = self.broker.server
+        return sink_of(server.at("SASL"), self.broker.topic, **login("wrong"))
 
 
 class TestKafkaSink(SinkContract):
@@ -57,8 +55,8 @@ class TestKafkaSink(SinkContract):
     async def harness(
         self, kafka_server: KafkaServer, kafka_proxy: TcpProxy, tls_files: TlsFiles
     ) -> AsyncIterator[KafkaSinkHarness]:
-        far_side = FarSide(kafka_server, new_name())
+        broker = Broker(kafka_server, new_name())
         limit = {"max.message.bytes": str(LIMIT_BYTES)}
-        await far_side.create(far_side.topic, *TOPICS, configuration=limit)
-        yield KafkaSinkHarness(far_side, kafka_proxy, tls_files)
-        await far_side.drop(far_side.topic, *TOPICS)
+        await broker.create(broker.topic, *TOPICS, configuration=limit)
+        yield KafkaSinkHarness(broker, kafka_proxy, tls_files)
+        await broker.drop(broker.topic, *TOPICS)

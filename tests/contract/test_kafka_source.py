@@ -8,7 +8,7 @@ import pytest
 
 from relay.contracts import Source
 from relay.message import RelayMessage
-from tests.contract.kafka_far_side import FarSide, KafkaHarness, login, source_of
+from tests.contract.kafka_broker import Broker, KafkaHarness, login, source_of
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.servers.kafka import KafkaServer
 from tests.servers.proxy import TcpProxy
@@ -17,26 +17,26 @@ from tests.servers.tls import TlsFiles
 
 class KafkaSourceHarness(KafkaHarness, SourceHarness):
     def make(self, *, batch_size: int = 100) -> Source:
-        return source_of(self.brokers, self.far_side.topic, batch_size=batch_size)
+        return source_of(self.brokers, self.broker.topic, batch_size=batch_size)
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        await self.far_side.feed(messages)
+        await self.broker.feed(messages)
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
-        await self.far_side.put_all(bodies)
+        await self.broker.put_all(bodies)
         return bodies
 
     def make_short_lived(self) -> tuple[Source, float]:
-        source = source_of(self.brokers, self.far_side.topic, session_timeout_ms=2000)
+        source = source_of(self.brokers, self.broker.topic, session_timeout_ms=2000)
         return source, 2.0
 
     async def make_tls(self, *, trusted: bool) -> Source:
         return source_of(
-            self.far_side.server.at("TLS"), self.far_side.topic, **self.tls(trusted=trusted)
+            self.broker.server.at("TLS"), self.broker.topic, **self.tls(trusted=trusted)
         )
 
     async def make_unauthorized(self) -> Source:
-        return source_of(self.far_side.server.at("SASL"), self.far_side.topic, **login("wrong"))
+        return source_of(self.broker.server.at("SASL"), self.broker.topic, **login("wrong"))
 
 
 class TestKafkaSource(SourceContract):
@@ -46,7 +46,7 @@ class TestKafkaSource(SourceContract):
     async def harness(
         self, kafka_server: KafkaServer, kafka_proxy: TcpProxy, tls_files: TlsFiles
     ) -> AsyncIterator[KafkaSourceHarness]:
-        far_side = FarSide(kafka_server)
-        await far_side.create()
-        yield KafkaSourceHarness(far_side, kafka_proxy, tls_files)
-        await far_side.drop()
+        broker = Broker(kafka_server)
+        await broker.create()
+        yield KafkaSourceHarness(broker, kafka_proxy, tls_files)
+        await broker.drop()

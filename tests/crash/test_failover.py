@@ -157,10 +157,10 @@ async def test_a_synchronous_failover_under_load_loses_and_repeats_nothing_that_
 
     with writing(places, INSERT, 1, ROWS * 3) as committed:
 
-        async def is_under_way() -> bool:
+        async def is_in_flight() -> bool:
             return committed() > ROWS
 
-        await until(is_under_way)
+        await until(is_in_flight)
         await pair.fail_over()
         _run(pair.standby.dsn, "alter system set synchronous_standby_names = ''")
         _run(pair.standby.dsn, "select pg_reload_conf()")

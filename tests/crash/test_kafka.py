@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
 
-from tests.contract.kafka_far_side import FarSide
+from tests.contract.kafka_broker import Broker
 from tests.crash.fifty_thousand import (
     Arrived,
     Blow,
@@ -27,22 +27,22 @@ _PARTITIONS = 3
 class _Topic:
     """A topic and its broker, which is the session's and comes back with its logs."""
 
-    def __init__(self, far_side: FarSide) -> None:
-        self._far_side = far_side
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
 
     @property
     def _place(self) -> Mapping[str, object]:
         return {
             "type": "kafka",
-            "brokers": self._far_side.server.brokers,
-            "topic": self._far_side.topic,
+            "brokers": self._broker.server.brokers,
+            "topic": self._broker.topic,
         }
 
     async def take_away(self, blow: Blow) -> None:
-        await asyncio.to_thread(getattr(self._far_side.server, blow))
+        await asyncio.to_thread(getattr(self._broker.server, blow))
 
     async def bring_back(self) -> None:
-        await asyncio.to_thread(self._far_side.server.start)
+        await asyncio.to_thread(self._broker.server.start)
 
 
 class _ToKafka(_Topic, Destination):
@@ -50,10 +50,10 @@ class _ToKafka(_Topic, Destination):
         return {**self._place, "key_template": "{key}"}
 
     async def count(self) -> int:
-        return sum((await self._far_side.ends()).values())
+        return sum((await self._broker.ends()).values())
 
     async def events(self) -> Sequence[Arrived]:
-        return [arrived(bytes(record.value)) for record in await self._far_side.records()]
+        return [arrived(bytes(record.value)) for record in await self._broker.records()]
 
 
 class _FromKafka(_Topic, Origin):
@@ -63,24 +63,24 @@ class _FromKafka(_Topic, Origin):
     async def put(self, ids: Sequence[int]) -> None:
         for number in range(_PARTITIONS):
             part = [payload(id_) for id_ in ids if id_ % _PARTITIONS == number]
-            await self._far_side.put_all(part, number)
+            await self._broker.put_all(part, number)
 
 
 @pytest.fixture
-async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(kafka_server)
-    await far_side.create(partitions=_PARTITIONS)
-    yield far_side
-    await far_side.drop()
+async def broker(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
+    broker = Broker(kafka_server)
+    await broker.create(partitions=_PARTITIONS)
+    yield broker
+    await broker.drop()
 
 
 class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
-    def destination(self, far_side: FarSide) -> Destination:
-        return _ToKafka(far_side)
+    def destination(self, broker: Broker) -> Destination:
+        return _ToKafka(broker)
 
 
 class TestReverse(ReverseProof):
     @pytest.fixture
-    def origin(self, far_side: FarSide) -> Origin:
-        return _FromKafka(far_side)
+    def origin(self, broker: Broker) -> Origin:
+        return _FromKafka(broker)

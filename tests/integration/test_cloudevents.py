@@ -11,7 +11,7 @@ import pytest
 from relay.contracts import Source
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
-from tests.contract import kafka_far_side, nats_broker, rabbitmq_far_side
+from tests.contract import kafka_broker, nats_broker, rabbitmq_far_side
 from tests.contract.source_contract import collect, messages_of
 from tests.servers.kafka import KafkaServer
 from tests.servers.nats import NatsServer
@@ -43,13 +43,13 @@ def _spelled(prefix: str) -> Mapping[str, str]:
 
 
 async def test_over_kafka(kafka_server: KafkaServer) -> None:
-    broker = kafka_far_side.FarSide(kafka_server)
+    broker = kafka_broker.Broker(kafka_server)
     await broker.create()
     headers = [(name, text.encode()) for name, text in _spelled("ce_").items()]
     await broker.put(DATA, headers=[*headers, ("content-type", b"application/json")])
     await broker.put(STRUCTURED, headers=[("content-type", CONTENT_TYPE.encode())])
 
-    await assert_both_arrive(kafka_far_side.source_of(kafka_server.brokers, broker.topic))
+    await assert_both_arrive(kafka_broker.source_of(kafka_server.brokers, broker.topic))
     await broker.drop()
 
 

@@ -157,7 +157,7 @@ async def test_a_relay_that_ends_in_order_hands_over_without_a_repetition(
         assert [event.id for event in events] == list(range(1, ROWS + 1))
 
 
-async def test_a_relay_whose_ownership_connection_ends_starts_anew_and_loses_nothing(
+async def test_a_relay_whose_ownership_connection_ends_starts_over_and_loses_nothing(
     world: RelayWorld,
 ) -> None:
     output = await world.to_file("p")
@@ -172,10 +172,10 @@ async def test_a_relay_whose_ownership_connection_ends_starts_anew_and_loses_not
     )
     await relay.wait_for_log("the database is lost", timeout_s=1.0)
 
-    async def is_owned_anew() -> bool:
+    async def is_owned_again() -> bool:
         return await world.epoch("p") == epoch + 1
 
-    await until(is_owned_anew, timeout_s=3.0)
+    await until(is_owned_again, timeout_s=3.0)
     await world.insert(1, 10)
     assert [event.id for event in await events_of(output, 10)] == list(range(1, 11))
 

@@ -22,7 +22,7 @@ from relay.errors import (
 from relay.message import RelayMessage
 from relay.options import declared_keys
 from relay.pipeline_config import with_profile
-from tests.contract.kafka_far_side import FarSide, login, new_name, sink_of, source_of
+from tests.contract.kafka_broker import Broker, login, new_name, sink_of, source_of
 from tests.contract.surroundings import backend_context
 from tests.servers.finding import LOOPBACK
 from tests.servers.kafka import KafkaServer
@@ -33,11 +33,11 @@ BOUND_S = 30.0
 
 
 @pytest.fixture
-async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(kafka_server)
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
+    broker = Broker(kafka_server)
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 async def is_let_in(brokers: str, topic: str, **keys: Any) -> bool:
@@ -67,30 +67,30 @@ async def poll_for_ever(source: KafkaSource) -> None:
 
 
 @pytest.mark.shows("sink:kafka.brokers", "source:kafka.brokers")
-async def test_one_broker_of_the_list_that_answers_is_enough(far_side: FarSide) -> None:
+async def test_one_broker_of_the_list_that_answers_is_enough(broker: Broker) -> None:
     with socket.socket() as silent:
         silent.bind((LOOPBACK, 0))
         dead = f"{LOOPBACK}:{silent.getsockname()[1]}"
-        brokers = far_side.server.brokers
+        brokers = broker.server.brokers
 
-        assert await is_let_in(f"{dead}, {brokers}", far_side.topic)
-        assert not await is_let_in(dead, far_side.topic)
+        assert await is_let_in(f"{dead}, {brokers}", broker.topic)
+        assert not await is_let_in(dead, broker.topic)
         with pytest.raises(NotConnected, match=f"connecting to Kafka at {dead}"):
-            await sink_of(dead, far_side.topic).connect()
+            await sink_of(dead, broker.topic).connect()
 
 
-async def test_a_host_without_a_name_is_one_line_that_names_it(far_side: FarSide) -> None:
+async def test_a_host_without_a_name_is_one_line_that_names_it(broker: Broker) -> None:
     with pytest.raises(NotConnected, match=r"connecting to Kafka at nowhere\.invalid:9092"):
-        await sink_of("nowhere.invalid", far_side.topic).connect()
+        await sink_of("nowhere.invalid", broker.topic).connect()
 
 
 @pytest.mark.shows("sink:kafka.tls_ca", "source:kafka.tls_ca")
 @pytest.mark.shows("sink:kafka.tls_insecure", "source:kafka.tls_insecure")
 @pytest.mark.shows("sink:kafka.tls", "source:kafka.tls")
 async def test_a_server_is_trusted_by_its_authority_or_not_at_all(
-    far_side: FarSide, tls_files: TlsFiles
+    broker: Broker, tls_files: TlsFiles
 ) -> None:
-    brokers, topic = far_side.server.at("TLS"), far_side.topic
+    brokers, topic = broker.server.at("TLS"), broker.topic
 
     assert await is_let_in(brokers, topic, tls_ca=str(tls_files.authority))
     assert await is_let_in(brokers, topic, tls_insecure=True)
@@ -104,9 +104,9 @@ async def test_a_server_is_trusted_by_its_authority_or_not_at_all(
 @pytest.mark.shows("sink:kafka.tls_cert", "sink:kafka.tls_key")
 @pytest.mark.shows("source:kafka.tls_cert", "source:kafka.tls_key")
 async def test_a_server_that_asks_for_a_certificate_is_shown_ours(
-    far_side: FarSide, tls_files: TlsFiles
+    broker: Broker, tls_files: TlsFiles
 ) -> None:
-    brokers, topic = far_side.server.at("MTLS"), far_side.topic
+    brokers, topic = broker.server.at("MTLS"), broker.topic
     authority = str(tls_files.authority)
     own = {"tls_cert": str(tls_files.client_certificate), "tls_key": str(tls_files.client_key)}
 
@@ -123,9 +123,9 @@ async def test_a_server_that_asks_for_a_certificate_is_shown_ours(
 @pytest.mark.shows("sink:kafka.sasl_password", "source:kafka.sasl_password")
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
 async def test_a_user_logs_in_and_a_wrong_one_is_refused(
-    far_side: FarSide, tls_files: TlsFiles, mechanism: str
+    broker: Broker, tls_files: TlsFiles, mechanism: str
 ) -> None:
-    server, topic = far_side.server, far_side.topic
+    server, topic = broker.server, broker.topic
     authority = str(tls_files.authority)
 
     assert await is_let_in(server.at("SASL"), topic, **login(mechanism=mechanism))
@@ -142,19 +142,19 @@ async def test_a_user_logs_in_and_a_wrong_one_is_refused(
 
 @pytest.mark.shows("sink:kafka.request_timeout_ms", "source:kafka.request_timeout_ms")
 async def test_a_broker_that_says_nothing_is_given_up(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
     keys: dict[str, Any] = {"request_timeout_ms": 700}
-    sink = sink_of(kafka_proxy.address, far_side.topic, **keys)
-    source = source_of(kafka_proxy.address, far_side.topic, **keys)
+    sink = sink_of(kafka_proxy.address, broker.topic, **keys)
+    source = source_of(kafka_proxy.address, broker.topic, **keys)
     await sink.connect()
     await source.connect()
-    assert not (await sink.publish(far_side.numbered(1))).failures
+    assert not (await sink.publish(broker.numbered(1))).failures
 
     kafka_proxy.stall()
 
     async with asyncio.timeout(BOUND_S):
-        result = await sink.publish(far_side.numbered(3))
+        result = await sink.publish(broker.numbered(3))
         assert [type(failure.error) for failure in result.failures] == [TimedOut] * 3
         with pytest.raises(TimedOut):
             await sink.connect()
@@ -167,13 +167,13 @@ async def test_a_broker_that_says_nothing_is_given_up(
 
 @pytest.mark.shows("sink:kafka.client", "source:kafka.client")
 async def test_settings_of_the_client_library_come_from_a_profile_and_take_effect(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
     profile = {"type": "kafka", "brokers": kafka_proxy.address, "client": {"max_idle_ms": 200}}
     options = with_profile(
         "sink",
         "kafka",
-        {"profile": "main", "topic": far_side.topic},
+        {"profile": "main", "topic": broker.topic},
         {"main": profile},
         declared_keys(KafkaSinkOptions),
     )
@@ -182,7 +182,7 @@ async def test_settings_of_the_client_library_come_from_a_profile_and_take_effec
 
     # The library hangs up by itself, and the next publish calls again.
     await kafka_proxy.wait_for_connections(0, timeout_s=BOUND_S)
-    assert not (await sink.publish(far_side.numbered(2))).failures
+    assert not (await sink.publish(broker.numbered(2))).failures
     await sink.aclose()
     with pytest.raises(ConfigurationError, match=r"source\.client\.max_idle is not a known key"):
         source_of("h", "t", client={"max_idle": 1})
@@ -206,21 +206,21 @@ async def test_a_missing_topic_is_one_line_that_says_how_to_make_it_and_is_not_m
         await sink.publish([RelayMessage(dedup_key="1", payload=b"{}")])
     await sink.aclose()
 
-    assert topic not in await FarSide(kafka_server).topics()
+    assert topic not in await Broker(kafka_server).topics()
 
 
-async def test_both_say_what_they_are_connected_to(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.brokers, far_side.topic)
-    source = source_of(far_side.server.brokers, far_side.topic)
+async def test_both_say_what_they_are_connected_to(broker: Broker) -> None:
+    sink = sink_of(broker.server.brokers, broker.topic)
+    source = source_of(broker.server.brokers, broker.topic)
     await sink.connect()
     await source.connect()
 
     described, of_source = await sink.describe(), await source.describe()
 
-    assert described["server"] == far_side.server.brokers
+    assert described["server"] == broker.server.brokers
     assert described["durability"] == "acks all, idempotent"
-    assert described[f"topic {far_side.topic}"].startswith("1 partitions, max.message.bytes ")
-    assert of_source["group"] == far_side.topic
+    assert described[f"topic {broker.topic}"].startswith("1 partitions, max.message.bytes ")
+    assert of_source["group"] == broker.topic
     assert of_source["partitions"] == "1 of 1"
     await sink.aclose()
     await source.aclose()

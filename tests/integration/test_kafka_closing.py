@@ -14,7 +14,7 @@ import pytest
 from msgspec import structs
 
 from relay.backends.kafka import KafkaSink, KafkaSource
-from tests.contract.kafka_far_side import FarSide, eventually, sink_of, source_of
+from tests.contract.kafka_broker import Broker, eventually, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.servers.kafka import KafkaServer
 from tests.servers.proxy import TcpProxy
@@ -24,11 +24,11 @@ CLOSED_WITHIN_S = 9.0
 
 
 @pytest.fixture
-async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(kafka_server)
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
+    broker = Broker(kafka_server)
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 def open_sockets() -> set[int]:
@@ -67,14 +67,14 @@ async def closed_in_s(one: KafkaSink | KafkaSource) -> float:
     return time.monotonic() - started
 
 
-async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(broker: Broker) -> None:
     before = Belongings()
-    sink = sink_of(far_side.server.brokers, far_side.topic)
-    source = source_of(far_side.server.brokers, far_side.topic)
+    sink = sink_of(broker.server.brokers, broker.topic)
+    source = source_of(broker.server.brokers, broker.topic)
 
     await sink.connect()
     await source.connect()
-    assert not (await sink.publish(far_side.numbered(10))).failures
+    assert not (await sink.publish(broker.numbered(10))).failures
     await collect(source, 10)
     await sink.connect()
     await source.connect()
@@ -86,19 +86,19 @@ async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSi
 
 @pytest.mark.parametrize("how", ["cut", "stall"])
 async def test_a_sink_is_closed_in_time_while_its_broker_is_gone_and_leaves_nothing(
-    far_side: FarSide, kafka_proxy: TcpProxy, how: str
+    broker: Broker, kafka_proxy: TcpProxy, how: str
 ) -> None:
     before = Belongings()
-    sink = sink_of(kafka_proxy.address, far_side.topic, request_timeout_ms=1000)
+    sink = sink_of(kafka_proxy.address, broker.topic, request_timeout_ms=1000)
     await sink.connect()
-    assert not (await sink.publish(far_side.numbered(1))).failures
+    assert not (await sink.publish(broker.numbered(1))).failures
     if how == "cut":
         await kafka_proxy.cut()
     else:
         kafka_proxy.stall()
     large = [
         structs.replace(one, payload=b'"%s"' % (b"x" * 300_000))
-        for one in far_side.numbered(20, start=1)
+        for one in broker.numbered(20, start=1)
     ]
     assert len((await sink.publish(large)).failures) == 20
 
@@ -112,13 +112,13 @@ async def test_a_sink_is_closed_in_time_while_its_broker_is_gone_and_leaves_noth
 @pytest.mark.parametrize("instance", ["", "named"])
 @pytest.mark.parametrize("how", ["cut", "stall"])
 async def test_a_source_is_closed_in_time_while_its_broker_is_gone_and_leaves_nothing(
-    far_side: FarSide, kafka_proxy: TcpProxy, how: str, instance: str
+    broker: Broker, kafka_proxy: TcpProxy, how: str, instance: str
 ) -> None:
     before = Belongings()
     keys = {"session_timeout_ms": 2000, "rebalance_timeout_ms": 2000, "request_timeout_ms": 1000}
-    source = source_of(kafka_proxy.address, far_side.topic, group_instance_id=instance, **keys)
+    source = source_of(kafka_proxy.address, broker.topic, group_instance_id=instance, **keys)
     await source.connect()
-    await far_side.put_all([b"{}"] * 3)
+    await broker.put_all([b"{}"] * 3)
     await collect(source, 3)
     if how == "cut":
         await kafka_proxy.cut()
@@ -139,13 +139,13 @@ async def test_a_source_is_closed_in_time_while_its_broker_is_gone_and_leaves_no
 
 
 async def test_a_source_that_waits_for_the_others_of_its_group_is_closed_in_time(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.put_all([b"{}"] * 3)
-    busy = source_of(far_side.server.brokers, far_side.topic, pipeline="busy")
+    await broker.put_all([b"{}"] * 3)
+    busy = source_of(broker.server.brokers, broker.topic, pipeline="busy")
     await busy.connect()
     await collect(busy, 3)
-    waiting = source_of(far_side.server.brokers, far_side.topic, pipeline="waiting")
+    waiting = source_of(broker.server.brokers, broker.topic, pipeline="waiting")
     joining = asyncio.create_task(waiting.connect())
     await eventually(lambda: _is_rebalancing(busy))
 

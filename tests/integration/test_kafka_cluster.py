@@ -24,7 +24,7 @@ from tests.contract.evidence import (
     first_occurrences,
     numbered,
 )
-from tests.contract.kafka_far_side import eventually, new_name, sink_of, source_of
+from tests.contract.kafka_broker import eventually, new_name, sink_of, source_of
 from tests.contract.source_contract import collect
 from tests.servers.kafka import KafkaCluster
 

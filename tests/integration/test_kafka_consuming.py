@@ -25,8 +25,8 @@ from relay.errors import (
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
 from tests.contract.evidence import dedup_keys
-from tests.contract.kafka_far_side import (
-    FarSide,
+from tests.contract.kafka_broker import (
+    Broker,
     batch_with_broken_header,
     eventually,
     new_name,
@@ -45,28 +45,28 @@ BOUND_S = 40.0
 
 
 @pytest.fixture
-async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(kafka_server)
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
+    broker = Broker(kafka_server)
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 @pytest.fixture
-async def wide(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+async def wide(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
     """A topic of four partitions."""
-    far_side = FarSide(kafka_server)
-    await far_side.create(partitions=4)
-    yield far_side
-    await far_side.drop()
+    broker = Broker(kafka_server)
+    await broker.create(partitions=4)
+    yield broker
+    await broker.drop()
 
 
-def reader(far_side: FarSide, **keys: Any) -> KafkaSource:
-    return source_of(far_side.server.brokers, far_side.topic, **keys)
+def reader(broker: Broker, **keys: Any) -> KafkaSource:
+    return source_of(broker.server.brokers, broker.topic, **keys)
 
 
-async def connected(far_side: FarSide, **keys: Any) -> KafkaSource:
-    source = reader(far_side, **keys)
+async def connected(broker: Broker, **keys: Any) -> KafkaSource:
+    source = reader(broker, **keys)
     await source.connect()
     return source
 
@@ -85,7 +85,7 @@ async def trouble_of(source: KafkaSource) -> RelayError:
 
 
 async def test_every_partition_of_a_batch_is_committed_when_it_is_acknowledged(
-    wide: FarSide,
+    wide: Broker,
 ) -> None:
     for number in range(4):
         await wide.put_all([b"{}"] * (number + 1), partition=number)
@@ -102,7 +102,7 @@ async def test_every_partition_of_a_batch_is_committed_when_it_is_acknowledged(
 
 
 async def test_several_topics_are_read_together(kafka_server: KafkaServer) -> None:
-    sides = [FarSide(kafka_server) for _ in range(2)]
+    sides = [Broker(kafka_server) for _ in range(2)]
     for side in sides:
         await side.create()
         await side.put(b'{"a":1}')
@@ -120,27 +120,27 @@ async def test_several_topics_are_read_together(kafka_server: KafkaServer) -> No
 
 
 @pytest.mark.shows("source:kafka.topic", "source:kafka.group_id")
-async def test_each_group_reads_a_topic_for_itself(far_side: FarSide) -> None:
-    await far_side.put_all([b"{}"] * 3)
+async def test_each_group_reads_a_topic_for_itself(broker: Broker) -> None:
+    await broker.put_all([b"{}"] * 3)
     for group in (new_name(), new_name()):
-        source = await connected(far_side, group_id=group)
+        source = await connected(broker, group_id=group)
         for batch in await collect(source, 3):
             await source.acknowledge(batch)
-        assert await far_side.committed(group) == {(far_side.topic, 0): 3}
+        assert await broker.committed(group) == {(broker.topic, 0): 3}
         await source.aclose()
 
 
 @pytest.mark.shows("source:kafka.auto_offset_reset")
 @pytest.mark.parametrize("reset,expected", [("earliest", 3), ("latest", 1)])
 async def test_a_group_begins_where_it_is_told_and_stays_there(
-    far_side: FarSide, reset: str, expected: int
+    broker: Broker, reset: str, expected: int
 ) -> None:
-    await far_side.put_all([b"{}"] * 2)
-    await (await connected(far_side, auto_offset_reset=reset)).aclose()
+    await broker.put_all([b"{}"] * 2)
+    await (await connected(broker, auto_offset_reset=reset)).aclose()
     # Comes while nobody reads, and nothing was ever acknowledged.
-    await far_side.put(b"{}")
+    await broker.put(b"{}")
 
-    source = await connected(far_side, auto_offset_reset=reset)
+    source = await connected(broker, auto_offset_reset=reset)
 
     assert len(messages_of(await collect(source, expected))) == expected
     await assert_nothing_more(source)
@@ -149,12 +149,12 @@ async def test_a_group_begins_where_it_is_told_and_stays_there(
 
 @pytest.mark.shows("source:kafka.fetch_max_bytes")
 async def test_a_record_that_is_larger_than_a_fetch_is_read_all_the_same(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     bodies = [b'"%s"' % (b"x" * 50_000)] * 4
     for body in bodies:
-        await far_side.put(body)
-    source = await connected(far_side, fetch_max_bytes=1000)
+        await broker.put(body)
+    source = await connected(broker, fetch_max_bytes=1000)
 
     arrived = messages_of(await collect(source, 4))
 
@@ -162,9 +162,9 @@ async def test_a_record_that_is_larger_than_a_fetch_is_read_all_the_same(
     await source.aclose()
 
 
-async def test_a_batch_is_bounded_in_bytes(far_side: FarSide) -> None:
-    await far_side.put_all([b'"%s"' % (b"x" * 1000)] * 50)
-    source = await connected(far_side, batch_bytes=10_000)
+async def test_a_batch_is_bounded_in_bytes(broker: Broker) -> None:
+    await broker.put_all([b'"%s"' % (b"x" * 1000)] * 50)
+    source = await connected(broker, batch_bytes=10_000)
 
     batches = await collect(source, 50)
 
@@ -177,15 +177,15 @@ async def test_a_batch_is_bounded_in_bytes(far_side: FarSide) -> None:
     "level,expected", [("read_committed", ["1", "4"]), ("read_uncommitted", ["1", "2", "3", "4"])]
 )
 async def test_what_a_transaction_aborted_is_left_out_or_not(
-    far_side: FarSide, level: str, expected: list[str]
+    broker: Broker, level: str, expected: list[str]
 ) -> None:
-    async with far_side.producer(transactional_id=new_name()) as producer:
+    async with broker.producer(transactional_id=new_name()) as producer:
         for is_kept, values in ((True, [b"1"]), (False, [b"2", b"3"]), (True, [b"4"])):
             await producer.begin_transaction()
             for value in values:
-                await producer.send_and_wait(far_side.topic, value)
+                await producer.send_and_wait(broker.topic, value)
             await (producer.commit_transaction if is_kept else producer.abort_transaction)()
-    source = await connected(far_side, isolation_level=level)
+    source = await connected(broker, isolation_level=level)
 
     batches = await collect(source, len(expected))
     for batch in batches:
@@ -199,12 +199,12 @@ async def test_what_a_transaction_aborted_is_left_out_or_not(
 # What it makes of records
 
 
-async def test_records_of_others_keep_key_and_headers(far_side: FarSide) -> None:
-    await far_side.put(b'{"a":1}', key="Ä".encode(), headers=[("type", b"paid"), ("type", b"late")])
-    await far_side.put(None, key=b"gone")
-    await far_side.put(b"{}", headers=[("pgtrickle-dedup-key", b"theirs")])
-    await far_side.put(b"{}", key=b"\xff\x00")
-    source = await connected(far_side)
+async def test_records_of_others_keep_key_and_headers(broker: Broker) -> None:
+    await broker.put(b'{"a":1}', key="Ä".encode(), headers=[("type", b"paid"), ("type", b"late")])
+    await broker.put(None, key=b"gone")
+    await broker.put(b"{}", headers=[("pgtrickle-dedup-key", b"theirs")])
+    await broker.put(b"{}", key=b"\xff\x00")
+    source = await connected(broker)
 
     first, gone, keyed, binary = messages_of(await collect(source, 4))
 
@@ -219,7 +219,7 @@ async def test_records_of_others_keep_key_and_headers(far_side: FarSide) -> None
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "lz4", "snappy", "zstd"])
 async def test_records_with_a_header_name_that_is_not_utf_8_are_refused_and_hold_up_nothing(
-    wide: FarSide, compression: str
+    wide: Broker, compression: str
 ) -> None:
     values = [b'{"n":%d}' % number for number in range(30)]
     for number in range(4):
@@ -251,12 +251,12 @@ async def test_records_with_a_header_name_that_is_not_utf_8_are_refused_and_hold
     await source.aclose()
 
 
-async def test_a_broken_envelope_is_refused_with_its_key_and_body(far_side: FarSide) -> None:
+async def test_a_broken_envelope_is_refused_with_its_key_and_body(broker: Broker) -> None:
     ours = [("pgtrickle-format", b"envelope"), ("pgtrickle-dedup-key", b"k:1")]
-    await far_side.put(b'{"v":2}', headers=ours)
-    await far_side.put(None, headers=ours)
-    await far_side.put(b"{}")
-    source = await connected(far_side)
+    await broker.put(b'{"v":2}', headers=ours)
+    await broker.put(None, headers=ours)
+    await broker.put(b"{}")
+    source = await connected(broker)
 
     batches = await collect(source, 3)
 
@@ -275,16 +275,16 @@ async def test_a_broken_envelope_is_refused_with_its_key_and_body(far_side: FarS
 @pytest.mark.shows("source:kafka.on_position_lost")
 @pytest.mark.parametrize("how,expected", [("fail", []), ("earliest", [8, 9]), ("latest", [])])
 async def test_a_position_that_retention_removed_is_said_and_handled_as_configured(
-    far_side: FarSide, caplog: pytest.LogCaptureFixture, how: str, expected: list[int]
+    broker: Broker, caplog: pytest.LogCaptureFixture, how: str, expected: list[int]
 ) -> None:
-    await far_side.put_all([b"%d" % n for n in range(10)])
-    source = await connected(far_side, batch_size=5)
+    await broker.put_all([b"%d" % n for n in range(10)])
+    source = await connected(broker, batch_size=5)
     (batch,) = await collect(source, 5)
     await source.acknowledge(batch)
     await source.aclose()
-    await far_side.remove_before(8)
+    await broker.remove_before(8)
 
-    source = reader(far_side, on_position_lost=how)
+    source = reader(broker, on_position_lost=how)
     said = r"goes on at offset 5 of .*, partition 0, which has 8 to 10: offsets 5 to 7 were removed"
     if how == "fail":
         with pytest.raises(PositionLost, match=said):
@@ -299,12 +299,12 @@ async def test_a_position_that_retention_removed_is_said_and_handled_as_configur
     await source.aclose()
 
 
-async def test_a_position_that_is_removed_while_it_reads_is_said(far_side: FarSide) -> None:
-    source = await connected(far_side)
-    await far_side.put_all([b"%d" % n for n in range(10)])
+async def test_a_position_that_is_removed_while_it_reads_is_said(broker: Broker) -> None:
+    source = await connected(broker)
+    await broker.put_all([b"%d" % n for n in range(10)])
     (batch,) = await collect(source, 10)
 
-    await far_side.remove_before(8)
+    await broker.remove_before(8)
     await source.reject(batch)
     error = await trouble_of(source)
 
@@ -313,23 +313,23 @@ async def test_a_position_that_is_removed_while_it_reads_is_said(far_side: FarSi
     await source.aclose()
 
 
-async def test_a_topic_that_is_deleted_and_created_again_is_said(far_side: FarSide) -> None:
-    await far_side.put_all([b"{}"] * 5)
-    source = await connected(far_side, session_timeout_ms=1000)
+async def test_a_topic_that_is_deleted_and_created_again_is_said(broker: Broker) -> None:
+    await broker.put_all([b"{}"] * 5)
+    source = await connected(broker, session_timeout_ms=1000)
     for batch in await collect(source, 5):
         await source.acknowledge(batch)
-    committed = await far_side.committed()
-    await far_side.drop()
+    committed = await broker.committed()
+    await broker.drop()
     error = await trouble_of(source)
     assert isinstance(error, Outage)
     await source.aclose()
     with pytest.raises(DestinationMissing):
         await source.connect()
 
-    await far_side.create()
-    assert committed == {(far_side.topic, 0): 5}
+    await broker.create()
+    assert committed == {(broker.topic, 0): 5}
     # The broker forgets a group's offsets of a topic that is removed; a mirror does not.
-    await eventually(lambda: _is_set(far_side, 5))
+    await eventually(lambda: _is_set(broker, 5))
     with pytest.raises(PositionLost, match="was the topic deleted and created again"):
         await source.connect()
     await source.aclose()
@@ -340,15 +340,15 @@ async def test_a_topic_that_is_deleted_and_created_again_is_said(far_side: FarSi
 
 @pytest.mark.shows("source:kafka.group_instance_id")
 async def test_whoever_runs_the_pipeline_next_has_its_partitions_at_once_and_shuts_out_the_other(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.put_all([b"%d" % n for n in range(10)])
+    await broker.put_all([b"%d" % n for n in range(10)])
     keys = {"session_timeout_ms": 30_000, "batch_size": 5}
-    stalled = await connected(far_side, **keys)
+    stalled = await connected(broker, **keys)
     (batch,) = await collect(stalled, 5)
 
     # As after a kill: the one before has not left the group.
-    successor = await connected(far_side, **keys)
+    successor = await connected(broker, **keys)
     again = messages_of(await collect(successor, 10, timeout_s=5))
 
     assert [one.payload for one in again] == [b"%d" % n for n in range(10)]
@@ -362,10 +362,10 @@ async def test_whoever_runs_the_pipeline_next_has_its_partitions_at_once_and_shu
 
 
 async def test_a_pipeline_whose_topic_is_changed_takes_its_place_when_its_session_is_over(
-    far_side: FarSide, wide: FarSide
+    broker: Broker, wide: Broker
 ) -> None:
-    keys = {"group_id": far_side.topic, "session_timeout_ms": 1500}
-    before = await connected(far_side, **keys)
+    keys = {"group_id": broker.topic, "session_timeout_ms": 1500}
+    before = await connected(broker, **keys)
     await before.aclose()
     await wide.put_all([b"{}"] * 3)
     source = reader(wide, **keys)
@@ -379,7 +379,7 @@ async def test_a_pipeline_whose_topic_is_changed_takes_its_place_when_its_sessio
     await source.aclose()
 
 
-async def test_members_with_names_of_their_own_share_the_partitions(wide: FarSide) -> None:
+async def test_members_with_names_of_their_own_share_the_partitions(wide: Broker) -> None:
     first = await connected(wide, pipeline="a", group_instance_id="")
     second = await connected(wide, pipeline="b")
     for number in range(4):
@@ -410,26 +410,26 @@ async def test_members_with_names_of_their_own_share_the_partitions(wide: FarSid
 
 @pytest.mark.shows("source:kafka.session_timeout_ms")
 async def test_partitions_of_one_that_died_come_when_its_session_is_over(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
-    await far_side.put_all([b"{}"] * 3)
+    await broker.put_all([b"{}"] * 3)
     keys = {"session_timeout_ms": 2000, "rebalance_timeout_ms": 2000, "group_instance_id": ""}
-    dead = source_of(kafka_proxy.address, far_side.topic, **keys)
+    dead = source_of(kafka_proxy.address, broker.topic, **keys)
     await dead.connect()
     await collect(dead, 3)
     await kafka_proxy.cut()
 
-    alive = await connected(far_side, **keys)
+    alive = await connected(broker, **keys)
 
     assert len(messages_of(await collect(alive, 3, timeout_s=BOUND_S))) == 3
     assert alive.keep_alive_interval_s == pytest.approx(0.667, abs=0.01)
     with pytest.raises(ConfigurationError, match="INVALID_SESSION_TIMEOUT"):
-        await reader(far_side, session_timeout_ms=100).connect()
+        await reader(broker, session_timeout_ms=100).connect()
     await dead.aclose()
     await alive.aclose()
 
 
-async def test_a_rebalance_waits_until_what_is_in_flight_is_settled(wide: FarSide) -> None:
+async def test_a_rebalance_waits_until_what_is_in_flight_is_settled(wide: Broker) -> None:
     for number in range(4):
         await wide.put_all([b"{}"] * 5, partition=number)
     first = await connected(wide, pipeline="a", rebalance_timeout_ms=60_000)
@@ -452,14 +452,14 @@ async def test_a_rebalance_waits_until_what_is_in_flight_is_settled(wide: FarSid
 
 @pytest.mark.shows("source:kafka.rebalance_timeout_ms")
 async def test_what_is_not_settled_in_time_goes_to_the_next_and_is_lost_to_us(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.put_all([b"{}"] * 5)
-    first = await connected(far_side, pipeline="b", rebalance_timeout_ms=1000)
+    await broker.put_all([b"{}"] * 5)
+    first = await connected(broker, pipeline="b", rebalance_timeout_ms=1000)
     (batch,) = await collect(first, 5)
 
     # The first by name gets the one partition.
-    second = await connected(far_side, pipeline="a", rebalance_timeout_ms=1000)
+    second = await connected(broker, pipeline="a", rebalance_timeout_ms=1000)
 
     assert len(messages_of(await collect(second, 5, timeout_s=BOUND_S))) == 5
     with pytest.raises(OwnershipLost):
@@ -470,9 +470,9 @@ async def test_what_is_not_settled_in_time_goes_to_the_next_and_is_lost_to_us(
     await second.aclose()
 
 
-async def test_a_rejected_batch_takes_back_what_came_after_it(far_side: FarSide) -> None:
-    await far_side.put_all([b"%d" % n for n in range(30)])
-    source = await connected(far_side, batch_size=10)
+async def test_a_rejected_batch_takes_back_what_came_after_it(broker: Broker) -> None:
+    await broker.put_all([b"%d" % n for n in range(30)])
+    source = await connected(broker, batch_size=10)
     first, second, third = await _three(source)
     await source.acknowledge(first)
 
@@ -481,33 +481,33 @@ async def test_a_rejected_batch_takes_back_what_came_after_it(far_side: FarSide)
     await source.acknowledge(third)
 
     assert [int(one.payload) for one in again] == list(range(10, 30))
-    assert await far_side.committed() == {(far_side.topic, 0): 10}
+    assert await broker.committed() == {(broker.topic, 0): 10}
     await source.aclose()
 
 
-async def test_new_partitions_are_found(far_side: FarSide, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_new_partitions_are_found(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relay.backends.kafka.client.METADATA_AGE_MS", 100)
-    source = await connected(far_side, session_timeout_ms=1500)
-    async with far_side.admin() as admin:
-        await admin.create_partitions({far_side.topic: NewPartitions(3)})
-    await far_side.put(b'"there"', partition=2)
+    source = await connected(broker, session_timeout_ms=1500)
+    async with broker.admin() as admin:
+        await admin.create_partitions({broker.topic: NewPartitions(3)})
+    await broker.put(b'"there"', partition=2)
 
     assert messages_of(await collect(source, 1))[0].payload == b'"there"'
     await source.aclose()
 
 
 async def test_partitions_that_were_added_before_a_successor_took_over_are_found(
-    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = await connected(far_side)
-    async with far_side.admin() as admin:
-        await admin.create_partitions({far_side.topic: NewPartitions(3)})
+    killed = await connected(broker)
+    async with broker.admin() as admin:
+        await admin.create_partitions({broker.topic: NewPartitions(3)})
 
     monkeypatch.setattr("relay.backends.kafka.client.METADATA_AGE_MS", 100)
 
     # As after a kill: the one before has not left the group.
-    successor = await connected(far_side)
-    await far_side.put(b'"there"', partition=2)
+    successor = await connected(broker)
+    await broker.put(b'"there"', partition=2)
 
     assert messages_of(await collect(successor, 1, timeout_s=20))[0].payload == b'"there"'
     await successor.aclose()
@@ -526,10 +526,10 @@ async def _is_rebalancing(source: KafkaSource) -> bool:
     return (await source.describe())["state"] == "rebalancing"
 
 
-async def _is_set(far_side: FarSide, offset: int) -> bool:
+async def _is_set(broker: Broker, offset: int) -> bool:
     """Set where the group goes on, once it has no member any more."""
     try:
-        await far_side.commit(offset)
+        await broker.commit(offset)
     except CommitFailedError:
         return False
     return True
@@ -539,15 +539,15 @@ async def _is_set(far_side: FarSide, offset: int) -> bool:
 
 
 async def test_every_event_of_a_topic_that_was_created_again_has_a_key_of_its_own(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.put_all([b'"A%d"' % n for n in range(1, 5)])
-    source = await connected(far_side, on_position_lost="earliest")
+    await broker.put_all([b'"A%d"' % n for n in range(1, 5)])
+    source = await connected(broker, on_position_lost="earliest")
     before = messages_of(await collect(source, 4))
 
-    await far_side.drop()
-    await far_side.create()
-    await far_side.put_all([b'"B%d"' % n for n in range(1, 6)])
+    await broker.drop()
+    await broker.create()
+    await broker.put_all([b'"B%d"' % n for n in range(1, 6)])
     behind: list[Batch] = []
     await collect_through_outages(source, 5, behind, acknowledge=True)
 
@@ -558,16 +558,16 @@ async def test_every_event_of_a_topic_that_was_created_again_has_a_key_of_its_ow
 
 
 async def test_a_late_acknowledgement_does_not_skip_what_a_topic_has_that_was_created_again(
-    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.backends.kafka.source._UNWATCHED_MS", -(10**6))
-    await far_side.put_all([b'"A%d"' % n for n in range(1, 5)])
-    source = await connected(far_side, batch_size=2)
+    await broker.put_all([b'"A%d"' % n for n in range(1, 5)])
+    source = await connected(broker, batch_size=2)
     (batch,) = await collect(source, 2)
 
-    await far_side.drop()
-    await far_side.create()
-    await far_side.put_all([b'"B%d"' % n for n in range(1, 6)])
+    await broker.drop()
+    await broker.create()
+    await broker.put_all([b'"B%d"' % n for n in range(1, 6)])
     with pytest.raises((Outage, OwnershipLost)):
         await source.acknowledge(batch)
     assert isinstance(await trouble_of(source), Outage | OwnershipLost)
@@ -594,15 +594,15 @@ class _Sticking(AIOKafkaConsumer):  # type: ignore[misc]  # untyped in the libra
 
 
 async def test_an_emptied_control_batch_is_passed_and_named(
-    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.backends.kafka.source.AIOKafkaConsumer", _Sticking)
-    await far_side.put_all([b"%d" % n for n in range(10)])
-    source = await connected(far_side)
+    await broker.put_all([b"%d" % n for n in range(10)])
+    source = await connected(broker)
 
     batches = await collect(source, 10)
 
     assert [one.payload for one in messages_of(batches)] == [b"%d" % n for n in range(10) if n != 3]
     (refused,) = [one for batch in batches for one in batch.rejected]
-    assert f"record 3 of {far_side.topic!r}, partition 0, can't be read" in str(refused.error)
+    assert f"record 3 of {broker.topic!r}, partition 0, can't be read" in str(refused.error)
     await source.aclose()

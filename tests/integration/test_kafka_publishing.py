@@ -24,7 +24,7 @@ from tests.contract.evidence import (
     dedup_keys,
     first_occurrences,
 )
-from tests.contract.kafka_far_side import FarSide, new_name, sink_of, source_of
+from tests.contract.kafka_broker import Broker, new_name, sink_of, source_of
 from tests.contract.sink_contract import deliver
 from tests.contract.source_contract import collect, messages_of
 from tests.servers.kafka import KafkaServer
@@ -34,28 +34,28 @@ BOUND_S = 40.0
 
 
 @pytest.fixture
-async def far_side(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(kafka_server)
-    await far_side.create()
-    yield far_side
-    await far_side.drop()
+async def broker(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
+    broker = Broker(kafka_server)
+    await broker.create()
+    yield broker
+    await broker.drop()
 
 
 @pytest.fixture
-async def wide(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+async def wide(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
     """A topic of six partitions."""
-    far_side = FarSide(kafka_server)
-    await far_side.create(partitions=6)
-    yield far_side
-    await far_side.drop()
+    broker = Broker(kafka_server)
+    await broker.create(partitions=6)
+    yield broker
+    await broker.drop()
 
 
 async def publish(
-    far_side: FarSide, *messages: RelayMessage, topic: str | None = "", **keys: Any
+    broker: Broker, *messages: RelayMessage, topic: str | None = "", **keys: Any
 ) -> PublishResult:
     """Publish once with a sink of these keys."""
-    where = far_side.topic if topic == "" else topic
-    sink = sink_of(far_side.server.brokers, where, **keys)
+    where = broker.topic if topic == "" else topic
+    sink = sink_of(broker.server.brokers, where, **keys)
     await sink.connect()
     try:
         addressed = [
@@ -80,26 +80,26 @@ def bare(dedup_key: str, **fields: Any) -> RelayMessage:
 async def test_each_event_goes_where_template_and_routing_say(kafka_server: KafkaServer) -> None:
     base = new_name()
     topics = [f"{base}.Order_lines.insert", f"{base}.gone._.x", base]
-    far_side = FarSide(kafka_server, base)
-    await far_side.create(*topics)
+    broker = Broker(kafka_server, base)
+    await broker.create(*topics)
 
     await publish(
-        far_side,
+        broker,
         bare("1", stream_table="Order lines"),
         bare("2", key="", op="delete", payload=b'{"a":"x"}'),
         topic=None,
         topic_template=f"{base}.{{stream_table}}.{{op}}",
         routing={"delete": f"{base}.gone.{{key}}.{{payload.a}}"},
     )
-    await publish(far_side, bare("3"))
+    await publish(broker, bare("3"))
 
-    stored = [[one.dedup_key for one in await far_side.restored(topic)] for topic in topics]
+    stored = [[one.dedup_key for one in await broker.restored(topic)] for topic in topics]
     assert stored == [["1"], ["2"], ["3"]]
-    await far_side.drop(*topics)
+    await broker.drop(*topics)
 
 
 @pytest.mark.shows("sink:kafka.key_template")
-async def test_the_record_key_keeps_an_entity_in_one_partition_in_order(wide: FarSide) -> None:
+async def test_the_record_key_keeps_an_entity_in_one_partition_in_order(wide: Broker) -> None:
     messages = wide.numbered(120, keys=7)
 
     assert not (await publish(wide, *messages, key_template="{key}")).failures
@@ -112,7 +112,7 @@ async def test_the_record_key_keeps_an_entity_in_one_partition_in_order(wide: Fa
 
 
 async def test_a_publish_that_is_cancelled_while_it_learns_a_topic_does_not_spoil_the_next(
-    wide: FarSide, monkeypatch: pytest.MonkeyPatch
+    wide: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = sink_of(wide.server.brokers, None, topic_template=wide.topic)
     await sink.connect()
@@ -137,7 +137,7 @@ async def test_a_publish_that_is_cancelled_while_it_learns_a_topic_does_not_spoi
 
 
 async def test_without_a_template_the_record_key_is_the_dedup_key_and_spreads(
-    wide: FarSide,
+    wide: Broker,
 ) -> None:
     await publish(wide, *wide.numbered(60))
 
@@ -146,7 +146,7 @@ async def test_without_a_template_the_record_key_is_the_dedup_key_and_spreads(
     assert {one.partition for one in records} == set(range(6))
 
 
-async def test_a_key_goes_to_the_partition_that_the_client_library_chooses(wide: FarSide) -> None:
+async def test_a_key_goes_to_the_partition_that_the_client_library_chooses(wide: Broker) -> None:
     await publish(wide, *wide.numbered(40, keys=40), key_template="{key}-{op}-☃")
     ours = {one.key: one.partition for one in await wide.records()}
 
@@ -159,7 +159,7 @@ async def test_a_key_goes_to_the_partition_that_the_client_library_chooses(wide:
     assert theirs == ours
 
 
-async def test_events_without_a_key_take_turns(wide: FarSide) -> None:
+async def test_events_without_a_key_take_turns(wide: Broker) -> None:
     await publish(wide, *[bare(f"{n}", key=None) for n in range(12)], key_template="{key}")
 
     records = await wide.records()
@@ -169,21 +169,19 @@ async def test_events_without_a_key_take_turns(wide: FarSide) -> None:
 
 @pytest.mark.shows("sink:kafka.format")
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
-async def test_every_format_carries_its_mark_and_comes_back(
-    far_side: FarSide, format_: str
-) -> None:
-    sent = structs.replace(complete_message(), subject=far_side.topic)
+async def test_every_format_carries_its_mark_and_comes_back(broker: Broker, format_: str) -> None:
+    sent = structs.replace(complete_message(), subject=broker.topic)
 
-    await publish(far_side, sent, format=format_)
+    await publish(broker, sent, format=format_)
 
-    (record,) = await far_side.records()
+    (record,) = await broker.records()
     headers = dict(record.headers)
     assert headers["pgtrickle-format"] == format_.encode()
     assert headers["pgtrickle-dedup-key"] == sent.dedup_key.encode()
     assert headers["traceparent"] == sent.headers["traceparent"].encode()
     if format_ == "payload":
         assert record.value == sent.payload
-    source = source_of(far_side.server.brokers, far_side.topic)
+    source = source_of(broker.server.brokers, broker.topic)
     await source.connect()
     (arrived,) = messages_of(await collect(source, 1))
     assert msgspec.json.decode(arrived.payload) == msgspec.json.decode(sent.payload)
@@ -192,12 +190,12 @@ async def test_every_format_carries_its_mark_and_comes_back(
     await source.aclose()
 
 
-async def test_a_publishers_header_does_not_pass_for_our_metadata(far_side: FarSide) -> None:
+async def test_a_publishers_header_does_not_pass_for_our_metadata(broker: Broker) -> None:
     headers = {"pgtrickle-op": "delete", "Pgtrickle-Format": "payload", "Other": "☃"}
-    await publish(far_side, bare("1", headers=headers, subject=far_side.topic))
+    await publish(broker, bare("1", headers=headers, subject=broker.topic))
 
-    (record,) = await far_side.records()
-    (restored,) = await far_side.restored()
+    (record,) = await broker.records()
+    (restored,) = await broker.restored()
 
     assert dict(record.headers) == {
         wire.LOWER.format: b"envelope",
@@ -211,20 +209,19 @@ async def test_a_publishers_header_does_not_pass_for_our_metadata(far_side: FarS
 @pytest.mark.shows("sink:kafka.compression")
 @pytest.mark.parametrize("compression", ["none", "gzip", "snappy", "lz4", "zstd"])
 async def test_batches_are_compressed_as_asked_and_can_be_read(
-    far_side: FarSide, compression: str
+    broker: Broker, compression: str
 ) -> None:
     messages = [
-        bare(f"{n}", payload=b'"%s"' % (b"repeat " * 400), subject=far_side.topic)
-        for n in range(100)
+        bare(f"{n}", payload=b'"%s"' % (b"repeat " * 400), subject=broker.topic) for n in range(100)
     ]
-    assert not (await publish(far_side, *messages, compression=compression)).failures
+    assert not (await publish(broker, *messages, compression=compression)).failures
 
-    source = source_of(far_side.server.brokers, far_side.topic, pipeline=compression)
+    source = source_of(broker.server.brokers, broker.topic, pipeline=compression)
     await source.connect()
     arrived = messages_of(await collect(source, 100))
     assert dedup_keys(arrived) == dedup_keys(messages)
     assert all(one.payload == messages[0].payload for one in arrived)
-    size = len(await far_side.stored())
+    size = len(await broker.stored())
     assert size > 280_000 if compression == "none" else size < 40_000
     await source.aclose()
 
@@ -232,34 +229,34 @@ async def test_batches_are_compressed_as_asked_and_can_be_read(
 @pytest.mark.shows("sink:kafka.acks")
 @pytest.mark.parametrize("acks,is_idempotent", [("all", True), ("1", False)])
 async def test_with_all_acknowledgements_the_broker_knows_the_producer_and_its_batches(
-    far_side: FarSide, acks: str, is_idempotent: bool
+    broker: Broker, acks: str, is_idempotent: bool
 ) -> None:
-    messages = far_side.numbered(3)
+    messages = broker.numbered(3)
 
-    assert not (await publish(far_side, *messages, acks=acks)).failures
+    assert not (await publish(broker, *messages, acks=acks)).failures
 
-    batch = MemoryRecords(await far_side.stored()).next_batch()
+    batch = MemoryRecords(await broker.stored()).next_batch()
     assert (batch.producer_id >= 0) is is_idempotent
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
 
 
 @pytest.mark.parametrize("ordering", ["strict", "pipelined"])
 async def test_both_orderings_keep_the_order_of_a_partition_with_one_acknowledgement(
-    far_side: FarSide, ordering: str
+    broker: Broker, ordering: str
 ) -> None:
-    messages = far_side.numbered(5000)
+    messages = broker.numbered(5000)
 
-    assert not (await publish(far_side, *messages, acks="1", ordering=ordering)).failures
+    assert not (await publish(broker, *messages, acks="1", ordering=ordering)).failures
 
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
 
 
 @pytest.mark.shows("sink:kafka.linger_ms")
-async def test_a_small_publish_lingers_and_a_large_one_does_not(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.brokers, far_side.topic, linger_ms=60_000)
+async def test_a_small_publish_lingers_and_a_large_one_does_not(broker: Broker) -> None:
+    sink = sink_of(broker.server.brokers, broker.topic, linger_ms=60_000)
     await sink.connect()
     large = [
-        bare(f"{n}", payload=b'"%s"' % (b"x" * 1000), subject=far_side.topic) for n in range(600)
+        bare(f"{n}", payload=b'"%s"' % (b"x" * 1000), subject=broker.topic) for n in range(600)
     ]
 
     started = time.monotonic()
@@ -267,9 +264,9 @@ async def test_a_small_publish_lingers_and_a_large_one_does_not(far_side: FarSid
     assert time.monotonic() - started < BOUND_S
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):
-            await sink.publish(far_side.numbered(1))
+            await sink.publish(broker.numbered(1))
 
-    assert len(await far_side.records()) == 600
+    assert len(await broker.records()) == 600
     await sink.aclose()
 
 
@@ -279,13 +276,13 @@ async def test_a_small_publish_lingers_and_a_large_one_does_not(far_side: FarSid
 @pytest.mark.shows("sink:kafka.max_request_size")
 @pytest.mark.parametrize("compression,is_accepted", [("none", False), ("zstd", True)])
 async def test_what_is_too_large_for_us_is_refused_with_the_limit_unless_compression_helps(
-    far_side: FarSide, compression: str, is_accepted: bool
+    broker: Broker, compression: str, is_accepted: bool
 ) -> None:
-    large = bare("large", payload=b'"%s"' % (b"x" * 20_000), subject=far_side.topic)
-    good = far_side.numbered(2)
+    large = bare("large", payload=b'"%s"' % (b"x" * 20_000), subject=broker.topic)
+    good = broker.numbered(2)
 
     result = await publish(
-        far_side, good[0], large, good[1], max_request_size=10_000, compression=compression
+        broker, good[0], large, good[1], max_request_size=10_000, compression=compression
     )
 
     if is_accepted:
@@ -295,70 +292,66 @@ async def test_what_is_too_large_for_us_is_refused_with_the_limit_unless_compres
         assert failure.index == 1
         assert isinstance(failure.error, MessageTooLarge)
         assert "max_request_size is 10000 bytes" in str(failure.error)
-        assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+        assert dedup_keys(await broker.restored()) == dedup_keys(good)
 
 
 async def test_the_limit_of_the_topic_is_found_and_named(kafka_server: KafkaServer) -> None:
-    far_side = FarSide(kafka_server)
-    await far_side.create(configuration={"max.message.bytes": "5000"})
-    good = far_side.numbered(200)
-    large = bare("large", payload=b'"%s"' % (b"x" * 5000), subject=far_side.topic)
+    broker = Broker(kafka_server)
+    await broker.create(configuration={"max.message.bytes": "5000"})
+    good = broker.numbered(200)
+    large = bare("large", payload=b'"%s"' % (b"x" * 5000), subject=broker.topic)
 
-    result = await publish(far_side, *good[:100], large, *good[100:])
+    result = await publish(broker, *good[:100], large, *good[100:])
 
     (failure,) = result.failures
     assert failure.index == 100
-    assert f"max.message.bytes of the topic '{far_side.topic}' is 5000 bytes" in str(failure.error)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
-    await far_side.drop()
+    assert f"max.message.bytes of the topic '{broker.topic}' is 5000 bytes" in str(failure.error)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
+    await broker.drop()
 
 
-async def test_a_limit_that_came_later_is_met_with_smaller_batches(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.brokers, far_side.topic)
+async def test_a_limit_that_came_later_is_met_with_smaller_batches(broker: Broker) -> None:
+    sink = sink_of(broker.server.brokers, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(200)
+    messages = broker.numbered(200)
     await deliver(sink, messages[:1])
-    async with far_side.admin() as admin:
+    async with broker.admin() as admin:
         await admin.alter_configs(
-            [
-                ConfigResource(
-                    ConfigResourceType.TOPIC, far_side.topic, {"max.message.bytes": "2000"}
-                )
-            ]
+            [ConfigResource(ConfigResourceType.TOPIC, broker.topic, {"max.message.bytes": "2000"})]
         )
 
     async with asyncio.timeout(BOUND_S):
         await deliver(sink, messages[1:])
     (refused,) = (
-        await sink.publish([bare("l", payload=b'"%s"' % (b"x" * 9000), subject=far_side.topic)])
+        await sink.publish([bare("l", payload=b'"%s"' % (b"x" * 9000), subject=broker.topic)])
     ).failures
 
     assert isinstance(refused.error, MessageTooLarge)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
     await sink.aclose()
 
 
 async def test_a_limit_that_can_not_be_asked_is_met_with_smaller_batches(
     kafka_server: KafkaServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far_side = FarSide(kafka_server)
-    await far_side.create(configuration={"max.message.bytes": "2000"})
+    broker = Broker(kafka_server)
+    await broker.create(configuration={"max.message.bytes": "2000"})
 
     async def unknown(*_: object) -> dict[str, int]:
         return {}
 
     # As for a user who may write, but not describe configurations.
     monkeypatch.setattr("relay.backends.kafka.sink.limits_of", unknown)
-    sink = sink_of(far_side.server.brokers, far_side.topic)
+    sink = sink_of(broker.server.brokers, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(200)
+    messages = broker.numbered(200)
 
     async with asyncio.timeout(BOUND_S):
         await deliver(sink, messages)
 
-    assert dedup_keys(first_occurrences(await far_side.restored())) == dedup_keys(messages)
+    assert dedup_keys(first_occurrences(await broker.restored())) == dedup_keys(messages)
     await sink.aclose()
-    await far_side.drop()
+    await broker.drop()
 
 
 @pytest.mark.parametrize(
@@ -372,31 +365,31 @@ async def test_a_limit_that_can_not_be_asked_is_met_with_smaller_batches(
     ],
 )
 async def test_a_message_that_can_not_be_sent_costs_only_itself(
-    far_side: FarSide, message: RelayMessage, words: str
+    broker: Broker, message: RelayMessage, words: str
 ) -> None:
-    good = far_side.numbered(2)
+    good = broker.numbered(2)
 
-    result = await publish(far_side, good[0], message, good[1])
+    result = await publish(broker, good[0], message, good[1])
 
     (failure,) = result.failures
     assert failure.index == 1
     assert isinstance(failure.error, MessageRejected)
     assert failure.error.found_before_sending
     assert words in str(failure.error)
-    assert dedup_keys(await far_side.restored()) == dedup_keys(good)
+    assert dedup_keys(await broker.restored()) == dedup_keys(good)
 
 
 @pytest.fixture
-async def compacted(kafka_server: KafkaServer) -> AsyncIterator[FarSide]:
+async def compacted(kafka_server: KafkaServer) -> AsyncIterator[Broker]:
     """A topic that takes no record without a key."""
-    far_side = FarSide(kafka_server)
-    await far_side.create(configuration={"cleanup.policy": "compact"})
-    yield far_side
-    await far_side.drop()
+    broker = Broker(kafka_server)
+    await broker.create(configuration={"cleanup.policy": "compact"})
+    yield broker
+    await broker.drop()
 
 
-async def test_a_record_that_the_broker_refuses_does_not_condemn_what_comes_behind_it(
-    compacted: FarSide,
+async def test_a_record_that_the_broker_refuses_does_not_stop_what_comes_behind_it(
+    compacted: Broker,
 ) -> None:
     large = b'"%s"' % (b"x" * 400_000)
     messages = [
@@ -411,7 +404,7 @@ async def test_a_record_that_the_broker_refuses_does_not_condemn_what_comes_behi
 
 
 async def test_a_record_that_the_broker_refuses_is_found_among_its_neighbours(
-    compacted: FarSide,
+    compacted: Broker,
 ) -> None:
     sink = sink_of(compacted.server.brokers, compacted.topic, key_template="{key}")
     await sink.connect()
@@ -445,11 +438,11 @@ async def _attempted(
 
 
 async def test_a_connection_that_breaks_again_and_again_stores_everything_once_and_in_order(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
-    sink = sink_of(kafka_proxy.address, far_side.topic)
+    sink = sink_of(kafka_proxy.address, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(4000)
+    messages = broker.numbered(4000)
 
     async def disturb() -> None:
         for cut_after in range(12):
@@ -465,12 +458,12 @@ async def test_a_connection_that_breaks_again_and_again_stores_everything_once_a
     await asyncio.gather(disturbing, return_exceptions=True)
     await kafka_proxy.restore()
 
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
     await sink.aclose()
 
 
 async def test_an_answer_that_is_lost_does_not_store_twice(
-    wide: FarSide, kafka_proxy: TcpProxy
+    wide: Broker, kafka_proxy: TcpProxy
 ) -> None:
     sink = sink_of(kafka_proxy.address, wide.topic)
     await sink.connect()
@@ -489,11 +482,11 @@ async def test_an_answer_that_is_lost_does_not_store_twice(
 
 
 async def test_what_can_not_be_sent_again_as_it_was_is_sent_as_new(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
-    sink = sink_of(kafka_proxy.address, far_side.topic)
+    sink = sink_of(kafka_proxy.address, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(40)
+    messages = broker.numbered(40)
     await deliver(sink, messages[:1])
     kafka_proxy.cut_after(1, "to_client")
     assert len((await sink.publish(messages[:20])).failures) == 20
@@ -504,17 +497,17 @@ async def test_what_can_not_be_sent_again_as_it_was_is_sent_as_new(
     await deliver(sink, messages[30:])
     await deliver(sink, messages[:30])
 
-    arrived = first_occurrences(await far_side.restored())
+    arrived = first_occurrences(await broker.restored())
     assert sorted(dedup_keys(arrived)) == sorted(dedup_keys(messages))
     await sink.aclose()
 
 
 async def test_a_publish_that_is_cancelled_can_be_repeated(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
-    sink = sink_of(kafka_proxy.address, far_side.topic)
+    sink = sink_of(kafka_proxy.address, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(3000)
+    messages = broker.numbered(3000)
     for turns in (1, 3, 10, 30):
         publishing = asyncio.create_task(sink.publish(messages))
         for _ in range(turns):
@@ -524,29 +517,29 @@ async def test_a_publish_that_is_cancelled_can_be_repeated(
 
     await deliver(sink, messages)
 
-    assert dedup_keys(await far_side.restored()) == dedup_keys(messages)
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
     await sink.aclose()
 
 
-async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(far_side: FarSide) -> None:
-    sink = sink_of(far_side.server.brokers, far_side.topic)
+async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(broker: Broker) -> None:
+    sink = sink_of(broker.server.brokers, broker.topic)
     await sink.connect()
-    messages = far_side.numbered(3000)
+    messages = broker.numbered(3000)
     await deliver(sink, messages[:1000])
 
     publishing = asyncio.create_task(sink.publish(messages[1000:]))
     await asyncio.sleep(0)
-    await asyncio.to_thread(far_side.server.kill)
+    await asyncio.to_thread(broker.server.kill)
     await asyncio.wait([publishing], timeout=BOUND_S)
-    await asyncio.to_thread(far_side.server.start)
+    await asyncio.to_thread(broker.server.start)
     await sink.connect()
     await deliver(sink, messages[1000:])
 
-    assert dedup_keys(first_occurrences(await far_side.restored())) == dedup_keys(messages)
+    assert dedup_keys(first_occurrences(await broker.restored())) == dedup_keys(messages)
     await sink.aclose()
 
 
-async def test_no_record_overtakes_a_first_one_that_was_refused(compacted: FarSide) -> None:
+async def test_no_record_overtakes_a_first_one_that_was_refused(compacted: Broker) -> None:
     sink = sink_of(compacted.server.brokers, compacted.topic, key_template="{key}")
     await sink.connect()
     large = b'"%s"' % (b"x" * 100_000)
@@ -565,16 +558,16 @@ async def test_no_record_overtakes_a_first_one_that_was_refused(compacted: FarSi
 
 
 async def test_no_record_overtakes_a_first_one_that_was_lost_with_its_connection(
-    far_side: FarSide, kafka_proxy: TcpProxy
+    broker: Broker, kafka_proxy: TcpProxy
 ) -> None:
     messages: list[RelayMessage] = []
     for turns in range(20):
         # Each has a producer id of its own, of which the partition knows nothing.
-        sink = sink_of(kafka_proxy.address, far_side.topic)
+        sink = sink_of(kafka_proxy.address, broker.topic)
         await sink.connect()
         some = [
             structs.replace(one, payload=b'"%s"' % (b"x" * 300_000))
-            for one in far_side.numbered(12, start=len(messages))
+            for one in broker.numbered(12, start=len(messages))
         ]
         publishing = asyncio.create_task(sink.publish(some))
         before = kafka_proxy.bytes_forwarded["to_server"]
@@ -589,12 +582,12 @@ async def test_no_record_overtakes_a_first_one_that_was_lost_with_its_connection
         messages += some
         await sink.aclose()
 
-    arrived = first_occurrences(await far_side.restored())
+    arrived = first_occurrences(await broker.restored())
     assert dedup_keys(arrived) == dedup_keys(messages)
 
 
 async def test_a_topic_that_was_made_again_with_fewer_partitions_gets_what_was_not_answered(
-    wide: FarSide, kafka_proxy: TcpProxy
+    wide: Broker, kafka_proxy: TcpProxy
 ) -> None:
     sink = sink_of(kafka_proxy.address, wide.topic)
     await sink.connect()

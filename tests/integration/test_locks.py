@@ -210,3 +210,23 @@ def test_keys_of_different_names_differ_also_where_their_texts_join_alike() -> N
 
     assert len(keys) == 4
     assert all(-(2**63) <= key < 2**63 for key in keys)
+
+
+async def test_a_stranger_who_holds_the_lock_of_a_pipeline_is_named_and_members_are_not(
+    join: Join, database: Database
+) -> None:
+    own, other = await join(), await join()
+    assert await other.try_acquire("shared")
+    with psycopg.connect(database.dsn, autocommit=True, application_name="psql") as stranger:
+        stranger.execute("select pg_advisory_lock(%s)", (lock_key("pipeline", "default", "held"),))
+        assert not await own.try_acquire("held")
+        assert not await own.try_acquire("shared")
+
+        found = await own.strangers(["held", "shared", "free"])
+
+        pid = stranger.info.backend_pid
+        assert found == {"held": f"pid {pid}, role postgres, application psql, address 127.0.0.1"}
+    assert await own.strangers([]) == {}
+    async with asyncio.timeout(BOUND_S):
+        while not await own.try_acquire("held"):  # noqa: ASYNC110 - the server tells nobody
+            await asyncio.sleep(0.01)

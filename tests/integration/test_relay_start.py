@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
+from relay.locks import lock_key
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world
 from tests.servers.postgres import Database
 
@@ -52,3 +54,27 @@ async def test_a_group_that_is_new_while_others_have_positions_is_said_loudly(
     assert "WARNING" in warning
     assert "others have positions: production" in warning
     assert not [line for line in first.stderr + again.stderr if NEW_HERE in line]
+
+
+async def test_a_pipeline_whose_lock_a_stranger_holds_is_named_everywhere_until_it_is_free(
+    world: RelayWorld,
+) -> None:
+    key = lock_key("pipeline", "default", "out")
+    stranger = await asyncpg.connect(
+        world.database.dsn, server_settings={"application_name": "psql"}
+    )
+    await stranger.execute("select pg_advisory_lock($1)", key)
+    relay = await world.relay()
+
+    line = await relay.wait_for_log("blocked")
+
+    who = f"pid {stranger.get_server_pid()}, role postgres, application psql"
+    assert who in line
+    blocked = await world.until_state(relay, "out", "blocked")
+    health = await world.health(relay)
+    assert (health.status, blocked.healthy) == ("degraded", False)
+    assert who in health.reason
+    assert who in blocked.reason
+    await stranger.close()
+    await world.until_state(relay, "out", "running")
+    assert (await world.health(relay)).status == "healthy"

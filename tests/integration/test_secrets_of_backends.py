@@ -18,7 +18,7 @@ import pytest
 
 from relay.options import declared_keys
 from relay.registry import SINKS, SOURCES, options_of
-from tests.contract.kafka_far_side import FarSide
+from tests.contract.kafka_broker import Broker
 from tests.contract.sqs_broker import let_in
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.finding import LOOPBACK, free_port
@@ -148,10 +148,10 @@ def redis_that_asks(redis_server_with: Callable[..., RedisServer]) -> str:
 
 @pytest.fixture
 async def kafka_that_asks(kafka_server: KafkaServer) -> AsyncIterator[str]:
-    far_side = FarSide(kafka_server, "guarded")
-    await far_side.create()
+    broker = Broker(kafka_server, "guarded")
+    await broker.create()
     yield kafka_server.at("SASL")
-    await far_side.drop()
+    await broker.drop()
 
 
 @pytest.fixture

@@ -117,7 +117,9 @@ async def test_an_array_is_answered_when_its_last_element_is_acknowledged() -> N
         assert (await in_time(asking)).body == b'{"accepted":5}'
 
 
-async def test_small_requests_gather_while_a_batch_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_small_requests_gather_while_a_batch_is_unacknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(source, "_GATHERING_S", BOUND_S)
     async with listening() as receiver:
         asking = [asyncio.create_task(call(receiver.address, b"{}", key("first")))]
@@ -539,7 +541,7 @@ async def test_certificate_files_that_are_not_there_are_named_by_their_keys() ->
         (request_bytes(b'{"a":1}')[:-3], 408),
     ],
 )
-async def test_slow_and_half_open_senders_are_let_go(
+async def test_slow_and_half_open_senders_are_disconnected(
     sent: bytes, status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "HEADERS_TIMEOUT_S", 0.2)
@@ -637,7 +639,7 @@ async def test_what_came_in_chunks_takes_no_more_room_than_it_has_bytes(
             await receiver.acknowledge(batch)
 
         assert [(await in_time(one)).status for one in asking] == [200] * 5
-        # And all of it is given back.
+        # And all of it is released.
         big = asyncio.create_task(call(receiver.address, b'["%s"]' % (b"x" * 7_000)))
         (batch,) = await collect(receiver, 1)
         await receiver.acknowledge(batch)

@@ -1,7 +1,7 @@
 """Consumer groups under random interleavings: nothing lost, nothing settled twice.
 
 Writers commit out of id order, roll back, use savepoints; one stays open for the whole run.
-Consumers crash with rows in their hands, give them back, commit late, or use the names of
+Consumers crash with rows in their hands, release them, commit late, or use the names of
 pg_trickle 0.28, which know no lease token.
 """
 
@@ -37,7 +37,7 @@ class History:
     committed: set[int] = field(default_factory=set)
     delivered: Counter[int] = field(default_factory=Counter)
     settled: Counter[int] = field(default_factory=Counter)
-    let_go: set[int] = field(default_factory=set)
+    released: set[int] = field(default_factory=set)
     watermarks: list[int] = field(default_factory=list)
 
 
@@ -110,7 +110,7 @@ async def settle(
     except asyncpg.PostgresError as error:
         if getattr(error, "sqlstate", None) != LEASE_LOST:
             raise
-        seen.let_go.update(ids)
+        seen.released.update(ids)
     else:
         seen.settled.update(ids)
 
@@ -124,10 +124,10 @@ async def settle_partly(
     except asyncpg.PostgresError as error:
         if getattr(error, "sqlstate", None) != LEASE_LOST:
             raise
-        seen.let_go.update(ids)
+        seen.released.update(ids)
     else:
         seen.settled.update(i for i in ids if i <= last)
-        seen.let_go.update(i for i in ids if i > last)
+        seen.released.update(i for i in ids if i > last)
 
 
 async def consume_until(
@@ -142,10 +142,10 @@ async def consume_until(
                     continue
                 fate = dice.random()
                 if fate < 0.05:
-                    seen.let_go.update(ids)
+                    seen.released.update(ids)
                     break  # a crash: another connection goes on under the same name
                 if fate < 0.10:
-                    seen.let_go.update(ids)
+                    seen.released.update(ids)
                     await connection.execute(
                         "select pgtrickle.relay_group_release($1, $2)", GROUP, token
                     )
@@ -216,7 +216,7 @@ async def test_competing_consumers_settle_each_committed_row_exactly_once(
     assert len(seen.committed) > 200
     assert set(seen.delivered) == seen.committed, "nothing invented, nothing lost"
     assert set(seen.settled.values()) == {1}
-    assert {i for i, times in seen.delivered.items() if times > 1} <= seen.let_go
+    assert {i for i, times in seen.delivered.items() if times > 1} <= seen.released
     assert seen.watermarks == sorted(seen.watermarks)
     assert watermark_while_open == min(late) - 1
     assert {row["committed_offset"] for row in lag} == {frontier} == {max(seen.committed)}

@@ -317,7 +317,7 @@ class LocalKafka:
             self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume it."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 

@@ -24,7 +24,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.kafka_far_side import driver_exceptions
+from tests.contract.kafka_broker import driver_exceptions
 
 
 def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:

@@ -88,7 +88,7 @@ def source_of(
     )
 
 
-class FarSide:
+class Broker:
     """Topics of one test, looked at over the client library's own producer and consumer."""
 
     def __init__(self, server: KafkaServer, topic: str = "") -> None:
@@ -315,8 +315,8 @@ class FarSide:
 class KafkaHarness:
     """What both harnesses can do to a broker, which is reached through a proxy."""
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy, tls_files: TlsFiles) -> None:
-        self.far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy, tls_files: TlsFiles) -> None:
+        self.broker = broker
         self.proxy = proxy
         self.tls_files = tls_files
 
@@ -337,7 +337,7 @@ class KafkaHarness:
         await self.proxy.restore()
 
     async def restart(self) -> None:
-        await asyncio.to_thread(self.far_side.server.restart)
+        await asyncio.to_thread(self.broker.server.restart)
 
     def mapping(self) -> AbstractContextManager[object]:
         return mapped("testing")
