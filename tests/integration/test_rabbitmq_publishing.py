@@ -150,9 +150,9 @@ async def test_without_an_exchange_an_event_goes_to_the_queue_that_its_routing_k
 async def test_an_exchange_is_made_only_where_that_is_asked_for(far_side: FarSide) -> None:
     name = f"{NAME}.made"
     absent = sink_of(far_side.server.url, name)
-    with pytest.raises(DestinationMissing, match="set declare_exchange") as caught:
+    looking = f"^looking for the exchange '{name}' on .*set declare_exchange"
+    with pytest.raises(DestinationMissing, match=looking):
         await absent.connect()
-    assert name in str(caught.value)
     made = sink_of(far_side.server.url, name, declare_exchange=True, exchange_type="fanout")
     for _ in range(2):
         await made.connect()

@@ -73,6 +73,7 @@ class Connection:
         )
         # The socket is opened there, whatever the address says.
         self._client.kwargs["transport_factory"] = self._transport
+        self._is_aborted = False
         self._is_held = False
         self._calls = 0
         self._ping: asyncio.Task[bool] | None = None
@@ -141,11 +142,9 @@ class Connection:
 
     def error_of(self, error: BaseException, doing: str) -> RelayError | None:
         """The relay's error for what the client raised; None for a mistake of ours."""
-        if self.loss is None and isinstance(
-            error, ChannelInvalidStateError | asyncio.CancelledError
-        ):
-            return NotConnected(f"{doing}: the broker ended the connection")
-        return self.loss or of_exception(error, doing)
+        if self._is_aborted or isinstance(error, ChannelInvalidStateError | asyncio.CancelledError):
+            return self.loss or NotConnected(f"{doing}: the broker ended the connection")
+        return of_exception(error, doing) or self.loss
 
     async def is_blocked(self) -> bool:
         """True where the broker has said that it takes nothing from publishers."""
@@ -173,6 +172,7 @@ class Connection:
     def abort(self, reason: RelayError) -> None:
         """Drop the connection at once: what is unsettled stays unknown."""
         self._lose(reason)
+        self._is_aborted = True
         self._transport.abort()
 
     async def aclose(self) -> None:
