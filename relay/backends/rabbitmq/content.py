@@ -66,12 +66,11 @@ class Encoder:
 
     def properties(self, message: RelayMessage, frame_max: int) -> spec.Basic.Properties:
         """The properties. Raises `MessageRejected` for headers that AMQP can't carry."""
-        headers = self._headers_of(message)
-        message_id, content_type = message_id_of(message), self._content_type
+        own = structs.replace(message, headers=NO_HEADERS) if message.headers else message
+        headers, message_id = self._headers_of(own), message_id_of(message)
+        content_type = self._content_type
         try:
-            if message.headers:
-                headers = self._headers_of(structs.replace(message, headers=NO_HEADERS))
-                headers |= {_wire_name(name): text for name, text in message.headers.items()}
+            headers |= {_wire_name(name): text for name, text in message.headers.items()}
             texts = "".join((*headers, *headers.values(), message_id, content_type)).encode()
         except UnicodeEncodeError:
             raise _not_unicode() from None
