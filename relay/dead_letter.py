@@ -101,7 +101,7 @@ class DeadLetterQueue:
                 message=message,
                 is_transformed=is_transformed,
                 error_kind=error.kind.value,
-                error=str(error),
+                error=error.quoting or str(error),
                 attempts=attempts,
             )
             for message, error in refused
@@ -173,7 +173,9 @@ class DeadLetterQueue:
             await self._dead_letters.settle_dead_letters(delivered)
         if rejected:
             again, errors = zip(*rejected, strict=True)
-            await self._dead_letters.fail_dead_letters(again, [str(error) for error in errors])
+            await self._dead_letters.fail_dead_letters(
+                again, [error.quoting or str(error) for error in errors]
+            )
             self._suspect([letter.id for letter in again], errors)
         self._events.emit(
             DeadLettersRetried(

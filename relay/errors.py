@@ -44,12 +44,14 @@ class RelayError(Exception):
     """Root of all errors that the relay raises on purpose.
 
     ``remedy`` is what the reader can do about it, in one sentence, or empty. ``str()`` gives the
-    problem and the remedy on one line and never contains a secret or a payload. ``retry_after_s``
-    is what an `Outage` may carry.
+    problem and the remedy on one line and never contains a secret or a payload. ``quoting`` is what
+    a server said that may repeat what it was sent: for the dead letter that holds the same.
+    ``retry_after_s`` is what an `Outage` may carry.
     """
 
     kind: ErrorKind = ErrorKind.OUTAGE
     retry_after_s: float | None = None
+    quoting: str = ""
 
     def __init__(self, problem: str, *, remedy: str = "") -> None:
         super().__init__(problem)

@@ -90,6 +90,11 @@ _BY_STATE: Mapping[str, type[RelayError]] = {
 _OF_NO_ROW = frozenset(
     {"08", "25", "28", "3D", "40", "53", "55006", "55P03", "57", "58", "F0", "HV", "RL", "XX"}
 )
+# Values that do not fit are quoted in what is said of them.
+_QUOTING = frozenset({"22"})
+# The function of the server behind a `raise`, and where that stands.
+_RAISE = "exec_stmt_raise"
+_FUNCTION = re.compile(r"PL/pgSQL function [^\n]* line \d+")
 # The function of the server that finds a row against a policy; 42501 too, as a missing right.
 _POLICY_CHECK = "ExecWithCheckOptions"
 
@@ -141,6 +146,26 @@ def rejection_of_row(error: RelayError) -> MessageRejected | None:
     rejection = MessageRejected(error.problem, remedy=error.remedy)
     rejection.__cause__ = cause
     return rejection
+
+
+def discreet(error: RelayError) -> RelayError:
+    """The error of an insert without what may be of the row: a value that does not fit, or the
+    words of a user's own ``raise``. Those are its ``quoting``.
+    """
+    cause = error.__cause__
+    if not isinstance(cause, asyncpg.PostgresError):
+        return error
+    state = cause.sqlstate or ""
+    is_raised = getattr(cause, "server_source_function", None) == _RAISE
+    if state[:2] not in _QUOTING and not (is_raised and not state.startswith("RL")):
+        return error
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(cause).__name__.removesuffix("Error")).lower()
+    where = _FUNCTION.search(getattr(cause, "context", None) or "")
+    said = f"raised by {where[0]}" if is_raised and where else "raised" if is_raised else words
+    told = type(error)(f"PostgreSQL, while inserting: {said} [{state}]")
+    told.quoting = str(error)
+    told.__cause__ = cause
+    return told
 
 
 def _listed(state: str) -> type[RelayError] | None:

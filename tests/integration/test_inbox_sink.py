@@ -445,6 +445,36 @@ async def test_a_row_against_a_policy_of_an_adopted_table_costs_only_itself(
 
 
 @pytest.mark.parametrize(
+    "code,told",
+    [
+        ("raise exception 'bad %', new.payload", "raised by PL/pgSQL function public.look() line"),
+        (
+            "raise exception 'wait %', new.payload using errcode = '40001'",
+            "raised by PL/pgSQL function public.look() line",
+        ),
+        ("perform (new.payload ->> 'card')::uuid", "invalid text representation [22P02]"),
+    ],
+    ids=["RAISE", "outage by RAISE", "value"],
+)
+async def test_no_error_repeats_what_a_row_holds_but_for_its_dead_letter(
+    database: ServerDatabase, code: str, told: str
+) -> None:
+    message = RelayMessage(dedup_key="m:0", payload=b'{"card": "4111"}')
+    statements = [text.format(code) for text in ROW_TRIGGER]
+    with inbox_of_a_writer(database, *statements) as dsn:
+        async with connected(dsn, inbox_table="inbox", schema="public") as sink:
+            try:
+                (failure,) = (await sink.publish([message])).failures
+                error = failure.error
+            except Outage as outage:
+                error = outage
+
+    assert told in str(error)
+    assert "4111" not in str(error)
+    assert "4111" in error.quoting
+
+
+@pytest.mark.parametrize(
     "statements",
     [
         ["revoke insert on public.inbox from public, {role}"],

@@ -28,6 +28,7 @@ from relay.message import RelayMessage
 from relay.postgres import (
     Database,
     PooledConnection,
+    discreet,
     postgres_errors,
     rejection_of_row,
 )
@@ -104,11 +105,17 @@ class InboxSink:
         rows, failures = read_rows(messages, insert.reads)
         written = _Written(failures=failures)
         if rows:
-            await insert.write(rows, written)
+            try:
+                await insert.write(rows, written)
+            except RelayError as error:
+                raise discreet(error) from error
         if written.rows == len(messages):
             return ALL_ACCEPTED
         return PublishResult(
-            failures=sorted(failures, key=lambda failure: failure.index),
+            failures=[
+                Failure(failure.index, discreet(failure.error))
+                for failure in sorted(failures, key=lambda failure: failure.index)
+            ],
             duplicates=len(messages) - len(failures) - written.rows,
         )
 
