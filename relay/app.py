@@ -248,6 +248,30 @@ async def run_uninstall(
     return 0
 
 
+async def watch_fleet(settings: Settings) -> None:
+    """Show the status view over the fleet until it is left; touches no relay. Raises as `opened`.
+
+    For where `relay.status.can_show` is true.
+    """
+    from relay.status import StatusView, WholeFleet
+
+    operator = operator_secrets(os.environ)
+    database = Database(resolved(settings.postgres, operator))
+    catalog = Catalog(database, settings.relay.group_id)
+    left = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(opened(database, catalog))
+        logs = stack.enter_context(contextlib.closing(log.configure(settings.log, operator.mask)))
+        logs.show_on_stderr(shown=False)
+        watched = WholeFleet(database, catalog)
+        await watched.refresh()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, left.set)
+        view = StatusView(watched, logs.ring, settings.ui, on_closed=left.set)
+        await stack.enter_async_context(view)
+        await left.wait()
+
+
 @contextlib.asynccontextmanager
 async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[Callable[[], None]]:
     """The status view, where it is asked for and possible; gives what restores the terminal."""

@@ -11,7 +11,7 @@ import asyncio
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
@@ -246,6 +246,13 @@ def _origins(
 
 
 async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
+    if sys.stdout.isatty() and not (arguments.once or arguments.json):
+        from relay.app import watch_fleet
+        from relay.status import can_show
+
+        if can_show():
+            await watch_fleet(settings)
+            return EXIT_OK
     from relay.overview import overview, table_of
     from relay.start import opened_catalog
 
@@ -254,8 +261,7 @@ async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.json:
         _say(msgspec.json.encode(seen).decode())
     else:
-        for line in table_of(seen):
-            _say(line)
+        _say_all(table_of(seen))
     return EXIT_OK if seen.is_well else EXIT_RUNTIME
 
 
@@ -266,8 +272,7 @@ async def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.json:
         _say(msgspec.json.encode(diagnosis).decode())
     else:
-        for line in lines_of(diagnosis):
-            _say(line)
+        _say_all(lines_of(diagnosis))
     return EXIT_OK if diagnosis.is_well else EXIT_RUNTIME
 
 
@@ -284,8 +289,7 @@ async def _validate(
     if arguments.json:
         _say(msgspec.json.encode(found).decode())
     else:
-        for line in lines_of(found):
-            _say(line)
+        _say_all(lines_of(found))
     return EXIT_OK if found.is_valid else EXIT_CONFIGURATION
 
 
@@ -342,3 +346,9 @@ def _confirmed(question: str) -> bool:
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    """Names and texts of others may hold what a terminal would obey."""
+    for line in lines:
+        _say("".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line))

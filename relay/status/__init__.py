@@ -1,6 +1,7 @@
 """The status view: relays and their pipelines on a terminal, live, driven by keys.
 
-`fleet` is what can be watched and done, `own` watches the relay of this process, `screen` turns a
+`fleet` is what can be watched and done, `own` watches the relay of this process or
+the whole fleet, `screen` turns a
 scene into lines, `keys` and `terminal` are the two ends of the terminal, `view` holds them
 together.
 """
@@ -8,7 +9,7 @@ together.
 from __future__ import annotations
 
 from relay.status.fleet import Fleet, LogTail, PipelineLine, Watched
-from relay.status.own import OwnRelay
+from relay.status.own import OwnRelay, WholeFleet
 from relay.status.screen import plain_table
 from relay.status.terminal import can_show
 from relay.status.view import StatusView
@@ -20,6 +21,7 @@ __all__ = [
     "PipelineLine",
     "StatusView",
     "Watched",
+    "WholeFleet",
     "can_show",
     "plain_table",
 ]

@@ -16,11 +16,13 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What each relay says of itself, and every pipeline of the catalog.
 
     ``catalog`` also has the pipelines that no relay runs, paused ones above all; it may be older
-    than what the relays say.
+    than what the relays say. ``lags``: rows behind the outbox of those that no relay runs, where
+    that was asked for.
     """
 
     relays: Sequence[RelayStatus]
     catalog: Sequence[PipelineRow] = ()
+    lags: Mapping[str, int | None] = {}
 
 
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     owner: str = ""
     status: PipelineStatus | None = None
+    resting_lag_rows: int | None = None
 
     @property
     def rate_per_s(self) -> float:
@@ -43,7 +46,9 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lag_rows(self) -> int | None:
         """Rows behind the outbox; None for a reverse pipeline and where it is not known."""
-        return self.status.lag_rows if self.status is not None and self.is_forward else None
+        if self.status is None:
+            return self.resting_lag_rows
+        return self.status.lag_rows if self.is_forward else None
 
     @property
     def errors(self) -> int:
@@ -104,7 +109,9 @@ def lines_of(fleet: Fleet) -> list[PipelineLine]:
         for status in relay.pipelines
     ]
     shown = {line.name for line in lines}
-    lines += [_resting_line(row) for name, row in rows.items() if name not in shown]
+    lines += [
+        _resting_line(row, fleet.lags.get(name)) for name, row in rows.items() if name not in shown
+    ]
     return sorted(lines, key=lambda line: (line.name, line.owner))
 
 
@@ -127,7 +134,7 @@ def _run_line(status: PipelineStatus, owner: str, rows: Mapping[str, PipelineRow
     )
 
 
-def _resting_line(row: PipelineRow) -> PipelineLine:
+def _resting_line(row: PipelineRow, lag_rows: int | None) -> PipelineLine:
     return PipelineLine(
         name=row.name,
         source=str(row.config.get("source_type", "?")),
@@ -135,4 +142,5 @@ def _resting_line(row: PipelineRow) -> PipelineLine:
         is_forward=row.direction == "forward",
         is_enabled=row.enabled,
         state="waiting" if row.enabled else "paused",
+        resting_lag_rows=lag_rows,
     )

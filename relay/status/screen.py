@@ -392,12 +392,12 @@ def _sparkline(line: PipelineLine, seconds: int, sparks: str) -> str:
 
 def _lag(line: PipelineLine) -> str:
     """Rows behind and the age of the oldest, as in ``12 3s``."""
-    status = line.status
-    if line.lag_rows is None or status is None:
+    if line.lag_rows is None:
         return "-"
-    if not line.lag_rows or status.oldest_unsent_age_s is None:
+    age_s = None if line.status is None else line.status.oldest_unsent_age_s
+    if not line.lag_rows or age_s is None:
         return _short(line.lag_rows)
-    return f"{_short(line.lag_rows)} {_duration(status.oldest_unsent_age_s)}"
+    return f"{_short(line.lag_rows)} {_duration(age_s)}"
 
 
 def _facts(line: PipelineLine, status: PipelineStatus) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.servers.finding import free_port
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database
 from tests.servers.process import RelayProcess
+from tests.status.emulator import Emulator
 
 SECRET = "correct-horse"
 SCREEN_LINES, SCREEN_COLUMNS = 50, 200
@@ -170,3 +173,39 @@ async def test_schema_capture_and_a_new_group_are_looked_at(world: RelayWorld) -
     capture = [line for line in doctor.stdout if line.startswith("✗ capture: ")]
     assert capture
     assert all("is disabled" in line and "repair_outbox" in line for line in capture)
+
+
+async def test_a_name_can_not_command_the_terminal(world: RelayWorld) -> None:
+    await world.to_file("red")
+    await world.run("update pgtrickle.relay_outbox_config set name = E'red\\x1b[31m'")
+
+    for command in ("status", "doctor", "validate"):
+        assert "\x1b" not in "\n".join((await asked(world, command)).stdout)
+
+
+async def test_in_a_terminal_the_fleet_is_shown_live_and_leaving_stops_no_relay(
+    world: RelayWorld,
+) -> None:
+    await world.to_file("out")
+    await world.to_file("off")
+    await world.run("select pgtrickle.disable_relay('off')")
+    running = await world.relay("relay.worker_id=first")
+    await running.wait_for_log("running")
+    terminal = Emulator(
+        "relay",
+        ["status"],
+        columns=120,
+        lines=30,
+        environment={"PGTRICKLE_RELAY_POSTGRES_URL": world.member_dsn},
+    )
+
+    try:
+        await asyncio.to_thread(
+            terminal.until, lambda screen: bool(re.search(r"off .*paused.* 10 ", screen))
+        )
+        await asyncio.to_thread(terminal.until_shown, "out", "running")
+        terminal.type("q")
+        assert await asyncio.to_thread(terminal.wait) == 0
+    finally:
+        terminal.close()
+    assert running.returncode is None
