@@ -6,7 +6,7 @@ lock is released, and at once when the lock may be lost.
 
 A pipeline of a consumer group, or with a receiver, *runs everywhere*: every relay of the group runs
 it, without a lock. It counts in no share and is not handed over; in all else it is started, stopped
-and lost like any other. A drain leaves receivers out: nothing waits on their far side, and they
+and lost like any other. A drain leaves receivers out: nothing waits for them, and they
 never end by themselves.
 """
 
@@ -134,7 +134,7 @@ class Coordinator:
         return {name: work.row for name, work in self._works.items()}
 
     def stop(self) -> None:
-        """Ask `run` to end: pipelines finish what is in flight, then locks are given back."""
+        """Ask `run` to end: pipelines finish what is in flight, then locks are released."""
         self._stop.set()
         self._wake.set()
 
@@ -260,7 +260,7 @@ class Coordinator:
             if not work.is_over:
                 if work.task is not None and time.monotonic() > (work.cut_at or 0.0):
                     work.task.cancel()
-                    # Cancelled again meanwhile, it could not let go of what it holds far away.
+                    # Cancelled again meanwhile, it could not release what it holds far away.
                     work.cut_at = time.monotonic() + _CLOSING_S
                 continue
             del self._works[name]

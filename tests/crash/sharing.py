@@ -32,7 +32,7 @@ PIPELINE = "p"
 GROUP = "sharers"
 VISIBILITY_S = 2
 TAKEOVER_S = VISIBILITY_S + 2.0
-# After a blow is over, until what was in flight then is given back.
+# After a blow is over, until what was in flight then is released.
 RECOVERY_S = 3.0
 BATCH = 20
 BOUND_S = 60.0

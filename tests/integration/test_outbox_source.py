@@ -407,7 +407,7 @@ async def test_a_position_below_what_was_swept_is_an_error_that_names_the_range(
     [("earliest", [("insert", "1"), ("insert", "2")]), ("latest", [("insert", "2")])],
 )
 @pytest.mark.shows("pipeline:on_reset")
-async def test_an_outbox_made_anew_is_read_from_where_the_pipeline_says(
+async def test_an_outbox_made_again_is_read_from_where_the_pipeline_says(
     world: OutboxWorld, on_reset: str, arrived: list[tuple[str, str]]
 ) -> None:
     await reset_outbox(world)
@@ -419,7 +419,7 @@ async def test_an_outbox_made_anew_is_read_from_where_the_pipeline_says(
     await source.aclose()
 
 
-async def test_an_outbox_made_anew_fails_the_pipeline_unless_it_says_otherwise(
+async def test_an_outbox_made_again_fails_the_pipeline_unless_it_says_otherwise(
     world: OutboxWorld,
 ) -> None:
     await reset_outbox(world)
@@ -620,7 +620,7 @@ async def test_a_claim_check_has_more_until_its_last_page(world: OutboxWorld) ->
     await source.aclose()
 
 
-async def test_the_next_batch_is_read_while_this_one_is_out(world: OutboxWorld) -> None:
+async def test_the_next_batch_is_read_while_this_one_is_unacknowledged(world: OutboxWorld) -> None:
     await enable_orders(world.publisher)
     await _insert_singly(world, 5)
     source = await connected(world, batch_size=2)
@@ -640,7 +640,7 @@ async def test_the_next_batch_is_read_while_this_one_is_out(world: OutboxWorld) 
     await source.aclose()
 
 
-async def test_what_was_read_ahead_of_a_batch_that_is_given_back_waits_for_it(
+async def test_what_was_read_ahead_of_a_batch_that_is_released_waits_for_it(
     world: OutboxWorld,
 ) -> None:
     await enable_orders(world.publisher)
@@ -666,8 +666,8 @@ async def test_a_source_that_is_closed_reads_no_further(world: OutboxWorld) -> N
         await locker.execute("lock table pgtrickle.outbox_orders")
         await source._session.aclose()
         source._session.read_ahead()
-        under_way = _ahead(source)
-        assert under_way is not None
+        in_flight = _ahead(source)
+        assert in_flight is not None
         await until(
             lambda: world.publisher.fetchval(
                 "select exists (select from pg_locks where not granted)"
@@ -677,7 +677,7 @@ async def test_a_source_that_is_closed_reads_no_further(world: OutboxWorld) -> N
         async with asyncio.timeout(BOUND_S):
             await source.aclose()
 
-        assert under_way.cancelled()
+        assert in_flight.cancelled()
     assert len(first.messages) == 2
     await locker.close()
 

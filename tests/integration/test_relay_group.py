@@ -208,7 +208,7 @@ async def test_what_a_killed_relay_had_is_another_s_when_its_lease_has_run_out(
     assert await published(world, two) == 200
 
 
-async def test_a_relay_that_stops_gives_back_what_it_has_leased(
+async def test_a_relay_that_stops_releases_what_it_has_leased(
     world: RelayWorld, stream: NatsWorld, proxy: TcpProxy
 ) -> None:
     await share(world, stream, visibility_seconds=600, sink=stream.sink(url_of(proxy, stream)))

@@ -97,7 +97,7 @@ class ClaimCheckReader:
     async def next_page(self) -> Page | None:
         """The next page; None where rows that the outbox row promises are not there yet.
 
-        Rows that are missing for good condemn the claim check as a whole: its last page then holds
+        Rows that are missing for good fail the claim check as a whole: its last page then holds
         nothing but that. Raises `Outage`, `ConfigurationError`.
         """
         if self._contents is None:

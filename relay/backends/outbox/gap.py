@@ -235,7 +235,7 @@ class GapBook:
             read_through = ids[-1]
         if not ids and len(question.holders) == 1:
             self._due[question.holders[0]].take(len(question.firsts))
-            self._keep_or_bury(question.firsts, question.lasts, question.holders[0])
+            self._keep_or_close(question.firsts, question.lasts, question.holders[0])
         else:
             self._answer_each(question, ids, read_through)
         self._due = {holders: ranges for holders, ranges in self._due.items() if len(ranges)}
@@ -250,7 +250,7 @@ class GapBook:
             end = min(last, read_through)
             until = bisect_right(ids, end, at)
             if until == at:
-                self._keep_or_bury((first,), (last,), holders)
+                self._keep_or_close((first,), (last,), holders)
                 continue
             self._close(first)
             pieces = list(_holes(ids[at:until], first - 1))
@@ -265,7 +265,7 @@ class GapBook:
                 self._opened[end + 1] = last
                 self._due[holders].put_back_first(end + 1, last)
 
-    def _keep_or_bury(self, firsts: Sequence[int], lasts: Sequence[int], holders: Holders) -> None:
+    def _keep_or_close(self, firsts: Sequence[int], lasts: Sequence[int], holders: Holders) -> None:
         """Gaps that were read and have no row: without holders they never will have one."""
         if holders:
             self._resting.setdefault(holders, _Ranges()).extend(firsts, lasts)

@@ -84,7 +84,7 @@ class GroupSource:
         self._consumer = context.worker_id
         self._watch = Watch(context)
         self._session: _Session | None = None
-        # Asked for, and neither settled nor given back; the one that has rows which no batch has.
+        # Asked for, and neither settled nor released; the one that has rows which no batch has.
         self._held: set[UUID] = set()
         self._lease: _Lease | None = None
         self._is_behind = False
@@ -98,7 +98,7 @@ class GroupSource:
     async def connect(self) -> None:
         """Join the group, and check that reading can lose nothing.
 
-        What is still held from before is given back. Raises `OutboxUnsafe`, `ConfigurationError`,
+        What is still held from before is released. Raises `OutboxUnsafe`, `ConfigurationError`,
         `Outage`.
         """
         await self._end_session()
@@ -115,7 +115,7 @@ class GroupSource:
         )
         if was_reset:
             _log.warning(
-                "consumer group %s stood beyond its outbox, which was made anew or restored;"
+                "consumer group %s stood beyond its outbox, which was recreated or restored;"
                 " reading it from %s",
                 self._group,
                 "its beginning" if self._reading.on_reset == "earliest" else "its end",
@@ -190,7 +190,7 @@ class GroupSource:
         return self._session is not None and await answers(self._database)
 
     async def aclose(self) -> None:
-        """Give back what is held and leave the group; what can't be given back runs out."""
+        """Release what is held and leave the group; what can't be released runs out."""
         with contextlib.suppress(RelayError, TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._end_session()
@@ -288,7 +288,7 @@ class GroupSource:
         _log.debug(message, extra=fields)
 
     async def _end_session(self) -> None:
-        """Forget everything and give back what is held. Raises `Outage`."""
+        """Forget everything and release what is held. Raises `Outage`."""
         self._session = None
         for token in tuple(self._held):
             await self._release(token)

@@ -165,7 +165,7 @@ class OutboxSource:
             return
         session = self._session
         if session is None or token.session != session.number:
-            raise NotConnected("this batch was handed out before the source was connected anew")
+            raise NotConnected("this batch was handed out before the source reconnected")
         delta = token.delta
         await self._catalog.commit(
             self._context.pipeline,
@@ -180,7 +180,7 @@ class OutboxSource:
     async def keep_alive(self, batch: Batch) -> None:
         """Nothing to do: rows of an outbox are not on loan."""
 
-    async def reject(self, batch: Batch) -> None:  # noqa: ARG002 - all that is out comes again
+    async def reject(self, batch: Batch) -> None:  # noqa: ARG002 - all that is unacknowledged comes again
         """The next poll starts again from what was acknowledged."""
         self._is_stale = True
 
@@ -314,10 +314,10 @@ class OutboxSource:
     async def _reset(
         self, outbox: OutboxDescription, claim: Claim
     ) -> tuple[int, list[tuple[int, int]]]:
-        """The outbox was made anew: start where the pipeline says."""
+        """The outbox was recreated: start where the pipeline says."""
         found = (
             f"the position {claim.last_change_id} lies beyond the outbox {outbox.outbox_relation},"
-            f" whose highest id is {outbox.last_id}: it was made anew or restored"
+            f" whose highest id is {outbox.last_id}: it was recreated or restored"
         )
         if self._reading.on_reset == "fail":
             raise PositionLost(

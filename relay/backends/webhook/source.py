@@ -156,7 +156,7 @@ class WebhookSource:
         self._held_bytes = 0
         self._handed_out = 0
         self._is_stuck = False
-        # Something has arrived, or is not out any more.
+        # Something has arrived, or is settled.
         self._news = asyncio.Event()
         self._is_interrupted = False
 
@@ -189,7 +189,7 @@ class WebhookSource:
         return self._options.max_body_bytes
 
     async def connect(self) -> None:
-        """Listen, or go on listening; what is out and still waited for is handed out again.
+        """Listen, or go on listening; what still has a waiting sender comes again.
 
         Raises `ConfigurationError` where the address, the path or the certificate can't be used.
         """
@@ -245,7 +245,7 @@ class WebhookSource:
     async def reject(self, batch: Batch) -> None:
         """Answer 503 to the requests concerned: their senders come again."""
         for run in self._withdrawn(batch):
-            run.request.give(unavailable("the relay lets go of what it can't write now"))
+            run.request.give(unavailable("the relay releases what it can't write now"))
         self._waiting.forget_answered()
 
     async def is_healthy(self) -> bool:
@@ -350,7 +350,7 @@ class WebhookSource:
                     await self._news.wait()
 
     def _is_worth_a_batch(self) -> bool:
-        """Whether no more need be gathered while another batch is out.
+        """Whether no more need be gathered while another batch is in flight.
 
         Senders who wait for an answer send nothing meanwhile: small batches would part them, and
         each costs a transaction.
@@ -358,7 +358,7 @@ class WebhookSource:
         return not self._out or self.waiting_messages >= min(_WORTH_A_BATCH, self._batch_size)
 
     def _withdrawn(self, batch: Batch) -> Sequence[_Run]:
-        """The messages of a batch that is out, which it is no more; none of one that is void."""
+        """Take the messages of an unacknowledged batch; none of one that is void."""
         position = batch.position
         if not isinstance(position, _Position) or position not in self._out:
             return ()
