@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.servers.postgres import Database, PostgresServer
+from tests.sql.conftest import schema_of_the_catalog as schema_of_the_catalog
 from tests.sql.outbox_session import Session, session
 
 # What must not come about, whoever asks: mallory's code as somebody else.

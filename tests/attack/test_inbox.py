@@ -84,7 +84,7 @@ def member(boss: Session, any_migrated_database: ServerDatabase) -> Iterator[Ses
 async def sink(database: ServerDatabase) -> AsyncIterator[InboxSink]:
     """The relay, as a login that is a member of pgtrickle_relay and nothing else."""
     dsn = database.server.database_dsn(database.name, user=RELAY)
-    opened = Database(PostgresSettings(url=dsn, pool_size=1))
+    opened = Database(PostgresSettings(url=dsn, schema=database.server.schema, pool_size=1))
     await opened.open()
     try:
         made = InboxSink.from_options(
@@ -394,8 +394,9 @@ async def test_what_a_trigger_sets_in_the_session_does_not_stay(
         " create trigger poison after insert on app.messages execute function app.poison()"
     )
     alice.run(ADOPT)
-    dsn = any_migrated_database.server.database_dsn(any_migrated_database.name, user=RELAY)
-    database = Database(PostgresSettings(url=dsn, pool_size=1))
+    server = any_migrated_database.server
+    dsn = server.database_dsn(any_migrated_database.name, user=RELAY)
+    database = Database(PostgresSettings(url=dsn, schema=server.schema, pool_size=1))
     await database.open()
     made = InboxSink.from_options(
         {"type": "pg-inbox", "inbox": "mine"},
@@ -415,7 +416,7 @@ async def test_what_a_trigger_sets_in_the_session_does_not_stay(
     await database.aclose()
 
     assert row is not None
-    assert (row["path"], row["n"]) == ("pg_catalog, pgtrickle", 1)
+    assert (row["path"], row["n"]) == (boss.said("pg_catalog, pgtrickle"), 1)
     assert boss.value("select count(*) from app.messages") == 1
 
 
@@ -435,8 +436,8 @@ def test_another_member_neither_removes_nor_takes_over_an_inbox(
     with member.refused("42501"):
         member.run(
             "select pgtrickle.relay_register_inbox(jsonb_populate_record("
-            'pgtrickle.relay_find_inbox(\'mine\'), \'{"inbox_name": "x",'
-            ' "inbox_schema": "pgtrickle", "inbox_table": "relay_outbox_config"}\'))'
+            "pgtrickle.relay_find_inbox('mine'), jsonb_build_object('inbox_name', 'x',"
+            " 'inbox_schema', 'pgtrickle', 'inbox_table', 'relay_outbox_config')))"
         )
     assert inboxes(boss) == ["mine"]
 

@@ -1,4 +1,4 @@
-"""Where the databases of the SQL tests have their catalog."""
+"""Where the databases of the tests of SQL and of attacks have their catalog."""
 
 from __future__ import annotations
 
