@@ -11,7 +11,7 @@ from relay.backends.rabbitmq import RabbitSink
 from relay.contracts import Sink
 from relay.message import RelayMessage
 from tests.contract.evidence import until
-from tests.contract.rabbitmq_far_side import FarSide, RabbitHarness, sink_of
+from tests.contract.rabbitmq_broker import Broker, RabbitHarness, sink_of
 from tests.contract.sink_contract import SinkContract, SinkHarness
 from tests.servers.proxy import TcpProxy
 from tests.servers.rabbitmq import RabbitServer
@@ -21,10 +21,10 @@ LIMIT_BYTES = 1024 * 1024
 
 class RabbitSinkHarness(RabbitHarness, SinkHarness):
     def make(self) -> RabbitSink:
-        return sink_of(self.url, self.far_side.exchange, max_message_bytes=LIMIT_BYTES)
+        return sink_of(self.url, self.broker.exchange, max_message_bytes=LIMIT_BYTES)
 
     async def received(self, at_least: int) -> Sequence[RelayMessage]:
-        return await until(self.far_side.restored, at_least)
+        return await until(self.broker.restored, at_least)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
         return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
@@ -34,11 +34,11 @@ class RabbitSinkHarness(RabbitHarness, SinkHarness):
 
     async def make_tls(self, *, trusted: bool) -> Sink:
         authority = self.authority(trusted=trusted)
-        return sink_of(self.tls_url, self.far_side.exchange, tls_ca=authority)
+        return sink_of(self.tls_url, self.broker.exchange, tls_ca=authority)
 
     async def make_unauthorized(self) -> Sink:
         return sink_of(
-            self.far_side.server.url, self.far_side.exchange, username="relay", password="wrong"
+            self.broker.server.url, self.broker.exchange, username="relay", password="wrong"
         )
 
 
@@ -54,7 +54,7 @@ class TestRabbitSink(SinkContract):
         rabbitmq_server: RabbitServer,
         tcp_proxy: Callable[[str, int], Awaitable[TcpProxy]],
     ) -> AsyncIterator[RabbitSinkHarness]:
-        far_side = FarSide(rabbitmq_server, "contract.sink")
-        await far_side.make()
-        yield RabbitSinkHarness(far_side, await tcp_proxy(*rabbitmq_server.address))
-        await far_side.drop()
+        broker = Broker(rabbitmq_server, "contract.sink")
+        await broker.make()
+        yield RabbitSinkHarness(broker, await tcp_proxy(*rabbitmq_server.address))
+        await broker.drop()

@@ -9,7 +9,7 @@ import pytest
 
 from relay.contracts import Source
 from relay.message import RelayMessage
-from tests.contract.rabbitmq_far_side import FarSide, RabbitHarness, source_of
+from tests.contract.rabbitmq_broker import Broker, RabbitHarness, source_of
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.servers.proxy import TcpProxy
 from tests.servers.rabbitmq import RabbitServer
@@ -17,22 +17,22 @@ from tests.servers.rabbitmq import RabbitServer
 
 class RabbitSourceHarness(RabbitHarness, SourceHarness):
     def make(self, *, batch_size: int = 100) -> Source:
-        return source_of(self.url, self.far_side.queue, batch_size=batch_size)
+        return source_of(self.url, self.broker.queue, batch_size=batch_size)
 
     async def feed(self, messages: Sequence[RelayMessage]) -> None:
-        await self.far_side.feed(messages)
+        await self.broker.feed(messages)
 
     async def feed_bodies(self, bodies: Sequence[bytes]) -> Sequence[bytes]:
-        await self.far_side.put_all(bodies)
+        await self.broker.put_all(bodies)
         return bodies
 
     async def make_tls(self, *, trusted: bool) -> Source:
         authority = self.authority(trusted=trusted)
-        return source_of(self.tls_url, self.far_side.queue, tls_ca=authority)
+        return source_of(self.tls_url, self.broker.queue, tls_ca=authority)
 
     async def make_unauthorized(self) -> Source:
         return source_of(
-            self.far_side.server.url, self.far_side.queue, username="relay", password="wrong"
+            self.broker.server.url, self.broker.queue, username="relay", password="wrong"
         )
 
 
@@ -50,7 +50,7 @@ class TestRabbitSource(SourceContract):
         rabbitmq_server: RabbitServer,
         tcp_proxy: Callable[[str, int], Awaitable[TcpProxy]],
     ) -> AsyncIterator[RabbitSourceHarness]:
-        far_side = FarSide(rabbitmq_server, "contract.source")
-        await far_side.make()
-        yield RabbitSourceHarness(far_side, await tcp_proxy(*rabbitmq_server.address))
-        await far_side.drop()
+        broker = Broker(rabbitmq_server, "contract.source")
+        await broker.make()
+        yield RabbitSourceHarness(broker, await tcp_proxy(*rabbitmq_server.address))
+        await broker.drop()

@@ -10,7 +10,7 @@ import pytest
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from tests.contract.rabbitmq_far_side import FarSide
+from tests.contract.rabbitmq_broker import Broker
 from tests.crash.fifty_thousand import (
     BOUND_S,
     Arrived,
@@ -31,32 +31,32 @@ _AT_ONCE = 2_000
 class _Queue:
     """A queue and its node, which keeps persistent messages that it has confirmed."""
 
-    def __init__(self, far_side: FarSide) -> None:
-        self._far_side = far_side
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
 
     async def take_away(self, blow: Blow) -> None:
-        await asyncio.to_thread(getattr(self._far_side.server, blow))
+        await asyncio.to_thread(getattr(self._broker.server, blow))
 
     async def bring_back(self) -> None:
-        await asyncio.to_thread(self._far_side.server.start)
+        await asyncio.to_thread(self._broker.server.start)
 
 
 class _ToRabbit(_Queue, Destination):
     """The queue can only be looked at by taking messages out, so those are kept here."""
 
-    def __init__(self, far_side: FarSide) -> None:
-        super().__init__(far_side)
+    def __init__(self, broker: Broker) -> None:
+        super().__init__(broker)
         self._events: list[Arrived] = []
 
     def sink(self) -> Mapping[str, object]:
         return {
             "type": "rabbitmq",
-            "url": self._far_side.server.url,
-            "exchange": self._far_side.exchange,
+            "url": self._broker.server.url,
+            "exchange": self._broker.exchange,
         }
 
     async def count(self) -> int:
-        return len(self._events) + await self._far_side.depth()
+        return len(self._events) + await self._broker.depth()
 
     async def events(self) -> Sequence[Arrived]:
         count = await self.count()
@@ -70,10 +70,10 @@ class _ToRabbit(_Queue, Destination):
                 are_all.set()
 
         if len(self._events) < count:
-            async with aiormq.connect(self._far_side.server.url) as connection:
+            async with aiormq.connect(self._broker.server.url) as connection:
                 channel = await connection.channel()
                 await channel.basic_qos(prefetch_count=_AT_ONCE)
-                await channel.basic_consume(self._far_side.queue, take)
+                await channel.basic_consume(self._broker.queue, take)
                 async with asyncio.timeout(BOUND_S):
                     await are_all.wait()
         return self._events
@@ -83,19 +83,19 @@ class _FromRabbit(_Queue, Origin):
     def source(self) -> Mapping[str, object]:
         return {
             "type": "rabbitmq",
-            "url": self._far_side.server.url,
-            "queue": self._far_side.queue,
+            "url": self._broker.server.url,
+            "queue": self._broker.queue,
         }
 
     async def put(self, ids: Sequence[int]) -> None:
-        async with aiormq.connect(self._far_side.server.url) as connection:
+        async with aiormq.connect(self._broker.server.url) as connection:
             channel = await connection.channel()
             for start in range(0, len(ids), _AT_ONCE):
                 confirmed = await asyncio.gather(
                     *(
                         channel.basic_publish(
                             payload(id_),
-                            routing_key=self._far_side.queue,
+                            routing_key=self._broker.queue,
                             mandatory=True,
                             wait=False,
                             properties=Basic.Properties(delivery_mode=2, message_id=f"m{id_}"),
@@ -107,20 +107,20 @@ class _FromRabbit(_Queue, Origin):
 
 
 @pytest.fixture
-async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(rabbitmq_server, "fifty")
-    await far_side.make()
-    yield far_side
-    await far_side.drop()
+async def broker(rabbitmq_server: RabbitServer) -> AsyncIterator[Broker]:
+    broker = Broker(rabbitmq_server, "fifty")
+    await broker.make()
+    yield broker
+    await broker.drop()
 
 
 class TestForward(ForwardProof, GroupProof):
     @pytest.fixture
-    def destination(self, far_side: FarSide) -> Destination:
-        return _ToRabbit(far_side)
+    def destination(self, broker: Broker) -> Destination:
+        return _ToRabbit(broker)
 
 
 class TestReverse(ReverseProof):
     @pytest.fixture
-    def origin(self, far_side: FarSide) -> Origin:
-        return _FromRabbit(far_side)
+    def origin(self, broker: Broker) -> Origin:
+        return _FromRabbit(broker)

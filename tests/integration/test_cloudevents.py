@@ -11,7 +11,7 @@ import pytest
 from relay.contracts import Source
 from relay.mapping import compile_reverse
 from relay.message import RelayMessage
-from tests.contract import kafka_broker, nats_broker, rabbitmq_far_side
+from tests.contract import kafka_broker, nats_broker, rabbitmq_broker
 from tests.contract.source_contract import collect, messages_of
 from tests.servers.kafka import KafkaServer
 from tests.servers.nats import NatsServer
@@ -71,10 +71,10 @@ async def _stream(server: NatsServer) -> AsyncIterator[nats_broker.Broker]:
 
 @pytest.mark.parametrize("prefix", ["cloudEvents:", "cloudEvents_"])
 async def test_over_amqp(rabbitmq_server: RabbitServer, prefix: str) -> None:
-    broker = rabbitmq_far_side.FarSide(rabbitmq_server, "cloudevents")
+    broker = rabbitmq_broker.Broker(rabbitmq_server, "cloudevents")
     await broker.make()
     await broker.put(DATA, headers=_spelled(prefix), content_type="application/json")
     await broker.put(STRUCTURED, content_type=CONTENT_TYPE)
 
-    await assert_both_arrive(rabbitmq_far_side.source_of(rabbitmq_server.url, broker.queue))
+    await assert_both_arrive(rabbitmq_broker.source_of(rabbitmq_server.url, broker.queue))
     await broker.drop()

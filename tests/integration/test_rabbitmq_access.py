@@ -19,7 +19,7 @@ from relay.errors import (
     RelayError,
 )
 from tests.contract.evidence import numbered
-from tests.contract.rabbitmq_far_side import FarSide, sink_of, source_of
+from tests.contract.rabbitmq_broker import Broker, sink_of, source_of
 from tests.servers.finding import free_port
 from tests.servers.rabbitmq import USERS, RabbitServer
 from tests.servers.tls import TlsFiles, write_tls_files
@@ -29,11 +29,11 @@ NAME = "access"
 
 
 @pytest.fixture
-async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(rabbitmq_server, NAME)
-    await far_side.make()
-    yield far_side
-    await far_side.drop()
+async def broker(rabbitmq_server: RabbitServer) -> AsyncIterator[Broker]:
+    broker = Broker(rabbitmq_server, NAME)
+    await broker.make()
+    yield broker
+    await broker.drop()
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def with_user(url: str, user: str, password: str) -> str:
     "source:rabbitmq.password",
 )
 @ROLES
-async def test_user_and_password_are_accepted_or_refused(far_side: FarSide, role: str) -> None:
-    url, (password, _) = far_side.server.url, USERS["relay"]
+async def test_user_and_password_are_accepted_or_refused(broker: Broker, role: str) -> None:
+    url, (password, _) = broker.server.url, USERS["relay"]
 
     await reach(role, url, username="relay", password=password)
     await reach(role, with_user(url, "relay", password))
@@ -89,9 +89,9 @@ async def test_user_and_password_are_accepted_or_refused(far_side: FarSide, role
 @pytest.mark.shows("sink:rabbitmq.vhost", "source:rabbitmq.vhost")
 @ROLES
 async def test_a_virtual_host_has_exchanges_and_queues_of_its_own(
-    far_side: FarSide, role: str
+    broker: Broker, role: str
 ) -> None:
-    url = far_side.server.url
+    url = broker.server.url
 
     for keys, address in (({"vhost": "other/place"}, url), ({}, f"{url}/other%2Fplace")):
         with pytest.raises(DestinationMissing, match="in vhost 'other/place'"):
@@ -102,27 +102,27 @@ async def test_a_virtual_host_has_exchanges_and_queues_of_its_own(
 
 @ROLES
 async def test_a_virtual_host_that_is_missing_or_closed_to_the_user_is_said_with_the_remedy(
-    far_side: FarSide, role: str
+    broker: Broker, role: str
 ) -> None:
     with pytest.raises(DestinationMissing, match="rabbitmqctl add_vhost"):
-        await reach(role, far_side.server.url, vhost="nowhere")
+        await reach(role, broker.server.url, vhost="nowhere")
     with pytest.raises(AuthenticationRefused, match="rabbitmqctl set_permissions"):
-        await reach(role, far_side.server.url, username="stranger", password="p")
+        await reach(role, broker.server.url, username="stranger", password="p")
 
 
 async def test_the_permissions_that_are_documented_are_all_that_a_user_needs(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    url = far_side.server.url
+    url = broker.server.url
 
     await reach("sink", url, username="writer", password="p")
     await reach("source", url, username="reader", password="p")
 
 
 @pytest.mark.parametrize("role, user", [("sink", "reader"), ("source", "writer")])
-async def test_a_missing_permission_is_named(far_side: FarSide, role: str, user: str) -> None:
+async def test_a_missing_permission_is_named(broker: Broker, role: str, user: str) -> None:
     with pytest.raises(AuthenticationRefused, match="rabbitmqctl set_permissions") as caught:
-        await reach(role, far_side.server.url, username=user, password="p")
+        await reach(role, broker.server.url, username=user, password="p")
 
     assert NAME in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -144,10 +144,10 @@ async def test_what_may_not_be_made_is_an_error_that_names_the_permission(
 @pytest.mark.shows("source:rabbitmq.tls_ca", "source:rabbitmq.tls_cert", "source:rabbitmq.tls_key")
 @ROLES
 async def test_a_client_certificate_logs_in_by_itself_and_a_strange_one_is_refused(
-    far_side: FarSide, files: TlsFiles, tmp_path: Path, role: str
+    broker: Broker, files: TlsFiles, tmp_path: Path, role: str
 ) -> None:
     # 127.0.0.1 is in the server's certificate.
-    url, ca = f"amqp://127.0.0.1:{far_side.server.tls_port}", str(files.authority)
+    url, ca = f"amqp://127.0.0.1:{broker.server.tls_port}", str(files.authority)
     ours = {"tls_cert": str(files.client_certificate), "tls_key": str(files.client_key)}
     stranger = write_tls_files(tmp_path)
     theirs = {"tls_cert": str(stranger.client_certificate), "tls_key": str(stranger.client_key)}
@@ -164,9 +164,9 @@ async def test_a_client_certificate_logs_in_by_itself_and_a_strange_one_is_refus
 @pytest.mark.shows("source:rabbitmq.tls", "source:rabbitmq.tls_insecure")
 @ROLES
 async def test_an_unknown_certificate_is_refused_unless_any_will_do(
-    far_side: FarSide, role: str
+    broker: Broker, role: str
 ) -> None:
-    url = f"amqp://127.0.0.1:{far_side.server.tls_port}"
+    url = f"amqp://127.0.0.1:{broker.server.tls_port}"
 
     for address, keys in ((url, {"tls": True}), (url.replace("amqp", "amqps"), {})):
         with pytest.raises(ConfigurationError, match="not trusted"):
@@ -174,8 +174,8 @@ async def test_an_unknown_certificate_is_refused_unless_any_will_do(
     await reach(role, url, tls_insecure=True)
 
 
-async def test_tls_is_never_silently_left_out(far_side: FarSide) -> None:
-    server = far_side.server
+async def test_tls_is_never_silently_left_out(broker: Broker) -> None:
+    server = broker.server
     for url in (server.url.replace("amqp://", "amqps://"), f"amqp://127.0.0.1:{server.tls_port}"):
         with pytest.raises(RelayError) as caught:
             await reach("sink", url)

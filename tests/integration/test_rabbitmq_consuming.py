@@ -28,7 +28,7 @@ from tests.contract.evidence import (
     numbered,
     reconnect,
 )
-from tests.contract.rabbitmq_far_side import FarSide, sink_of, source_of
+from tests.contract.rabbitmq_broker import Broker, sink_of, source_of
 from tests.contract.source_contract import (
     assert_nothing_more,
     collect,
@@ -43,15 +43,15 @@ BOUND_S = 60
 
 
 @pytest.fixture
-async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(rabbitmq_server, NAME)
-    await far_side.make()
-    yield far_side
-    await far_side.drop()
+async def broker(rabbitmq_server: RabbitServer) -> AsyncIterator[Broker]:
+    broker = Broker(rabbitmq_server, NAME)
+    await broker.make()
+    yield broker
+    await broker.drop()
 
 
-async def connected(far_side: FarSide, *, batch_size: int = 100, **keys: object) -> RabbitSource:
-    source = source_of(far_side.server.url, far_side.queue, batch_size=batch_size, **keys)
+async def connected(broker: Broker, *, batch_size: int = 100, **keys: object) -> RabbitSource:
+    source = source_of(broker.server.url, broker.queue, batch_size=batch_size, **keys)
     await source.connect()
     return source
 
@@ -66,15 +66,15 @@ async def poll_in_vain(source: RabbitSource) -> None:
 @pytest.mark.shows("source:rabbitmq.queue")
 @pytest.mark.parametrize("format_", ["envelope", "payload", "cloudevents"])
 async def test_every_field_survives_the_way_through_the_broker(
-    far_side: FarSide, format_: str
+    broker: Broker, format_: str
 ) -> None:
     sent = complete_message()
     headers = {**sent.headers, "CC": "other", "Pgtrickle-op": "x", "50%": "ä\n"}
     odd = RelayMessage(
         dedup_key="k" * 300, key="k" * 10_000, payload=b"{}", subject="x", headers=headers
     )
-    await far_side.feed([sent, odd], format_)
-    source = await connected(far_side)
+    await broker.feed([sent, odd], format_)
+    source = await connected(broker)
 
     first, second = messages_of(await collect(source, 2))
 
@@ -83,11 +83,11 @@ async def test_every_field_survives_the_way_through_the_broker(
     await source.aclose()
 
 
-async def test_an_envelope_is_known_by_its_content_type_alone(far_side: FarSide) -> None:
-    await far_side.feed([complete_message()])
-    (arrived,) = await far_side.taken()
-    await far_side.put(arrived.body, content_type=arrived.content_type)
-    source = await connected(far_side)
+async def test_an_envelope_is_known_by_its_content_type_alone(broker: Broker) -> None:
+    await broker.feed([complete_message()])
+    (arrived,) = await broker.taken()
+    await broker.put(arrived.body, content_type=arrived.content_type)
+    source = await connected(broker)
 
     (message,) = messages_of(await collect(source, 1))
 
@@ -95,11 +95,11 @@ async def test_an_envelope_is_known_by_its_content_type_alone(far_side: FarSide)
     await source.aclose()
 
 
-async def test_a_broken_envelope_is_refused_as_one_message(far_side: FarSide) -> None:
+async def test_a_broken_envelope_is_refused_as_one_message(broker: Broker) -> None:
     marked = {"Pgtrickle-Format": "envelope"}
-    await far_side.put(b'{"v":9}', headers=marked, message_id="broken")
-    await far_side.feed(numbered(1))
-    source = await connected(far_side)
+    await broker.put(b'{"v":9}', headers=marked, message_id="broken")
+    await broker.feed(numbered(1))
+    source = await connected(broker)
 
     batches = await collect(source, 2)
 
@@ -108,32 +108,32 @@ async def test_a_broken_envelope_is_refused_as_one_message(far_side: FarSide) ->
     await source.aclose()
 
 
-async def test_headers_that_are_nested_too_deep_cost_only_their_message(far_side: FarSide) -> None:
+async def test_headers_that_are_nested_too_deep_cost_only_their_message(broker: Broker) -> None:
     nested = b""
     for _ in range(2000):
         nested = b"\x01aF" + len(nested).to_bytes(4, "big") + nested
     has_headers = b"\x20\x00"
-    await assert_only_it_is_refused(far_side, has_headers + len(nested).to_bytes(4, "big") + nested)
+    await assert_only_it_is_refused(broker, has_headers + len(nested).to_bytes(4, "big") + nested)
 
 
-async def test_properties_that_are_not_utf_8_cost_only_their_message(far_side: FarSide) -> None:
+async def test_properties_that_are_not_utf_8_cost_only_their_message(broker: Broker) -> None:
     has_message_id = b"\x00\x80"
-    await assert_only_it_is_refused(far_side, has_message_id + b"\x02\xff\xfe")
+    await assert_only_it_is_refused(broker, has_message_id + b"\x02\xff\xfe")
 
 
-async def test_a_time_that_no_clock_shows_costs_only_its_message(far_side: FarSide) -> None:
+async def test_a_time_that_no_clock_shows_costs_only_its_message(broker: Broker) -> None:
     has_timestamp = b"\x00\x40"
-    await assert_only_it_is_refused(far_side, has_timestamp + b"\x7f" + b"\xff" * 7)
+    await assert_only_it_is_refused(broker, has_timestamp + b"\x7f" + b"\xff" * 7)
 
 
 async def assert_only_it_is_refused(
-    far_side: FarSide, properties: bytes, routing_key: str = "x"
+    broker: Broker, properties: bytes, routing_key: str = "x"
 ) -> None:
-    await far_side.feed(numbered(1))
-    exchange = far_side.exchange.encode()
-    await far_side.put_raw([(properties, b'{"a":1}')], queue=routing_key, exchange=exchange)
-    await far_side.feed(numbered(2)[1:])
-    source = await connected(far_side)
+    await broker.feed(numbered(1))
+    exchange = broker.exchange.encode()
+    await broker.put_raw([(properties, b'{"a":1}')], queue=routing_key, exchange=exchange)
+    await broker.feed(numbered(2)[1:])
+    source = await connected(broker)
 
     batches = await collect_all(source, 3)
 
@@ -142,11 +142,11 @@ async def assert_only_it_is_refused(
     assert all("broken properties" in str(one.error) for one in refused)
     assert {one.message.payload for one in refused} == {b'{"a":1}'}
     await source.aclose()
-    assert await far_side.depth() == 0
+    assert await broker.depth() == 0
 
 
-async def test_a_routing_key_that_is_not_utf_8_costs_only_its_message(far_side: FarSide) -> None:
-    await assert_only_it_is_refused(far_side, b"\x00\x00", routing_key="k\xff.x")
+async def test_a_routing_key_that_is_not_utf_8_costs_only_its_message(broker: Broker) -> None:
+    await assert_only_it_is_refused(broker, b"\x00\x00", routing_key="k\xff.x")
 
 
 async def collect_all(source: RabbitSource, count: int) -> list[Batch]:
@@ -170,10 +170,10 @@ async def collect_all(source: RabbitSource, count: int) -> list[Batch]:
 
 
 async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_headers(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
     at = datetime(2025, 3, 30, 2, 30, 15, tzinfo=UTC)
-    await far_side.put(
+    await broker.put(
         b'{"a":1}',
         message_id="theirs",
         timestamp=at,
@@ -182,9 +182,9 @@ async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_heade
         correlation_id="c",
         headers={"n": 7, "yes": True, "deep": {"x": [1, "y"]}, "t": "text"},
     )
-    await far_side.put(b'{"a":2}', headers={"Pgtrickle-Dedup-Key": "ours"})
-    await far_side.put(b'{"a":3}')
-    source = await connected(far_side)
+    await broker.put(b'{"a":2}', headers={"Pgtrickle-Dedup-Key": "ours"})
+    await broker.put(b'{"a":3}')
+    source = await connected(broker)
 
     first, second, third = messages_of(await collect(source, 3))
 
@@ -204,9 +204,9 @@ async def test_a_strangers_message_has_its_id_as_key_and_its_properties_as_heade
     await source.aclose()
 
 
-async def test_a_body_in_another_encoding_is_refused_with_its_name(far_side: FarSide) -> None:
-    await far_side.put(b"\x1f\x8b", content_encoding="gzip")
-    source = await connected(far_side)
+async def test_a_body_in_another_encoding_is_refused_with_its_name(broker: Broker) -> None:
+    await broker.put(b"\x1f\x8b", content_encoding="gzip")
+    source = await connected(broker)
 
     (batch,) = await collect(source, 1)
 
@@ -215,13 +215,13 @@ async def test_a_body_in_another_encoding_is_refused_with_its_name(far_side: Far
 
 
 @pytest.mark.shows("source:rabbitmq.declare_queue")
-async def test_a_queue_is_made_only_where_that_is_asked_for(far_side: FarSide) -> None:
+async def test_a_queue_is_made_only_where_that_is_asked_for(broker: Broker) -> None:
     name = f"{NAME}.made"
-    source = source_of(far_side.server.url, name)
+    source = source_of(broker.server.url, name)
     looking = f"^looking for the queue '{name}' on .*set declare_queue"
     with pytest.raises(DestinationMissing, match=looking):
         await source.connect()
-    making = source_of(far_side.server.url, name, declare_queue=True)
+    making = source_of(broker.server.url, name, declare_queue=True)
     for _ in range(2):
         await making.connect()
     await making.aclose()
@@ -229,22 +229,22 @@ async def test_a_queue_is_made_only_where_that_is_asked_for(far_side: FarSide) -
     await source.connect()
     await source.aclose()
 
-    async with far_side.channel() as channel:
+    async with broker.channel() as channel:
         await channel.declare_queue(name, durable=True)
         await channel.queue_delete(name)
 
 
 @pytest.mark.shows("source:rabbitmq.prefetch_count")
-async def test_the_broker_sends_no_more_ahead_than_it_may(far_side: FarSide) -> None:
-    await far_side.feed(numbered(30))
-    source = await connected(far_side, prefetch_count=10)
+async def test_the_broker_sends_no_more_ahead_than_it_may(broker: Broker) -> None:
+    await broker.feed(numbered(30))
+    source = await connected(broker, prefetch_count=10)
     held = await collect(source, 10)
 
     empty = await source.poll()
 
     assert empty.is_empty
     assert not empty.is_end_of_backlog
-    assert await far_side.depth() == 20
+    assert await broker.depth() == 20
     for batch in held:
         await source.acknowledge(batch)
     assert dedup_keys(messages_of(await collect(source, 10))) == dedup_keys(numbered(20)[10:])
@@ -252,9 +252,9 @@ async def test_the_broker_sends_no_more_ahead_than_it_may(far_side: FarSide) -> 
 
 
 @pytest.mark.shows("source:rabbitmq.exclusive")
-async def test_a_queue_has_one_consumer_unless_it_may_be_shared(far_side: FarSide) -> None:
-    first = await connected(far_side)
-    second = source_of(far_side.server.url, far_side.queue)
+async def test_a_queue_has_one_consumer_unless_it_may_be_shared(broker: Broker) -> None:
+    first = await connected(broker)
+    second = source_of(broker.server.url, broker.queue)
     with pytest.raises(Outage, match="set exclusive to false"):
         await second.connect()
     await first.aclose()
@@ -262,9 +262,9 @@ async def test_a_queue_has_one_consumer_unless_it_may_be_shared(far_side: FarSid
     await second.aclose()
 
     sharing = [
-        await connected(far_side, exclusive=False, prefetch_count=5, batch_size=5) for _ in "ab"
+        await connected(broker, exclusive=False, prefetch_count=5, batch_size=5) for _ in "ab"
     ]
-    await far_side.feed(numbered(10))
+    await broker.feed(numbered(10))
     arrived = [messages_of(await collect(source, 5)) for source in sharing]
 
     assert sorted(dedup_keys(arrived[0] + arrived[1])) == sorted(dedup_keys(numbered(10)))
@@ -272,9 +272,9 @@ async def test_a_queue_has_one_consumer_unless_it_may_be_shared(far_side: FarSid
         await source.aclose()
 
 
-async def test_batches_may_be_acknowledged_in_any_order(far_side: FarSide) -> None:
-    await far_side.feed(numbered(30))
-    source = await connected(far_side, batch_size=10)
+async def test_batches_may_be_acknowledged_in_any_order(broker: Broker) -> None:
+    await broker.feed(numbered(30))
+    source = await connected(broker, batch_size=10)
     batches = await collect(source, 30)
     settled = {key for batch in batches[1:] for key in dedup_keys(batch.messages)}
 
@@ -283,16 +283,16 @@ async def test_batches_may_be_acknowledged_in_any_order(far_side: FarSide) -> No
     await source.aclose()
 
     left = [key for key in dedup_keys(numbered(30)) if key not in settled]
-    assert dedup_keys(await far_side.restored()) == left
+    assert dedup_keys(await broker.restored()) == left
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 async def test_what_is_rejected_and_what_waits_behind_it_comes_again_in_order(
-    far_side: FarSide, kind: str
+    broker: Broker, kind: str
 ) -> None:
-    await far_side.make({"x-queue-type": kind})
-    await far_side.feed(numbered(200))
-    source = await connected(far_side, batch_size=20)
+    await broker.make({"x-queue-type": kind})
+    await broker.feed(numbered(200))
+    source = await connected(broker, batch_size=20)
     batches = [await source.poll() for _ in range(4)]
     await source.acknowledge(batches[0])
     settled = len(batches[0].messages)
@@ -307,9 +307,9 @@ async def test_what_is_rejected_and_what_waits_behind_it_comes_again_in_order(
     await source.aclose()
 
 
-async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSide) -> None:
-    await far_side.feed(numbered(5))
-    source = await connected(far_side)
+async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(broker: Broker) -> None:
+    await broker.feed(numbered(5))
+    source = await connected(broker)
     (old, *_) = await collect(source, 5)
     await source.connect()
 
@@ -321,16 +321,16 @@ async def test_a_batch_of_before_a_reconnect_is_not_acknowledged(far_side: FarSi
 
 
 async def test_what_still_arrives_while_it_closes_is_not_handed_out_after_a_reconnect(
-    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    url = proxy.url(far_side.server.url)
-    source = source_of(url, far_side.queue, batch_size=5, timeout_ms=1000)
+    proxy = await tcp_proxy(*broker.server.address)
+    url = proxy.url(broker.server.url)
+    source = source_of(url, broker.queue, batch_size=5, timeout_ms=1000)
     await source.connect()
-    await far_side.feed(numbered(5))
+    await broker.feed(numbered(5))
     await collect(source, 5)
     proxy.stall()
-    await far_side.feed(numbered(25, start=5))
+    await broker.feed(numbered(25, start=5))
     close = connection_module.Connection.aclose
 
     async def let_through_and_close(connection: connection_module.Connection) -> None:
@@ -352,11 +352,11 @@ async def test_what_still_arrives_while_it_closes_is_not_handed_out_after_a_reco
 
 
 async def test_after_a_lost_connection_everything_comes_again_and_in_order(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    await far_side.feed(numbered(300))
-    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_size=50)
+    proxy = await tcp_proxy(*broker.server.address)
+    await broker.feed(numbered(300))
+    source = source_of(proxy.url(broker.server.url), broker.queue, batch_size=50)
     await source.connect()
     first = await source.poll()
     await source.acknowledge(first)
@@ -366,7 +366,7 @@ async def test_after_a_lost_connection_everything_comes_again_and_in_order(
     with pytest.raises(Outage):
         await source.acknowledge(held)
     await reconnect(source.connect)
-    await far_side.feed(numbered(20, start=300))
+    await broker.feed(numbered(20, start=300))
 
     settled = len(first.messages)
     again = await collect(source, 320 - settled)
@@ -374,16 +374,16 @@ async def test_after_a_lost_connection_everything_comes_again_and_in_order(
     await source.aclose()
 
 
-async def test_a_broker_killed_while_messages_flow_loses_none(far_side: FarSide) -> None:
+async def test_a_broker_killed_while_messages_flow_loses_none(broker: Broker) -> None:
     messages = numbered(3000)
-    await far_side.feed(messages)
-    source = await connected(far_side)
+    await broker.feed(messages)
+    source = await connected(broker)
     batches = await collect(source, 500)
     for batch in batches:
         await source.acknowledge(batch)
 
-    await asyncio.to_thread(far_side.server.kill)
-    await asyncio.to_thread(far_side.server.start)
+    await asyncio.to_thread(broker.server.kill)
+    await asyncio.to_thread(broker.server.start)
     keys = set(dedup_keys(messages_of(batches)))
     async with asyncio.timeout(2 * BOUND_S):
         while len(keys) < 3000:
@@ -398,17 +398,17 @@ async def test_a_broker_killed_while_messages_flow_loses_none(far_side: FarSide)
     arrived = first_occurrences(messages_of(batches))
     assert dedup_keys(arrived) == dedup_keys(messages)
     await source.aclose()
-    assert await far_side.depth() == 0
+    assert await broker.depth() == 0
 
 
 async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    source = await connected(far_side)
+    source = await connected(broker)
     polling = asyncio.create_task(poll_in_vain(source))
     await asyncio.sleep(0)
-    async with far_side.channel() as channel:
-        await channel.queue_delete(far_side.queue)
+    async with broker.channel() as channel:
+        await channel.queue_delete(broker.queue)
 
     with pytest.raises(Outage, match="the queue was deleted"):
         await polling
@@ -419,14 +419,14 @@ async def test_a_queue_that_is_deleted_is_an_outage_and_then_said_to_be_missing(
 
 
 async def test_a_queue_that_is_deleted_and_made_again_is_consumed_within_seconds(
-    far_side: FarSide,
+    broker: Broker,
 ) -> None:
-    await far_side.feed(numbered(1))
-    source = await connected(far_side)
+    await broker.feed(numbered(1))
+    source = await connected(broker)
     await source.acknowledge((await collect(source, 1))[0])
 
-    await far_side.make()
-    await far_side.put(b'{"a":1}', message_id="later")
+    await broker.make()
+    await broker.put(b'{"a":1}', message_id="later")
 
     async with asyncio.timeout(5):
         with pytest.raises(Outage, match="the queue was deleted"):
@@ -437,13 +437,13 @@ async def test_a_queue_that_is_deleted_and_made_again_is_consumed_within_seconds
 
 
 async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_broker(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
+    proxy = await tcp_proxy(*broker.server.address)
     body = b'"%s"' % (b"x" * 50_000)
     count = 600
-    await far_side.put_all([body] * count)
-    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_bytes=200_000)
+    await broker.put_all([body] * count)
+    source = source_of(proxy.url(broker.server.url), broker.queue, batch_bytes=200_000)
     await source.connect()
     await source.poll()
     await source.poll()
@@ -460,10 +460,10 @@ async def test_large_messages_come_in_batches_of_bounded_size_and_wait_at_the_br
     await source.aclose()
 
 
-async def test_a_large_document_comes_whole(far_side: FarSide) -> None:
+async def test_a_large_document_comes_whole(broker: Broker) -> None:
     body = b'"%s"' % (b"x" * 20_000_000)
-    await far_side.put(body)
-    source = await connected(far_side)
+    await broker.put(body)
+    source = await connected(broker)
 
     (message,) = messages_of(await collect(source, 1))
 
@@ -472,11 +472,11 @@ async def test_a_large_document_comes_whole(far_side: FarSide) -> None:
 
 
 async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
-    far_side: FarSide, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, tcp_proxy: Proxies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_module, "HEARTBEAT_S", 1)
-    proxy = await tcp_proxy(*far_side.server.address)
-    source = source_of(proxy.url(far_side.server.url), far_side.queue)
+    proxy = await tcp_proxy(*broker.server.address)
+    source = source_of(proxy.url(broker.server.url), broker.queue)
     await source.connect()
 
     # Time is what is tested: more than both sides' patience passes without a message.
@@ -491,11 +491,11 @@ async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
 
 
 async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
-    far_side: FarSide, tcp_proxy: Proxies
+    broker: Broker, tcp_proxy: Proxies
 ) -> None:
-    proxy = await tcp_proxy(*far_side.server.address)
-    await far_side.feed(numbered(2500))
-    source = source_of(proxy.url(far_side.server.url), far_side.queue, batch_size=1000)
+    proxy = await tcp_proxy(*broker.server.address)
+    await broker.feed(numbered(2500))
+    source = source_of(proxy.url(broker.server.url), broker.queue, batch_size=1000)
     await source.connect()
     batches: list[Batch] = []
     for batch in await collect(source, 2500):
@@ -514,36 +514,36 @@ async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
 @pytest.mark.parametrize("limits", [{}, {"x-max-length-bytes": 20_000_000, "x-max-age": "1D"}])
 @pytest.mark.parametrize("is_stored_before", [True, False])
 async def test_a_stream_is_refused_with_what_helps(
-    far_side: FarSide, limits: dict[str, object], *, exclusive: bool, is_stored_before: bool
+    broker: Broker, limits: dict[str, object], *, exclusive: bool, is_stored_before: bool
 ) -> None:
     name = f"{NAME}.stream"
     arguments = {"x-queue-type": "stream", **limits}
-    async with far_side.channel() as channel:
+    async with broker.channel() as channel:
         await channel.declare_queue(name, durable=True, arguments=arguments)  # type: ignore[arg-type]  # texts and numbers
     try:
-        source = source_of(far_side.server.url, name, exclusive=exclusive)
+        source = source_of(broker.server.url, name, exclusive=exclusive)
         if is_stored_before:
-            await far_side.put(b"{}", queue=name)
+            await broker.put(b"{}", queue=name)
             async with asyncio.timeout(BOUND_S):
-                while not await far_side.depth(name):
+                while not await broker.depth(name):
                     pass
         await source.connect()
         if not is_stored_before:
-            await far_side.put(b"{}", queue=name)
+            await broker.put(b"{}", queue=name)
 
         with pytest.raises(ConfigurationError, match="bind a classic or a quorum queue"):
             await collect(source, 1)
         await source.aclose()
     finally:
-        async with far_side.channel() as channel:
+        async with broker.channel() as channel:
             await channel.queue_delete(name)
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide, kind: str) -> None:
-    await far_side.make({"x-queue-type": kind, "x-dead-letter-exchange": "elsewhere"})
-    await far_side.put(b'{"a":1}', headers={"x-stream-offset": 7}, message_id="moved")
-    source = await connected(far_side)
+async def test_what_was_moved_out_of_a_stream_is_consumed(broker: Broker, kind: str) -> None:
+    await broker.make({"x-queue-type": kind, "x-dead-letter-exchange": "elsewhere"})
+    await broker.put(b'{"a":1}', headers={"x-stream-offset": 7}, message_id="moved")
+    source = await connected(broker)
 
     batches = await collect(source, 1)
 
@@ -553,12 +553,12 @@ async def test_what_was_moved_out_of_a_stream_is_consumed(far_side: FarSide, kin
 
 
 async def test_a_slow_batch_does_not_cost_the_connection_while_more_waits_than_may(
-    far_side: FarSide, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_module, "HEARTBEAT_S", 1)
     count = 40
-    await far_side.put_all([b'"%s"' % (b"x" * 500_000)] * count)
-    source = await connected(far_side, batch_bytes=500_000)
+    await broker.put_all([b'"%s"' % (b"x" * 500_000)] * count)
+    source = await connected(broker, batch_bytes=500_000)
     first = await source.poll()
 
     # Time is what is tested: several times what the client waits for a sign of life.
@@ -572,12 +572,12 @@ async def test_a_slow_batch_does_not_cost_the_connection_while_more_waits_than_m
     await source.aclose()
 
 
-async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(far_side: FarSide) -> None:
-    await far_side.feed(numbered(50))
+async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(broker: Broker) -> None:
+    await broker.feed(numbered(50))
     tasks, before = asyncio.all_tasks(), threads_and_sockets()
 
-    source = await connected(far_side, batch_size=10)
-    sink = sink_of(far_side.server.url, far_side.exchange)
+    source = await connected(broker, batch_size=10)
+    sink = sink_of(broker.server.url, broker.exchange)
     await sink.connect()
     await sink.publish(numbered(5))
     await source.acknowledge(await source.poll())
@@ -599,18 +599,18 @@ def threads_and_sockets() -> tuple[int, int]:
 
 @pytest.mark.parametrize("is_tls", [False, True])
 async def test_closing_is_bounded_while_the_broker_is_gone(
-    far_side: FarSide, tcp_proxy: Proxies, *, is_tls: bool
+    broker: Broker, tcp_proxy: Proxies, *, is_tls: bool
 ) -> None:
-    server = far_side.server
+    server = broker.server
     assert server.tls_files is not None
     assert server.tls_port is not None
     keys = {"tls_ca": str(server.tls_files.authority)} if is_tls else {}
     proxy = await tcp_proxy(server.address[0], server.tls_port if is_tls else server.address[1])
     url = proxy.url(server.url)
-    await far_side.feed(numbered(50))
+    await broker.feed(numbered(50))
     before = asyncio.all_tasks()
-    source = source_of(url, far_side.queue, batch_size=10, **keys)
-    sink = sink_of(url, far_side.exchange, **keys)
+    source = source_of(url, broker.queue, batch_size=10, **keys)
+    sink = sink_of(url, broker.exchange, **keys)
     await source.connect()
     await sink.connect()
     await source.poll()
@@ -637,13 +637,13 @@ async def assert_no_task_left(before: set[asyncio.Task[object]]) -> None:
     assert not left
 
 
-async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:
+async def test_a_quorum_queue_is_consumed_too(broker: Broker) -> None:
     name = f"{NAME}.quorum"
-    async with far_side.channel() as channel:
+    async with broker.channel() as channel:
         await channel.declare_queue(name, durable=True, arguments={"x-queue-type": "quorum"})
     try:
-        await far_side.put_all([b"%d" % number for number in range(50)], queue=name)
-        source = source_of(far_side.server.url, name, batch_size=10)
+        await broker.put_all([b"%d" % number for number in range(50)], queue=name)
+        source = source_of(broker.server.url, name, batch_size=10)
         await source.connect()
         first = await source.poll()
         await source.reject(first)
@@ -655,17 +655,17 @@ async def test_a_quorum_queue_is_consumed_too(far_side: FarSide) -> None:
             await source.acknowledge(batch)
         await source.aclose()
     finally:
-        async with far_side.channel() as channel:
+        async with broker.channel() as channel:
             await channel.queue_delete(name)
 
 
-async def test_a_broker_that_names_no_consumer_is_described(far_side: FarSide) -> None:
-    source = await connected(far_side)
+async def test_a_broker_that_names_no_consumer_is_described(broker: Broker) -> None:
+    source = await connected(broker)
 
     described = await source.describe()
 
     assert described["queue"] == NAME
-    assert described["version"] == far_side.server.version
+    assert described["version"] == broker.server.version
     await source.aclose()
     with pytest.raises(NotConnected):
         await source.describe()
@@ -685,10 +685,10 @@ def test_the_loop_that_the_relay_runs_on_does_as_well(
     ]
 
     async def round_trip() -> None:
-        far_side = FarSide(server, NAME)
-        await far_side.make()
-        sink = sink_of(url, far_side.exchange, **keys)
-        source = source_of(url, far_side.queue, batch_bytes=50_000, **keys)
+        broker = Broker(server, NAME)
+        await broker.make()
+        sink = sink_of(url, broker.exchange, **keys)
+        source = source_of(url, broker.queue, batch_bytes=50_000, **keys)
         await sink.connect()
         await source.connect()
         assert not (await sink.publish(messages)).failures
@@ -698,18 +698,18 @@ def test_the_loop_that_the_relay_runs_on_does_as_well(
         assert dedup_keys(messages_of(batches)) == dedup_keys(messages)
         await source.aclose()
         await sink.aclose()
-        assert await far_side.depth() == 0
-        await far_side.drop()
+        assert await broker.depth() == 0
+        await broker.drop()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(round_trip())
 
 
-async def test_another_client_understands_what_goes_through(far_side: FarSide) -> None:
+async def test_another_client_understands_what_goes_through(broker: Broker) -> None:
     """The frames are ours on both ends of the other tests."""
-    await far_side.feed(numbered(3), "payload")
+    await broker.feed(numbered(3), "payload")
 
-    arrived = await far_side.taken()
+    arrived = await broker.taken()
 
     assert [message.body for message in arrived] == [one.payload for one in numbered(3)]
     assert all(message.delivery_mode is aio_pika.DeliveryMode.PERSISTENT for message in arrived)

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 
 from relay.message import RelayMessage
 from relay.wire import TITLE, encoder
-from tests.contract.rabbitmq_far_side import FarSide, sink_of, source_of
+from tests.contract.rabbitmq_broker import Broker, sink_of, source_of
 from tests.servers.rabbitmq import RabbitServer
 
 pytestmark = pytest.mark.speed
@@ -24,11 +24,11 @@ BATCH = 1000
 
 
 @pytest.fixture
-async def far_side(rabbitmq_server: RabbitServer) -> AsyncIterator[FarSide]:
-    far_side = FarSide(rabbitmq_server, "speed")
-    await far_side.make()
-    yield far_side
-    await far_side.drop()
+async def broker(rabbitmq_server: RabbitServer) -> AsyncIterator[Broker]:
+    broker = Broker(rabbitmq_server, "speed")
+    await broker.make()
+    yield broker
+    await broker.drop()
 
 
 def orders() -> list[RelayMessage]:
@@ -46,11 +46,11 @@ def orders() -> list[RelayMessage]:
     ]
 
 
-async def test_publishing_reaches_half_of_what_the_bare_client_reaches(far_side: FarSide) -> None:
+async def test_publishing_reaches_half_of_what_the_bare_client_reaches(broker: Broker) -> None:
     messages = orders()
-    floor_s = await _publish_bare(far_side, messages)
-    await far_side.make()
-    sink = sink_of(far_side.server.url, far_side.exchange)
+    floor_s = await _publish_bare(broker, messages)
+    await broker.make()
+    sink = sink_of(broker.server.url, broker.exchange)
     await sink.connect()
 
     started = time.perf_counter()
@@ -58,17 +58,17 @@ async def test_publishing_reaches_half_of_what_the_bare_client_reaches(far_side:
         assert not (await sink.publish(messages[start : start + IN_FLIGHT])).failures
     took_s = time.perf_counter() - started
 
-    assert await far_side.depth() == COUNT
+    assert await broker.depth() == COUNT
     await sink.aclose()
     print(f"bare {COUNT / floor_s:,.0f}/s, sink {COUNT / took_s:,.0f}/s")
     assert took_s < 2 * floor_s
 
 
-async def test_consuming_reaches_half_of_what_the_bare_client_reaches(far_side: FarSide) -> None:
-    await far_side.feed(orders())
-    floor_s = await _consume_bare(far_side)
-    await far_side.feed(orders())
-    source = source_of(far_side.server.url, far_side.queue, batch_size=BATCH)
+async def test_consuming_reaches_half_of_what_the_bare_client_reaches(broker: Broker) -> None:
+    await broker.feed(orders())
+    floor_s = await _consume_bare(broker)
+    await broker.feed(orders())
+    source = source_of(broker.server.url, broker.queue, batch_size=BATCH)
 
     started = time.perf_counter()
     await source.connect()
@@ -80,16 +80,16 @@ async def test_consuming_reaches_half_of_what_the_bare_client_reaches(far_side: 
     took_s = time.perf_counter() - started
 
     await source.aclose()
-    assert await far_side.depth() == 0
+    assert await broker.depth() == 0
     print(f"bare {COUNT / floor_s:,.0f}/s, source {COUNT / took_s:,.0f}/s")
     assert took_s < 2 * floor_s
 
 
-async def _publish_bare(far_side: FarSide, messages: Sequence[RelayMessage]) -> float:
+async def _publish_bare(broker: Broker, messages: Sequence[RelayMessage]) -> float:
     """Seconds for the same bodies and properties, with so many confirmations awaited at a time."""
     encode = encoder("envelope", TITLE)
     prepared = [(message.dedup_key, encode(message)) for message in messages]
-    async with aiormq.connect(far_side.server.url) as connection:
+    async with aiormq.connect(broker.server.url) as connection:
         channel = await connection.channel()
         started = time.perf_counter()
         for start in range(0, COUNT, IN_FLIGHT):
@@ -97,7 +97,7 @@ async def _publish_bare(far_side: FarSide, messages: Sequence[RelayMessage]) -> 
                 *(
                     channel.basic_publish(
                         encoded.body,
-                        exchange=far_side.exchange,
+                        exchange=broker.exchange,
                         routing_key="orders.insert",
                         mandatory=True,
                         wait=False,
@@ -115,11 +115,11 @@ async def _publish_bare(far_side: FarSide, messages: Sequence[RelayMessage]) -> 
         return time.perf_counter() - started
 
 
-async def _consume_bare(far_side: FarSide) -> float:
+async def _consume_bare(broker: Broker) -> float:
     """Seconds for the same messages, acknowledged as often."""
     is_over = asyncio.Event()
     arrived = 0
-    async with aiormq.connect(far_side.server.url) as connection:
+    async with aiormq.connect(broker.server.url) as connection:
         channel = await connection.channel()
 
         async def take(message: DeliveredMessage) -> None:
@@ -132,6 +132,6 @@ async def _consume_bare(far_side: FarSide) -> float:
 
         await channel.basic_qos(prefetch_count=4 * BATCH)
         started = time.perf_counter()
-        await channel.basic_consume(far_side.queue, take)
+        await channel.basic_consume(broker.queue, take)
         await is_over.wait()
         return time.perf_counter() - started

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.rabbitmq_far_side import FarSide
+from tests.contract.rabbitmq_broker import Broker
 from tests.integration.relay_surroundings import (
     RelayWorld,
     StartProcess,
@@ -36,7 +36,7 @@ async def world(
 async def test_what_a_quorum_queue_confirmed_survives_its_node(
     world: RelayWorld, rabbitmq_server: RabbitServer
 ) -> None:
-    broker = FarSide(rabbitmq_server, "quorum")
+    broker = Broker(rabbitmq_server, "quorum")
     await broker.make({"x-queue-type": "quorum"})
     await world.run("select pgtrickle.create_inbox('arrived')")
     await world.forward(

@@ -26,7 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from tests.contract.rabbitmq_far_side import driver_exceptions, mapped
+from tests.contract.rabbitmq_broker import driver_exceptions, mapped
 
 
 def test_every_reply_code_of_the_protocol_has_a_kind() -> None:

@@ -64,7 +64,7 @@ def source_of(
     )
 
 
-class FarSide:
+class Broker:
     """One queue with an exchange in front of it that gives it everything."""
 
     def __init__(self, server: RabbitServer, name: str) -> None:
@@ -224,23 +224,23 @@ class _Stranger:
 class RabbitHarness:
     """What both harnesses can do to a node, which is reached through a proxy."""
 
-    def __init__(self, far_side: FarSide, proxy: TcpProxy) -> None:
-        self.far_side = far_side
+    def __init__(self, broker: Broker, proxy: TcpProxy) -> None:
+        self.broker = broker
         self.proxy = proxy
 
     @property
     def url(self) -> str:
         """The address that leads through the proxy."""
-        return self.proxy.url(self.far_side.server.url)
+        return self.proxy.url(self.broker.server.url)
 
     @property
     def tls_url(self) -> str:
         """The address of the TLS listener."""
-        return f"amqps://localhost:{self.far_side.server.tls_port}"
+        return f"amqps://localhost:{self.broker.server.tls_port}"
 
     def authority(self, *, trusted: bool) -> str:
         """The file of the authority that signed the node's certificate, or of another one."""
-        files = self.far_side.server.tls_files
+        files = self.broker.server.tls_files
         assert files is not None
         return str(files.authority if trusted else files.other_authority)
 
@@ -251,7 +251,7 @@ class RabbitHarness:
         await self.proxy.restore()
 
     async def restart(self) -> None:
-        await asyncio.to_thread(self.far_side.server.restart)
+        await asyncio.to_thread(self.broker.server.restart)
 
     def mapping(self) -> AbstractContextManager[object]:
         return mapped("testing")
