@@ -370,6 +370,34 @@ async def test_a_file_that_was_cut_back_and_written_again_gives_new_messages(
     await source.aclose()
 
 
+@pytest.mark.parametrize("is_open_meanwhile", [True, False])
+@pytest.mark.parametrize(
+    "lines",
+    [['{"b":1}', '{"b":2}'], ['{"b":1}', '{"b":2}', '{"b":3}'], ['{"a":1}', '{"b":2}', "7"]],
+)
+async def test_a_file_that_is_overwritten_in_place_is_another_one_however_long_it_is(
+    reader: Reader, lines: list[str], is_open_meanwhile: bool
+) -> None:
+    reader.append('{"a":1}', '{"a":2}')
+    source = reader.source(follow=True)
+    await source.connect()
+    (batch,) = await collect(source, 2)
+    await source.acknowledge(batch)
+    if not is_open_meanwhile:
+        await source.aclose()
+    before = reader.path.stat().st_ino
+
+    reader.path.write_text("".join(f"{line}\n" for line in lines))
+    if not is_open_meanwhile:
+        await source.connect()
+    again = await collect(source, len(lines))
+
+    assert reader.path.stat().st_ino == before
+    assert payloads(again) == [json.loads(line) for line in lines]
+    assert not set(dedup_keys(messages_of(again))) & set(dedup_keys(batch.messages))
+    await source.aclose()
+
+
 async def test_a_writer_that_takes_back_an_unfinished_line_repeats_nothing(
     reader: Reader,
 ) -> None:

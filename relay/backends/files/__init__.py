@@ -8,10 +8,11 @@ What it does not do: create directories, follow a symbolic link out of the allow
 
 Source. Guarantees: JSON lines in order, each byte of a file handed out at least once; the position
 is kept in the catalog and moves only with an acknowledgement; a file that was rotated is read to
-its end before its successor. Deduplication: by the ``dedup_key`` of the object, else
-``{file name}:{identity}:{byte offset}``, which is the same on every reading; lines of stdin have a
-UUID, made when they are read. What it does not do: remember a position in stdin, notice a file
-that is overwritten in place while it is read, read files that were removed before their end.
+its end before its successor, and one that is cut back or overwritten in place, which its first line
+or the bytes before the position tell, is another file. Deduplication: by the ``dedup_key`` of the
+object, else ``{file name}:{identity}:{byte offset}``, which is the same on every reading; lines of
+stdin have a UUID, made when they are read. What it does not do: remember a position in stdin, read
+what was overwritten or removed before it was read.
 """
 
 from relay.backends.files.sink import FileSink

@@ -133,6 +133,9 @@ class FileInput:
         if self._is_waiting_for_file and not self._next_file():
             return Reading((), Outlook.WAIT, self._openings)
         lines = self._complete_lines(max_lines, max_bytes)
+        # After reading: what was read is of a file that still has what we know of it.
+        if self._mark is not None and not self._is_marked(self._require(), self._mark):
+            return self._begin_again()
         outlook = Outlook.MORE
         if not lines:
             outlook = self._look()
@@ -174,22 +177,23 @@ class FileInput:
     def _look(self) -> Outlook:
         """What follows the end of the open file: MORE means a successor."""
         here = os.fstat(self._require())
-        if here.st_size < self._lines.end:
-            if self._mark is not None and self._is_marked(self._require(), self._mark):
-                # Its writer took back an unfinished line, as our sink does after a crash.
-                self._lines = LineBuffer(self._mark.offset, self._max_line_bytes)
-                return Outlook.WAIT
-            # Cut back in place (copytruncate): what is in it now is new.
-            generation = self._generation() + 1
-            path = self._path_of(here)
-            self.close()
-            self._begin(path or self._path, generation)
+        if here.st_size < self._lines.end and self._mark is not None:
+            # Its writer took back an unfinished line, as our sink does after a crash.
+            self._lines = LineBuffer(self._mark.offset, self._max_line_bytes)
             return Outlook.WAIT
         at_path = _status(self._path)
         is_current = at_path is not None and os.path.samestat(at_path, here)
         if is_current or (at_path is None and self._successor(here) is None):
             return Outlook.WAIT if self._follow else Outlook.END
         return Outlook.MORE if self._is_quiet(here.st_size) else Outlook.WAIT
+
+    def _begin_again(self) -> Reading:
+        """Cut back or overwritten in place: what is in it now is another file's content."""
+        generation = self._generation() + 1
+        path = self._path_of(os.fstat(self._require()))
+        self.close()
+        self._begin(path or self._path, generation)
+        return Reading((), Outlook.MORE, self._openings)
 
     def _is_quiet(self, size_bytes: int) -> bool:
         now = time.monotonic()
