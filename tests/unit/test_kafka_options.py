@@ -92,11 +92,6 @@ def test_a_wrong_source_key_is_said_in_words(keys: dict[str, object], words: str
         make_source(**keys)
 
 
-def test_an_ordering_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="use one of strict, pipelined"):
-        KafkaSink.from_options(COMMON, backend_context(ordering="loose"))
-
-
 def test_brokers_are_written_in_several_ways() -> None:
     def addresses(brokers: str | list[str]) -> list[str]:
         return addresses_of(KafkaSinkOptions(type="kafka", brokers=brokers), "sink")

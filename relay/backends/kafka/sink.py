@@ -35,9 +35,6 @@ from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import compile_routing
 
-# Both keep the order: one batch of a partition is in flight at a time.
-ORDERINGS = ("strict", "pipelined")
-
 # Kafka's default for max.message.bytes, where the topic's can't be asked.
 _DEFAULT_TOPIC_LIMIT = 1_048_588
 _LIMIT_AGE_S = 60.0
@@ -103,11 +100,6 @@ class KafkaSink:
         if parsed.topic and ("{" in parsed.topic or "}" in parsed.topic):
             raise ConfigurationError(
                 f"sink.topic {parsed.topic!r} has a brace", remedy="write it as topic_template"
-            )
-        if (context.ordering or "strict") not in ORDERINGS:
-            raise ConfigurationError(
-                f"ordering {context.ordering!r} is unknown to the kafka sink",
-                remedy=f"use one of {', '.join(ORDERINGS)}",
             )
         return cls(parsed, context)
 

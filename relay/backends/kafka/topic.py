@@ -13,12 +13,12 @@ import re
 from functools import lru_cache
 
 from relay.errors import ConfigurationError, MessageRejected, TemplateInvalid
+from relay.template import filled
 
 MAX_LENGTH = 249
 
 _TO_REPLACE = re.compile(r"[^A-Za-z0-9_-]")
 _LEGAL = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_LENGTH}}}")
-_VARIABLE = re.compile(r"\{\{|\}\}|\{[^{}]*\}")
 
 
 class TopicInvalid(MessageRejected):
@@ -51,7 +51,7 @@ def is_legal(topic: str) -> bool:
 
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a topic of this template."""
-    if not is_legal(_VARIABLE.sub("x", text)):
+    if not is_legal(filled(text, "x")):
         raise TemplateInvalid(
             f"no topic can be made of the template {text!r}",
             remedy="topics are made of letters, digits, dots, underscores and hyphens",
