@@ -333,6 +333,9 @@ class KafkaHarness:
     async def cut(self) -> None:
         await self.proxy.cut()
 
+    async def stall(self) -> None:
+        self.proxy.stall()
+
     async def restore(self) -> None:
         await self.proxy.restore()
 

@@ -85,6 +85,10 @@ class SourceHarness(DriverErrors, Protocol):
         """Break the connection and let nobody connect until `restore` (evidence ``reconnect``)."""
         raise lacking("reconnect")
 
+    async def stall(self) -> None:
+        """Let nothing through any more, without breaking the connection, until `restore`."""
+        raise lacking("reconnect")
+
     async def restore(self) -> None:
         """Let connections through again; idempotent (evidence ``reconnect``)."""
         raise lacking("reconnect")
@@ -535,15 +539,16 @@ class SourceContract(Contract):
 
         await belongings.until_no_more_than_before()
 
+    @pytest.mark.parametrize("how", ["cut", "stall"])
     @shows("reconnect")
     async def test_closing_is_bounded_while_the_broker_is_gone(
-        self, harness: SourceHarness
+        self, harness: SourceHarness, how: str
     ) -> None:
         await harness.feed(numbered(3))
         source = harness.make()
         await source.connect()
         await collect(source, 3)
-        await harness.cut()
+        await (harness.cut() if how == "cut" else harness.stall())
 
         async with asyncio.timeout(CLOSED_WITHIN_S):
             await source.aclose()

@@ -254,6 +254,9 @@ class SqsHarness:
     async def cut(self) -> None:
         await self.proxy.cut()
 
+    async def stall(self) -> None:
+        self.proxy.stall()
+
     async def restore(self) -> None:
         await self.proxy.restore()
 

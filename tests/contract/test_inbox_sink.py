@@ -72,6 +72,9 @@ class InboxSinkHarness(SinkHarness):
     async def cut(self) -> None:
         await self._proxy.cut()
 
+    async def stall(self) -> None:
+        self._proxy.stall()
+
     async def restore(self) -> None:
         await self._proxy.restore()
 

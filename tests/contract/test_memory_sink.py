@@ -43,6 +43,9 @@ class MemorySinkHarness(SinkHarness):
     async def cut(self) -> None:
         self.channel.cut()
 
+    async def stall(self) -> None:
+        self.channel.cut()
+
     async def restore(self) -> None:
         self.channel.restore()
 

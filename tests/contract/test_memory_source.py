@@ -37,6 +37,9 @@ class MemorySourceHarness(SourceHarness):
     async def cut(self) -> None:
         self.channel.cut()
 
+    async def stall(self) -> None:
+        self.channel.cut()
+
     async def restore(self) -> None:
         self.channel.restore()
 

@@ -76,6 +76,9 @@ class OutboxSourceHarness(SourceHarness):
     async def cut(self) -> None:
         await self._proxy.cut()
 
+    async def stall(self) -> None:
+        self._proxy.stall()
+
     async def restore(self) -> None:
         await self._proxy.restore()
 

@@ -65,6 +65,9 @@ class WebhookSinkHarness(SinkHarness):
     async def cut(self) -> None:
         await self._proxy.cut()
 
+    async def stall(self) -> None:
+        self._proxy.stall()
+
     async def restore(self) -> None:
         await self._proxy.restore()
 
