@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from relay.status.fleet import Fleet, LogTail, PipelineLine, Watched
 from relay.status.own import OwnRelay, WholeFleet
-from relay.status.screen import plain_table
 from relay.status.terminal import can_show
 from relay.status.view import StatusView
 
@@ -23,5 +22,4 @@ __all__ = [
     "Watched",
     "WholeFleet",
     "can_show",
-    "plain_table",
 ]

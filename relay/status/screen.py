@@ -297,32 +297,6 @@ class Renderer:
         )
 
 
-def plain_table(fleet: Fleet) -> str:
-    """The pipelines as a table for a pipe: one line each, without escape sequences."""
-    head = ("pipeline", "route", "state", "owner", "events/s", "lag", "errors", "dead letters")
-    rows = [
-        (
-            _clean(line.name),
-            f"{line.source} -> {line.sink}",
-            line.state,
-            _clean(line.owner),
-            f"{line.rate_per_s:.1f}",
-            _lag(line),
-            str(line.errors),
-            str(line.dead_letters),
-        )
-        for line in lines_of(fleet)
-    ]
-    widths = [max(cell_len(row[n]) for row in (head, *rows)) for n in range(len(head))]
-    padded = (
-        "  ".join(
-            text + " " * (size - cell_len(text)) for text, size in zip(row, widths, strict=True)
-        )
-        for row in (head, *rows)
-    )
-    return "\n".join(line.rstrip() for line in padded)
-
-
 class _Column(msgspec.Struct, frozen=True):
     """One column; ``width`` has the space before it."""
 

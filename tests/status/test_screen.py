@@ -9,10 +9,9 @@ import msgspec
 import pytest
 from rich.color import ColorSystem
 
-from relay.status import plain_table
 from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Mode, Renderer, Sort, ViewState
-from tests.status.scene import FLEET, HEALTHY, TROUBLED, fleet_of, scene
+from tests.status.scene import FLEET, HEALTHY, fleet_of, scene
 
 SCREENS = Path(__file__).parent / "screens"
 OPEN = ViewState(is_open=True, selected=("orders-to-nats", "worker-a"))
@@ -147,19 +146,6 @@ def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_count
 
 def test_an_empty_catalog_says_how_to_begin(renderer: Renderer) -> None:
     assert "set_relay_outbox" in _drawn_of(renderer, ViewState(), [])
-
-
-def test_a_pipe_gets_a_plain_table() -> None:
-    lines = plain_table(FLEET).splitlines()
-
-    assert [line.split()[0] for line in lines] == [
-        "pipeline",
-        "audit-to-file",
-        TROUBLED.name,
-        HEALTHY.name,
-    ]
-    assert "42 3s" in lines[3]
-    assert "\x1b" not in "".join(lines)
 
 
 def _drawn(renderer: Renderer, view: ViewState, width: int, height: int) -> str:
