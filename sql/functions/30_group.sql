@@ -439,6 +439,11 @@ begin
                 consumer, batch_size, max_bytes, visibility_seconds),
             hint = 'A named consumer leases 1 to 100000 rows of 1 byte or more for 1 to 604800 seconds (a week).';
     end if;
+    if p_lease_token is not null then
+        -- Others wait for the group until this is committed. Should the server lose it, the rows are
+        -- leased again; once they are settled it can't be lost any more, since that is written later.
+        perform set_config('synchronous_commit', 'off', true);
+    end if;
     g := @schema@.relay_group_find(p_group, true);
     select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if v_outbox.last_id < g.frontier then
@@ -514,7 +519,7 @@ end
 $$;
 
 comment on function @schema@.relay_group_poll(text, text, integer, integer, bigint, integer, uuid) is
-    'Definer, since only functions write groups. What poll_outbox does, giving the ids of the rows alone, bounded also by how many messages they make, under a token that the caller may choose; settled: there is nothing to lease, and nobody holds anything. RL005 where the group stands beyond its outbox.';
+    'Definer, since only functions write groups. What poll_outbox does, giving the ids of the rows alone, bounded also by how many messages they make, under a token that the caller may choose; then the commit does not wait for the disk. Settled: there is nothing to lease, and nobody holds anything. RL005 where the group stands beyond its outbox.';
 
 create or replace function @schema@.relay_group_read_gaps(
     p_group_id bigint,
