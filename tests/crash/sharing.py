@@ -35,7 +35,7 @@ TAKEOVER_S = VISIBILITY_S + 2.0
 # After a blow is over, until what was in flight then is released.
 RECOVERY_S = 3.0
 BATCH = 20
-BOUND_S = 60.0
+BOUND_S = 120.0
 
 Proxies = Callable[[str, int], Awaitable[TcpProxy]]
 
@@ -136,8 +136,9 @@ class Sharing:
             "log.level=debug",
             f"relay.worker_id={name}",
             dsn=proxy.url(self._world.member_dsn),
+            is_awaited=False,
         )
-        await process.wait_for_log('"state":"running"')
+        await process.wait_for_log('"state":"running"', timeout_s=BOUND_S)
         self.relays.append(Sharer(name, process, proxy))
 
     async def write(self, count: int) -> None:
@@ -152,7 +153,7 @@ class Sharing:
         """Write, and wait until the victim has some of it in hand."""
         since = len(victim.process.stderr)
         await self.write(count)
-        await victim.process.wait_for_log('"leased"', since=since)
+        await victim.process.wait_for_log('"leased"', since=since, timeout_s=BOUND_S)
 
     async def until_settled(self) -> None:
         """Everything is delivered, and nobody has anything in hand."""

@@ -356,3 +356,36 @@ async def test_another_relay_group_may_not_read_the_same_consumer_group(
     await mine.terminate()
     await until_forgotten(world, "mine")
     await world.until_state(theirs, PIPELINE, "running")
+
+
+async def test_a_dead_letter_is_tried_again_by_one_relay_alone(
+    world: RelayWorld, stream: NatsWorld, proxy: TcpProxy
+) -> None:
+    await share(world, stream, sink=stream.sink(url_of(proxy, stream)))
+    for relay in (await world.relay("relay.worker_id=one"), await world.relay()):
+        await world.until_state(relay, PIPELINE, "running")
+    await world.run(
+        "select pgtrickle.relay_dead_letter('default', $1, 'forward', array_agg('k' || n),"
+        " array_agg(''::text), array_agg(n::text), array_agg('insert'::text),"
+        " array_agg('{}'::jsonb), array_agg(convert_to(format('{\"id\": %s}', n), 'UTF8')),"
+        " array_agg('{}'::jsonb), array_agg('message'::text), array_agg('no'::text),"
+        " array_agg(1)) from generate_series(1, 200) n",
+        PIPELINE,
+    )
+    proxy.stall()
+
+    await world.run("select pgtrickle.relay_dlq_retry_all($1)", PIPELINE)
+
+    # A hundred each: what the one has in hand is not the other's.
+    async def are_taken() -> bool:
+        query = "select count(*) from pgtrickle.relay_dlq_retries where taken_until > now()"
+        return await world.value(query) == 200
+
+    await until(are_taken)
+    await proxy.restore()
+
+    async def are_gone() -> bool:
+        return await world.value("select count(*) from pgtrickle.relay_dlq_list()") == 0
+
+    await until(are_gone)
+    assert await stream.count() == 200
