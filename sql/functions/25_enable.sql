@@ -378,17 +378,21 @@ begin
     into obstacle
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
+    cross join lateral (
+        select case when c.relispartition then
+            format('select %I.enable_outbox(%L)', @schema_name@, pg_partition_root(relation)::text) end as remedy
+    ) as p
     cross join lateral (values
         (
             c.relkind not in ('r', 'p') or c.relpersistence = 't'
                 or n.nspname in ('pg_catalog', 'information_schema', @schema_name@),
             'It is a view, a foreign, temporary or system table.',
-            'enable the outbox of an ordinary or partitioned table'
+            coalesce(p.remedy, 'enable the outbox of an ordinary or partitioned table')
         ),
         (
             c.relispartition,
             'It is a partition: what is written through its parent would be missing.',
-            format('select %I.enable_outbox(%L)', @schema_name@, pg_partition_root(relation)::text)
+            p.remedy
         ),
         (
             exists (select from @schema@.relay_family(relation) as f where f.kind = 'f'),
