@@ -350,21 +350,21 @@ $$;
 comment on function @schema@.relay_sleep(text, text, integer) is
     'Says that a relay sleeps on an outbox for so long, so that publishers notify meanwhile; null: it is awake. Definer: the flags are no business of others.';
 
-create or replace function @schema@.relay_notify_outbox()
-returns trigger
+create or replace function @schema@.relay_wake(channel text, outbox_table text)
+returns uuid
 language plpgsql
 volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    perform pg_notify(tg_argv[0], tg_table_name);
-    return null;
+    perform pg_notify(channel, outbox_table);
+    return gen_random_uuid();
 end
 $$;
 
-comment on function @schema@.relay_notify_outbox() is
-    'Wakes relays that sleep on this outbox, once the transaction commits; its argument is the channel.';
+comment on function @schema@.relay_wake(text, text) is
+    'Wakes relays that sleep on an outbox, once the transaction commits. Called by the default of a column, which costs a third of a trigger, and returns a value for it.';
 
 create or replace function @schema@.relay_channel(base text)
 returns text

@@ -26,25 +26,7 @@ $$;
 comment on function @schema@.relay_family(oid) is
     'A table, its partitions and children: a statement fires the triggers of the table that it names only.';
 
-create or replace function @schema@.relay_has_rows_below(relation oid)
-returns boolean
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select exists (
-        select
-        from @schema@.relay_family(relation) as f
-        where f.member <> relation
-            and pg_relation_size(f.member) > 0
-    )
-$$;
-
-comment on function @schema@.relay_has_rows_below(oid) is
-    'Whether children of a table kept rows: truncate only on a parent leaves them, and a truncate downstream would lose them.';
-
-create or replace function @schema@.relay_is_plain(column_type oid, relation oid, is_pinned boolean default false)
+create or replace function @schema@.relay_is_plain(column_types oid[], relation oid, is_pinned boolean default false)
 returns boolean
 language sql
 stable
@@ -52,7 +34,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
     with recursive part as (
-        select column_type as id
+        select unnest(column_types) as id
         union
         select i.id
         from part as p
@@ -94,8 +76,8 @@ as $$
     where c.oid = relation
 $$;
 
-comment on function @schema@.relay_is_plain(oid, oid, boolean) is
-    'Whether to_jsonb may be called on a column of this type as the owner of the table: it calls casts to json of other types, which must be the owner''s own or the system''s.';
+comment on function @schema@.relay_is_plain(oid[], oid, boolean) is
+    'Whether to_jsonb may be called on columns of these types as the owner of the table: it calls casts to json of other types, which must be the owner''s own or the system''s.';
 
 create or replace function @schema@.relay_row_expression(relation oid, is_guarded boolean)
 returns text
@@ -116,9 +98,9 @@ begin
                 -- A foreign base type of somebody else's table is not even printed.
                 when pg_get_userbyid(c.relowner) = current_user
                     or t.typtype <> 'b' or t.typcategory = 'A' or t.oid < 16384
-                    then @schema@.relay_is_plain(t.oid, relation, true)
+                    then @schema@.relay_is_plain(array[t.oid], relation, true)
             end as is_plain,
-            t.oid < 16384 and @schema@.relay_is_plain(t.oid, relation) as is_simple
+            t.oid < 16384 and @schema@.relay_is_plain(array[t.oid], relation) as is_simple
         from pg_attribute as a
         join pg_type as t on t.oid = a.atttypid
         join pg_class as c on c.oid = a.attrelid
@@ -219,24 +201,30 @@ $$;
 comment on function @schema@.relay_primary_key(oid) is
     'Columns of the primary key in its order; of a stream table of pg_trickle its row id; null without either.';
 
-create or replace function @schema@.relay_is_calm(outbox_table text)
+create or replace function @schema@.relay_is_quick(outbox_table text, relation oid default null)
 returns boolean
 language sql
 immutable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(bool_and(c.id < 16384 and not c.is_hidden and @schema@.relay_is_plain(c.id, c.relation)), false)
-    from (
-        select distinct a.atttypid as id, a.attgenerated = 'v' or starts_with(a.attname, '__pgt_') as is_hidden, r.relation
-        from @schema@.relay_captured_table(outbox_table) as r (relation)
-        cross join lateral @schema@.relay_family(r.relation) as f
-        join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
-    ) as c
+    select coalesce(
+        not bool_or(a.attgenerated = 'v' or starts_with(a.attname, '__pgt_'))
+        and array_agg(a.attname::text) @> coalesce((@schema@.relay_settings(outbox_table)).key_columns, '{}')
+        and (relation is not null or max(a.atttypid) < 16384)
+        and @schema@.relay_is_plain(array_agg(distinct a.atttypid), min(r.captured)),
+        false)
+    from (select coalesce(relation, @schema@.relay_captured_table(outbox_table)) as captured) as r
+    cross join lateral (
+        select f.member from @schema@.relay_family(r.captured) as f where relation is null
+        union all
+        select relation where relation is not null
+    ) as f
+    join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
 $$;
 
-comment on function @schema@.relay_is_calm(text) is
-    'Whether a captured table has columns of built-in types only that may be told plainly. Immutable as far as a plan goes: it is asked when a statement on the transition table is planned, which PostgreSQL does again whenever the table is altered.';
+comment on function @schema@.relay_is_quick(text, oid) is
+    'Whether the rows of a captured table may be told by relay_capture_quick: plain columns, and the key among them. Without a relation, for all of the family and as long as no column changes: immutable as far as a plan goes, since PostgreSQL plans a statement on the transition table again whenever the table is altered. With one, at this moment.';
 
 create or replace function @schema@.relay_capture_quick(settings @schema@.pgt_outbox_config, operation text)
 returns text
@@ -251,35 +239,26 @@ as $$
             select %3$s, %4$s, jsonb_build_object('v', 1, 'inserted', %5$s, 'deleted', %6$s)
             from (
                 select %7$s
-                where %1$I.relay_is_calm(%2$L) or not exists (
-                    select
-                    from pg_attribute as a
-                    where a.attrelid = tg_relid
-                        and a.attnum > 0
-                        and not a.attisdropped
-                        and (not %1$I.relay_is_plain(a.atttypid, tg_relid)
-                            or a.attgenerated = 'v' or starts_with(a.attname, '__pgt_'))
-                )
+                where %1$I.relay_is_quick(%2$L) or %1$I.relay_is_quick(%2$L, tg_relid)
                 offset 0
             ) as c
             where %3$s + %4$s between 1 and %8$s
-                and %9$s <= %10$s
-                and %11$s;$piece$,
+                and %9$s <= %10$s;$piece$,
         @schema_name@,
         settings.outbox_table_name,
-        case operation when 'DELETE' then '0' else 'cardinality(c.i)' end,
-        case operation when 'INSERT' then '0' else 'cardinality(c.d)' end,
-        case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.i)' end,
-        case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'to_jsonb(c.d)' end,
+        case operation when 'DELETE' then '0' else 'jsonb_array_length(c.i)' end,
+        case operation when 'INSERT' then '0' else 'jsonb_array_length(c.d)' end,
+        case operation when 'DELETE' then $json$'[]'::jsonb$json$ else 'c.i' end,
+        case operation when 'INSERT' then $json$'[]'::jsonb$json$ else 'c.d' end,
+        -- In an expression r.* is the row, whatever its columns are called.
         string_agg(
-            format('array(select to_jsonb(r.*) from %I as r limit %s) as %s', s.rows, settings.claim_check_rows + 1, s.alias),
+            format('to_jsonb(array(select coalesce(r.*) from %I as r limit %s)) as %s',
+                s.rows, settings.claim_check_rows + 1, s.alias),
             ', ' order by s.alias desc
         ),
         settings.claim_check_rows,
         string_agg(format('pg_column_size(c.%s)', s.alias), ' + ' order by s.alias desc),
-        settings.claim_check_bytes,
-        -- A column of the key that was renamed is looked up by the rest of the function.
-        coalesce(string_agg(format('c.%s[1] ?& %L', s.alias, settings.key_columns), ' and ' order by s.alias), 'true')
+        settings.claim_check_bytes
     )
     from (values ('i', 'new_rows', 'DELETE'), ('d', 'old_rows', 'INSERT')) as s (alias, rows, without)
     where s.without <> operation
@@ -441,7 +420,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select format(
         $source$
--- pgtrickle-relay capture, layout 1
+-- pgtrickle-relay capture, layout 2
 #variable_conflict use_variable
 %1$s%2$s
 declare
@@ -466,7 +445,9 @@ declare
     captured_id bigint;
 begin
     if tg_op = 'TRUNCATE' then
-        if %4$I.relay_has_rows_below(tg_relid) then
+        if exists (
+            select from %4$I.relay_family(tg_relid) as f where f.member <> tg_relid and pg_relation_size(f.member) > 0
+        ) then
             raise warning 'truncate only %% is not captured: its children keep their rows', tg_relid::regclass;
         else
             insert into %4$I.%5$I (payload)

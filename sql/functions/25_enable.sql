@@ -91,12 +91,12 @@ set search_path = pg_catalog, pg_temp
 as $$
     select array[
         'search_path=pg_catalog, pg_temp', 'TimeZone=UTC', 'DateStyle=ISO', 'IntervalStyle=postgres',
-        'bytea_output=hex', 'extra_float_digits=1'
+        'bytea_output=hex', 'extra_float_digits=1', 'plan_cache_mode=force_generic_plan'
     ]
 $$;
 
 comment on function @schema@.relay_capture_settings() is
-    'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told.';
+    'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told; and that its statements are planned once in a session, not six times.';
 
 create or replace function @schema@.relay_function_of(outbox_table text, kind text)
 returns oid
@@ -499,12 +499,14 @@ begin
     insert into @schema@.pgt_outbox_config values (settings.*);
     execute format(
         $create$
+            create unlogged sequence %1$I.%8$I;
+            comment on sequence %1$I.%8$I is %9$L;
+            grant select on sequence %1$I.%8$I to public;
+
             create table %1$I.%2$I (
                 id bigint generated always as identity (start with %3$s cache 1) primary key,
                 pgt_id uuid not null default %4$L,
-                -- Unique is enough: random bytes for each row cost as much as capturing it.
-                refresh_id uuid not null default
-                    encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), 'hex')::uuid,
+                refresh_id uuid not null default %10$s,
                 created_at timestamptz not null default clock_timestamp(),
                 inserted_count bigint not null default 0,
                 deleted_count bigint not null default 0,
@@ -525,10 +527,6 @@ begin
                 primary key (outbox_id, row_num)
             );
             comment on table %1$I.%6$I is %7$L;
-
-            create unlogged sequence %1$I.%8$I;
-            comment on sequence %1$I.%8$I is %9$L;
-            grant select on sequence %1$I.%8$I to public;
         $create$,
         @schema_name@,
         settings.outbox_table_name,
@@ -538,24 +536,18 @@ begin
         settings.delta_table_name,
         format('Rows of large deltas in the outbox of %s: inserted ones from row_num 0 on, then deleted ones.', settings.stream_table),
         settings.sleep_sequence_name,
-        format('Until when, in seconds since 1970, some relay sleeps on the outbox of %s. For all to read: publishers do.', settings.stream_table)
+        format('Until when, in seconds since 1970, some relay sleeps on the outbox of %s. For all to read: publishers do.', settings.stream_table),
+        -- Unique is enough: random bytes for each row cost as much as capturing it. Wakes relays only while
+        -- one sleeps: a notify in every commit serialises commits and forbids prepare transaction. Who falls
+        -- asleep now polls again after as long as it slept.
+        format(
+            case when settings.notify then
+                'case when pg_sequence_last_value(%1$L::regclass) > date_part(''epoch'', clock_timestamp()) then %2$I.relay_wake(%3$L, %4$L) else %5$s end'
+            else '%5$s' end,
+            format('%I.%I', @schema_name@, settings.sleep_sequence_name), @schema_name@,
+            @schema@.relay_channel('pgtrickle_outbox_new'), settings.outbox_table_name,
+            'encode(timestamptz_send(clock_timestamp()) || int8send(pg_backend_pid()), ''hex'')::uuid')
     );
-    if settings.notify then
-        execute format(
-            $create$
-                -- Only while some relay sleeps: a notify in every commit serialises commits and forbids
-                -- prepare transaction. Who falls asleep now polls again after as long as it slept.
-                create trigger relay_notify before insert on %1$I.%2$I
-                for each statement
-                when (pg_sequence_last_value(%3$L::regclass) > date_part('epoch', clock_timestamp()))
-                execute function %1$I.relay_notify_outbox(%4$L)
-            $create$,
-            @schema_name@,
-            settings.outbox_table_name,
-            format('%I.%I', @schema_name@, settings.sleep_sequence_name),
-            @schema@.relay_channel('pgtrickle_outbox_new')
-        );
-    end if;
     perform @schema@.relay_take_outbox(settings.outbox_table_name, function_id);
 end
 $$;

@@ -16,9 +16,9 @@ declare
         -- The catalog's halves of these: each acts for who has claimed a capture function.
         'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
         -- What capture functions call, as the owner of their table.
-        'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_has_rows_below', 'relay_current_rows',
+        'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_is_quick', 'relay_current_rows',
         -- What reads or writes an outbox with its caller's own rights on it.
-        'outbox_status', 'relay_status', 'outbox_publish', 'relay_publish',
+        'relay_wake', 'outbox_status', 'relay_status', 'outbox_publish', 'relay_publish',
         'inbox_mark_processed', 'inbox_mark_failed', 'replay_inbox_messages', 'relay_mark_inbox', 'relay_find_inbox'
     ];
     publisher_functions constant text[] := array['relay_create_stream', 'relay_drop_stream'];

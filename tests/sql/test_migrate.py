@@ -239,7 +239,7 @@ async def test_databases_of_one_cluster_can_be_migrated_at_once(
         "alter function pgtrickle.relay_put(jsonb, text, anyelement, boolean) security definer",
         "alter function pgtrickle.relay_put(jsonb, text, anyelement, boolean) reset all",
         "grant execute on function pgtrickle.relay_remove_outbox(text) to public",
-        "revoke execute on function pgtrickle.relay_is_plain(oid, oid, boolean) from public",
+        "revoke execute on function pgtrickle.relay_is_plain(oid[], oid, boolean) from public",
         "drop function pgtrickle.relay_free_name(text, text, text)",
         "revoke usage on schema pgtrickle from public",
     ],
