@@ -26,13 +26,10 @@ comment on function @schema@.relay_relation(text) is
 create or replace function @schema@.relay_bound_triggers(outbox_table text)
 returns table (
     target oid,
-    trigger_id oid,
     trigger_name name,
     trigger_type integer,
     function_id oid,
     argument text,
-    is_enabled boolean,
-    is_clone boolean,
     is_owned boolean
 )
 language sql
@@ -41,10 +38,8 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
     select
-        t.tgrelid, t.oid, t.tgname, t.tgtype::integer, t.tgfoid,
+        t.tgrelid, t.tgname, t.tgtype::integer, t.tgfoid,
         convert_from(substring(t.tgargs from 1 for greatest(position(decode('00', 'hex') in t.tgargs) - 1, 0)), 'SQL_ASCII'),
-        t.tgenabled in ('O', 'A'),
-        t.tgparentid <> 0,
         has_column_privilege(p.proowner, d.refobjid, 'payload', 'insert with grant option')
     from pg_depend as d
     join pg_trigger as t on t.oid = d.objid
@@ -56,7 +51,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_bound_triggers(text) is
-    'The triggers tied to an outbox. PostgreSQL itself keeps the link, through the condition of each trigger: it follows renames and a dump. Anybody may name an outbox in a trigger: it is owned where its function belongs to who may grant inserting into the outbox.';
+    'The triggers tied to an outbox. PostgreSQL itself keeps the link, through the condition of each trigger: it follows renames and a dump; the clones of a row trigger in partitions are not tied. Anybody may name an outbox in a trigger: it is owned where its function belongs to who may grant inserting into the outbox.';
 
 create or replace function @schema@.relay_captured_table(outbox_table text)
 returns oid

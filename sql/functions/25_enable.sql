@@ -312,12 +312,9 @@ as $$
     with wanted as materialized (
         select w.* from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
     ), bound as materialized (
-        select b.*, b.function_id = relay_trigger_problems.function_id and (
-            b.is_clone and (b.trigger_name, b.trigger_type, b.argument) in (
-                select w.trigger_name, w.trigger_type, w.argument from wanted as w)
-            or (b.target, b.trigger_name, b.trigger_type, b.argument) in (
-                select w.target, w.trigger_name, w.trigger_type, w.argument from wanted as w)
-        ) as is_right
+        select b.*, b.function_id = relay_trigger_problems.function_id
+            and (b.target, b.trigger_name, b.trigger_type, b.argument) in (
+                select w.target, w.trigger_name, w.trigger_type, w.argument from wanted as w) as is_right
         from @schema@.relay_bound_triggers(outbox_table) as b
         -- Those of a former owner, too, and of partitions that are none any more.
         where b.is_owned or b.target in (select f.member from @schema@.relay_family(relation) as f)
@@ -331,7 +328,7 @@ as $$
         end,
         format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
     from bound as b
-    where b.is_right is not true and not b.is_clone
+    where b.is_right is not true
     union all
     select
         2, w.target,
@@ -345,12 +342,14 @@ as $$
     left join pg_namespace as n on n.oid = p.pronamespace
     where (w.target, w.trigger_name) not in (select b.target, b.trigger_name from bound as b where b.is_right)
     union all
+    -- The clones that PostgreSQL keeps in partitions, too.
     select
-        3, b.target,
-        format('trigger %s is disabled: these changes are not captured', b.trigger_name),
-        format('alter table %s enable trigger %I', b.target::regclass, b.trigger_name)
-    from bound as b
-    where b.is_right and not b.is_enabled
+        3, f.member,
+        format('trigger %s is disabled: these changes are not captured', t.tgname),
+        format('alter table %s enable trigger %I', f.member::regclass, t.tgname)
+    from @schema@.relay_family(relation) as f
+    join pg_trigger as t on t.tgrelid = f.member and t.tgenabled not in ('O', 'A')
+    where t.tgname in (select w.trigger_name from wanted as w)
 $$;
 
 comment on function @schema@.relay_trigger_problems(text, oid, text, oid) is
@@ -995,7 +994,7 @@ begin
         for step in
             select format('drop trigger %I on %s', b.trigger_name, b.target::regclass)
             from @schema@.relay_bound_triggers(outbox_table) as b
-            where b.is_owned and not b.is_clone
+            where b.is_owned
         loop
             execute step;
         end loop;

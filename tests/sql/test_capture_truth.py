@@ -322,6 +322,22 @@ def test_a_table_that_is_made_again_goes_on_in_its_outbox(db: Session) -> None:
         db.run("select pgtrickle.enable_outbox('t')")
 
 
+def test_a_row_trigger_that_was_switched_off_in_one_partition_is_a_problem(db: Session) -> None:
+    db.run(
+        "create table t (id int primary key) partition by range (id);"
+        "create table t_1 partition of t for values from (0) to (10);"
+        "create table t_2 partition of t for values from (10) to (20);"
+        "select pgtrickle.enable_outbox('t', capture => 'row'); alter table t_2 disable trigger all"
+    )
+    found = problems(db)
+    assert len(found) == 3
+    assert all("is disabled" in str(problem) and "t_2" in str(problem) for problem in found)
+    assert db.value("select pgtrickle.repair_outbox('t')") == 3
+    assert problems(db) == []
+    db.run("insert into t values (15)")
+    assert db.value("select count(*) from pgtrickle.outbox_t") == 1
+
+
 def test_triggers_that_were_switched_off_or_came_later_are_problems_and_mended(db: Session) -> None:
     enabled(db, "create table t (id int primary key)")
     nothing = "returns trigger language plpgsql as 'begin return null; end'"
