@@ -218,8 +218,21 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
     mine = "m.pgtrickle_capture_t()"
     theirs = scene.admin.value("select 'al.pgtrickle_capture_orders()'::regprocedure::oid::text")
     drop = "select pgtrickle.relay_drop_outbox('outbox_orders', '{}'::regprocedure)"
+    stream = (
+        "row('outbox_s', null, 's', 'outbox_delta_rows_s', null, null, 'none', null, null, null,"
+        " true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config"
+    )
     with scene.as_role("mallory") as mallory:
         mallory.run("create table m.t (id int); select pgtrickle.enable_outbox('m.t')")
+        mallory.run(
+            "do $do$ begin execute (select format('create function m.s() returns trigger language"
+            " plpgsql security definer %s as %L', (select string_agg(format('set %s to %s',"
+            " split_part(c, '=', 1), case when c like 'search_path%' then split_part(c, '=', 2)"
+            " else quote_literal(split_part(c, '=', 2)) end), ' ')"
+            " from unnest(pgtrickle.relay_capture_settings()) as c),"
+            f" pgtrickle.relay_source({stream}, null, 'capture'))); end $do$;"
+            "revoke all on function m.s() from public"
+        )
         for steps in (
             (claim.format(mine, "disable outbox_orders"), drop.format(mine)),
             (claim.format(mine, "disable outbox_orders"), drop.format(theirs)),
@@ -231,11 +244,9 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
              "row('outbox_x', 'al', 'orders', 'outbox_delta_rows_x', 's', null, 'auto', null, null,"
              " null, true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
              f" 'al.orders'::regclass, '{mine}'::regprocedure)"),
-            # A stream without a table is made by publishers only.
-            (claim.format(mine, "enable outbox_s"), "select pgtrickle.relay_register_outbox("
-             "row('outbox_s', null, 's', 'outbox_delta_rows_s', null, null, 'none', null, null,"
-             " null, true, 1, 1, 24, 0, 0, now(), null, 0)::pgtrickle.pgt_outbox_config,"
-             f" null, '{mine}'::regprocedure)"),
+            # A stream without a table is made by publishers only, however right the function is.
+            (claim.format("m.s()", "enable outbox_s"), "select pgtrickle.relay_register_outbox("
+             f"{stream}, null, 'm.s()'::regprocedure)"),
         ):  # fmt: skip
             refused(mallory, "; ".join(steps), states="RL004 RL005 40001 42501")
     with scene.as_role("alice") as alice:
