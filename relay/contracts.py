@@ -99,7 +99,7 @@ class Source(Protocol):
         """
 
     async def poll(self) -> Batch:
-        """Wait until there is something, or the source's own wait (at most 1 s) is over.
+        """Wait until there is something, or the source's own wait (some seconds) is over.
 
         Never cancelled by the loop while it may hold messages: `interrupt` ends its wait instead.
         Raises `EndOfInput` when all was handed out and nothing more can come; `Outage` when the

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from relay.backends.outbox import OutboxSource
+from relay.backends.outbox.reading import REST_S
 from relay.catalog import Catalog
 from relay.contracts import Batch, Source
 from relay.message import RelayMessage
@@ -58,6 +59,10 @@ class OutboxSourceHarness(SourceHarness):
         self._proxy = proxy
         self._relay = relay
         self._encode = encoder("envelope", LOWER)
+
+    @property
+    def idle_poll_s(self) -> float:
+        return REST_S
 
     def make(self, *, batch_size: int = 100) -> Source:
         context = backend_context(

@@ -10,10 +10,17 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from relay.backends.outbox import OutboxSource
+from relay.backends.outbox import OutboxSource, reading
 from relay.backends.outbox.reader import Round
 from relay.contracts import Batch
-from relay.errors import ConfigurationError, NotConnected, OutboxUnsafe, OwnershipLost, PositionLost
+from relay.errors import (
+    ConfigurationError,
+    NotConnected,
+    OutboxUnsafe,
+    OwnershipLost,
+    PositionLost,
+    RelayError,
+)
 from relay.events import ClaimCheckFetched
 from tests.integration.outbox_surroundings import (
     BOUND_S,
@@ -589,7 +596,7 @@ async def test_a_row_that_is_too_large_to_come_with_others_is_not_sent_with_them
     await world.publisher.execute("insert into orders values (2, 0, 'small')")
     source = await connected(world)
     assert source._session is not None
-    statement = source._session.reader._above_position.packed
+    statement = source._session.reader._rows.above.packed
 
     record = await world.publisher.fetchrow(statement, 0, 100, 2048)
 
@@ -700,6 +707,31 @@ async def test_a_claim_check_behind_what_is_read_ahead_comes_in_its_turn(
         *(("insert", str(key)) for key in range(10, 14)),
     ]
     await source.aclose()
+
+
+async def test_readers_at_rest_are_woken_without_a_notification_and_without_each_other(
+    world: OutboxWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "REST_S", 10 * BOUND_S)
+    await enable_orders(world.publisher, ", notify => false")
+    await world.publisher.execute("create table gone (id int primary key)")
+    await world.publisher.execute("select pgtrickle.enable_outbox('gone')")
+    source = await connected(world)
+    other = OutboxSource.from_options({"outbox": "gone"}, world.context(pipeline="other"))
+    await other.connect()
+    for each in (source, other):
+        assert (await each.poll()).is_end_of_backlog
+    resting = [asyncio.create_task(each.poll()) for each in (source, other)]
+
+    await world.publisher.execute("select pgtrickle.disable_outbox('gone')")
+    await world.publisher.execute("insert into orders values (1, 0, 'a')")
+
+    woken, gone = await asyncio.wait_for(asyncio.gather(*resting, return_exceptions=True), BOUND_S)
+    assert isinstance(gone, RelayError)
+    assert isinstance(woken, Batch)
+    assert ops([woken] if woken.messages else await polled(source, 1)) == [("insert", "1")]
+    await source.aclose()
+    await other.aclose()
 
 
 async def _insert_singly(world: OutboxWorld, rows: int, *, first: int = 1) -> None:

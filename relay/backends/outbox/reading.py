@@ -15,6 +15,7 @@ import msgspec
 
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader, Page
 from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
+from relay.backends.outbox.lookout import Lookout
 from relay.backends.outbox.reader import standby
 from relay.backends.outbox.row import OutboxRows
 from relay.backends.outbox.wakefulness import Wakefulness
@@ -26,6 +27,7 @@ from relay.events import ClaimCheckFetched
 from relay.postgres import Database
 
 POLL_WAIT_S: Final = 1.0
+REST_S: Final = 5.0
 HEALTH_TIMEOUT_S: Final = 2.0
 CLOSE_TIMEOUT_S: Final = 2.0
 
@@ -94,14 +96,27 @@ class Watch:
             if await self._wait(min(wait_s, deadline - _now())) or _now() >= deadline:
                 return None
 
+    async def rest(self, relation: str, position: int) -> bool:
+        """True as soon as the outbox may have a row above the position, which ought to have none.
+
+        False where it was interrupted, or nothing came for some seconds. Raises `NotConnected`
+        before `begin`, `Outage`.
+        """
+        if self._wakefulness is None:
+            raise NotConnected("the outbox source is not connected")
+        await self._wakefulness.found_nothing()
+        with Lookout.of(self._context.database).watching(relation, position, self._news.set):
+            was_interrupted = await self._wait(REST_S)
+        return self._news.is_set() and not was_interrupted
+
     def interrupt(self) -> None:
-        """End the wait of `first`, this one or the next."""
+        """End the wait of `first` or `rest`, this one or the next."""
         self._is_interrupted = True
         self._news.set()
 
     @property
     def is_interrupted(self) -> bool:
-        """True where `first` is to return soon."""
+        """True where it is to return soon."""
         return self._is_interrupted
 
     async def end(self) -> None:

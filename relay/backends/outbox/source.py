@@ -56,7 +56,8 @@ class _Session(msgspec.Struct, kw_only=True):
     """One ownership of the position, from claim to the next.
 
     ``left_some``: the last round left something behind, as far as it knows. ``ahead``: the one
-    behind it, which the server reads while that one is decoded and published.
+    behind it, which the server reads while that one is decoded and published. ``is_idle``: nothing
+    is left to read, to wait for or to commit.
     """
 
     number: int
@@ -65,6 +66,7 @@ class _Session(msgspec.Struct, kw_only=True):
     reader: CommitOrderReader
     unpacker: Unpacker
     left_some: bool = False
+    is_idle: bool = False
     ahead: asyncio.Task[Round] | None = None
 
     @property
@@ -150,8 +152,15 @@ class OutboxSource:
         if self._is_stale:
             await session.aclose()
             session = self._session = await self._begin_session(session.outbox)
-        current = session
+        current, reader = session, session.reader
+        if session.is_idle and not await self._watch.rest(
+            session.outbox.outbox_relation, reader.position
+        ):
+            return Batch(is_end_of_backlog=True)
         batch = await self._watch.first(lambda: self._next(current), lambda: current.has_more)
+        session.is_idle = not (
+            batch or session.has_more or reader.pending_gaps or reader.has_changes
+        )
         return self._idle(session) if batch is None else batch
 
     def interrupt(self) -> None:
