@@ -643,7 +643,7 @@ $$;
 comment on function @schema@.relay_register_outbox(@schema@.pgt_outbox_config, oid, oid) is
     'The catalog''s half of enable_outbox. Definer: table owners may not create in the schema; it acts for who has made the capture function of the table''s owner in this transaction, and compares that function with what the generator makes.';
 
-create or replace function @schema@.relay_create_stream(wanted @schema@.pgt_outbox_config)
+create or replace function @schema@.relay_create_stream(wanted @schema@.pgt_outbox_config, publishers name[])
 returns text
 language plpgsql
 volatile
@@ -652,6 +652,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     plan @schema@.pgt_outbox_config;
+    publisher name;
 begin
     perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
     if exists (
@@ -665,22 +666,32 @@ begin
     end if;
     plan := @schema@.relay_outbox_plan(wanted, null);
     perform @schema@.relay_create_outbox(plan, null);
-    execute format(
-        $grant$
-            grant select (id), insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
-                on %1$I.%2$I to pgtrickle_publisher;
-            grant insert on %1$I.%3$I to pgtrickle_publisher
-        $grant$,
-        @schema_name@, plan.outbox_table_name, plan.delta_table_name
-    );
+    foreach publisher in array coalesce(
+        nullif(publishers, '{}'),
+        array(select r.rolname from pg_roles as r where r.rolname = 'pgtrickle_publisher'))
+    loop
+        execute format(
+            $grant$
+                grant select (id), insert (inserted_count, deleted_count, is_claim_check, payload, headers, key_columns)
+                    on %1$I.%2$I to %4$I;
+                grant insert on %1$I.%3$I to %4$I
+            $grant$,
+            @schema_name@, plan.outbox_table_name, plan.delta_table_name, publisher
+        );
+    end loop;
     return plan.outbox_table_name;
 end
 $$;
 
-comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config) is
-    'Makes the outbox of a stream without a table, for members of pgtrickle_publisher, who may all publish to it. Definer: they may not create in the schema.';
+comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config, name[]) is
+    'Makes the outbox of a stream without a table, for members of pgtrickle_relay and pgtrickle_publisher; the publishers named may publish to it, all members of pgtrickle_publisher where none is. Definer: they may not create in the schema.';
 
-create or replace function @schema@.relay_enable(plan @schema@.pgt_outbox_config, relation oid, called text)
+create or replace function @schema@.relay_enable(
+    plan @schema@.pgt_outbox_config,
+    relation oid,
+    called text,
+    publishers name[]
+)
 returns text
 language plpgsql
 volatile
@@ -692,7 +703,13 @@ declare
     outbox_table text := @schema@.relay_find_outbox(null, relation);
 begin
     if relation is null then
-        return @schema@.relay_create_stream(plan);
+        return @schema@.relay_create_stream(plan, publishers);
+    end if;
+    if publishers <> '{}' then
+        raise exception using
+            errcode = 'RL005',
+            message = format('%s is captured: its events are written by its triggers alone', called),
+            hint = 'Leave publishers out, or enable a stream of another name with capture => ''none''.';
     end if;
     perform @schema@.relay_check_event_triggers();
     if outbox_table is not null then
@@ -720,7 +737,7 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, text) is
+comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, text, name[]) is
     'The caller''s half of enable_outbox: what it makes is ordinary DDL.';
 
 -- No search_path of its own: the name means what it means to the caller.
@@ -731,7 +748,8 @@ create or replace function @schema@.enable_outbox(
     notify boolean default true,
     key_columns text[] default null,
     claim_check_rows integer default 1000,
-    claim_check_bytes bigint default 1048576
+    claim_check_bytes bigint default 1048576,
+    publishers name[] default '{}'
 )
 returns text
 language sql
@@ -746,10 +764,11 @@ as $$
                 'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
             @schema@.relay_relation(stream_table)),
         @schema@.relay_relation(stream_table),
-        stream_table)
+        stream_table,
+        publishers)
 $$;
 
-comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint) is
+comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint, name[]) is
     'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. RL002 where it has one.';
 
 -- ---------------------------------------------------------------------------
@@ -965,7 +984,7 @@ end
 $$;
 
 comment on function @schema@.relay_drop_stream(text) is
-    'Drops the outbox of a stream without a table, for members of pgtrickle_publisher. Definer: it belongs to the catalog''s owner.';
+    'Drops the outbox of a stream without a table, for members of pgtrickle_relay and pgtrickle_publisher. Definer: it belongs to the catalog''s owner.';
 
 create or replace function @schema@.relay_disable(outbox_table text)
 returns void

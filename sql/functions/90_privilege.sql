@@ -48,7 +48,8 @@ declare
         'relay_inbox_parts', 'relay_inbox_problems',
         'relay_build_inbox', 'relay_drop_inbox_parts', 'relay_remove_inbox', 'relay_new_inbox', 'relay_adopted_inbox',
         -- definer halves of these, which look before they act
-        'relay_create_inbox', 'relay_register_inbox', 'relay_forget_inbox'
+        'relay_create_inbox', 'relay_register_inbox', 'relay_forget_inbox',
+        'relay_create_stream', 'relay_drop_stream'
     ];
     found record;
 begin

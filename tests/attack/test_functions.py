@@ -55,6 +55,16 @@ def test_every_function_that_others_may_execute_is_explained(scene: Scene) -> No
     assert set(page) - set(seen) == set(), "docs/SECURITY-MODEL.md explains what is not there"
 
 
+def test_every_rule_of_the_page_has_the_test_that_it_names() -> None:
+    tests = Path(__file__).parents[1]
+    code = "".join(file.read_text() for file in tests.glob("*/test_*.py"))
+
+    named = set(re.findall(r"`(test_\w+)`", PAGE.read_text()))
+
+    assert named
+    assert {name for name in named if f"def {name}(" not in code} == set()
+
+
 def test_functions_belong_to_the_owner_and_fix_where_names_are_looked_up(scene: Scene) -> None:
     for name, owner, is_definer, settings, *_ in scene.admin.rows(FUNCTIONS):
         assert owner == "pgtrickle_owner", name

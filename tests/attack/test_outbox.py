@@ -161,7 +161,9 @@ def test_nobody_chooses_an_id_or_a_time_and_nobody_but_publishers_publish(scene:
                 f"select setval('pgtrickle.outbox_{outbox}_id_seq', 1)",
                 f"select nextval('pgtrickle.outbox_{outbox}_id_seq')",
             )
-    for role in ("mallory", "bob", "a_relay"):
+    with scene.as_role("a_relay") as relay:
+        refused(relay, "select pgtrickle.outbox_publish('events', '[1]')")
+    for role in ("mallory", "bob"):
         with scene.as_role(role) as stranger:
             refused(
                 stranger,

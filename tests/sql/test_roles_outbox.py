@@ -137,6 +137,33 @@ def test_a_publisher_publishes_and_enables_streams_without_a_table(db: Session) 
     db.run("set role relay_publisher_login; select pgtrickle.disable_outbox('events')")
 
 
+def test_a_relay_member_makes_a_stream_whose_publishers_it_names(db: Session) -> None:
+    db.new_role("relay_relay_login", "pgtrickle_relay")
+    db.new_role("relay_publisher_login", "pgtrickle_publisher")
+    db.new_role("relay_named_login")
+    db.run("set role relay_relay_login")
+    db.run(
+        "select pgtrickle.enable_outbox('events', capture => 'none',"
+        " publishers => '{relay_named_login}')"
+    )
+    with db.refused("42501"):
+        db.run("select pgtrickle.outbox_publish('events', '[1]')")
+    db.run("set role relay_publisher_login")
+    with db.refused("42501"):
+        db.run("select pgtrickle.outbox_publish('events', '[1]')")
+    db.run("set role relay_named_login")
+
+    assert db.value("select pgtrickle.outbox_publish('events', '[1]')") == 1
+    with db.refused("42501"):
+        db.run("select pgtrickle.disable_outbox('events')")
+    db.run("set role relay_relay_login; select pgtrickle.disable_outbox('events')")
+
+
+def test_a_captured_table_has_no_publishers(db: Session) -> None:
+    with db.refused("RL005"):
+        db.run("select pgtrickle.enable_outbox('relay_owner_a.orders', publishers => '{public}')")
+
+
 def test_everything_of_ours_belongs_to_the_owner_role_and_nothing_runs_as_superuser(
     db: Session,
 ) -> None:
