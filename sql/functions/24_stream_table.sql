@@ -121,6 +121,10 @@ begin
     from pg_class as c
     where c.oid = relation;
     if missing_grant is not null then
+        if has_table_privilege(streams, 'select') then
+            execute format('select s.refresh_mode from %s as s where s.pgt_relid = $1', streams)
+            into refresh_mode using relation;
+        end if;
         return next;
         return;
     end if;
@@ -163,11 +167,12 @@ declare
 begin
     select r.* into found from @schema@.relay_refreshes(relation) as r;
     if found.missing_grant is not null and found.is_stream then
-        if not found.has_triggers then
+        if not found.has_triggers or found.refresh_mode = 'FULL' then
             raise exception using
                 errcode = 'RL005',
                 message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
-                detail = 'pg_trickle fires no trigger on it (pg_trickle.user_triggers is off), and rights to follow its refreshes are missing.',
+                detail = format('pg_trickle fires no trigger on it (%s), and rights to follow its refreshes are missing.',
+                    case when found.has_triggers then 'its refresh mode is FULL' else 'pg_trickle.user_triggers is off' end),
                 hint = found.missing_grant;
         end if;
         raise notice using

@@ -546,10 +546,13 @@ async def test_a_stream_table_of_another_schema_asks_for_the_grant_that_the_rela
     assert outbox(beside) == [snapshot(PARIS, ROME)]
 
 
-async def test_a_stream_table_that_nothing_would_tell_of_is_refused(beside: Session) -> None:
+@pytest.mark.parametrize("triggers, mode", [("off", "DIFFERENTIAL"), ("auto", "FULL")])
+async def test_a_stream_table_that_nothing_would_tell_of_is_refused(
+    beside: Session, triggers: str, mode: str
+) -> None:
     beside.run("revoke select on pgtrickle.pgt_refresh_history from pgtrickle_owner")
-    beside.run("set pg_trickle.user_triggers = 'off'")
-    beside.run("select pgtrickle.create_stream_table('totals', 'city text')")
+    beside.run(f"set pg_trickle.user_triggers = '{triggers}'")
+    beside.run(f"select pgtrickle.create_stream_table('totals', 'city text', '{mode}')")
 
     with beside.refused("RL005") as refusal:
         beside.run("select enable_outbox('totals')")
