@@ -286,7 +286,9 @@ async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[
     logs.show_on_stderr(shown=False)
     try:
         watched = OwnRelay(relay.board, relay.database, relay.catalog)
-        async with StatusView(watched, logs.ring, ui, on_closed=relay.coordinator.stop) as view:
+        async with StatusView(
+            watched, logs.ring, ui, on_closed=relay.coordinator.stop, stops_relay=True
+        ) as view:
             yield view.restore
     finally:
         logs.show_on_stderr(shown=True)

@@ -111,7 +111,8 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class UiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The status view.
 
-    mode: `tui` shows the status view, where standard input and output are a terminal.
+    mode: `tui` shows the status view, where standard input and output are a terminal; leaving it
+        stops the relay, and it asks first.
     refresh_ms: How often the view is drawn again.
     """
 

@@ -210,7 +210,12 @@ class _Demo:
         logs.show_on_stderr(shown=False)
         try:
             async with StatusView(
-                own, logs.ring, self._settings.ui, on_closed=self._closing.set, heading=heading
+                own,
+                logs.ring,
+                self._settings.ui,
+                on_closed=self._closing.set,
+                heading=heading,
+                stops_relay=True,
             ):
                 yield
         finally:

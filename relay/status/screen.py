@@ -43,8 +43,9 @@ _HELP = (
     ("p", "pause the selected pipeline, or resume it; asks first"),
     ("r", "try all dead letters of the selected pipeline again; asks first"),
     ("Ctrl-L", "draw the screen again"),
-    ("q", "leave the view"),
 )
+_LEAVE = ("q", "leave the view; no relay is touched")
+_STOP = ("q", "stop this relay and leave the view; asks first")
 
 
 class Sort(StrEnum):
@@ -79,13 +80,17 @@ class ViewState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is on the screen; ``heading`` is a remark of whoever shows the view."""
+    """Everything that is on the screen; ``heading`` is a remark of whoever shows the view.
+
+    ``stops_relay``: leaving the view stops the relay that it shows.
+    """
 
     fleet: Fleet
     view: ViewState
     now: datetime
     log: Sequence[LogLine] = ()
     heading: str = ""
+    stops_relay: bool = False
 
 
 def visible_lines(fleet: Fleet, view: ViewState) -> list[PipelineLine]:
@@ -153,7 +158,7 @@ class Renderer:
         chosen = selected_line(lines, scene.view)
         room = max(0, height - _HEADING_LINES - _FOOTER_LINES)
         if scene.view.mode is Mode.HELP:
-            body = self._help()
+            body = self._help(scene)
         else:
             body = self._body(scene, lines, chosen, width, room)
         screen = [*self._heading(scene, width), *_filled(body, room), self._footer(scene)]
@@ -269,9 +274,9 @@ class Renderer:
             detail.insert(0, Text(f" {_clean(trouble)}", "red" if status.trouble else "yellow"))
         return detail
 
-    def _help(self) -> list[Text]:
+    def _help(self, scene: Scene) -> list[Text]:
         lines = [Text(""), Text(" keys", "bold"), Text("")]
-        for keys, meaning in _HELP:
+        for keys, meaning in (*_HELP, _STOP if scene.stops_relay else _LEAVE):
             shown = keys if self._is_unicode else keys.replace("↑ ↓", "up, down")
             lines.append(Text(f"   {shown:<16}{meaning}"))
         return lines
@@ -290,7 +295,8 @@ class Renderer:
         if view.notice:
             return Text(f" {_clean(view.notice)}", "bold reverse")
         arrows = "↑↓" if self._is_unicode else "jk"
-        keys = f" {arrows} move  enter detail  s sort  / filter  p pause  r retry  ? help  q quit"
+        end = "q stop" if scene.stops_relay else "q quit"
+        keys = f" {arrows} move  enter detail  s sort  / filter  p pause  r retry  ? help  {end}"
         return Text(
             f" filter: {_clean(view.filter)} (esc drops it) {keys}" if view.filter else keys,
             "reverse",

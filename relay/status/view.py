@@ -44,6 +44,7 @@ class StatusView:
     """Shows ``watched`` and ``log`` on the terminal of this process for as long as it is open.
 
     ``on_closed`` is called in the event loop's thread when the user quits or the terminal is gone.
+    Where that stops the relay, ``stops_relay`` makes the view say so, and ask before it quits.
     ``heading`` gives a remark for the first line of the screen. Use it as a context manager, where
     `can_show` is true: leaving the block restores the terminal, whatever the reason.
     """
@@ -56,16 +57,18 @@ class StatusView:
         *,
         on_closed: Callable[[], None],
         heading: Callable[[], str] = str,
+        stops_relay: bool = False,
     ) -> None:
         self._watched = watched
         self._log = log
         self._refresh_s = settings.refresh_ms / 1000
         self._on_closed = on_closed
         self._heading = heading
+        self._stops_relay = stops_relay
         self._renderer = Renderer.for_standard_output()
         self._terminal = Terminal(self._on_key, on_closed)
         self._view = ViewState()
-        self._confirmed: Action | None = None
+        self._confirmed: Callable[[], None] | None = None
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._touched = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -110,6 +113,7 @@ class StatusView:
                     now=now(),
                     log=self._log.entries(),
                     heading=self._heading(),
+                    stops_relay=self._stops_relay,
                 )
                 self._terminal.show(partial(self._renderer.render, scene))
             with contextlib.suppress(TimeoutError):
@@ -182,6 +186,8 @@ class StatusView:
             case "redraw":
                 self._terminal.redraw()
                 self._touched.set()
+            case "q" if self._stops_relay:
+                self._ask("Stop this relay?", self._stop)
             case "q":
                 self._on_closed()
             case _:
@@ -218,9 +224,9 @@ class StatusView:
             return f"{name} is resumed"
 
         if line.is_enabled:
-            self._ask(f"pause {name}?", pause)
+            self._ask(f"pause {name}?", partial(self._actions.put_nowait, pause))
         else:
-            self._ask(f"resume {name}?", resume)
+            self._ask(f"resume {name}?", partial(self._actions.put_nowait, resume))
 
     def _ask_to_retry(self) -> None:
         line = self._chosen()
@@ -234,17 +240,24 @@ class StatusView:
         async def retry() -> str:
             return f"{await self._watched.retry_dead_letters(name)} dead letters are tried again"
 
-        self._ask(f"try {line.dead_letters} dead letters of {name} again?", retry)
+        self._ask(
+            f"try {line.dead_letters} dead letters of {name} again?",
+            partial(self._actions.put_nowait, retry),
+        )
 
-    def _ask(self, question: str, action: Action) -> None:
-        self._confirmed = action
+    def _stop(self) -> None:
+        self._change(notice="stopping: what is in flight is finished first")
+        self._on_closed()
+
+    def _ask(self, question: str, confirmed: Callable[[], None]) -> None:
+        self._confirmed = confirmed
         self._change(mode=Mode.CONFIRM, question=question)
 
     def _answer(self, key: str) -> None:
-        action, self._confirmed = self._confirmed, None
+        confirmed, self._confirmed = self._confirmed, None
         self._change(mode=Mode.BROWSE, question="")
-        if key in ("y", "Y") and action is not None:
-            self._actions.put_nowait(action)
+        if key in ("y", "Y") and confirmed is not None:
+            confirmed()
 
     def _move(self, by: int) -> None:
         lines = visible_lines(self._watched.fleet(), self._view)

@@ -14,7 +14,7 @@ ALTERNATE_SCREEN = b"\x1b[?1049h"
 
 
 @pytest.mark.shows("setting:ui.mode")
-@pytest.mark.parametrize("mode,first_words", [("tui", "q quit"), ("none", "database")])
+@pytest.mark.parametrize("mode,first_words", [("tui", "q stop"), ("none", "database")])
 def test_the_view_is_shown_where_it_is_asked_for(
     migrated_database: Database, mode: str, first_words: str
 ) -> None:
@@ -45,3 +45,18 @@ def test_the_view_is_drawn_so_often(tmp_path: Path) -> None:
 
     assert seldom <= 4
     assert often > 2 * seldom
+
+
+def test_leaving_the_view_of_a_relay_stops_it_after_a_yes(migrated_database: Database) -> None:
+    relay = Emulator("relay", ["+env=test", "ui=tui", "--postgres-url", migrated_database.dsn])
+    try:
+        relay.until_shown("q stop", "database connected")
+        relay.type("q")
+        relay.until_shown("Stop this relay?")
+        relay.type("n")
+        relay.until_shown("q stop", "database connected")
+        relay.type("qy")
+
+        assert relay.wait() == 0
+    finally:
+        relay.close()

@@ -87,7 +87,7 @@ def test_in_a_terminal_the_demo_shows_the_view_and_then_a_summary() -> None:
             lambda screen: screen.count("running") == 2 and "orders-to-jetstream" in screen,
             bound_s=BOUND_S,
         )
-        terminal.type("q")
+        terminal.type("qy")
 
         assert terminal.wait() == 0
         assert terminal.attributes_after == terminal.attributes
@@ -107,7 +107,7 @@ def test_what_was_paused_in_the_view_is_resumed_and_not_lost() -> None:
         terminal.type("y")
         terminal.until_shown("jetstream-to-inbox is paused")
         terminal.until_shown(" paused ")
-        terminal.type("q")
+        terminal.type("qy")
 
         assert terminal.wait() == 0
     finally:

@@ -1,6 +1,7 @@
 """A process that shows the view and nothing else, for tests that own its terminal.
 
 `python -m tests.status.program WAY FILE`: WAY is how it ends (`quit`: by the user or a signal;
+`stop`: the same, and with it a relay;
 `raise`: by an exception as soon as a file FILE.raise is there). Into FILE it writes, again and
 again, what it was told and how often its event loop came round.
 """
@@ -32,7 +33,14 @@ async def main(way: str, report: Path) -> None:
         return f"at {time.monotonic_ns() % 10**9}" if way == "busy" else ""
 
     settings = UiSettings(mode="tui", refresh_ms=20)
-    async with StatusView(watched, Log(), settings, on_closed=closed.set, heading=heading):
+    async with StatusView(
+        watched,
+        Log(),
+        settings,
+        on_closed=closed.set,
+        heading=heading,
+        stops_relay=way == "stop",
+    ):
         while not closed.is_set():
             beats += 1
             partial = report.with_suffix(".partial")

@@ -46,7 +46,7 @@ def start(report: Path) -> Iterator[Start]:
             environment=environment,
         )
         emulators.append(emulator)
-        emulator.until_shown("orders-to-nats", "q quit")
+        emulator.until_shown("orders-to-nats", "q stop" if way == "stop" else "q quit")
         return emulator
 
     yield started
@@ -141,7 +141,9 @@ def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
     terminal = start()
 
     terminal.type("?")
-    terminal.until_shown("pause the selected pipeline", "any key goes back")
+    terminal.until_shown(
+        "pause the selected pipeline", "leave the view; no relay is touched", "any key goes back"
+    )
     terminal.type(" ")
     terminal.until_shown("▸ audit-to-file")
 
@@ -176,6 +178,23 @@ def test_a_screen_that_does_not_change_is_not_written_again(start: Start, report
 
     # Only the time that the relay has been up moves, once a minute.
     assert len(terminal.output) - before < 1000
+
+
+def test_where_leaving_stops_the_relay_it_asks_first_and_says_so(start: Start) -> None:
+    terminal = start("stop")
+
+    terminal.type("?")
+    terminal.until_shown("stop this relay and leave the view; asks first")
+    terminal.type(" ")
+    for back in ("n", "\x1b"):
+        terminal.type("q")
+        terminal.until_shown("Stop this relay?")
+        terminal.type(back)
+        terminal.until_shown("q stop")
+    terminal.type("qy")
+
+    assert terminal.wait() == 0
+    _assert_restored(terminal)
 
 
 def test_quitting_gives_the_terminal_back(start: Start) -> None:
