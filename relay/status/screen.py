@@ -165,7 +165,10 @@ class Renderer:
         return [_fitted(line, width) for line in _filled(screen, height)]
 
     def _encoded(self, line: Text) -> str:
-        segments = line.render(self._console)
+        # `Text.render` leaves the style of the whole text out where no part has one of its own.
+        segments = Segment.apply_style(
+            line.render(self._console), self._console.get_style(line.style)
+        )
         colours = self._colours
         if colours is None:
             colours = ColorSystem.STANDARD
@@ -266,7 +269,7 @@ class Renderer:
         right += [Text(_batch(batch)) for batch in reversed(status.recent_batches)]
         half = width // 2
         detail = [
-            _fitted(one, half - 1).append(" ").append_text(other)
+            Text.assemble(_fitted(one, half - 1), " ", other)
             for one, other in zip(_filled(left, rows), _filled(right, rows), strict=True)
         ]
         trouble = status.trouble or status.reason or status.last_error

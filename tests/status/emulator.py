@@ -1,4 +1,4 @@
-"""A terminal of our own with a program in it: its screen, its keys, its size."""
+"""A terminal of our own with a program in it: its screen with its styles, its keys, its size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pexpect
@@ -14,6 +15,26 @@ import pyte
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOUND_S = 15.0
+
+
+def styles_of(screen: pyte.Screen) -> str:
+    """Each run of cells that are not plain, a line each: row, columns, attributes and its text."""
+    runs = []
+    for row in range(screen.lines):
+        cells = [screen.buffer[row][column] for column in range(screen.columns)]
+        column = 1
+        for style, run in groupby(cells, _style):
+            text = "".join(cell.data for cell in run)
+            if style:
+                runs.append(f"{row + 1}:{column}-{column + len(text) - 1} {style}: {text.strip()}")
+            column += len(text)
+    return "".join(f"{run.rstrip()}\n" for run in runs)
+
+
+def _style(cell: pyte.screens.Char) -> str:
+    colour = "" if cell.fg == "default" else cell.fg
+    words = ("bold" if cell.bold else "", "reverse" if cell.reverse else "", colour)
+    return " ".join(word for word in words if word)
 
 
 class Emulator:
@@ -46,6 +67,11 @@ class Emulator:
     def text(self) -> str:
         """What is on the screen, without the spaces at the ends of lines."""
         return "\n".join(line.rstrip() for line in self._screen.display)
+
+    @property
+    def styles(self) -> str:
+        """How it is shown; see `styles_of`."""
+        return styles_of(self._screen)
 
     def until(self, condition: Callable[[str], bool], *, bound_s: float = BOUND_S) -> str:
         """Read until the screen's text is as wanted; the text."""

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pyte
 import pytest
 from rich.color import ColorSystem
 
 from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Mode, Renderer, Sort, ViewState
+from tests.status.emulator import styles_of
 from tests.status.scene import FLEET, HEALTHY, fleet_of, scene
 
 SCREENS = Path(__file__).parent / "screens"
+QUESTION = ViewState(mode=Mode.CONFIRM, question="Stop this relay?")
 OPEN = ViewState(is_open=True, selected=("orders-to-nats", "worker-a"))
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5;\d+|9[0-7])[;m]")
@@ -33,12 +36,25 @@ def renderer() -> Renderer:
     return Renderer(colours=ColorSystem.STANDARD, is_unicode=True)
 
 
-def test_the_table_at_80_by_24(renderer: Renderer) -> None:
-    assert _drawn(renderer, ViewState(), 80, 24) == _expected("table-80x24")
+@pytest.mark.parametrize(
+    "name,view,width,height",
+    [
+        ("table-80x24", ViewState(), 80, 24),
+        ("details-120x40", OPEN, 120, 40),
+        ("question-80x24", QUESTION, 80, 24),
+    ],
+)
+def test_a_screen_has_the_expected_text_and_styles(
+    renderer: Renderer, name: str, view: ViewState, width: int, height: int
+) -> None:
+    screen = pyte.Screen(width, height)
+    stream = pyte.Stream(screen)
+    for row, line in enumerate(renderer.render(scene(view), width, height), 1):
+        stream.feed(f"\x1b[{row};1H{line}\x1b[0m")
 
-
-def test_the_details_at_120_by_40(renderer: Renderer) -> None:
-    assert _drawn(renderer, OPEN, 120, 40) == _expected("details-120x40")
+    text = "".join(f"{line.rstrip()}\n" for line in screen.display)
+    assert text == (SCREENS / f"{name}.txt").read_text(encoding="utf-8")
+    assert styles_of(screen) == (SCREENS / f"{name}.styles").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (81, 25), (109, 30), (110, 30), (200, 60), (20, 5)])
@@ -160,7 +176,3 @@ def _drawn_of(renderer: Renderer, view: ViewState, pipelines: list[object]) -> s
         catalog=[],
     )
     return "\n".join(line.plain for line in renderer.draw(scene(view, fleet), 80, 24))
-
-
-def _expected(name: str) -> str:
-    return (SCREENS / f"{name}.txt").read_text(encoding="utf-8")

@@ -180,6 +180,17 @@ def test_a_screen_that_does_not_change_is_not_written_again(start: Start, report
     assert len(terminal.output) - before < 1000
 
 
+def test_the_styles_of_the_screen_reach_the_terminal(start: Start) -> None:
+    terminal = start()
+    terminal.until_shown("failed, trying again")
+
+    styles = terminal.styles
+
+    assert "3:1-80 bold: pipeline" in styles
+    assert re.search(r"^\d+:1-80 brown: 12:00:01 WARNING", styles, re.MULTILINE)
+    assert "24:1-80 reverse: ↑↓ move" in styles
+
+
 def test_where_leaving_stops_the_relay_it_asks_first_and_says_so(start: Start) -> None:
     terminal = start("stop")
 
