@@ -33,6 +33,7 @@ from relay.errors import (
 from relay.network import not_connected
 from relay.secrets import mask_urls
 from relay.settings import PostgresSettings, schema_identifier
+from relay.tls import refuses_us, why_not_trusted
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -117,7 +118,9 @@ def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
         found = MessageRejected
     hint = getattr(error, "hint", None) or _REMEDIES.get(state, "")
     detail = getattr(error, "detail", None) if state.startswith("RL") else None
-    message = getattr(error, "message", None) or str(error) or type(error).__name__
+    # Behind the first colon the driver's own words quote the argument of a query.
+    own_words = str(error).partition(": ")[0]
+    message = getattr(error, "message", None) or own_words or type(error).__name__
     if found is CatalogMissing and getattr(error, "context", None):
         # What is missing was named inside a function, such as somebody's trigger.
         found = ConfigurationError
@@ -182,11 +185,17 @@ def postgres_errors(doing: str) -> Iterator[None]:
     except TimeoutError as error:
         raise TimedOut(f"PostgreSQL gave no answer in time while {doing}") from error
     except ssl.SSLCertVerificationError as error:
+        why, remedy = why_not_trusted(error)
         raise AuthenticationRefused(
-            f"the PostgreSQL server's certificate is not trusted while {doing}: {_told(error)}",
-            remedy="check sslmode and sslrootcert",
+            f"the PostgreSQL server's certificate is not trusted while {doing}: {why}",
+            remedy=remedy or "check sslmode and sslrootcert",
         ) from error
     except ssl.SSLError as error:
+        if why := refuses_us(error):
+            raise AuthenticationRefused(
+                f"the PostgreSQL server refuses our certificate while {doing}: {why}",
+                remedy="set sslcert and sslkey to a certificate that the server trusts",
+            ) from error
         raise NotConnected(f"PostgreSQL is out of reach while {doing}: {_told(error)}") from error
     except ConnectionError as error:
         if _NO_TLS not in str(error):

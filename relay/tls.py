@@ -10,6 +10,23 @@ from typing import Protocol
 
 from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
 
+# By a part of what OpenSSL says of a certificate.
+_OF_CERTIFICATE = {
+    "certificate has expired": "renew the server's certificate, or set the clock of this machine",
+    "certificate is not yet valid": "set the clock of this machine or of the server",
+    "not valid for": "name the server as its certificate does",
+}
+# The peer, or what is between, breaks off; nothing is said of how TLS is set up.
+_ENDED = frozenset(
+    {
+        "application data after close notify",
+        "decryption failed or bad record mac",
+        "tlsv1 alert internal error",
+        "tlsv1 alert user cancelled",
+        "unexpected eof while reading",
+    }
+)
+
 
 class TlsOptions(Protocol):
     """The keys of a backend that are about TLS."""
@@ -58,21 +75,38 @@ def client_context(
     return context
 
 
+def why_not_trusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
+    """What is wrong with the server's certificate, and what helps, or "" for another authority."""
+    why = str(getattr(error, "verify_message", "it does not verify"))
+    return why, next((remedy for part, remedy in _OF_CERTIFICATE.items() if part in why), "")
+
+
+def refuses_us(error: ssl.SSLError) -> str:
+    """Why the server refuses our certificate, or "" where that is not what it says."""
+    reason = _reason(error)
+    return reason if "certificate" in reason or "unknown ca" in reason else ""
+
+
+def _reason(error: ssl.SSLError) -> str:
+    reason = getattr(error, "reason", None) or "the handshake failed"
+    return str(reason).replace("_", " ").lower()
+
+
 def of_tls(error: ssl.SSLError, doing: str) -> RelayError:
     """The relay's error for what TLS raised, on connecting and later."""
     if isinstance(error, ssl.SSLCertVerificationError):
+        why, remedy = why_not_trusted(error)
         return ConfigurationError(
-            f"{doing}: the server's certificate is not trusted:"
-            f" {getattr(error, 'verify_message', 'it does not verify')}",
-            remedy="point tls_ca at the authority that signed it",
+            f"{doing}: the server's certificate is not trusted: {why}",
+            remedy=remedy or "point tls_ca at the authority that signed it",
         )
-    reason = str(getattr(error, "reason", None) or "the handshake failed").replace("_", " ").lower()
-    if "certificate" in reason or "unknown ca" in reason:
+    reason = _reason(error)
+    if refuses_us(error):
         return AuthenticationRefused(
             f"{doing}: the server refuses our certificate: {reason}",
             remedy="set tls_cert and tls_key to a certificate that the server trusts",
         )
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError) or reason in _ENDED:
         return NotConnected(f"{doing}: TLS was ended by the server")
     return ConfigurationError(
         f"{doing}: TLS failed: {reason}", remedy="is this the server's TLS port?"
