@@ -399,8 +399,12 @@ def _restore_cloud_event(body: bytes, others: Mapping[str, str]) -> RelayMessage
     try:
         event = _cloud_event.decode(body)
         outbox_id = None if event.pgtrickleoutboxid is None else int(event.pgtrickleoutboxid)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MessageUndecodable(f"marked as a CloudEvent, but it is none: {error}") from None
+    except ValueError:
+        raise MessageUndecodable(
+            "marked as a CloudEvent, but its pgtrickleoutboxid is no number"
+        ) from None
     return RelayMessage(
         dedup_key=event.id,
         key=event.subject,
@@ -444,13 +448,16 @@ def _restore_payload(
             created_at=None if created_at is None else _moment(created_at),
             headers=others or NO_HEADERS,
         )
-    except ValueError as error:
-        raise MessageUndecodable(f"a metadata header is malformed: {error}") from None
+    except ValueError:
+        raise MessageUndecodable(
+            f"a metadata header is malformed: {spelling.outbox_id} has to be a number,"
+            f" {spelling.created_at} a time with its zone"
+        ) from None
 
 
 def _moment(text: str) -> datetime:
     """Raises `ValueError`, also for a time without a zone."""
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
-        raise ValueError(f"the time {text[:40]!r} has no zone")
+        raise ValueError
     return moment

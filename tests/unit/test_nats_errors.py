@@ -58,6 +58,7 @@ def test_every_exception_class_of_the_library_has_an_entry_of_its_own_or_a_fitti
     "number, kind",
     [
         (10002, Outage),
+        (10005, Outage),
         (10008, Outage),
         (10014, DestinationMissing),
         (10023, Outage),
@@ -74,6 +75,7 @@ def test_every_exception_class_of_the_library_has_an_entry_of_its_own_or_a_fitti
         (10077, Outage),
         (10097, MessageTooLarge),
         (10109, ConfigurationError),
+        (10158, Outage),
         (10167, Outage),
     ],
 )
@@ -112,6 +114,7 @@ def test_a_bad_request_outside_of_publishing_blames_no_message() -> None:
     [
         ("nats: 'Authorization Violation'", AuthenticationRefused),
         ("nats: user authentication expired", AuthenticationRefused),
+        ("nats: 'Authentication Timeout'", NotConnected),
         ('nats: permissions violation for publish to "a"', AuthenticationRefused),
         ("nats: maximum connections exceeded", Outage),
         ("nats: maximum payload violation", NotConnected),

@@ -74,6 +74,16 @@ def test_every_exception_of_the_client_comes_out_as_one_of_ours() -> None:
             Outage,
             "start the node",
         ),
+        *(
+            (404, f"NOT_FOUND - {text}", Outage, "testing: ")
+            for text in (
+                "queue 'q' in vhost '/' process is stopped by supervisor",
+                "queue 'q' in vhost '/' crashed and failed to restart",
+                "leader of queue 'q' in vhost '/' may be stopping or being demoted",
+                "timed out while declaring queue 'q' in vhost '/'",
+                "failed to perform operation on queue 'q' in vhost '/' due to timeout",
+            )
+        ),
         (405, "RESOURCE_LOCKED - cannot obtain exclusive access", ConfigurationError, "another"),
         (
             406,
@@ -128,6 +138,24 @@ def test_what_the_broker_says_is_told_without_what_is_not_of_the_matter() -> Non
         "connecting: Login was refused using authentication mechanism PLAIN"
         " (correct username and password)"
     )
+
+
+@pytest.mark.parametrize(
+    "code, text, said",
+    [
+        (501, 'FRAME_ERROR - type 1, first 16 octets = <<"card 4111">>: x', "FRAME_ERROR (501)"),
+        (541, 'INTERNAL_ERROR - {badmatch,<<"card 4111">>}', "INTERNAL_ERROR (541)"),
+        (502, "", "error (502)"),
+    ],
+)
+def test_the_bytes_that_an_error_of_the_protocol_quotes_are_not_repeated(
+    code: int, text: str, said: str
+) -> None:
+    assert str(of_close(code, text, "testing")) == f"testing: {said}"
+
+
+def test_of_a_long_text_only_the_beginning_is_told() -> None:
+    assert len(str(of_close(320, f"CONNECTION_FORCED - {'x' * 9000}", "testing"))) < 400
 
 
 @pytest.mark.parametrize(

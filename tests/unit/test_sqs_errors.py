@@ -136,6 +136,52 @@ def test_what_is_said_of_a_wrong_signature_is_not_repeated() -> None:
     assert "secret_access_key" in told
 
 
+@pytest.mark.parametrize(
+    "code, text, told",
+    [
+        (
+            "InvalidParameterValue",
+            "Value card 4111 for parameter MessageGroupId is invalid. Reason: Can only include x",
+            "sending: InvalidParameterValue: parameter MessageGroupId",
+        ),
+        (
+            "MissingParameter",
+            "The request must contain the parameter MessageGroupId.",
+            "sending: MissingParameter: parameter MessageGroupId",
+        ),
+        (
+            "ValidationException",
+            "1 validation error detected: Value 'card 4111' at 'messageBody' failed",
+            "sending: ValidationException",
+        ),
+        ("Unheard", "could not store card 4111", "sending: Unheard"),
+    ],
+)
+def test_what_the_service_quotes_of_a_message_goes_to_its_dead_letter_only(
+    code: str, text: str, told: str
+) -> None:
+    entry = {"Id": "1", "Code": code, "Message": text}
+    entries = [of_entry({**entry, "SenderFault": is_ours}, "sending") for is_ours in (True, False)]
+
+    for error in (*entries, of_answer(client_error(code, text), "sending", is_publish=True)):
+        assert str(error) == told
+        assert text.rstrip(".") in error.quoting
+
+
+@pytest.mark.parametrize("code", ["MessageTooLong", "KMS.DisabledException", "OverLimit"])
+def test_a_limit_or_what_is_wrong_with_the_queue_is_told_in_the_services_words(code: str) -> None:
+    error = of_answer(client_error(code, "at most 262144 bytes"), "x", is_publish=True)
+
+    assert "262144" in str(error)
+
+
+@pytest.mark.parametrize(
+    "code", ["ThrottlingException", "ThrottledException", "RequestLimitExceeded", "SlowDown"]
+)
+def test_being_asked_to_slow_down_is_no_message_s_fault(code: str) -> None:
+    assert type(of_answer(client_error(code, "slower"), "sending", is_publish=True)) is Outage
+
+
 def test_what_tls_says_is_found_below_what_the_library_says() -> None:
     error = client.SSLError(endpoint_url="https://h", error="x")
     error.__context__ = ssl.SSLCertVerificationError(1, "unknown authority")

@@ -65,7 +65,9 @@ def test_every_exception_class_of_the_client_has_a_place_in_the_table() -> None:
         (500, Outage),
         (501, ConfigurationError),
         (503, Outage),
-        (507, MessageRejected),
+        (505, MessageRejected),
+        (507, Outage),
+        (522, Outage),
     ],
 )
 def test_a_status_says_whose_trouble_it_is(status: int, kind: type[RelayError]) -> None:
@@ -73,6 +75,12 @@ def test_a_status_says_whose_trouble_it_is(status: int, kind: type[RelayError]) 
 
     assert type(error) is kind
     assert str(status) in str(error)
+
+
+def test_an_unknown_status_of_a_server_is_retried_only_where_500_is() -> None:
+    error = of_status(507, "host:80", retried=(503,), size_bytes=7)
+
+    assert type(error) is MessageRejected
 
 
 def test_every_status_of_success_accepts() -> None:

@@ -198,6 +198,23 @@ def test_wrong_metadata_is_undecodable(headers: dict[str, str], said: str) -> No
         wire.restore(b"{}", named, wire.TITLE)
 
 
+def test_a_value_that_does_not_fit_is_not_repeated() -> None:
+    event = msgspec.json.encode(
+        {"specversion": "1.0", "id": "1", "source": "s", "type": "t", "data": {}}
+        | {"pgtrickleoutboxid": "4111 1111"}
+    )
+    own = {wire.TITLE.format: "payload", wire.TITLE.dedup_key: "d"}
+
+    for body, headers in (
+        (event, {wire.TITLE.format: "cloudevents"}),
+        (b"{}", own | {wire.TITLE.outbox_id: "4111 1111"}),
+        (b"{}", own | {wire.TITLE.created_at: "4111 1111"}),
+    ):
+        with pytest.raises(MessageUndecodable) as caught:
+            wire.restore(body, headers, wire.TITLE)
+        assert "4111" not in str(caught.value)
+
+
 @pytest.mark.parametrize("format_", sorted(wire.CONTENT_TYPES))
 def test_a_time_without_a_zone_is_undecodable(format_: wire.Format) -> None:
     timeless = msgspec.structs.replace(FULL, created_at=datetime(2026, 1, 2))  # noqa: DTZ001 - that

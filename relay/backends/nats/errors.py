@@ -64,6 +64,7 @@ CLIENT_ERRORS = {exception: kind for kind, exceptions in _KINDS.items() for exce
 # By the server's own number, with a remedy; any other by its HTTP-like code.
 JETSTREAM_ERRORS: Mapping[int, tuple[type[RelayError], str]] = {
     10002: (Outage, "raise the account's JetStream limits, or remove messages"),
+    10005: (Outage, "start the cluster's servers"),  # no suitable peers for placement
     10008: (Outage, ""),  # JetStream system temporarily unavailable
     10014: (DestinationMissing, ""),  # consumer not found
     10023: (Outage, _NO_ROOM),  # insufficient resources
@@ -80,6 +81,8 @@ JETSTREAM_ERRORS: Mapping[int, tuple[type[RelayError], str]] = {
     10077: (Outage, "raise the stream's limits or remove messages"),
     10097: (MessageTooLarge, ""),  # header size exceeds maximum allowed of 64k
     10109: (ConfigurationError, "unseal the stream or publish to another"),
+    # An earlier try of the message is still being stored: soon it is a duplicate.
+    10158: (Outage, ""),
     10167: (Outage, ""),  # too many requests
 }
 
@@ -106,6 +109,9 @@ def of_server_text(text: str, doing: str) -> RelayError:
     """The relay's error for what a server says on the connection itself (``-ERR``)."""
     plain = text.removeprefix("nats: ").strip("' ")
     lowered = plain.lower()
+    if "authentication timeout" in lowered:
+        # A busy server got to our credentials too late: nothing is said of them.
+        return NotConnected(f"{doing}: {plain}")
     if "permissions violation" in lowered:
         return AuthenticationRefused(
             f"{doing}: {plain}", remedy="give the user this permission on the NATS server"

@@ -345,6 +345,8 @@ class OutboxDecoder:
         if payload.v != PAYLOAD_VERSION or payload.v is True:
             if payload.v is None:
                 raise MessageUndecodable("the outbox payload does not say its version (v)")
+            if isinstance(payload.v, str):
+                raise MessageUndecodable("the outbox payload's version (v) is not a number")
             raise MessageUndecodable(
                 f"outbox payload version {payload.v!r} is not one this version can read"
             )

@@ -62,6 +62,11 @@ _WORDS: Sequence[tuple[int, str, str, type[RelayError] | None]] = (
     (404, "no exchange", "create the exchange, or set declare_exchange", None),
     (404, "no queue", "create the queue, or set declare_queue", None),
     (404, "home node", "start the node that holds the queue", Outage),
+    (404, "stopped by supervisor", "start the node that holds the queue", Outage),
+    (404, "crashed and failed to restart", "see the broker's log", Outage),
+    (404, "may be stopping", "", Outage),
+    (404, "timed out", "", Outage),
+    (404, "due to timeout", "", Outage),
     (405, "", "the queue is another connection's own: choose another one", None),
     (406, "delivery acknowledgement", "raise consumer_timeout: a batch took longer", Outage),
     (406, "unknown delivery tag", "", Outage),
@@ -73,10 +78,13 @@ _WORDS: Sequence[tuple[int, str, str, type[RelayError] | None]] = (
     (530, "", "give the user access to the virtual host: rabbitmqctl set_permissions", None),
 )
 
+# An error of frames or inside of the broker is told with the bytes or the state that it is about.
+_QUOTING = (501, 502, 505, 541)
 # The number's name in front, and a hint for the one who runs the broker behind.
 _NOT_OF_THE_MATTER = re.compile(r"^[A-Z_]+ - |\. For details see the broker logfile")
 _TOO_LARGE = re.compile(r"message size (\d+)\D+(\d+)")
 _PRECONDITION_FAILED = 406
+_LONGEST_TEXT = 300
 
 
 class Unreadable(NotConnected):
@@ -96,7 +104,9 @@ class SizeRefused(Outage):
 
 def of_close(code: int, text: str, doing: str) -> RelayError:
     """The relay's error for what a broker says when it closes a channel or the connection."""
-    words = _NOT_OF_THE_MATTER.sub("", " ".join(text.split())).rstrip(".")
+    words = _NOT_OF_THE_MATTER.sub("", " ".join(text.split())).rstrip(".")[:_LONGEST_TEXT]
+    if code in _QUOTING:
+        words = f"{text.partition(' ')[0] or 'error'} ({code})"
     if code == _PRECONDITION_FAILED and (too_large := _TOO_LARGE.search(words)):
         return SizeRefused(f"{doing}: {words}", int(too_large[2]))
     usual = next((kind for kind, codes in REPLY_CODES.items() if code in codes), Outage)

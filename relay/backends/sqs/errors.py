@@ -67,7 +67,8 @@ _CODES_OF: Mapping[type[RelayError], str] = {
     Outage: (
         "InternalError InternalFailure InternalServerError KmsThrottled KmsThrottling "
         "OverLimit RequestThrottled RequestTimeout ServiceUnavailable Throttling "
-        "TooManyRequests"
+        "TooManyRequests Throttled RequestLimitExceeded BandwidthLimitExceeded LimitExceeded "
+        "SlowDown PriorRequestNotComplete"
     ),
     ConfigurationError: (
         "InvalidAction InvalidAddress InvalidAttributeName KmsDisabled KmsInvalidKeyUsage "
@@ -97,6 +98,7 @@ _CHECK_KEYS = "correct access_key_id, secret_access_key, session_token and regio
 _NO_KEYS = "set access_key_id and secret_access_key, or what the AWS chain reads"
 _PREFIX = "AWS.SimpleQueueService."
 _CODE_IN_XML = re.compile(r"<Code>(?:AWS\.SimpleQueueService\.)?([\w.]+)</Code>")
+_PARAMETER = re.compile(r"\bparameter ([A-Z]\w*)")
 _LONGEST_TEXT = 300
 
 
@@ -178,7 +180,14 @@ def _told(
         return kind(f"{doing}: there is no such queue", remedy=_REMEDIES[code])
     words = " ".join(text.split())[:_LONGEST_TEXT].rstrip(".")
     said = ": ".join(part for part in (doing, code, words) if part)
-    return kind(said, remedy=_REMEDIES.get(_plain(code), ""))
+    remedy = _REMEDIES.get(_plain(code), "")
+    if not is_publish or CODES.get(_plain(code), MessageRejected) is not MessageRejected:
+        return kind(said, remedy=remedy)
+    # What does not fit, such as a body, a group or an attribute, is quoted in what is said of it.
+    at = _PARAMETER.search(words)
+    told = kind(": ".join(part for part in (doing, code, at and at[0]) if part), remedy=remedy)
+    told.quoting = said
+    return told
 
 
 def _plain(code: str) -> str:

@@ -58,6 +58,9 @@ STATUSES: Mapping[int, tuple[type[RelayError], str]] = {
     501: (ConfigurationError, "set sink.method"),
 }
 
+# What a client does not recognize it takes for the first of its class, 500
+# (https://www.rfc-editor.org/rfc/rfc9110#section-15): a full disk, a proxy without its origin.
+_LAST_DEFINED = 505
 _REDIRECTS = range(300, 400)
 _ACCEPTED = range(200, 300)
 
@@ -82,7 +85,7 @@ def of_status(
     if status in _ACCEPTED:
         return None
     doing = f"{address} answers {status}"
-    if status in retried:
+    if status in retried or (status > _LAST_DEFINED and 500 in retried):
         asks = f" and asks for {retry_after_s:.0f} s of patience" if retry_after_s else ""
         return Outage(f"{doing}{asks}", retry_after_s=retry_after_s)
     if status in _REDIRECTS:

@@ -41,7 +41,7 @@ class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     timeout_ms: How long one request may take until its answer begins.
     batch_mode: Arrays, or a request for each message.
     max_in_flight: The most requests in flight without `batch_mode`.
-    retry_on_status: Statuses that say nothing about the messages.
+    retry_on_status: Statuses that say nothing about the messages; 500 stands for unknown ones, too.
     max_body_bytes: The largest body; an array is cut at a megabyte anyway.
     bearer_token: Sent as `Authorization: Bearer`.
     username: Basic authentication, with `password`.
