@@ -39,6 +39,11 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     resting_lag_rows: int | None = None
 
     @property
+    def trouble(self) -> str:
+        """Why it is not well; empty where it is, and where nobody runs it."""
+        return "" if self.status is None else self.status.trouble
+
+    @property
     def rate_per_s(self) -> float:
         """Messages a second, over the last seconds."""
         return 0.0 if self.status is None else self.status.rate_per_s

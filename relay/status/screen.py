@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -33,15 +34,18 @@ _UNSETTLED = frozenset({"starting", "retrying", "stopping", "waiting", "paused"}
 _LEVEL_STYLES = {"warning": "yellow", "error": "red", "critical": "red"}
 _HEADING_LINES, _FOOTER_LINES = 2, 1
 _SMALLEST_LOG = 3
+_MOST_REASON = 3
+_MARK_CELLS = 2
+_TREND_S = 60
 
 _HELP = (
     ("↑ ↓, k j", "move; PgUp, PgDn, Home, End go further"),
     ("enter", "show or hide the details of the selected pipeline"),
     ("esc", "close what is open; without anything open, drop the filter"),
-    ("s", "sort by the next column: name, state, rate, lag, errors"),
-    ("/", "show only the pipelines whose name, source, sink or state contains a text"),
+    ("s", "sort by the next column; the unwell (!) stay first"),
+    ("/", "show only what has a text in name, source, sink or state"),
     ("p", "pause the selected pipeline, or resume it; asks first"),
-    ("r", "try all dead letters of the selected pipeline again; asks first"),
+    ("r", "try the selected pipeline's dead letters again; asks first"),
     ("Ctrl-L", "draw the screen again"),
 )
 _LEAVE = ("q", "leave the view; no relay is touched")
@@ -94,7 +98,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def visible_lines(fleet: Fleet, view: ViewState) -> list[PipelineLine]:
-    """The pipelines that the view leaves in, in its order."""
+    """The pipelines that the view leaves in, the unwell first, and then in its order."""
     wanted = view.filter.casefold()
     lines = [
         line
@@ -102,7 +106,13 @@ def visible_lines(fleet: Fleet, view: ViewState) -> list[PipelineLine]:
         if wanted in f"{line.name} {line.source} {line.sink} {line.state}".casefold()
     ]
     order = _ORDERS.get(view.sort)
-    return lines if order is None else sorted(lines, key=order)
+    if order is not None:
+        lines.sort(key=order)
+    return sorted(lines, key=lambda line: not _is_unwell(line))
+
+
+def _is_unwell(line: PipelineLine) -> bool:
+    return bool(line.trouble) or line.state in _TROUBLED
 
 
 def selected_line(lines: Sequence[PipelineLine], view: ViewState) -> PipelineLine | None:
@@ -217,18 +227,22 @@ class Renderer:
     ) -> list[Text]:
         """Table above, details where open, log below; the table and the log give way."""
         wanted = max(2, len(lines) + 1)
+        reason: list[Text] = []
         if scene.view.is_open and chosen is not None:
             table_rows = min(wanted, max(2, room // 4))
             log_rows = _SMALLEST_LOG
             detail_rows = max(0, room - table_rows - log_rows - 2)
         else:
-            table_rows = min(wanted, max(2, room - _SMALLEST_LOG - 1))
+            if chosen is not None and chosen.trouble:
+                reason = _wrapped(f"{chosen.name}: {chosen.trouble}", width, "red")
+            table_rows = min(wanted, max(2, room - _SMALLEST_LOG - 1 - len(reason)))
             detail_rows = 0
-            log_rows = max(0, room - table_rows - 1)
+            log_rows = max(0, room - table_rows - 1 - len(reason))
         body = self._table(scene.view, lines, chosen, width, table_rows)
         if detail_rows and chosen is not None:
             body.append(_rule(chosen.name, width, self._is_unicode))
             body.extend(_filled(self._detail(chosen, width, detail_rows), detail_rows))
+        body.extend(reason)
         body.append(_rule("log", width, self._is_unicode))
         return body + _log_lines(scene.log, log_rows)
 
@@ -240,16 +254,20 @@ class Renderer:
         width: int,
         rows: int,
     ) -> list[Text]:
-        columns = _columns(width, self._arrow, self._sparks)
-        head = Text(style="bold")
-        for column in columns:
-            title = f"{column.title}*" if column.sort is view.sort else column.title
-            head.append_text(_cell(Text(title), column))
         shown = _window(lines, chosen, rows - 1)
+        title = "pipeline*" if view.sort is Sort.NAME else "pipeline"
+        if len(shown) < len(lines):
+            title += f" {len(shown)} of {len(lines)}"
+        columns = _columns(lines, title, width, self._arrow, self._sparks)
+        head = Text(" " * _MARK_CELLS, "bold")
+        for column in columns:
+            heading = f"{column.title}*" if column.sort is view.sort else column.title
+            head.append_text(_cell(Text(heading), column))
         table = [head]
         for line in shown:
             row = Text(self._mark if line is chosen else " ")
-            for column in columns[1:]:
+            row.append("!", "bold red") if _is_unwell(line) else row.append(" ")
+            for column in columns:
                 row.append_text(_cell(column.content(line), column))
             if line is chosen:
                 row.stylize("reverse")
@@ -274,7 +292,7 @@ class Renderer:
         ]
         trouble = status.trouble or status.reason or status.last_error
         if trouble:
-            detail.insert(0, Text(f" {_clean(trouble)}", "red" if status.trouble else "yellow"))
+            detail[:0] = _wrapped(trouble, width, "red" if status.trouble else "yellow")
         return detail
 
     def _help(self, scene: Scene) -> list[Text]:
@@ -307,39 +325,58 @@ class Renderer:
 
 
 class _Column(msgspec.Struct, frozen=True):
-    """One column; ``width`` has the space before it."""
+    """One column; ``width`` has the space before it. Below ``least`` it is left out."""
 
     title: str
     width: int
     content: Callable[[PipelineLine], Text]
     is_right: bool = False
     sort: Sort | None = None
+    least: int = 0
 
 
-def _columns(width: int, arrow: str, sparks: str) -> list[_Column]:
-    trend_s = 20 if width >= WIDE else 7
-    fixed = [
-        _Column("state", 10, _state, sort=Sort.STATE),
-        *([_Column("owner", 20, lambda line: Text(_clean(line.owner)))] if width >= WIDE else []),
-        _Column("rate", 6, _rate, is_right=True, sort=Sort.RATE),
-        _Column("", trend_s + 1, lambda line: Text(_sparkline(line, trend_s, sparks))),
-        _Column("lag", 9, lambda line: Text(_lag(line)), is_right=True, sort=Sort.LAG),
-        _Column("err", 5, _errors, is_right=True, sort=Sort.ERRORS),
-        _Column("dead", 5, _dead_letters, is_right=True),
-    ]
-    rest = width - 1 - sum(column.width for column in fixed)
-    route = max(0, min(rest - 12, 14 if width < WIDE else 18))
-    return [
-        _Column("", 1, lambda _: Text("")),
-        _Column("pipeline", rest - route, lambda line: Text(_clean(line.name)), sort=Sort.NAME),
-        _Column("route", route, lambda line: Text(_clean(f"{line.source}{arrow}{line.sink}"))),
-        *fixed,
-    ]
+def _columns(
+    lines: Sequence[PipelineLine], title: str, width: int, arrow: str, sparks: str
+) -> list[_Column]:
+    """As wide as what they hold; where that is too much, the name is the last to give way."""
+
+    def route(line: PipelineLine) -> str:
+        return _clean(f"{line.source}{arrow}{line.sink}")
+
+    def widest(*texts: str) -> int:
+        return max(map(cell_len, texts)) + 1
+
+    names = widest(title, *(_clean(line.name) for line in lines))
+    owners = widest("owner", *(_clean(line.owner) for line in lines)) if width >= WIDE else 0
+    routes = widest("route", *(route(line) for line in lines))
+    room = width - _MARK_CELLS
+
+    def fitted(column: _Column) -> _Column:
+        nonlocal room
+        given = max(0, min(column.width, room))
+        given = given if given >= (column.least or column.width) else 0
+        room -= given
+        return msgspec.structs.replace(column, width=given)
+
+    # In the order in which they get their room.
+    state = fitted(_Column("state", 10, _state, sort=Sort.STATE))
+    name = fitted(_Column(title, names, lambda one: Text(_clean(one.name)), least=2))
+    lag = fitted(_Column("lag", 9, lambda one: Text(_lag(one)), is_right=True, sort=Sort.LAG))
+    errors = fitted(_Column("err", 5, _errors, is_right=True, sort=Sort.ERRORS))
+    dead = fitted(_Column("dead", 5, _dead_letters, is_right=True))
+    rate = fitted(_Column("rate", 6, _rate, is_right=True, sort=Sort.RATE))
+    path = fitted(_Column("route", routes, lambda one: Text(route(one)), least=7))
+    owner = fitted(_Column("owner", owners, lambda one: Text(_clean(one.owner)), least=7))
+    seconds = min(room - 1, _TREND_S)
+    trend = fitted(
+        _Column("", seconds + 1, lambda one: Text(_sparkline(one, seconds, sparks)), least=6)
+    )
+    name = msgspec.structs.replace(name, width=name.width + max(0, room))
+    columns = (name, path, state, owner, rate, trend, lag, errors, dead)
+    return [column for column in columns if column.width > 0]
 
 
 def _cell(content: Text, column: _Column) -> Text:
-    if column.width <= 1:
-        return Text(" " * column.width)
     content.truncate(column.width - 1, overflow="ellipsis")
     gap = " " * (column.width - 1 - content.cell_len)
     return Text.assemble(" ", gap, content) if column.is_right else Text.assemble(" ", content, gap)
@@ -472,6 +509,17 @@ def _rule(title: str, width: int, is_unicode: bool) -> Text:
 def _with_right(line: Text, right: str, width: int) -> Text:
     room = width - line.cell_len - cell_len(right) - 1
     return line if not right or room < 2 else line.append(" " * room).append(right, "bold")
+
+
+def _wrapped(reason: str, width: int, style: str) -> list[Text]:
+    lines = textwrap.wrap(
+        _clean(reason),
+        max(1, width - 4),
+        max_lines=_MOST_REASON,
+        placeholder="…",
+        break_on_hyphens=False,
+    )
+    return [Text(f"   {line}", style) for line in lines]
 
 
 def _filled(lines: Sequence[Text], rows: int) -> list[Text]:

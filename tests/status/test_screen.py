@@ -10,6 +10,7 @@ import pyte
 import pytest
 from rich.color import ColorSystem
 
+from relay.events import PipelineState
 from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Mode, Renderer, Sort, ViewState
 from tests.status.emulator import styles_of
@@ -113,23 +114,79 @@ def test_the_selected_one_of_many_pipelines_is_on_the_screen(renderer: Renderer,
 
     drawn = _drawn_of(renderer, view, many)
 
-    assert f"▸ pipeline-{at:02}" in drawn
+    assert f"▸  pipeline-{at:02}" in drawn
+    assert "pipeline* 16 of 100" in drawn
+
+
+def test_the_help_is_not_cut_at_80_columns(renderer: Renderer) -> None:
+    body = _drawn(renderer, ViewState(mode=Mode.HELP), 80, 24).splitlines()[2:]
+
+    assert not [line for line in body if "…" in line]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_reason_is_shown_with_its_remedy(renderer: Renderer, is_open: bool) -> None:
+    reason = f"there is no stream {'x' * 60}; make it, or set create_stream"
+    unwell = msgspec.structs.replace(HEALTHY, is_healthy=False, trouble=reason)
+
+    drawn = _drawn_of(renderer, ViewState(is_open=is_open), [unwell])
+
+    assert "create_stream" in drawn
+
+
+@pytest.mark.parametrize("sort", list(Sort))
+def test_the_unwell_come_first_in_every_order_and_say_why(renderer: Renderer, sort: Sort) -> None:
+    refusing = msgspec.structs.replace(
+        HEALTHY, name="zeal-to-nats", is_healthy=False, trouble="it refuses everything"
+    )
+    retrying = msgspec.structs.replace(HEALTHY, name="able-to-nats", errors=9, rate_per_s=999.0)
+
+    lines = _drawn_of(renderer, ViewState(sort=sort), [retrying, refusing]).splitlines()
+
+    assert lines[3].startswith("▸! zeal-to-nats")
+    assert lines[4].startswith("   able-to-nats")
+    assert lines[5].strip() == "zeal-to-nats: it refuses everything"
+
+
+@pytest.mark.parametrize("width", [40, 80, 110, 120, 200])
+@pytest.mark.parametrize("length", [8, 27])
+def test_a_name_is_cut_after_everything_else(renderer: Renderer, width: int, length: int) -> None:
+    name = "n" * length
+    long = msgspec.structs.replace(HEALTHY, name=name, sink="a-sink-of-a-rather-long-name")
+
+    lines = renderer.draw(scene(fleet=fleet_of(long)), width, 24)
+
+    assert f" {name} " in lines[3].plain
+    assert "running" in lines[3].plain
+    assert ("42 3s" in lines[3].plain) is (width - length >= 22)
 
 
 @pytest.mark.parametrize(
     "sort,first",
     [
-        (Sort.NAME, "audit-to-file"),
-        (Sort.STATE, "audit-to-file"),
-        (Sort.RATE, "orders-to-nats"),
-        (Sort.LAG, "orders-to-nats"),
-        (Sort.ERRORS, "invoices-from-nats"),
+        (Sort.NAME, "able-to-nats"),
+        (Sort.STATE, "bold-to-nats"),
+        (Sort.RATE, "calm-to-nats"),
+        (Sort.LAG, "deep-to-nats"),
+        (Sort.ERRORS, "even-to-nats"),
     ],
 )
 def test_the_table_is_sorted_by_the_chosen_column(
     renderer: Renderer, sort: Sort, first: str
 ) -> None:
-    assert first in _drawn(renderer, ViewState(sort=sort), 80, 24).splitlines()[3]
+    differing: dict[str, dict[str, object]] = {
+        "able": {},
+        "bold": {"state": PipelineState.RETRYING},
+        "calm": {"rate_per_s": 900.0},
+        "deep": {"lag_rows": 4_000},
+        "even": {"errors": 1},
+    }
+    pipelines: list[object] = [
+        msgspec.structs.replace(HEALTHY, name=f"{name}-to-nats", **fields)
+        for name, fields in differing.items()
+    ]
+
+    assert first in _drawn_of(renderer, ViewState(sort=sort), pipelines).splitlines()[3]
 
 
 def test_a_stalled_pipeline_says_so_in_its_state(renderer: Renderer) -> None:

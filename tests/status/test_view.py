@@ -57,11 +57,11 @@ def start(report: Path) -> Iterator[Start]:
 def test_arrows_move_and_enter_and_escape_open_and_close_the_details(start: Start) -> None:
     terminal = start()
 
-    terminal.until_shown("▸ audit-to-file")
+    terminal.until_shown("▸! invoices-from-nats")
     terminal.type("\x1b[B")
-    terminal.until_shown("▸ invoices-from-nats")
+    terminal.until_shown("▸  audit-to-file")
     terminal.type("j\r")
-    terminal.until_shown("▸ orders-to-nats", "p50 3.0", "source.outbox: orders")
+    terminal.until_shown("▸  orders-to-nats", "p50 3.0", "source.outbox: orders")
     terminal.type("\x1b")
     terminal.until_gone("p50 3.0")
 
@@ -74,7 +74,7 @@ def test_a_filter_leaves_what_matches_until_it_is_dropped(start: Start) -> None:
     terminal.type("\r")
     terminal.until_shown("filter: invoi (esc drops it)")
     terminal.type("\x1b")
-    terminal.until_shown("▸ invoices-from-nats", "audit-to-file")
+    terminal.until_shown("▸! invoices-from-nats", "audit-to-file")
 
 
 def test_s_sorts_by_the_next_column(start: Start) -> None:
@@ -82,13 +82,13 @@ def test_s_sorts_by_the_next_column(start: Start) -> None:
 
     terminal.type("ss")
 
-    terminal.until(lambda screen: "rate*" in screen and "orders" in screen.splitlines()[3])
+    terminal.until(lambda screen: "rate*" in screen and "orders" in screen.splitlines()[4])
 
 
 def test_pausing_asks_first_and_resuming_too(start: Start, report: Path) -> None:
     terminal = start()
     terminal.type("\x1b[F")
-    terminal.until_shown("▸ orders-to-nats")
+    terminal.until_shown("▸  orders-to-nats")
 
     terminal.type("p")
     terminal.until_shown("pause orders-to-nats?")
@@ -106,9 +106,9 @@ def test_any_answer_but_yes_changes_nothing(start: Start, report: Path) -> None:
     terminal = start()
 
     terminal.type("p")
-    terminal.until_shown("resume audit-to-file?")
+    terminal.until_shown("pause invoices-from-nats?")
     terminal.type("n")
-    terminal.until_gone("resume audit-to-file?")
+    terminal.until_gone("pause invoices-from-nats?")
 
     beats = _read(report).beats
     assert _until(report, lambda seen: seen.beats > beats + 2).told == []
@@ -117,19 +117,19 @@ def test_any_answer_but_yes_changes_nothing(start: Start, report: Path) -> None:
 def test_an_action_that_fails_is_one_line_on_the_screen(start: Start) -> None:
     terminal = start()
 
-    terminal.type("p")
+    terminal.type("jp")
     terminal.until_shown("resume audit-to-file?")
     terminal.type("y")
 
-    terminal.until_shown("PostgreSQL is out of reach", "▸ audit-to-file")
+    terminal.until_shown("PostgreSQL is out of reach", "▸  audit-to-file")
 
 
 def test_dead_letters_are_retried_where_there_are_some(start: Start, report: Path) -> None:
     terminal = start()
 
-    terminal.type("r")
-    terminal.until_shown("audit-to-file has no dead letters")
     terminal.type("jr")
+    terminal.until_shown("audit-to-file has no dead letters")
+    terminal.type("kr")
     terminal.until_shown("try 5 dead letters of invoices-from-nats again?")
     terminal.type("y")
     terminal.until_shown("5 dead letters are tried again")
@@ -145,7 +145,7 @@ def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
         "pause the selected pipeline", "leave the view; no relay is touched", "any key goes back"
     )
     terminal.type(" ")
-    terminal.until_shown("▸ audit-to-file")
+    terminal.until_shown("▸! invoices-from-nats")
 
 
 def test_the_screen_follows_a_resize(start: Start) -> None:
