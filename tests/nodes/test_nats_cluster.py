@@ -11,9 +11,12 @@ from pathlib import Path
 import nats
 import pytest
 from nats.aio.client import Client
-from nats.errors import Error
+from nats.errors import Error, NoRespondersError
 from nats.js.api import StreamConfig
 
+from relay.errors import ErrorKind
+from relay.message import RelayMessage
+from tests.contract.nats_broker import sink_of
 from tests.integration.relay_surroundings import (
     NatsWorld,
     RelayWorld,
@@ -128,6 +131,37 @@ async def test_what_was_confirmed_survives_leaders_that_die(
     events = await stream.events()
     assert_each_once_or_repeated_with_its_key(events, range(1, ROWS + 1))
     assert_first_occurrences_are_in_order(events)
+
+
+@pytest.mark.slow
+async def test_a_stream_without_a_leader_is_an_outage(cluster: Cluster, stream: NatsWorld) -> None:
+    subject = f"{stream.stream}.x"
+    leader = await cluster.leader(stream.stream)
+    survivor = next(node for node in cluster.nodes.values() if node is not leader)
+    sink = sink_of(survivor.url)
+    await sink.connect()
+    nobody = await nats.connect(survivor.url)
+    for node in cluster.nodes.values():
+        if node is not survivor:
+            await asyncio.to_thread(node.kill)
+
+    async def has_no_leader() -> bool:
+        try:
+            await nobody.request(subject, b"{}", timeout=1)
+        except NoRespondersError:
+            return True
+        except TimeoutError:
+            pass
+        return False
+
+    await until(has_no_leader, timeout_s=ELECTION_S)
+    event = RelayMessage(dedup_key="1", payload=b"{}", subject=subject)
+    (failure,) = (await sink.publish([event])).failures
+    await nobody.close()
+    await sink.aclose()
+
+    assert failure.error.kind is ErrorKind.OUTAGE
+    assert "looking for a stream" in str(failure.error) or "no leader" in str(failure.error)
 
 
 async def _until_committed(committed: Callable[[], int], count: int) -> None:

@@ -29,6 +29,7 @@ from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
     NotConnected,
+    Outage,
     RelayError,
     TimedOut,
 )
@@ -178,7 +179,8 @@ class Connection:
     async def streams_on(self, subject: str) -> list[StreamInfo]:
         """The streams that listen on a subject or on a part of a filter.
 
-        Asked here because the client's manager finds only one. Raises what `ask` does.
+        Asked here because the client's manager finds only one. Raises what `ask` does, and
+        `Outage` where one of them does not answer.
         """
         doing = f"looking for a stream on {subject!r}"
         body = msgspec.json.encode({"subject": subject})
@@ -187,6 +189,9 @@ class Connection:
         with mapped(doing):
             if "error" in found:
                 raise APIError.from_error(found["error"])
+        if missing := found.get("missing"):
+            # It is there, but its servers are away, or are choosing a leader.
+            raise Outage(f"{doing}: the stream {missing[0]!r} does not answer")
         return [StreamInfo.from_response(one) for one in found["streams"] or ()]
 
     async def stream_info(self, name: str) -> StreamInfo:

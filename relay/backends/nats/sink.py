@@ -17,8 +17,9 @@ from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
 from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
 from relay.backends.nats.subject import check_subject, check_template, covering, escape, filter_of
 from relay.context import BackendContext
-from relay.contracts import PublishResult
+from relay.contracts import Failure, PublishResult
 from relay.errors import (
+    ConfigurationError,
     DestinationMissing,
     MessageRejected,
     MessageTooLarge,
@@ -150,7 +151,8 @@ class NatsSink:
             self._flight = None
             self._first_number += len(messages)
             self._accepted.clear()
-        return PublishResult(failures=flight.failures(), duplicates=flight.duplicates)
+        failures = await self._judged(connection, flight)
+        return PublishResult(failures=failures, duplicates=flight.duplicates)
 
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
@@ -230,6 +232,30 @@ class NatsSink:
                 )
             )
         self._wake.clear()
+
+    async def _judged(self, connection: Connection, flight: Flight) -> Sequence[Failure]:
+        """The failures; where nobody listens on a subject, but a stream should, it is an outage.
+
+        A stream listens through its leader, and has none during an election.
+        """
+        failures = flight.failures()
+        unheard = next((one for one in failures if isinstance(one.error, DestinationMissing)), None)
+        if unheard is None:
+            return failures
+        subject = self._subject(flight.messages[unheard.index])
+        try:
+            if not await connection.streams_on(subject):
+                return failures
+            outage = Outage(f"the stream that listens on {subject!r} has no leader at the moment")
+        except Outage as error:
+            outage = error
+        except ConfigurationError:
+            # To look for streams may not be allowed.
+            return failures
+        return [
+            structs.replace(one, error=outage) if isinstance(one.error, DestinationMissing) else one
+            for one in failures
+        ]
 
     def _subject(self, message: RelayMessage) -> str:
         return check_subject(message.subject or self._render(message))
