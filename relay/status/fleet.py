@@ -16,8 +16,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What each relay says of itself, and every pipeline of the catalog.
 
     ``catalog`` also has the pipelines that no relay runs, paused ones above all; it may be older
-    than what the relays say. ``lags``: rows behind the outbox of those that no relay runs, where
-    that was asked for.
+    than what the relays say. ``lags``: rows behind the outbox of those that none of
+    these relays runs, where it is known.
     """
 
     relays: Sequence[RelayStatus]

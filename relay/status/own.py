@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from relay.board import Board
-from relay.catalog import Catalog, PipelineRow
+import msgspec
+
+from relay.board import Board, RelayStatus
+from relay.catalog import Catalog
 from relay.overview import report_of
 from relay.postgres import Database
 from relay.status.fleet import Fleet
@@ -17,11 +19,17 @@ class _Seen:
     def __init__(self, database: Database, catalog: Catalog) -> None:
         self._database = database
         self._catalog = catalog
-        self._rows: Sequence[PipelineRow] = ()
+        self._fleet = Fleet(relays=[])
 
-    async def refresh(self) -> None:
-        """Read the pipelines of the catalog."""
-        self._rows = await self._catalog.pipelines()
+    async def _read(self, relays: Sequence[RelayStatus]) -> None:
+        """See the pipelines of the catalog, and the lag of those that none of these runs."""
+        rows = await self._catalog.pipelines()
+        running = {status.name for relay in relays for status in relay.pipelines}
+        resting = [row.name for row in rows if row.name not in running]
+        lags = await self._catalog.lag(resting) if resting else []
+        self._fleet = Fleet(
+            relays=relays, catalog=rows, lags={lag.pipeline: lag.lag_rows for lag in lags}
+        )
 
     async def pause(self, pipeline: str) -> None:
         """Disable it, as any user would."""
@@ -42,35 +50,29 @@ class _Seen:
 
 
 class OwnRelay(_Seen):
-    """One relay: its board, and the catalog for what is paused. Implements `Watched`."""
+    """One relay: its board, and the catalog for what it does not run. Implements `Watched`."""
 
     def __init__(self, board: Board, database: Database, catalog: Catalog) -> None:
         super().__init__(database, catalog)
         self._board = board
 
     def fleet(self) -> Fleet:
-        """The board now, the catalog as of the last `refresh`."""
-        return Fleet(relays=[self._board.snapshot()], catalog=self._rows)
+        """The board now, everything else as of the last `refresh`."""
+        return msgspec.structs.replace(self._fleet, relays=[self._board.snapshot()])
+
+    async def refresh(self) -> None:
+        """Read the pipelines, and how far those are behind that this relay does not run."""
+        await self._read([self._board.snapshot()])
 
 
 class WholeFleet(_Seen):
     """All relays of the group, as they report to the database. Implements `Watched`."""
-
-    def __init__(self, database: Database, catalog: Catalog) -> None:
-        super().__init__(database, catalog)
-        self._fleet = Fleet(relays=[])
 
     def fleet(self) -> Fleet:
         """The fleet as of the last `refresh`."""
         return self._fleet
 
     async def refresh(self) -> None:
-        """Read what the relays report, the pipelines, and how far those are behind."""
-        await super().refresh()
+        """Read what the relays report, the pipelines, and how far those that rest are behind."""
         alive = [one for one in await self._catalog.fleet() if one.is_alive]
-        lags = await self._catalog.lag([row.name for row in self._rows])
-        self._fleet = Fleet(
-            relays=[report for one in alive if (report := report_of(one)) is not None],
-            catalog=self._rows,
-            lags={lag.pipeline: lag.lag_rows for lag in lags},
-        )
+        await self._read([report for one in alive if (report := report_of(one)) is not None])

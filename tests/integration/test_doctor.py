@@ -209,3 +209,23 @@ async def test_in_a_terminal_the_fleet_is_shown_live_and_leaving_stops_no_relay(
     finally:
         terminal.close()
     assert running.returncode is None
+
+
+async def test_a_paused_pipeline_keeps_its_lag_in_the_view_of_a_relay(world: RelayWorld) -> None:
+    await world.to_file("out")
+    await world.to_file("off")
+    await world.run("select pgtrickle.disable_relay('off')")
+    terminal = Emulator(
+        "relay",
+        ["+env=test", "ui=tui"],
+        columns=120,
+        lines=30,
+        environment={"PGTRICKLE_RELAY_POSTGRES_URL": world.member_dsn},
+    )
+
+    try:
+        await asyncio.to_thread(
+            terminal.until, lambda screen: bool(re.search(r"off .*paused.* 10 ", screen))
+        )
+    finally:
+        terminal.close()
