@@ -474,6 +474,19 @@ async def test_no_error_repeats_what_a_row_holds_but_for_its_dead_letter(
     assert "4111" in error.quoting
 
 
+async def test_a_refusal_of_all_rows_repeats_no_words_of_a_trigger(
+    database: ServerDatabase,
+) -> None:
+    function, trigger = (text.format("raise 'card 4111'") for text in ROW_TRIGGER)
+    statements = [function, trigger.replace("for each row", "for each statement")]
+    with inbox_of_a_writer(database, *statements) as dsn:
+        async with connected(dsn, inbox_table="inbox", schema="public") as sink:
+            with pytest.raises(Outage, match=r"refuses all rows.*raised by PL/pgSQL") as caught:
+                await sink.publish(numbered(2))
+
+    assert "4111" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "statements",
     [

@@ -243,7 +243,9 @@ class _Insert:
                 if 1 < len(found.failures) == len(rows):
                     _raise_common_cause(found.failures)
         except MessageRejected as error:
-            raise Outage(f"the inbox refuses all rows, for the sake of none: {error}") from error
+            raise Outage(
+                f"the inbox refuses all rows, for the sake of none: {discreet(error)}"
+            ) from error
         written.rows += found.rows
         written.failures += [
             Failure(failure.index, rejection_of_row(failure.error) or failure.error)
