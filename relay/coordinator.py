@@ -339,7 +339,7 @@ class Coordinator:
             return
         except Exception as error:  # noqa: BLE001 - a bug in one row is that row's trouble
             _log.exception("a pipeline could not be built", extra={"pipeline": row.name})
-            self._fail(work, f"unexpected {type(error).__name__}: {error}")
+            self._fail(work, f"unexpected {type(error).__name__}, see the log")
             return
         if self._is_draining:
             work.pipeline.drain()

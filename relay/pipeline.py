@@ -189,7 +189,8 @@ class Pipeline:
             reason = str(error)
             if not isinstance(error, RelayError):
                 _log.error("unexpected error", exc_info=error, extra=self._events.labels)
-                reason = f"unexpected {type(error).__name__}: {error}"
+                # Its text is nobody's promise, and may hold what was being read.
+                reason = f"unexpected {type(error).__name__}, see the log"
             self._events.state(PipelineState.FAILED, reason)
             if self._is_draining:
                 return
