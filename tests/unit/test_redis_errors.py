@@ -72,6 +72,12 @@ def test_every_exception_of_the_library_comes_out_as_one_of_ours() -> None:
         (client.ResponseError("BUSY Redis is busy running a script."), Outage),
         (client.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), Outage),
         (client.ReadOnlyError("You can't write against a read only replica."), NotConnected),
+        (
+            client.ResponseError(
+                "WAIT cannot be used with replica instances. Please also note that since Redis 4.0"
+            ),
+            NotConnected,
+        ),
         (client.BusyLoadingError("Redis is loading the dataset in memory"), Outage),
         (client.ClusterDownError("The cluster is down"), Outage),
         (client.MasterDownError("Link with MASTER is down"), NotConnected),

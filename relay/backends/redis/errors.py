@@ -76,6 +76,8 @@ _WORDLESS: Mapping[str, str] = {
     "protocol error": "lower max_message_bytes below the server's proto-max-bulk-len",
 }
 _STREAM_GONE = "UNBLOCKED the stream key no longer exists"
+# To a WAIT, where a failover came between an XADD and this.
+_IS_REPLICA = "WAIT cannot be used with replica instances"
 _ABORTED = "Transaction discarded because of: "
 # Behind these a server quotes what it was sent.
 _QUOTING = re.compile(r"[,:]")
@@ -91,6 +93,8 @@ def of_reply(error: BaseException, doing: str, *, is_publish: bool = False) -> R
     known = _known(error) or text.partition(" ")[0]
     if text.startswith(_STREAM_GONE):
         known = "NOGROUP"
+    elif _IS_REPLICA in text:
+        known = "READONLY"
     elif known == "WRONGPASS" and "required" in text:
         known = "NOAUTH"
     if not isinstance(known, str):
