@@ -26,7 +26,10 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline of the fleet. ``status`` and ``owner`` are absent where nobody runs it."""
+    """One pipeline of the fleet. ``status`` and ``owner`` are absent where nobody runs it.
+
+    ``trouble`` says why it is not well, and is empty where it is.
+    """
 
     name: str
     source: str
@@ -34,14 +37,10 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     is_forward: bool
     is_enabled: bool
     state: str
+    trouble: str = ""
     owner: str = ""
     status: PipelineStatus | None = None
     resting_lag_rows: int | None = None
-
-    @property
-    def trouble(self) -> str:
-        """Why it is not well; empty where it is, and where nobody runs it."""
-        return "" if self.status is None else self.status.trouble
 
     @property
     def rate_per_s(self) -> float:
@@ -114,8 +113,11 @@ def lines_of(fleet: Fleet) -> list[PipelineLine]:
         for status in relay.pipelines
     ]
     shown = {line.name for line in lines}
+    waiting = "no relay of the group runs it" if _is_whole_group(fleet) else ""
     lines += [
-        _resting_line(row, fleet.lags.get(name)) for name, row in rows.items() if name not in shown
+        _resting_line(row, fleet.lags.get(name), waiting)
+        for name, row in rows.items()
+        if name not in shown
     ]
     return sorted(lines, key=lambda line: (line.name, line.owner))
 
@@ -123,6 +125,12 @@ def lines_of(fleet: Fleet) -> list[PipelineLine]:
 def started_at(fleet: Fleet) -> datetime | None:
     """When the oldest relay started."""
     return min((relay.started_at for relay in fleet.relays), default=None)
+
+
+def _is_whole_group(fleet: Fleet) -> bool:
+    """Whether what these relays don't run, nobody runs; not before it is decided who runs what."""
+    members = max((relay.members for relay in fleet.relays), default=0)
+    return len(fleet.relays) >= members and all(relay.is_coordinated for relay in fleet.relays)
 
 
 def _run_line(status: PipelineStatus, owner: str, rows: Mapping[str, PipelineRow]) -> PipelineLine:
@@ -134,12 +142,13 @@ def _run_line(status: PipelineStatus, owner: str, rows: Mapping[str, PipelineRow
         is_forward=status.direction == "forward",
         is_enabled=row is None or row.enabled,
         state="stalled" if status.is_stalled else status.state.value,
+        trouble=status.trouble,
         owner=owner,
         status=status,
     )
 
 
-def _resting_line(row: PipelineRow, lag_rows: int | None) -> PipelineLine:
+def _resting_line(row: PipelineRow, lag_rows: int | None, waiting: str) -> PipelineLine:
     return PipelineLine(
         name=row.name,
         source=str(row.config.get("source_type", "?")),
@@ -147,5 +156,6 @@ def _resting_line(row: PipelineRow, lag_rows: int | None) -> PipelineLine:
         is_forward=row.direction == "forward",
         is_enabled=row.enabled,
         state="waiting" if row.enabled else "paused",
+        trouble=waiting if row.enabled else "",
         resting_lag_rows=lag_rows,
     )

@@ -193,7 +193,6 @@ class Renderer:
     def _heading(self, scene: Scene, width: int) -> list[Text]:
         relays = scene.fleet.relays
         begun = started_at(scene.fleet)
-        unwell = next((relay.trouble for relay in relays if relay.trouble), "")
         members = max((relay.members for relay in relays), default=0)
         first = Text(" ")
         first.append(f"pgtrickle-relay {relays[0].version if relays else ''}", "bold")
@@ -206,6 +205,7 @@ class Renderer:
         if begun is not None:
             first.append(f"  up {_duration((scene.now - begun).total_seconds())}")
         lines = lines_of(scene.fleet)
+        unwell = _unwell(scene.fleet, lines)
         count = len({line.name for line in lines})
         second = Text(" ")
         second.append(
@@ -279,7 +279,7 @@ class Renderer:
     def _detail(self, line: PipelineLine, width: int, rows: int) -> list[Text]:
         status = line.status
         if status is None:
-            state = "paused: p resumes it" if not line.is_enabled else "no relay runs it yet"
+            state = "no relay shown here runs it" if line.is_enabled else "paused: p resumes it"
             return [Text(f" {line.source} {self._arrow} {line.sink}"), Text(f" {state}")]
         left = [Text(f" {text}") for text in _facts(line, status)]
         left += [Text(f" {text}", "dim") for text in _settings(status.settings)]
@@ -476,6 +476,15 @@ def _log_lines(log: Sequence[LogLine], rows: int) -> list[Text]:
         )
         for entry in latest
     ]
+
+
+def _unwell(fleet: Fleet, lines: Sequence[PipelineLine]) -> str:
+    """The trouble of a relay, or else the names of all unwell pipelines."""
+    for relay in fleet.relays:
+        if relay.blocked or not relay.database_connected:
+            return relay.trouble
+    names = dict.fromkeys(line.name for line in lines if _is_unwell(line))
+    return f"not healthy: {', '.join(names)}" if names else ""
 
 
 def _why_empty(view: ViewState) -> str:

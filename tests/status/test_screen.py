@@ -14,7 +14,7 @@ from relay.events import PipelineState
 from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Mode, Renderer, Sort, ViewState
 from tests.status.emulator import styles_of
-from tests.status.scene import FLEET, HEALTHY, fleet_of, scene
+from tests.status.scene import FLEET, HEALTHY, PAUSED, TROUBLED, fleet_of, scene
 
 SCREENS = Path(__file__).parent / "screens"
 QUESTION = ViewState(mode=Mode.CONFIRM, question="Stop this relay?")
@@ -116,6 +116,42 @@ def test_the_selected_one_of_many_pipelines_is_on_the_screen(renderer: Renderer,
 
     assert f"▸  pipeline-{at:02}" in drawn
     assert "pipeline* 16 of 100" in drawn
+
+
+def test_what_no_relay_runs_is_not_well(renderer: Renderer) -> None:
+    waiting = msgspec.structs.replace(PAUSED, enabled=True)
+
+    for fleet in (fleet_of(HEALTHY, catalog=[waiting]), Fleet(relays=[], catalog=[waiting])):
+        lines = [line.plain for line in renderer.draw(scene(fleet=fleet), 80, 24)]
+        assert "not healthy: audit-to-file" in lines[1]
+        assert lines[3].startswith("▸! audit-to-file")
+        assert any("audit-to-file: no relay of the group runs it" in line for line in lines)
+
+
+@pytest.mark.parametrize("unknown", [{"members": 2}, {"is_coordinated": False}])
+def test_what_a_relay_out_of_sight_may_run_is_not_called_unwell(
+    renderer: Renderer, unknown: dict[str, object]
+) -> None:
+    fleet = fleet_of(HEALTHY, catalog=[msgspec.structs.replace(PAUSED, enabled=True)])
+    partial = msgspec.structs.replace(
+        fleet, relays=[msgspec.structs.replace(fleet.relays[0], **unknown)]
+    )
+
+    drawn = "\n".join(line.plain for line in renderer.draw(scene(fleet=partial), 80, 24))
+
+    assert "all well" in drawn
+    assert "!" not in drawn
+
+
+def test_every_relay_is_looked_at_for_what_is_unwell(renderer: Renderer) -> None:
+    fleet = Fleet(
+        relays=[
+            *fleet_of(msgspec.structs.replace(TROUBLED, name="first")).relays,
+            *fleet_of(msgspec.structs.replace(TROUBLED, name="second"), worker_id="b").relays,
+        ]
+    )
+
+    assert "not healthy: first, second" in renderer.draw(scene(fleet=fleet), 120, 24)[1].plain
 
 
 def test_the_help_is_not_cut_at_80_columns(renderer: Renderer) -> None:
