@@ -217,7 +217,10 @@ async def _command(verb: str, arguments: argparse.Namespace, settings: Settings)
         from relay.demo import run_demo
 
         return await run_demo(
-            settings, seconds=arguments.seconds, rate=arguments.rate or 50.0, as_json=arguments.json
+            settings,
+            seconds=arguments.seconds,
+            rate=50.0 if arguments.rate is None else arguments.rate,
+            as_json=arguments.json,
         )
     if verb == "status":
         return await _status(arguments, settings)

@@ -124,7 +124,7 @@ async def test_an_unknown_row_is_refused_with_the_known_ones(tmp_path: Path) -> 
     code, _, err = await bench("frward", output=tmp_path / "results")
 
     assert code == MISUSED
-    assert "forward, capture, latency" in err
+    assert "forward" in err
     assert all(name in err for name in THROUGHPUTS)
 
 

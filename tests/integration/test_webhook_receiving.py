@@ -421,7 +421,7 @@ async def test_headers_that_say_who_the_sender_is_are_not_kept() -> None:
 
     kept = taken[0].headers
     assert kept["X-A"] == "b"
-    assert kept["X-Kind"] == "\N{REPLACEMENT CHARACTER}"
+    assert kept["X-Kind"] == "\\xff"
     assert not {"Cookie", "Authorization", "Host", "Content-Length"} & kept.keys()
 
 

@@ -49,6 +49,7 @@ async def test_nothing_is_committed_that_the_replica_does_not_have(
         relay = await world.relay()
         await world.insert(1, ROWS)
         await until(lambda: _has(at_replica, ROWS))
+        await until(lambda: _is_committed(world))
 
         link.stall()
         await world.insert(ROWS + 1, 2 * ROWS)
@@ -81,6 +82,10 @@ def _sink(server: RedisServer, wait_replicas: int = 1) -> dict[str, object]:
 async def _is_in_sync(replica: Redis) -> bool:
     replication: dict[str, object] = await replica.info("replication")
     return replication["master_link_status"] == "up"
+
+
+async def _is_committed(world: RelayWorld) -> bool:
+    return await world.value(_POSITION) == ROWS
 
 
 async def _has(server: Redis, entries: int) -> bool:

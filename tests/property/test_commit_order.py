@@ -30,6 +30,7 @@ from tests.integration.outbox_surroundings import (
     enable_orders,
     messages_of,
     outbox_world,
+    place_of,
     rest_of,
     row_of,
 )
@@ -236,7 +237,7 @@ async def prepare_world(world: OutboxWorld) -> None:
 
 
 async def visible_events(world: OutboxWorld) -> set[str]:
-    """The dedup keys of everything that is committed in the outbox."""
+    """Outbox, id and index of everything that is committed in the outbox."""
     async with asyncio.timeout(20):
         connection = await world.connect_publisher()
         try:
@@ -308,7 +309,7 @@ async def test_every_committed_event_arrives_once_in_order_and_in_time_beside_an
         async with open_writer(world, "open") as open_one:
             writing, deliveries = await run(world, seed)
             before_its_commit = await visible_events(world)
-            arrived_before = {message.dedup_key for message in deliveries.order}
+            arrived_before = set(map(place_of, deliveries.order))
             await open_one.execute("commit")
             last = world.source()
             await last.connect()
@@ -359,7 +360,7 @@ async def test_a_restart_of_the_server_changes_nothing(
         deliveries.take(Batch(messages=messages_of(await rest_of(last))), set())
         await last.aclose()
 
-        arrived = {message.dedup_key for message in deliveries.order}
+        arrived = set(map(place_of, deliveries.order))
         assert arrived == await visible_events(world)
         assert "prepared" in deliveries.arrived_at
         assert not deliveries.repeated_without_restart
