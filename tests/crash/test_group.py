@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.crash.fifty_thousand import Destination, Proof
-from tests.crash.sharing import Proxies, Sharing
+from tests.crash.sharing import FAIR_ROWS, Proxies, Sharing
 from tests.crash.test_inbox import ToInbox
 from tests.crash.test_nats import ToJetStream
 from tests.integration.relay_surroundings import RelayWorld, nats_world
@@ -26,7 +26,7 @@ class _AllBlows(Proof):
         sharing = Sharing(world, destination, tcp_proxy)
         await sharing.begin(relays)
 
-        await sharing.write(400 * relays)
+        await sharing.write(FAIR_ROWS * relays)
         await sharing.until_settled()
         sharing.assert_shared_fairly()
         await sharing.write_and_catch(sharing.relays[0], 600)
