@@ -193,6 +193,13 @@ async def close(client: Client) -> None:
         await asyncio.wait({closing}, timeout=_CLOSE_TIMEOUT_S)
 
 
+async def until_closed() -> None:
+    """Wait, within seconds, for what a cancelled `close` has left to end by itself."""
+    loop = asyncio.get_running_loop()
+    if closing := {one for one in _closing if one.get_loop() is loop}:
+        await asyncio.wait(closing, timeout=_CLOSE_TIMEOUT_S)
+
+
 async def _closed(client: Client) -> None:
     with contextlib.suppress(Exception):
         if isinstance(client, AIOKafkaConsumer) and client.assignment():

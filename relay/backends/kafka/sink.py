@@ -207,6 +207,7 @@ class KafkaSink:
         """Close within seconds; what was not answered is not waited for."""
         self._is_open = False
         await self._give_up()
+        await client.until_closed()
 
     async def _ready(self) -> AIOKafkaProducer:
         """The producer, started where there is none. Raises `Outage`, `AuthenticationRefused`."""
