@@ -231,7 +231,8 @@ class Sharing:
                 # One that a blow has hit may have written down late what it leased before.
                 is_late = latter.holder.was_hit(former.at, latter.at)
                 assert is_late or not former.is_settled(id_, latter.at), f"{told}: settled before"
-                assert former.holder.was_hit(former.at, latter.at), f"{told} at {latter.at}: why?"
+                is_due = is_late or former.holder.was_hit(former.at, latter.at)
+                assert is_due, f"{told} at {latter.at}: why?"
         return {id_ for id_, leases in of_row.items() if len(leases) > 1}
 
     def _assert_takeover_in_time(self) -> None:

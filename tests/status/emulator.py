@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import termios
 import time
@@ -60,6 +61,8 @@ class Emulator:
             cwd=str(REPOSITORY),
             env={**plain, "TERM": "xterm-256color", "TZ": "UTC", **(environment or {})},
             timeout=BOUND_S,
+            # Tests that run in the background ignore it, and so would the program.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.attributes = termios.tcgetattr(self._child.child_fd)
 
