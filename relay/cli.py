@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     verb, name, overrides = _told_apart(arguments.words)
     for flag in _FLAGS:
         if verb not in flag.verbs and getattr(arguments, _attribute(flag.name)):
@@ -167,7 +167,8 @@ def _told_apart(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     return verb, name, overrides
 
 
-def _parser() -> _Parser:
+def parser() -> _Parser:
+    """All commands and flags; Hydra overrides are what is left."""
     commands = "\n".join(f"  {name:<9} {text}" for name, text in _VERBS.items())
     parser = _Parser(
         prog="pgtrickle-relay",
@@ -260,7 +261,7 @@ async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
     from relay.start import opened_catalog
 
     async with opened_catalog(settings, os.environ) as catalog:
-        seen = await overview(catalog)
+        seen = await overview(catalog, await catalog.pipelines())
     if arguments.json:
         _say(msgspec.json.encode(seen).decode())
     else:

@@ -19,7 +19,7 @@ import msgspec
 
 from relay import __version__
 from relay.assembly import Assembly, Sides
-from relay.catalog import Catalog, OutboxSize, PipelineRow, Reader
+from relay.catalog import Catalog, PipelineRow, Reader
 from relay.contracts import Sink, Source
 from relay.errors import ConfigurationError, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
@@ -27,7 +27,7 @@ from relay.postgres import Database
 from relay.profiles import check_profiles
 from relay.secrets import mask_urls, references
 from relay.settings import Settings, parse_address, schema_identifier
-from relay.start import catalog_secrets, opened, operator_secrets, resolved
+from relay.start import catalog_secrets, opened, operator_secrets, other_groups, resolved
 
 _CONNECT_S = 10.0
 _CLOSE_S = 5.0
@@ -164,12 +164,12 @@ class _Look:
         fleet = await self._catalog.fleet(of_all_groups=True)
         alive = {one.relay_group_id for one in fleet if one.is_alive}
         groups = {one.relay_group_id for one in readers if one.relay_group_id is not None}
-        if groups and own not in groups:
+        if others := other_groups(readers, own):
             self._checks.append(
                 _bad(
                     "group",
                     f"{own} is new here and would deliver everything again; others have positions:"
-                    f" {', '.join(sorted(groups))}",
+                    f" {', '.join(others)}",
                     "correct relay.group_id, unless that is meant",
                 )
             )
@@ -200,17 +200,16 @@ class _Look:
             self._checks.append(_ok("capture", "nothing is amiss"))
 
     async def _pipelines(self) -> None:
-        seen = await overview(self._catalog)
-        sizes = await self._catalog.outbox_sizes()
-        self._checks.append(self._http(seen))
         rows = {row.name: row for row in await self._catalog.pipelines()}
+        seen = await overview(self._catalog, list(rows.values()))
+        self._checks.append(self._http(seen))
         found = await asyncio.gather(
-            *(self._pipeline(rows[one.name], one) for one in seen.pipelines if one.name in rows)
+            *(self._pipeline(rows[one.name], one) for one in seen.pipelines)
         )
-        for one, checks in zip(seen.pipelines, found, strict=False):
+        for one, checks in zip(seen.pipelines, found, strict=True):
             self._checks.extend(checks)
             if not one.enabled and one.lag_rows:
-                self._checks.append(self._held(one, sizes))
+                self._checks.append(self._held(one))
             if one.dead_letters:
                 error = await self._catalog.oldest_dead_letter_error(one.name)
                 self._checks.append(
@@ -221,8 +220,8 @@ class _Look:
                     )
                 )
 
-    def _held(self, one: PipelineOverview, sizes: Sequence[OutboxSize]) -> Check:
-        held = sum(size.bytes or 0 for size in sizes if size.outbox_table == one.outbox)
+    def _held(self, one: PipelineOverview) -> Check:
+        held = one.outbox_bytes or 0
         return _bad(
             f"paused pipeline {one.name}",
             f"holds back {one.lag_rows} rows of {one.outbox} ({held // 1024} KiB)",

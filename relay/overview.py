@@ -52,9 +52,8 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         return not any(pipeline.trouble for pipeline in self.pipelines)
 
 
-async def overview(catalog: Catalog) -> Overview:
-    """Ask the database. Raises `RelayError`."""
-    rows = await catalog.pipelines()
+async def overview(catalog: Catalog, rows: Sequence[PipelineRow]) -> Overview:
+    """Ask the database about these pipelines of the catalog. Raises `RelayError`."""
     fleet = [one for one in await catalog.fleet() if one.is_alive]
     return of_answers(
         catalog.group_id,

@@ -350,7 +350,7 @@ def help_part() -> str:
     former = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = _HELP_COLUMNS
     try:
-        text = cli._parser().format_help()  # noqa: SLF001 - what --help prints
+        text = cli.parser().format_help()
     finally:
         if former is None:
             del os.environ["COLUMNS"]

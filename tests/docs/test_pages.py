@@ -142,7 +142,7 @@ def test_a_command_that_is_not_executed_is_one_that_the_relay_understands(block:
     for line in re.findall(
         r"^(?:ExecStart|docker run).*?pgtrickle-relay\S* (.*)$", text, re.MULTILINE
     ):
-        arguments = cli._parser().parse_intermixed_args(shlex.split(line))
+        arguments = cli.parser().parse_intermixed_args(shlex.split(line))
         _, _, overrides = cli._told_apart(arguments.words)
         compose_settings(overrides)
 

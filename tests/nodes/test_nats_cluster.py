@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import nats
 import pytest
@@ -20,16 +19,13 @@ from tests.contract.nats_broker import sink_of
 from tests.integration.relay_surroundings import (
     NatsWorld,
     RelayWorld,
-    StartProcess,
     assert_each_once_or_repeated_with_its_key,
     assert_first_occurrences_are_in_order,
-    relay_world,
     until,
     writing,
 )
 from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.nats import NatsServer
-from tests.servers.postgres import Database
 
 NODES = ("n1", "n2", "n3")
 ROWS = 3_000
@@ -94,15 +90,6 @@ async def stream(cluster: Cluster) -> NatsWorld:
 
     await until(is_made, timeout_s=ELECTION_S)
     return NatsWorld(cluster.nodes["n1"], name, cluster.client)
-
-
-@pytest.fixture
-async def world(
-    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
-) -> AsyncIterator[RelayWorld]:
-    async with relay_world(migrated_database, tmp_path, relay_process) as world:
-        await world.make_orders()
-        yield world
 
 
 @pytest.mark.slow

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from tests.contract.rabbitmq_broker import Broker
 from tests.integration.relay_surroundings import (
     RelayWorld,
-    StartProcess,
-    relay_world,
     until,
     writing,
 )
-from tests.servers.postgres import Database
 from tests.servers.rabbitmq import RabbitServer
 
 ROWS = 2_000
 RESTART_S = 120.0
-
-
-@pytest.fixture
-async def world(
-    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
-) -> AsyncIterator[RelayWorld]:
-    async with relay_world(migrated_database, tmp_path, relay_process) as world:
-        await world.make_orders()
-        yield world
 
 
 @pytest.mark.slow

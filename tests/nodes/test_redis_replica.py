@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import msgspec
-import pytest
 from redis.asyncio import Redis
 
 from tests.integration.relay_surroundings import (
     Event,
     RelayWorld,
-    StartProcess,
-    relay_world,
     until,
 )
 from tests.servers.finding import LOOPBACK
-from tests.servers.postgres import Database
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis import RedisServer
 
 ROWS = 20
 STREAM = "orders"
-
-
-@pytest.fixture
-async def world(
-    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
-) -> AsyncIterator[RelayWorld]:
-    async with relay_world(migrated_database, tmp_path, relay_process) as world:
-        await world.make_orders()
-        yield world
 
 
 async def test_nothing_is_committed_that_the_replica_does_not_have(
