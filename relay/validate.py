@@ -7,24 +7,25 @@ as they would go out.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from uuid import UUID
 
 import msgspec
 
 from relay.assembly import Assembly, Sides
-from relay.catalog import Catalog, Claim, PipelineRow
+from relay.catalog import Catalog, Claim, Lease, PipelineRow
 from relay.errors import ConfigurationError, MessageRejected, RelayError
 from relay.message import RelayMessage
 from relay.overlays import Composed, compose_settings, type_settings
 from relay.pipeline_config import parse_config
-from relay.postgres import Database
+from relay.postgres import Database, PooledConnection, postgres_errors
 from relay.profiles import check_profiles
 from relay.secrets import mask_urls
-from relay.settings import Settings
+from relay.settings import PostgresSettings, Settings
 from relay.start import catalog_secrets, opened, operator_secrets, resolved
 from relay.wire import FIELD, HTTP, LOWER, TITLE, encoder
 
@@ -101,7 +102,7 @@ async def validate(
     """Look at all pipelines, or at one. Raises `ConfigurationError` where there is none of it."""
     operator, secrets = operator_secrets(environment), catalog_secrets(settings, environment)
     database = Database(resolved(settings.postgres, operator))
-    catalog = _Onlooker(database, settings.relay.group_id)
+    catalog = _Onlooker(database, settings.relay.group_id, samples)
     async with opened(database, catalog):
         rows = [row for row in await catalog.pipelines() if name is None or row.name == name]
         if name is not None and not rows:
@@ -158,7 +159,13 @@ def lines_of(validation: Validation) -> Iterator[str]:
 
 
 class _Onlooker(Catalog):
-    """The catalog without anything that would move a position or wake anybody."""
+    """The catalog without anything that would move a position, lease a row or wake anybody."""
+
+    def __init__(self, database: Database, group_id: str, samples: int) -> None:
+        super().__init__(database, group_id)
+        self._samples = samples
+        # How each group is joined, until it was looked at.
+        self._joining: dict[str, Callable[[Catalog], Awaitable[bool]]] = {}
 
     async def claim(
         self,
@@ -190,11 +197,80 @@ class _Onlooker(Catalog):
     async def release(self, pipeline: str, epoch: int) -> None:
         """Nothing."""
 
+    async def join_group(
+        self, group: str, pipeline: str, outbox_table: str, consumer: str, on_reset: str
+    ) -> bool:
+        """Nothing yet: `lease` joins, and undoes it."""
+
+        async def join(catalog: Catalog) -> bool:
+            return await catalog.join_group(group, pipeline, outbox_table, consumer, on_reset)
+
+        self._joining[group] = join
+        return False
+
+    async def lease(
+        self,
+        group: str,
+        consumer: str,
+        lease_token: UUID,
+        *,
+        max_messages: int,
+        max_bytes: int,
+        seconds: int,
+    ) -> Lease:
+        """What the group would lease next, and does not: all of it is undone. Nothing after it."""
+        join = self._joining.pop(group, None)
+        if join is None:
+            return Lease(outbox_ids=[], is_settled=True)
+        async with _undone(self._database) as database:
+            catalog = Catalog(database, self.group_id)
+            await join(catalog)
+            return await catalog.lease(
+                group,
+                consumer,
+                lease_token,
+                max_messages=max(max_messages, self._samples),
+                max_bytes=max_bytes,
+                seconds=seconds,
+            )
+
+    async def release_lease(self, group: str, lease_token: UUID) -> None:
+        """Nothing."""
+
+    async def leave_group(self, group: str, consumer: str) -> None:
+        """Nothing."""
+
     async def sleep(self, outbox_table: str, sleeper: str, seconds: int) -> None:
         """Nothing."""
 
     async def wake(self, outbox_table: str, sleeper: str) -> None:
         """Nothing."""
+
+
+class _OneConnection(Database):
+    """The database over a connection that somebody else has opened."""
+
+    def __init__(self, settings: PostgresSettings, connection: PooledConnection) -> None:
+        super().__init__(settings)
+        self._connection = connection
+
+    @asynccontextmanager
+    async def connection(self, doing: str) -> AsyncIterator[PooledConnection]:
+        """That connection."""
+        with postgres_errors(doing):
+            yield self._connection
+
+
+@asynccontextmanager
+async def _undone(database: Database) -> AsyncIterator[Database]:
+    """The database in a transaction that is rolled back."""
+    async with database.connection("looking at the next rows") as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            yield _OneConnection(database.settings, connection)
+        finally:
+            await transaction.rollback()
 
 
 async def _samples(row: PipelineRow, sides: Sides, most: int) -> AsyncIterator[Sample]:

@@ -122,3 +122,33 @@ async def test_a_sample_shows_the_next_events_as_they_would_go_out_and_moves_not
     assert "out: pgtrickle" in table.stdout[0] or "out: orders" in table.stdout[0]
     assert await world.value(positions) == before
     assert len(output.read_text().splitlines()) == 5
+
+
+async def test_a_sample_of_a_consumer_group_leases_nothing_and_leaves_no_trace(
+    world: RelayWorld,
+) -> None:
+    config = {
+        "source": {"outbox": "orders", "consumer_group": "sharers"},
+        "sink": AWAY,
+        "batch_size": 2,
+        "visibility_seconds": 600,
+    }
+    await world.run(
+        "select pgtrickle.set_relay_outbox('shared', $1::text::jsonb)", json.dumps(config)
+    )
+    traces = (
+        "select array_agg(r::text) from ("
+        "select g::text from pgtrickle.relay_groups as g"
+        " union all select c::text from pgtrickle.relay_group_consumers as c"
+        " union all select l::text from pgtrickle.relay_group_leases as l) as r"
+    )
+    before = await world.value(traces)
+
+    answer = await asked(world, "shared", "--sample", "4", "--json")
+
+    assert answer.returncode == 0, answer.output
+    samples = json.loads(answer.stdout[0])["samples"]
+    assert [one["key"] for one in samples] == ["1", "2", "3", "4"]
+    assert await world.value(traces) == before
+    leased = "select count(*) from pgtrickle.poll_outbox('sharers', 'another', 10)"
+    assert await world.value(leased) == 5
