@@ -146,6 +146,11 @@ class RelayProcess:
             self.send_signal(signal.SIGKILL)
         await self.wait()
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._running().returncode
+
     async def aclose(self) -> None:
         """Leave no process behind, whatever state it is in."""
         if self._process is not None:
