@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 
 from relay import __version__, log
 from relay.assembly import Assembly
@@ -26,7 +27,7 @@ from relay.errors import ConfigurationError
 from relay.events import Events
 from relay.housekeeping import Housekeeping
 from relay.http import HttpServer
-from relay.locks import Locks
+from relay.locks import Locks, unowned
 from relay.metrics import Metrics
 from relay.migrate import MigrationStep, contents, migrate, uninstall
 from relay.postgres import Database, connect
@@ -89,6 +90,7 @@ class Relay:
             catalog=self.catalog,
             worker_id=self.worker_id,
             owned=lambda: self.coordinator.rows,
+            unowned=partial(unowned, self.database, settings.relay.group_id),
             report=lambda: self.board.snapshot().to_json(),
             emit=self.events.emit,
         )

@@ -162,6 +162,18 @@ class Sink(Protocol):
 
 
 @runtime_checkable
+class Measuring(Protocol):
+    """What a source may offer besides: how much its broker has for it."""
+
+    async def lag(self) -> int | None:
+        """How many messages are not acknowledged, handed out or not; None where nobody tells.
+
+        Asked for now and then, beside everything else. Not cancelled while the source is in use,
+        so it ends within seconds by itself. Raises `Outage`, `ConfigurationError`.
+        """
+
+
+@runtime_checkable
 class Describing(Protocol):
     """What a source or a sink may offer besides: facts about its broker, for logs and people."""
 

@@ -17,7 +17,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -34,6 +34,7 @@ from relay.settings import RelaySettings
 _log = logging.getLogger(__name__)
 
 _REREAD_S = 10.0
+_STRANGERS_S = 3.0
 _READ_TIMEOUT_S = 5.0
 # How long a pipeline that was cut off may take to close both of its sides.
 _CLOSING_S = 10.0
@@ -120,6 +121,7 @@ class Coordinator:
         self._ticks_with_room = 0
         self._members = Members(count=1)
         self._blocked: Mapping[str, str] = {}
+        self._strangers_at = -math.inf
         self._last_told: OwnershipChanged | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
@@ -302,10 +304,17 @@ class Coordinator:
                 self._works[name] = _Work(row)
             else:
                 missed.append(name)
-        self._blocked = await self._locks.strangers(missed)
+        await self._look_for_strangers(missed)
         maximum = self._settings.max_pipelines
         is_full = maximum is not None and self._owned_count() >= maximum
         await self._locks.show_full(is_full=is_full)
+
+    async def _look_for_strangers(self, missed: Sequence[str]) -> None:
+        """Who holds what we missed, where it is no relay: asked once in some seconds."""
+        if missed and time.monotonic() >= self._strangers_at:
+            self._strangers_at = time.monotonic() + _STRANGERS_S
+            self._blocked = await self._locks.strangers(missed)
+        self._blocked = {name: who for name, who in self._blocked.items() if name in missed}
 
     def _has_another_room(self) -> bool:
         fair = self._fair_share()

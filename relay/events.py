@@ -153,6 +153,33 @@ class LagObserved(PipelineEvent, frozen=True, kw_only=True):
     dead_letters: int
 
 
+class SourceLagObserved(PipelineEvent, frozen=True, kw_only=True):
+    """How many messages the broker has for a source that are not acknowledged; None: unknown."""
+
+    messages: int | None
+
+
+class OutboxObserved(msgspec.Struct, frozen=True, kw_only=True):
+    """What an outbox holds; rows are PostgreSQL's estimate. None where it is not known (yet)."""
+
+    outbox: str
+    rows: int | None
+    bytes: int | None
+    capture_problems: int | None
+
+
+class CatalogObserved(msgspec.Struct, frozen=True, kw_only=True):
+    """What only the database tells: all outboxes, and the pipelines that no relay runs.
+
+    ``unowned``: the enabled ones of the group that none of its relays owns. ``idle``: how far
+    these and the disabled ones are behind, as far as it is known.
+    """
+
+    outboxes: Sequence[OutboxObserved]
+    unowned: Sequence[str]
+    idle: Sequence[LagObserved]
+
+
 class OwnershipChanged(msgspec.Struct, frozen=True, kw_only=True):
     """Which pipelines this process runs now, and how many relays share the group.
 
@@ -173,7 +200,7 @@ class DatabaseChanged(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-Event = PipelineEvent | OwnershipChanged | DatabaseChanged
+Event = PipelineEvent | OwnershipChanged | CatalogObserved | DatabaseChanged
 Observer = Callable[[Event], None]
 
 _log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -15,17 +16,23 @@ from functools import partial
 from relay.cancellation import reraise_cancellation
 from relay.catalog import Catalog, PipelineRow
 from relay.errors import RelayError
-from relay.events import Event, LagObserved
+from relay.events import CatalogObserved, Event, LagObserved, OutboxObserved
 
 _log = logging.getLogger(__name__)
 
 _SWEEP_ROWS = 1000
 _RETIRE_TIMEOUT_S = 2.0
 _SNAPSHOT_INTERVAL_S = 2.0
+# It looks at every captured table, and nobody mends a trigger within seconds.
+_CAPTURE_INTERVAL_S = 30.0
 
 
 class Housekeeping:
-    """The chores of one relay. ``owned`` gives the pipelines that it runs at the moment."""
+    """The chores of one relay.
+
+    ``owned`` gives the pipelines that it runs at the moment, ``unowned`` those of the named ones
+    that no relay of the group owns.
+    """
 
     def __init__(
         self,
@@ -33,12 +40,15 @@ class Housekeeping:
         catalog: Catalog,
         worker_id: str,
         owned: Callable[[], Mapping[str, PipelineRow]],
+        unowned: Callable[[Sequence[str]], Awaitable[Sequence[str]]],
         report: Callable[[], bytes],
         emit: Callable[[Event], None],
     ) -> None:
         self._catalog = catalog
         self._worker_id = worker_id
         self._owned = owned
+        self._unowned = unowned
+        self._capture_problems: Counter[str] | None = None
         self._report = report
         self._emit = emit
 
@@ -48,6 +58,8 @@ class Housekeeping:
         """Do all chores until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_every(lag_interval_s, self.observe_lag))
+            tasks.create_task(_every(lag_interval_s, self._observe_catalog))
+            tasks.create_task(_every(_CAPTURE_INTERVAL_S, self._look_at_capture))
             tasks.create_task(_every(sweep_interval_s, self._sweep))
             tasks.create_task(_every(report_interval_s, self._report_to_fleet))
             tasks.create_task(_every(_SNAPSHOT_INTERVAL_S, self.write_snapshots))
@@ -65,17 +77,46 @@ class Housekeeping:
 
         Of a forward pipeline whose outbox is gone the lag is unknown, and nothing is emitted.
         """
+        for lag in await self._lags(self._owned()):
+            self._emit(lag)
+
+    async def _observe_catalog(self) -> None:
+        """Tell observers what the outboxes hold, and of the pipelines that no relay runs."""
         owned = self._owned()
-        dead_letters = await self._catalog.dead_letter_counts(list(owned))
-        lags = {lag.pipeline: lag for lag in await self._catalog.lag(list(owned))}
+        rows = [row for row in await self._catalog.pipelines() if row.name not in owned]
+        unowned = await self._unowned([row.name for row in rows if row.enabled])
+        idle = {row.name: row for row in rows if not row.enabled or row.name in unowned}
+        found = self._capture_problems
+        outboxes = [
+            OutboxObserved(
+                outbox=size.outbox_table,
+                rows=size.estimated_rows,
+                bytes=size.bytes,
+                capture_problems=None if found is None else found[size.outbox_table],
+            )
+            for size in await self._catalog.outbox_sizes()
+        ]
+        self._emit(CatalogObserved(outboxes=outboxes, unowned=unowned, idle=await self._lags(idle)))
+
+    async def _look_at_capture(self) -> None:
+        problems = await self._catalog.capture_problems()
+        self._capture_problems = Counter(one.outbox_table for one in problems)
+
+    async def _lags(self, rows: Mapping[str, PipelineRow]) -> Sequence[LagObserved]:
+        """How far these are behind; a forward one whose outbox is gone is left out."""
+        if not rows:
+            return []
+        dead_letters = await self._catalog.dead_letter_counts(list(rows))
+        lags = {lag.pipeline: lag for lag in await self._catalog.lag(list(rows))}
         now = datetime.now(UTC)
-        for name, row in owned.items():
+        found = []
+        for name, row in rows.items():
             lag = lags.get(name)
             lag_rows = 0 if lag is None else lag.lag_rows
             if lag_rows is None or (lag is None and row.direction == "forward"):
                 continue
             oldest = None if lag is None else lag.oldest_unsent_at
-            self._emit(
+            found.append(
                 LagObserved(
                     pipeline=name,
                     direction=row.direction,
@@ -86,6 +127,7 @@ class Housekeeping:
                     dead_letters=dead_letters.get(name, 0),
                 )
             )
+        return found
 
     async def _sweep(self) -> None:
         """Sweep every outbox, since some have only readers that do not, and our own inboxes."""

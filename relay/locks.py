@@ -16,7 +16,7 @@ import asyncpg
 import msgspec
 
 from relay.errors import NotConnected, RelayError
-from relay.postgres import Connection, connect, postgres_errors, wandering_session
+from relay.postgres import Connection, Database, connect, postgres_errors, wandering_session
 from relay.settings import DEFAULT_SCHEMA, PostgresSettings
 
 _NAMESPACE = "pgtrickle-relay"
@@ -68,6 +68,25 @@ where held.locktype = 'advisory' and held.objsubid = 1 and held.granted
 """
 
 
+_UNOWNED = """
+with advisory as materialized (
+    select pid, classid, objid
+    from pg_catalog.pg_locks
+    where locktype = 'advisory' and objsubid = 1 and granted
+        and database = (select oid from pg_catalog.pg_database where datname = current_database())
+)
+select wanted.name
+from unnest($1::text[], $2::oid[], $3::oid[]) as wanted (name, high, low)
+where not exists (
+    select from advisory as held
+    join advisory as member using (pid)
+    where held.classid = wanted.high and held.objid = wanted.low
+        and member.classid = $4 and member.objid = $5
+)
+order by wanted.name
+"""
+
+
 def lock_key(*parts: str) -> int:
     """The signed 64-bit advisory lock key of a name, spread by SHA-256."""
     digest = hashlib.sha256("\x00".join((_NAMESPACE, *parts)).encode()).digest()
@@ -84,15 +103,32 @@ class Members(msgspec.Struct, frozen=True):
     held_by_open: Sequence[int] = ()
 
 
+async def unowned(database: Database, group_id: str, pipelines: Sequence[str]) -> list[str]:
+    """Of these pipelines, the ones that no relay of the group owns. Raises `Outage`."""
+    if not pipelines:
+        return []
+    scope = _scope(database.settings)
+    halves = [_halves(_pipeline_key(scope, group_id, name)) for name in pipelines]
+    member = lock_key(*scope, "member", group_id)
+    rows = await database.fetch(
+        "looking for pipelines that nobody runs",
+        _UNOWNED,
+        pipelines,
+        *map(list, zip(*halves, strict=True)),
+        *_halves(member),
+    )
+    return [row["name"] for row in rows]
+
+
 class Locks:
     """The locks of one relay. Not safe for concurrent calls: the coordinator is its only user."""
 
     def __init__(self, settings: PostgresSettings, group_id: str) -> None:
         self._settings = settings
         self._group_id = group_id
-        self._schema = () if settings.schema == DEFAULT_SCHEMA else (settings.schema,)
-        self._member_key = lock_key(*self._schema, "member", group_id)
-        self._full_key = lock_key(*self._schema, "full", group_id)
+        self._scope = _scope(settings)
+        self._member_key = lock_key(*self._scope, "member", group_id)
+        self._full_key = lock_key(*self._scope, "full", group_id)
         self._is_full = False
         self._connection: Connection | None = None
         self._held: set[str] = set()
@@ -180,7 +216,7 @@ class Locks:
             await self._query("select pg_advisory_unlock($1)", self._key(pipeline))
 
     def _key(self, pipeline: str) -> int:
-        return lock_key(*self._schema, "pipeline", self._group_id, pipeline)
+        return _pipeline_key(self._scope, self._group_id, pipeline)
 
     async def _query(self, query: str, *args: object) -> asyncpg.Record:
         """The one row of a query."""
@@ -205,6 +241,15 @@ class Locks:
         self._is_full = False
         if connection is not None:
             connection.terminate()
+
+
+def _scope(settings: PostgresSettings) -> Sequence[str]:
+    """What sets the locks of one catalog apart from those of another in its database."""
+    return () if settings.schema == DEFAULT_SCHEMA else (settings.schema,)
+
+
+def _pipeline_key(scope: Sequence[str], group_id: str, pipeline: str) -> int:
+    return lock_key(*scope, "pipeline", group_id, pipeline)
 
 
 def _stranger(row: asyncpg.Record) -> str:

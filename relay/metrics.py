@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
+from prometheus_client import ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,7 +28,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from relay import __version__
 from relay.board import Board, Histogram, PipelineStats
 from relay.errors import ErrorKind
-from relay.events import Direction, PipelineState
+from relay.events import Direction, LagObserved, OutboxObserved, PipelineState
 
 PREFIX = "pgtrickle_relay_"
 INBOX_BACKEND = "pg-inbox"
@@ -37,16 +38,19 @@ Reading = float | Mapping[str, float] | Histogram | None
 
 
 class MetricSpec(msgspec.Struct, frozen=True):
-    """One metric, and how it is read: of each pipeline, or else ``of_relay``.
+    """One metric, and how it is read: of each pipeline, of each outbox, or of the relay.
 
-    ``side`` says whose backend its label names, None where it has no such label. ``by``: a label of
-    its own. ``of``: the only direction that has it, None for both.
+    ``of_idle``: of a pipeline that no relay runs, where that has it too. ``side`` says whose
+    backend its label names, None where it has no such label. ``by``: a label of its own. ``of``:
+    the only direction that has it, None for both.
     """
 
     name: str
     type: Literal["counter", "gauge", "histogram"]
     help: str
     read: Callable[[PipelineStats], Reading] | None = None
+    of_idle: Callable[[LagObserved], float] | None = None
+    of_outbox: Callable[[OutboxObserved], float | None] | None = None
     of_relay: Callable[[Board], float] | None = None
     by: str | None = None
     side: Literal["source", "sink"] | None = None
@@ -56,6 +60,7 @@ class MetricSpec(msgspec.Struct, frozen=True):
     def label_names(self) -> Sequence[str]:
         """All labels of its series, in order."""
         common = [] if self.read is None else ["pipeline", "direction"]
+        common = common if self.of_outbox is None else ["outbox"]
         backend = [] if self.side is None else ["backend"]
         return [*common, *backend, *([] if self.by is None else [self.by])]
 
@@ -185,6 +190,7 @@ METRICS: Sequence[MetricSpec] = (
         "gauge",
         "Dead letters that wait for an operator.",
         read=lambda stats: stats.dead_letters,
+        of_idle=lambda lag: lag.dead_letters,
     ),
     MetricSpec(
         "dlq_entries_total",
@@ -211,6 +217,7 @@ METRICS: Sequence[MetricSpec] = (
         "gauge",
         "Outbox rows that are not yet delivered.",
         read=lambda stats: None if stats.lag is None else stats.lag.lag_rows,
+        of_idle=lambda lag: lag.lag_rows,
         of="forward",
     ),
     MetricSpec(
@@ -218,7 +225,16 @@ METRICS: Sequence[MetricSpec] = (
         "gauge",
         "Age of the oldest outbox row that is not yet delivered, 0 without any.",
         read=lambda stats: None if stats.lag is None else stats.lag.oldest_unsent_age_s,
+        of_idle=lambda lag: lag.oldest_unsent_age_s,
         of="forward",
+    ),
+    MetricSpec(
+        "source_lag",
+        "gauge",
+        "Messages that the broker has for the source and that are not acknowledged, if it tells.",
+        read=lambda stats: stats.source_lag,
+        side="source",
+        of="reverse",
     ),
     MetricSpec(
         "source_connected",
@@ -260,6 +276,30 @@ METRICS: Sequence[MetricSpec] = (
         of_relay=lambda board: board.owned,
     ),
     MetricSpec(
+        "pipelines_unowned",
+        "gauge",
+        "Enabled pipelines of the group that none of its relays owns.",
+        of_relay=lambda board: len(board.catalog.unowned),
+    ),
+    MetricSpec(
+        "outbox_rows",
+        "gauge",
+        "Rows of an outbox, as PostgreSQL last estimated them.",
+        of_outbox=lambda outbox: outbox.rows,
+    ),
+    MetricSpec(
+        "outbox_bytes",
+        "gauge",
+        "Bytes of an outbox on disk, with its indexes and claim checks.",
+        of_outbox=lambda outbox: outbox.bytes,
+    ),
+    MetricSpec(
+        "capture_problems",
+        "gauge",
+        "What relay_capture_problems() finds wrong with the capture of an outbox.",
+        of_outbox=lambda outbox: outbox.capture_problems,
+    ),
+    MetricSpec(
         "group_members",
         "gauge",
         "Relays that share the pipelines.",
@@ -282,10 +322,11 @@ METRICS: Sequence[MetricSpec] = (
 
 
 class Metrics:
-    """Renders what the board counts; own registry, no process metrics."""
+    """Renders what the board counts, and Prometheus' usual metrics of the process."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
+        self._process = ProcessCollector(registry=None)
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition in the format that an ``Accept`` header asks for, and its content type.
@@ -295,6 +336,7 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Frozen([self._family(spec) for spec in METRICS]))
+        registry.register(self._process)
         return await asyncio.to_thread(encode, registry), content_type
 
     def _family(self, spec: MetricSpec) -> Metric:
@@ -303,11 +345,21 @@ class Metrics:
         if spec.of_relay is not None:
             read = [([__version__] if labels else [], spec.of_relay(self._board))]
         elif spec.read is not None:
+            running = self._board.pipelines
             read = [
                 (_labels_of(spec, stats), spec.read(stats))
-                for stats in self._board.pipelines.values()
+                for stats in running.values()
                 if spec.of in (None, stats.direction)
             ]
+            if spec.of_idle is not None:
+                read += [
+                    ([lag.pipeline, lag.direction], spec.of_idle(lag))
+                    for lag in self._board.catalog.idle
+                    if spec.of in (None, lag.direction) and lag.pipeline not in running
+                ]
+        elif spec.of_outbox is not None:
+            outboxes = self._board.catalog.outboxes
+            read = [([outbox.outbox], spec.of_outbox(outbox)) for outbox in outboxes]
         if spec.type == "histogram":
             histogram = HistogramMetricFamily(name, spec.help, labels=labels)
             for common, value in read:

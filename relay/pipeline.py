@@ -17,14 +17,14 @@ import logging
 import operator
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from enum import StrEnum
 from typing import TypeGuard
 
 import msgspec
 
 from relay.cancellation import reraise_cancellation
-from relay.contracts import Batch, Sink, Source
+from relay.contracts import Batch, Measuring, Sink, Source
 from relay.dead_letter import DeadLetterQueue, DeadLetters, Transform
 from relay.delivery import Delivery, Prepared, RetryPolicy, Stopping
 from relay.errors import (
@@ -42,12 +42,14 @@ from relay.events import (
     LeaseExpired,
     PipelineState,
     Polled,
+    SourceLagObserved,
 )
 from relay.pipeline_events import PipelineEvents
 
 _log = logging.getLogger(__name__)
 
 _MISSING_RETRY_S = 3.0
+_LAG_INTERVAL_S = 10.0
 
 _is_full_refresh = operator.attrgetter("is_full_refresh")
 
@@ -171,13 +173,40 @@ class Pipeline:
         try:
             await self._source.connect()
             await self._events.connected("source", self._source)
-            await self._delivery.connect()
-            self._events.state(PipelineState.RUNNING)
-            await session.run()
+            async with self._observing_lag():
+                await self._delivery.connect()
+                self._events.state(PipelineState.RUNNING)
+                await session.run()
         except BaseExceptionGroup as group:
             raise _weightiest(group) from group
         finally:
             self._events.disconnected("source")
+
+    @contextlib.asynccontextmanager
+    async def _observing_lag(self) -> AsyncIterator[None]:
+        """Emit the lag of a source that tells it, now and then while the block lasts."""
+        source = self._source
+        if not isinstance(source, Measuring):
+            yield
+            return
+        is_over = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._observe_lag(source, is_over))
+            try:
+                yield
+            finally:
+                is_over.set()
+
+    async def _observe_lag(self, source: Measuring, is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
+            messages = None
+            # What is wrong with the broker a poll finds out, and says.
+            with contextlib.suppress(RelayError):
+                messages = await source.lag()
+            self._events.emit(SourceLagObserved(**self._events.labels, messages=messages))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAG_INTERVAL_S):
+                    await is_over.wait()
 
     async def _recover(self, error: Exception, delay_s: float, attempt: int) -> None:
         if _is_worth_waiting(error):

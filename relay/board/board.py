@@ -10,7 +10,13 @@ from relay import __version__
 from relay.board.membership import Membership
 from relay.board.stats import PipelineStats
 from relay.board.status import RelayStatus
-from relay.events import Event, OwnershipChanged, PipelineDescribed, PipelineEvent
+from relay.events import (
+    CatalogObserved,
+    Event,
+    OwnershipChanged,
+    PipelineDescribed,
+    PipelineEvent,
+)
 
 
 class Board:
@@ -43,6 +49,7 @@ class Board:
         self.pipelines: dict[str, PipelineStats] = {}
         self.is_database_connected = False
         self._blocked: Mapping[str, str] = {}
+        self.catalog = CatalogObserved(outboxes=[], unowned=[], idle=[])
         self.owned = 0
         self.members = 0
 
@@ -58,6 +65,8 @@ class Board:
             self.owned = len(event.pipelines) - len(event.everywhere)
             self.members = event.members
             self._blocked = event.blocked
+        elif isinstance(event, CatalogObserved):
+            self.catalog = event
         else:
             self.is_database_connected = event.is_connected
             self._database_reason = self._mask(event.reason)

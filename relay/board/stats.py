@@ -33,6 +33,7 @@ from relay.events import (
     RequestRefused,
     Retried,
     Side,
+    SourceLagObserved,
     StateChanged,
 )
 
@@ -113,6 +114,7 @@ class PipelineStats:
     offset: int | None = None
     in_flight: int = 0
     lag: LagObserved | None = None
+    source_lag: int | None = None
     dead_letters: int | None = None
     found_nothing: bool = False
     polled_s: float = -math.inf
@@ -149,6 +151,8 @@ class PipelineStats:
                 for worker in self.workers.values():
                     worker.dead_letters = event.dead_letters
                 self.behind_s = _first(self.behind_s, clock_s) if event.lag_rows > 0 else None
+            case SourceLagObserved():
+                self.source_lag = event.messages
             case Retried():
                 self.retries[event.side] += 1
                 self._failed(event.kind, event.error, clock_s)
@@ -280,6 +284,7 @@ class PipelineStats:
             return
         self.source_connected = event.is_connected
         if not event.is_connected:
+            self.source_lag = None
             self._forget_in_flight()
 
     def _forget_in_flight(self) -> None:
@@ -381,6 +386,7 @@ class PipelineStats:
             in_flight=self.in_flight,
             lag_rows=None if self.lag is None else self.lag.lag_rows,
             oldest_unsent_age_s=None if self.lag is None else self.lag.oldest_unsent_age_s,
+            source_lag=self.source_lag,
             dead_letters=self.dead_letters,
             rate_per_s=sum(history[-_RATE_AVERAGED_OVER_S:]) / _RATE_AVERAGED_OVER_S,
             rate_history=history,

@@ -93,6 +93,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     recent_batches: Sequence[RecentBatch]
     last_progress_at: datetime | None
     workers: Sequence[WorkerStatus] = ()
+    source_lag: int | None = None
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):

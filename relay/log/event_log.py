@@ -91,12 +91,8 @@ class EventLog:
             self._pipeline(event)
         elif isinstance(event, OwnershipChanged):
             self._ownership(event)
-        elif event.is_connected:
+        elif isinstance(event, DatabaseChanged):
             self._database(event)
-        else:
-            self._once(
-                "", logging.ERROR, "the database is lost, no pipeline runs", {"error": event.reason}
-            )
 
     def close(self) -> None:
         """Sum up what has repeated and was not logged yet."""
@@ -260,6 +256,10 @@ class EventLog:
             self._forget(gone)
 
     def _database(self, event: DatabaseChanged) -> None:
+        if not event.is_connected:
+            lost = "the database is lost, no pipeline runs"
+            self._once("", logging.ERROR, lost, {"error": event.reason})
+            return
         self._sum_up_of("")
         _log.info("the database is connected%s", f": {event.reason}" if event.reason else "")
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import pytest
 
-from relay.contracts import Batch, Source
+from relay.contracts import Batch, Measuring, Source
 from relay.errors import AuthenticationRefused, ConfigurationError, MessageRejected, Outage
 from relay.message import RelayMessage
 from tests.contract.evidence import (
@@ -162,6 +162,14 @@ async def assert_nothing_more(source: Source) -> None:
         assert not batch.rejected
 
 
+async def until_lag(source: Source, messages: int) -> None:
+    """Wait until the lag is this; some brokers count only now and then. Raises TimeoutError."""
+    assert isinstance(source, Measuring)
+    async with asyncio.timeout(BOUND_S):
+        while await source.lag() != messages:
+            await source.poll()
+
+
 class SourceContract(Contract):
     """What every source keeps."""
 
@@ -175,6 +183,7 @@ class SourceContract(Contract):
             "authentication",
             "round trip",
             "stable keys of plain payloads",
+            "lag",
         }
     )
 
@@ -263,6 +272,22 @@ class SourceContract(Contract):
         await second.connect()
         await assert_nothing_more(second)
         await second.aclose()
+
+    @shows("lag")
+    async def test_the_lag_is_what_is_not_acknowledged(self, harness: SourceHarness) -> None:
+        await harness.feed(numbered(30))
+        source = harness.make(batch_size=10)
+        await source.connect()
+        batches = await collect(source, 30)
+
+        left = 30
+        await until_lag(source, left)
+        for batch in batches:
+            await source.acknowledge(batch)
+            left -= len(batch.messages)
+            await until_lag(source, left)
+
+        await source.aclose()
 
     @shows("connect")
     async def test_connecting_again_forgets_the_unacknowledged_batches(

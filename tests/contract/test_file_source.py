@@ -141,6 +141,7 @@ class TestFileSource(SourceContract):
         "restart": "a file has no server",
         "keep alive": "a position in a file does not expire",
         "tls": "a file has no connection",
+        "lag": "a file tells bytes, not messages",
         "authentication": "a file knows permissions only, which are tested apart",
     }
 
@@ -156,6 +157,7 @@ class TestStdinSource(SourceContract):
         "restart": "a stream has no server",
         "keep alive": "what is held in memory does not expire",
         "tls": "a stream has no connection",
+        "lag": "a stream does not tell what is still to come",
         "authentication": "a stream asks for no credentials",
     }
 

@@ -56,6 +56,7 @@ class MemorySourceHarness(SourceHarness):
 class TestMemorySource(SourceContract):
     backend = "memory"
     lacks: ClassVar = {
+        "lag": "nobody asks what is in memory",
         "keep alive": "batches in memory never expire",
         "tls": "memory has no connection to encrypt",
         "authentication": "memory asks for no credentials",

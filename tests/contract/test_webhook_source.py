@@ -67,6 +67,7 @@ class TestWebhookSource(SourceContract):
     backend = "webhook"
     lacks: ClassVar[Mapping[str, str]] = {
         "reconnect": "senders connect to it, so it has no connection of its own to lose",
+        "lag": "what senders still have to send they don't tell",
         "restart": "it is the server; senders repeat what it had not answered",
         "keep alive": "a sender waits as long as it likes and can't be told to wait longer",
         "tls": "it is the server, whose certificate the senders check;"

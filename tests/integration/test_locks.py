@@ -12,7 +12,8 @@ import psycopg
 import pytest
 
 from relay.errors import NotConnected, TimedOut
-from relay.locks import Locks, lock_key
+from relay.locks import Locks, lock_key, unowned
+from relay.postgres import Database as Pool
 from relay.settings import PostgresSettings
 from tests.servers.postgres import Database
 from tests.servers.proxy import TcpProxy
@@ -47,6 +48,14 @@ async def join(database: Database) -> AsyncIterator[Join]:
             return locks
 
         yield make
+
+
+@pytest.fixture
+async def pool(database: Database) -> AsyncIterator[Pool]:
+    pool = Pool(PostgresSettings(url=database.dsn))
+    await pool.open()
+    yield pool
+    await pool.aclose()
 
 
 async def proxy_to(database: Database, tcp_proxy: Callable[..., Awaitable[TcpProxy]]) -> TcpProxy:
@@ -213,7 +222,7 @@ def test_keys_of_different_names_differ_also_where_their_texts_join_alike() -> N
 
 
 async def test_a_stranger_who_holds_the_lock_of_a_pipeline_is_named_and_members_are_not(
-    join: Join, database: Database
+    join: Join, database: Database, pool: Pool
 ) -> None:
     own, other = await join(), await join()
     assert await other.try_acquire("shared")
@@ -223,6 +232,10 @@ async def test_a_stranger_who_holds_the_lock_of_a_pipeline_is_named_and_members_
         assert not await own.try_acquire("shared")
 
         found = await own.strangers(["held", "shared", "free"])
+
+        names = ["free", "held", "shared"]
+        assert await unowned(pool, "default", names) == ["free", "held"]
+        assert await unowned(pool, "another", names) == names
 
         pid = stranger.info.backend_pid
         assert found == {"held": f"pid {pid}, role postgres, application psql, address 127.0.0.1"}

@@ -20,6 +20,7 @@ from relay.errors import ErrorKind
 from relay.events import (
     BatchAcknowledged,
     BatchPublished,
+    CatalogObserved,
     ClaimCheckFetched,
     ConnectionChanged,
     DatabaseChanged,
@@ -28,6 +29,7 @@ from relay.events import (
     Direction,
     Event,
     LagObserved,
+    OutboxObserved,
     OwnershipChanged,
     PipelineDescribed,
     PipelineState,
@@ -35,6 +37,7 @@ from relay.events import (
     RequestRefused,
     Retried,
     Side,
+    SourceLagObserved,
     StateChanged,
 )
 from relay.metrics import METRICS, PREFIX, Metrics
@@ -155,6 +158,13 @@ def _connected(side: Side) -> ConnectionChanged:
     return ConnectionChanged(pipeline="fwd", direction="forward", side=side, is_connected=True)
 
 
+CATALOG = CatalogObserved(
+    outboxes=[OutboxObserved(outbox="o", rows=7, bytes=8192, capture_problems=2)],
+    unowned=["lonely"],
+    idle=[_lag("paused"), _lag("paused", "reverse"), _lag("fwd")],
+)
+
+
 class Effect(msgspec.Struct, frozen=True):
     """``event`` brings the sample of ``name`` with these labels from ``before`` to ``after``."""
 
@@ -167,6 +177,7 @@ class Effect(msgspec.Struct, frozen=True):
 
 FWD = {"pipeline": "fwd", "direction": "forward"}
 REV = {"pipeline": "rev", "direction": "reverse"}
+PAUSED = {"pipeline": "paused", "direction": "forward"}
 COPY = {"pipeline": "copy", "direction": "forward"}
 TO_NATS = {**FWD, "backend": "nats"}
 FROM_OUTBOX = {**FWD, "backend": "outbox"}
@@ -219,6 +230,20 @@ EFFECTS: Sequence[Effect] = (
     Effect("last_committed_offset", _acknowledged(99), FWD, None, 99),
     Effect("consumer_lag_rows", _lag(), FWD, None, 41),
     Effect("oldest_unsent_age_seconds", _lag(), FWD, None, 3.5),
+    Effect(
+        "source_lag",
+        SourceLagObserved(pipeline="rev", direction="reverse", messages=5),
+        {**REV, "backend": "nats"},
+        None,
+        5,
+    ),
+    Effect("outbox_rows", CATALOG, {"outbox": "o"}, None, 7),
+    Effect("outbox_bytes", CATALOG, {"outbox": "o"}, None, 8192),
+    Effect("capture_problems", CATALOG, {"outbox": "o"}, None, 2),
+    Effect("pipelines_unowned", CATALOG, {}, 0, 1),
+    Effect("consumer_lag_rows", CATALOG, PAUSED, None, 41),
+    Effect("oldest_unsent_age_seconds", CATALOG, PAUSED, None, 3.5),
+    Effect("dlq_depth", CATALOG, PAUSED, None, 6),
     Effect("source_connected", _connected("source"), FROM_OUTBOX, 0, 1),
     Effect("sink_connected", _connected("sink"), TO_NATS, 0, 1),
     Effect("pipeline_state", _state(PipelineState.RUNNING), {**FWD, "state": "running"}, 0, 1),
@@ -272,7 +297,31 @@ async def test_the_exposition_has_the_listed_metrics_and_no_others() -> None:
         for line in body.decode().splitlines()
         if line.startswith("# TYPE ")
     )
-    assert types == {PREFIX + spec.name: spec.type for spec in METRICS}
+    ours = {name: type_ for name, type_ in types.items() if not name.startswith("process_")}
+    assert ours == {PREFIX + spec.name: spec.type for spec in METRICS}
+
+
+async def test_what_is_not_known_of_an_outbox_or_a_source_has_no_series() -> None:
+    counted = Counted()
+    unknown = OutboxObserved(outbox="o", rows=None, bytes=None, capture_problems=None)
+    counted.board(CatalogObserved(outboxes=[unknown], unowned=[], idle=[]))
+    counted.board(SourceLagObserved(pipeline="rev", direction="reverse", messages=5))
+
+    counted.board(
+        ConnectionChanged(pipeline="rev", direction="reverse", side="source", is_connected=False)
+    )
+
+    for name in ("outbox_rows", "outbox_bytes", "capture_problems"):
+        assert await counted.value(name, outbox="o") is None
+    assert await counted.value("source_lag", **REV, backend="nats") is None
+
+
+async def test_a_pipeline_that_runs_here_is_told_as_it_runs() -> None:
+    counted = Counted()
+
+    counted.board(CATALOG)
+
+    assert await counted.value("consumer_lag_rows", **FWD) is None
 
 
 async def test_a_stalled_pipeline_is_visible() -> None:

@@ -249,6 +249,26 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         for partition in back.keys() & consumer.assignment():
             consumer.seek(partition, back[partition])
 
+    async def lag(self) -> int | None:
+        """What the partitions that are ours have behind what is acknowledged."""
+        consumer = self._open()
+        if self._state != "assigned":
+            return None
+        unsettled: dict[TopicPartition, int] = {}
+        for position in self._in_flight:
+            for one, (first, _) in position.ranges.items():
+                unsettled.setdefault(one, first)
+        for page in self._fetched():
+            unsettled.setdefault(page.partition, page.records[0].offset)
+        lag = 0
+        for one in consumer.assignment():
+            end = consumer.highwater(one)
+            if end is None:
+                return None
+            at = unsettled.get(one)
+            lag += max(0, end - (await consumer.position(one) if at is None else at))
+        return lag
+
     async def is_healthy(self) -> bool:
         """True when a broker answers within seconds and nothing has ended the membership."""
         if self._consumer is None or self._trouble is not None:
@@ -551,6 +571,13 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         # Where but one is left, it has just shown that it can be read again.
         self._suspects = [*others, suspect] if others and found else others
         return [_Page(one, page, await consumer.position(one)) for one, page in found.items()]
+
+    def _fetched(self) -> Sequence[_Page]:
+        """What a fetch has brought and no poll has taken."""
+        task = self._fetching
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return ()
+        return task.result()
 
     def _taken(self) -> Sequence[_Page]:
         """What a fetch has brought; what ended it is kept."""

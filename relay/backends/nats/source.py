@@ -209,6 +209,13 @@ class NatsSource:
         if self._sequences(batch):
             await self._release(connection)
 
+    async def lag(self) -> int | None:
+        """What the consumer has not delivered yet, and what is not acknowledged."""
+        consumer = await self._consumer_info(self._open())
+        if consumer is None:
+            return None
+        return (consumer.num_pending or 0) + (consumer.num_ack_pending or 0)
+
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
         connection = self._connection

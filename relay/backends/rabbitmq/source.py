@@ -135,8 +135,8 @@ class RabbitSource:
         await consumer.refuse_stream()
         if not consumer.waiting:
             # Whoever has as much as may be sent ahead can't tell whether there is more.
-            ahead = sum(len(position.tags()) for position in consumer.unacknowledged)
-            return Batch(is_end_of_backlog=not was_cut_short and ahead < self._prefetch)
+            has_room = consumer.handed_out < self._prefetch
+            return Batch(is_end_of_backlog=not was_cut_short and has_room)
         messages: list[RelayMessage] = []
         rejected: list[Rejected] = []
         position, taken = consumer.take(self._batch_size, self._batch_bytes)
@@ -180,6 +180,11 @@ class RabbitSource:
         if isinstance(position, _Position) and position.consumer is consumer:
             await self.aclose()
             self._is_released = True
+
+    async def lag(self) -> int | None:
+        """What is ready in the queue, and what was delivered here and is not acknowledged."""
+        consumer = self._open()
+        return await consumer.ready() + len(consumer.waiting) + consumer.handed_out
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds."""
@@ -233,6 +238,22 @@ class _Consumer:
             self._queue, self._on_delivered, exclusive=options.exclusive
         )
         await connection.call(connection.doing, consuming)
+
+    @property
+    def handed_out(self) -> int:
+        """How many messages are handed out and not acknowledged."""
+        return sum(len(position.tags()) for position in self.unacknowledged)
+
+    async def ready(self) -> int:
+        """How many messages the queue has that were not delivered to anybody."""
+        connection, doing = self.connection, f"asking what {self._queue!r} holds"
+        # A refusal costs the channel.
+        other = await connection.new_channel(confirms=False)
+        try:
+            declaring = other.queue_declare(self._queue, passive=True)
+            return (await connection.call(doing, declaring)).message_count or 0
+        finally:
+            await connection.call(doing, other.close())
 
     def take(self, most: int, most_bytes: int) -> tuple[_Position, list[DeliveredMessage]]:
         """Hand out so many messages, or so many bytes and the message that reaches them."""

@@ -199,6 +199,15 @@ class RedisSource:
         self._pending_after = _FROM_THE_START
         await self._set_idle(commands, released, *_RELEASED)
 
+    async def lag(self) -> int | None:
+        """What the group has not read yet, which Redis can't always tell, and what is pending."""
+        commands, _ = self._open()
+        facts = _group(await commands.facts(b"XINFO", b"GROUPS", self._key), self._group)
+        unread, pending = facts.get(b"lag"), facts.get(b"pending")
+        if not isinstance(unread, int) or not isinstance(pending, int):
+            return None
+        return unread + pending
+
     async def is_healthy(self) -> bool:
         """True when the server answers a ping within seconds."""
         return self._connections is not None and await self._connections[0].is_healthy()
@@ -385,11 +394,16 @@ def _order(id_: bytes) -> tuple[int, int]:
     return int(time_ms), int(number or 0)
 
 
-def _generation(groups: Reply) -> str:
-    """The generation in what the server tells of a stream's groups; empty where there is none."""
+def _group(groups: Reply, name: bytes) -> Mapping[Reply, Reply]:
+    """What the server tells of one of a stream's groups; nothing where there is none."""
     for group in map(rows, rows(groups)):
         facts = dict(zip(group[::2], group[1::2], strict=True))
-        position = facts.get(b"last-delivered-id")
-        if facts.get(b"name") == _GENERATION and isinstance(position, bytes):
-            return f"{_order(position)[1]:08x}"
-    return ""
+        if facts.get(b"name") == name:
+            return facts
+    return {}
+
+
+def _generation(groups: Reply) -> str:
+    """The generation in what the server tells of a stream's groups; empty where there is none."""
+    position = _group(groups, _GENERATION).get(b"last-delivered-id")
+    return f"{_order(position)[1]:08x}" if isinstance(position, bytes) else ""

@@ -31,6 +31,7 @@ _HEALTH_TIMEOUT_S = 2.0
 _CLOSE_TIMEOUT_S = 2.0
 # Calls beside those in flight: looks at the queue, and keeping batches alive.
 _SPARE_CONNECTIONS = 4
+_DEPTH = ("ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible")
 
 Answer = Mapping[str, object]
 Refused = Sequence[Mapping[str, object]]
@@ -105,6 +106,14 @@ class Queue:
             handles,
             VisibilityTimeout=visibility_s,
         )
+
+    async def depth(self) -> int | None:
+        """How many messages it holds, hidden ones included; None where it may not be asked."""
+        try:
+            attributes = await self._attributes(f"asking for the queue {self._where}")
+        except _NotPermitted:
+            return None
+        return sum(int(attributes.get(name, 0)) for name in _DEPTH)
 
     async def is_healthy(self) -> bool:
         """True when the queue answers now."""

@@ -181,6 +181,10 @@ class SqsSource:
         self._forget(handles)
         await self._settle(handles, lambda some: queue.hide(some, 0))
 
+    async def lag(self) -> int | None:
+        """What the queue holds, hidden or not, about."""
+        return await self._open().depth()
+
     async def is_healthy(self) -> bool:
         """True when the queue answers within seconds."""
         queue = self._queue
