@@ -258,6 +258,12 @@ METRICS: Sequence[MetricSpec] = (
         by="state",
     ),
     MetricSpec(
+        "pipeline_healthy",
+        "gauge",
+        "1 while the pipeline is healthy, as /health says; it has the reason where it is not.",
+        read=lambda stats: not stats.trouble(),
+    ),
+    MetricSpec(
         "pipeline_stalled",
         "gauge",
         "1 when there was something to do and no progress for metrics.stalled_after_s.",

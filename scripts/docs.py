@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the generated parts of docs/RELAY.md and docs/SQL.md, and sql/functions/50_key_rules.sql.
+"""Writes the generated parts of the documentation, the files of docs/monitoring, and the SQL rules
+of keys, sql/functions/50_key_rules.sql.
 
     scripts/docs.py            rewrite what is stale
     scripts/docs.py --check    change nothing, exit 1 and name what is stale
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import key_rules  # noqa: E402 - the checkout's own modules come first
+import monitoring  # noqa: E402
 import msgspec  # noqa: E402
 
 from relay import cli, errors, metrics, registry, settings, template, wire  # noqa: E402
@@ -35,7 +37,7 @@ from relay.options import Key, declared_keys  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
 
 NOTHING = "-"
-GENERATED = ("docs/RELAY.md", "docs/SQL.md")
+GENERATED = ("docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md")
 
 _HELP_COLUMNS = "96"
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
@@ -597,6 +599,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "metadata": metadata_part,
     "envelope": envelope_part,
     "metrics": metrics_part,
+    "alerts": monitoring.alerts_part,
     "errors": errors_part,
     "help": help_part,
     "evidence-sink": evidence_part("sink"),
@@ -626,9 +629,10 @@ def stale_documents() -> dict[Path, str]:
         fresh = regenerated(text)
         if fresh != text:
             stale[path] = fresh
-    rules = ROOT / key_rules.NAME
-    if not rules.exists() or rules.read_text(encoding="utf-8") != key_rules.rules_file():
-        stale[rules] = key_rules.rules_file()
+    for name, fresh in {key_rules.NAME: key_rules.rules_file(), **monitoring.files()}.items():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != fresh:
+            stale[path] = fresh
     return stale
 
 
@@ -643,6 +647,7 @@ def main(arguments: Sequence[str]) -> int:
         if "--check" in arguments:
             print(f"{name} is stale: run just docs", file=sys.stderr)
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {name}")
     return 1 if stale and "--check" in arguments else 0

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import yaml
 from psycopg import sql
 
 from relay import cli
-from relay.metrics import METRICS, PREFIX
 from relay.overlays import compose_settings, type_settings
 from tests.docs import sql_block
 from tests.docs.conftest import MakeStage
@@ -106,11 +104,9 @@ def test_the_blocks_that_are_not_executed_are_these() -> None:
 
 
 YAML_BLOCKS = [block for block in ALL_BLOCKS if block.language == "yaml"]
-OVERLAYS = [block for block in YAML_BLOCKS if "@package _global_" in block.text]
-RULES = [block for block in YAML_BLOCKS if block not in OVERLAYS]
 
 
-@pytest.mark.parametrize("block", OVERLAYS, ids=lambda block: block.place)
+@pytest.mark.parametrize("block", YAML_BLOCKS, ids=lambda block: block.place)
 def test_an_overlay_composes_to_valid_settings(block: Block, tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     (tmp_path / "env" / "documented.yaml").write_text(block.text)
@@ -118,20 +114,6 @@ def test_an_overlay_composes_to_valid_settings(block: Block, tmp_path: Path) -> 
     composed = compose_settings(["+env=documented"], config_dirs=[str(tmp_path)])
 
     assert type_settings(composed) != type_settings(compose_settings([]))
-
-
-@pytest.mark.parametrize("block", RULES, ids=lambda block: block.place)
-def test_an_alert_asks_for_metrics_and_labels_that_exist(block: Block) -> None:
-    specs = {f"{PREFIX}{spec.name}": spec for spec in METRICS}
-    rules = [rule for group in yaml.safe_load(block.text)["groups"] for rule in group["rules"]]
-
-    assert rules
-    for rule in rules:
-        asked = re.findall(rf"({PREFIX}\w+)(?:\{{(\w+))?", rule["expr"])
-        assert asked, rule
-        for name, label in asked:
-            assert name in specs, rule
-            assert not label or label in specs[name].label_names, rule
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ async def nats(nats_server: NatsServer) -> AsyncIterator[NatsWorld]:
     "metric:source_connected",
     "metric:sink_connected",
     "metric:pipeline_state",
+    "metric:pipeline_healthy",
     "metric:pipeline_stalled",
     "metric:last_progress_timestamp_seconds",
     "metric:pipelines_owned",

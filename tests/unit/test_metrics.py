@@ -265,6 +265,7 @@ OTHERWISE_SHOWN = {
     "worker_healthy",
     "worker_messages_published_total",
     "pipeline_stalled",
+    "pipeline_healthy",
     "build_info",
 }
 
@@ -327,11 +328,13 @@ async def test_a_pipeline_that_runs_here_is_told_as_it_runs() -> None:
 async def test_a_stalled_pipeline_is_visible() -> None:
     counted = Counted()
     assert await counted.value("pipeline_stalled", **FWD) == 0
+    assert await counted.value("pipeline_healthy", **FWD) == 1
 
     counted.board(_lag())
     counted.clock_s = 60.0
 
     assert await counted.value("pipeline_stalled", **FWD) == 1
+    assert await counted.value("pipeline_healthy", **FWD) == 0
 
 
 async def test_the_version_is_a_label_of_build_info() -> None:
