@@ -40,6 +40,10 @@ bench *arguments: setup
 docs: setup
     {{ python }} scripts/docs.py
 
+# lock the dependencies of the image, the executables and the formula; --upgrade: the newest
+lock *arguments: setup
+    {{ python }} scripts/lock.py {{ arguments }}
+
 # bring the database of PGTRICKLE_RELAY_POSTGRES_URL up to date
 migrate *arguments: setup
     {{ python }} -m relay migrate {{ arguments }}
