@@ -1,7 +1,7 @@
 """Compare every place that states the product's version; exit 1 when they disagree.
 
-`pyproject.toml` leads. Files that a checkout need not have (Dockerfile, brew formula, CHANGELOG)
-are compared when they are there.
+`pyproject.toml` leads. Files that a checkout need not have (Dockerfile, CHANGELOG, SECURITY.md) are
+compared when they are there. The formula and the executables take theirs from `pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,21 @@ def statements(root: Path) -> Iterator[Statement]:
     for path, pattern in OPTIONAL_PLACES:
         if (root / path).exists():
             yield _stated(root, path, pattern)
-    for path in sorted([root / "README.md", *(root / "docs").rglob("*.md")]):
-        if path.exists():
-            yield from _image_tags(root, path)
+    for pattern in PLACES_WITH_NAMES:
+        for path in sorted(root.glob(pattern)):
+            yield from _names(root, path)
 
 
 OPTIONAL_PLACES = (
     ("CHANGELOG.md", r"^## \[?(\d+\.\d+\.\d+)"),
     ("Dockerfile", r"^ARG VERSION=(\S+)"),
-    ("packaging/homebrew/pgtrickle-relay.rb", r"pgtrickle[_-]relay-(\d+\.\d+\.\d+)\.tar\.gz"),
+    ("SECURITY.md", r"^\| (\d+\.\d+\.\d+), the newest \|"),
+    ("deploy/kubernetes/deployment.yaml", r"app\.kubernetes\.io/version: (\S+)"),
 )
+
+# Where the image, the archives and the job that migrates are named with their version.
+PLACES_WITH_NAMES = ("README.md", "docs/**/*.md", "docker-compose.yaml", "deploy/**/*.yaml")
+NAME = re.compile(r"pgtrickle[-_]relay(?:-migrate)?[:-](\d+[.-]\d+[.-]\d+)")
 
 
 def disagreements(root: Path) -> list[str]:
@@ -68,10 +73,10 @@ def _stated(root: Path, path: str, pattern: str) -> Statement:
     return Statement(path, match.group(1) if match else None)
 
 
-def _image_tags(root: Path, path: Path) -> Iterator[Statement]:
-    """The tag of our image, each time a page names it with a full version."""
-    for tag in re.findall(r"pgtrickle-relay:(\d+\.\d+\.\d+)", path.read_text(encoding="utf-8")):
-        yield Statement(f"{path.relative_to(root)}, image tag", tag)
+def _names(root: Path, path: Path) -> Iterator[Statement]:
+    """Each name with a full version in it, as the image's tag is."""
+    for version in NAME.findall(path.read_text(encoding="utf-8")):
+        yield Statement(f"{path.relative_to(root)}, a name", version.replace("-", "."))
 
 
 def _newest_migration(root: Path) -> str | None:

@@ -67,6 +67,11 @@ def test_agreeing_places_are_accepted(checkout: Path, check_version_sync: Module
         ("CHANGELOG.md", "## 1.3.0\n\n## 1.2.3\n"),
         ("Dockerfile", "ARG VERSION=1.2.2\n"),
         ("docs/RELAY.md", "docker run grove/pgtrickle-relay:1.2.2\n"),
+        ("docs/INSTALL.md", "tar -xf pgtrickle-relay-1.2.2-linux-amd64.tar.gz\n"),
+        ("docker-compose.yaml", "image: &image grove/pgtrickle-relay:1.2.2\n"),
+        ("deploy/kubernetes/migrate.yaml", "name: pgtrickle-relay-migrate-1-2-2\n"),
+        ("deploy/kubernetes/deployment.yaml", "app.kubernetes.io/version: 1.2.2\n"),
+        ("SECURITY.md", "| 1.2.2, the newest | yes |\n"),
     ],
 )
 def test_one_place_that_differs_is_named(
