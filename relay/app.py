@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from relay import __version__, log
-from relay.assembly import Assembly
+from relay.assembly import Access
 from relay.board import Board
 from relay.catalog import CONFIG_CHANNEL, OUTBOX_CHANNEL, Catalog
 from relay.coordinator import Coordinator
@@ -35,7 +35,6 @@ from relay.process import keep_freed_memory, rare_collections
 from relay.profiles import check_profiles
 from relay.settings import Settings, UiSettings
 from relay.start import (
-    catalog_secrets,
     naming_the_variable,
     opened,
     operator_secrets,
@@ -55,34 +54,26 @@ class Relay:
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self._settings = settings
         check_profiles(settings.backends)
-        operator = operator_secrets(environment)
-        pipelines = catalog_secrets(settings, environment)
-        self._masks = (operator.mask, pipelines.mask)
-        postgres = resolved(settings.postgres, operator)
+        access = Access(settings, environment)
+        self.mask = access.mask
         self.worker_id = settings.relay.worker_id or _own_name()
         self.events = Events()
         self.board = Board(
             worker_id=self.worker_id,
             group_id=settings.relay.group_id,
             stalled_after_s=settings.metrics.stalled_after_s,
-            mask=self.mask,
+            mask=access.mask,
         )
         self._metrics = Metrics(self.board)
-        self.database = Database(postgres)
+        self.database = access.database()
         self.catalog = Catalog(self.database, settings.relay.group_id)
         self.coordinator = Coordinator(
             settings=settings.relay,
             database=self.database,
             catalog=self.catalog,
-            locks=Locks(postgres, settings.relay.group_id),
-            builder=Assembly(
-                settings=settings,
-                database=self.database,
-                catalog=self.catalog,
-                secrets=pipelines,
-                operator_secrets=operator,
-                worker_id=self.worker_id,
-                emit=self.events.emit,
+            locks=Locks(self.database.settings, settings.relay.group_id),
+            builder=access.assembly(
+                self.database, self.catalog, worker_id=self.worker_id, emit=self.events.emit
             ),
             emit=self.events.emit,
         )
@@ -101,12 +92,6 @@ class Relay:
             measure_lag=self._housekeeping.observe_lag,
         )
         self.events.subscribe(self.board)
-
-    def mask(self, text: str) -> str:
-        """The text without any secret that this process has resolved."""
-        for mask in self._masks:
-            text = mask(text)
-        return text
 
     async def run(self, *, until_drained: bool = False) -> bool:
         """Work until stopped or drained; True when everything in flight was finished.

@@ -25,6 +25,7 @@ from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
+from relay.start import catalog_secrets, operator_secrets, resolved
 
 # Longer than one attempt of one batch of them may take.
 _DEAD_LETTER_LEASE_S = 60
@@ -38,6 +39,42 @@ class Sides(NamedTuple):
     source: Source
     sink: Sink
     transform: Transform
+
+
+class Access:
+    """What a process may reach by its settings: secrets, the database, and pipelines over both."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._operator = operator_secrets(environment)
+        self._pipelines = catalog_secrets(settings, environment)
+
+    def mask(self, text: str) -> str:
+        """The text without any secret that was resolved."""
+        return self._pipelines.mask(self._operator.mask(text))
+
+    def database(self) -> Database:
+        """The relay's own database, not open. Raises `SecretUnresolved`."""
+        return Database(resolved(self._settings.postgres, self._operator))
+
+    def assembly(
+        self,
+        database: Database,
+        catalog: Catalog,
+        *,
+        worker_id: str,
+        emit: Callable[[Event], None] = lambda _: None,
+    ) -> Assembly:
+        """What builds pipelines of this catalog."""
+        return Assembly(
+            settings=self._settings,
+            database=database,
+            catalog=catalog,
+            secrets=self._pipelines,
+            operator_secrets=self._operator,
+            worker_id=worker_id,
+            emit=emit,
+        )
 
 
 class Assembly:

@@ -12,22 +12,23 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from relay import __version__
-from relay.assembly import Assembly, Sides
+from relay.assembly import Access, Assembly, Sides
 from relay.catalog import Catalog, PipelineRow, Reader
 from relay.contracts import Sink, Source
-from relay.errors import ConfigurationError, Outage, RelayError
+from relay.errors import ConfigurationError, DestinationMissing, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
 from relay.postgres import Database
-from relay.profiles import check_profiles
-from relay.secrets import mask_urls, references
+from relay.profiles import check_profiles, row_to_try
+from relay.registry import missing_extras
+from relay.secrets import DEFAULT_FILE_ROOTS, mask_urls, references
 from relay.settings import Settings, parse_address, schema_identifier
-from relay.start import catalog_secrets, opened, operator_secrets, other_groups, resolved
+from relay.start import opened, other_groups
 
 _CONNECT_S = 10.0
 _CLOSE_S = 5.0
@@ -59,28 +60,20 @@ async def diagnose(
     Never raises `RelayError`: what can't be reached is a check that failed.
     """
     checks = [_settings(settings, origins)]
-    operator, secrets = operator_secrets(environment), catalog_secrets(settings, environment)
+    access = Access(settings, environment)
 
     def mask(text: str) -> str:
-        return mask_urls(secrets.mask(operator.mask(text)))
+        return mask_urls(access.mask(text))
 
     with _noting(checks, "profiles"):
         check_profiles(settings.backends)
         checks += [_ok("profiles", ", ".join(sorted(settings.backends)) or "none")]
-    checks += _file_roots(settings)
+    checks += [_extras(), *_file_roots(settings)]
     with _noting(checks, "database"):
-        database = Database(resolved(settings.postgres, operator))
+        database = access.database()
         catalog = Catalog(database, settings.relay.group_id)
         async with opened(database, catalog):
-            assembly = Assembly(
-                settings=settings,
-                database=database,
-                catalog=catalog,
-                secrets=secrets,
-                operator_secrets=operator,
-                worker_id=f"doctor-{os.getpid()}",
-                emit=lambda _: None,
-            )
+            assembly = access.assembly(database, catalog, worker_id=f"doctor-{os.getpid()}")
             await _Look(settings, database, catalog, assembly, checks).everywhere()
     masked = [
         msgspec.structs.replace(one, found=mask(one.found), remedy=mask(one.remedy))
@@ -203,11 +196,20 @@ class _Look:
         rows = {row.name: row for row in await self._catalog.pipelines()}
         seen = await overview(self._catalog, list(rows.values()))
         self._checks.append(self._http(seen))
-        found = await asyncio.gather(
-            *(self._pipeline(rows[one.name], one) for one in seen.pipelines)
+        tried = {
+            options.get("profile")
+            for row in rows.values()
+            if row.enabled
+            for options in (row.config.get("source"), row.config.get("sink"))
+            if isinstance(options, Mapping)
+        }
+        of_profiles, found = await asyncio.gather(
+            _all(self._profile(name) for name in self._settings.backends if name not in tried),
+            _all(self._pipeline(rows[one.name], one) for one in seen.pipelines),
         )
-        for one, checks in zip(seen.pipelines, found, strict=True):
-            self._checks.extend(checks)
+        self._checks.extend(of_profiles)
+        for one, check in zip(seen.pipelines, found, strict=True):
+            self._checks.append(check)
             if not one.enabled and one.lag_rows:
                 self._checks.append(self._held(one))
             if one.dead_letters:
@@ -247,7 +249,23 @@ class _Look:
                 "http", f"metrics.addr {metrics.addr}: {error.strerror}", "choose another address"
             )
 
-    async def _pipeline(self, row: PipelineRow, seen: PipelineOverview) -> list[Check]:
+    async def _profile(self, name: str) -> Check:
+        """A profile that no enabled pipeline uses: whether it connects, as far as it can."""
+        check = f"profile {name}"
+        checks: list[Check] = []
+        with _noting(checks, check):
+            row = row_to_try(name, self._settings.backends[name])
+            if row is None:
+                return _ok(check, "not connected: that takes what a pipeline says")
+            sides = self._assembly.sides(row)
+            async with _closing(sides.sink):
+                # What it is to be connected to is not the profile's business.
+                with contextlib.suppress(DestinationMissing):
+                    await self._connect_one("sink", sides.sink)
+            checks.append(_ok(check, "connects; no enabled pipeline uses it"))
+        return checks[0]
+
+    async def _pipeline(self, row: PipelineRow, seen: PipelineOverview) -> Check:
         check = f"pipeline {row.name}"
         checks: list[Check] = []
         with _noting(checks, check):
@@ -255,15 +273,15 @@ class _Look:
             named = ", ".join(dict.fromkeys(references(row.config)))
             about = f"{seen.source} to {seen.sink}" + (f", refers to {named}" if named else "")
             if seen.state == PAUSED:
-                return [_ok(check, f"{about}, paused")]
+                return _ok(check, f"{about}, paused")
             if seen.trouble and seen.state != WAITING:
                 owners = ", ".join(seen.owners)
-                return [_bad(check, f"{seen.state}: {seen.trouble}", f"see the log of {owners}")]
+                return _bad(check, f"{seen.state}: {seen.trouble}", f"see the log of {owners}")
             if seen.state != WAITING:
-                return [_ok(check, f"{about}, {seen.state} in {', '.join(seen.owners)}")]
+                return _ok(check, f"{about}, {seen.state} in {', '.join(seen.owners)}")
             await self._connect(row, seen, sides)
             checks.append(_ok(check, f"{about}, both sides answer; no relay runs it"))
-        return checks
+        return checks[0]
 
     async def _connect(self, row: PipelineRow, seen: PipelineOverview, sides: Sides) -> None:
         async with _closing(sides.sink), _closing(sides.source):
@@ -328,20 +346,35 @@ def _settings(settings: Settings, origins: Mapping[str, str]) -> Check:
     return _ok("settings", "; ".join(said) or "all are defaults")
 
 
-def _file_roots(settings: Settings) -> list[Check]:
-    bad = [root for root in settings.files.roots or () if not _is_usable(Path(root))]
-    return [
-        _bad(
-            "files.roots",
-            f"{root} is no directory that the relay may write",
-            "make it, or correct files.roots",
-        )
-        for root in bad
-    ]
+def _extras() -> Check:
+    missing = missing_extras()
+    said = f"not installed: {', '.join(missing)}" if missing else "all are installed"
+    return _ok("extras", said)
 
 
-def _is_usable(root: Path) -> bool:
-    return root.is_dir() and os.access(root, os.R_OK | os.W_OK | os.X_OK)
+def _file_roots(settings: Settings) -> Iterator[Check]:
+    """The directories that settings name; those of the defaults need not be there."""
+    may_write = os.R_OK | os.W_OK | os.X_OK
+    for key, roots, needed, verb in (
+        ("files.roots", settings.files.roots or (), may_write, "write"),
+        ("secrets.file_roots", settings.secrets.file_roots, os.R_OK | os.X_OK, "read"),
+    ):
+        usable = []
+        for root in map(Path, roots):
+            if root.is_dir() and os.access(root, needed):
+                usable.append(str(root))
+            elif root.exists() or roots != DEFAULT_FILE_ROOTS:
+                yield _bad(
+                    key,
+                    f"{root} is no directory that the relay may {verb}",
+                    f"make it, or correct {key}",
+                )
+        if usable:
+            yield _ok(key, ", ".join(usable))
+
+
+async def _all(looks: Iterable[Coroutine[None, None, Check]]) -> Sequence[Check]:
+    return await asyncio.gather(*looks)
 
 
 @contextlib.asynccontextmanager

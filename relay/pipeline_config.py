@@ -186,4 +186,5 @@ def with_profile(
             f"{role}.{mixed[0]} can't be combined with the profile {name!r}",
             remedy="endpoint, credentials and TLS come from a profile as a whole",
         )
-    return {**profile, **merged}
+    # A profile may serve both sides, and has keys of both.
+    return {**{key: value for key, value in profile.items() if key in declared}, **merged}

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
+import msgspec
+
+from relay.catalog import PipelineRow
 from relay.errors import ConfigurationError, DriverMissing
+from relay.options import declared_keys
 from relay.registry import SINKS, SOURCES, options_of
 
 
@@ -36,6 +40,39 @@ def check_profiles(profiles: Mapping[str, Mapping[str, object]]) -> None:
                     f"backends.{name}.{key} is not a known key of {type_}",
                     remedy=f"did you mean {near[0]}?" if near else "see docs/RELAY.md",
                 )
+
+
+def row_to_try(name: str, profile: Mapping[str, object]) -> PipelineRow | None:
+    """A pipeline whose sink can be connected to see whether a profile is right, and only that.
+
+    None where a connection needs more than the profile says, or none is made. Raises
+    `DriverMissing`.
+    """
+    type_ = str(profile["type"])
+    if type_ not in SINKS:
+        return None
+    struct = options_of("sink", type_)
+    keys = declared_keys(struct)
+    required = {field.encode_name for field in msgspec.structs.fields(struct) if field.required}
+    if required - profile.keys() or not any(key.connection for key in keys.values()):
+        return None
+    # Where messages go is the pipelines' business, and is not looked for.
+    somewhere = {
+        key.required_unless: "none"
+        for key_name, key in keys.items()
+        if key.required_unless and not {key_name, key.required_unless} & profile.keys()
+    }
+    return PipelineRow(
+        name=f"profile {name}",
+        direction="forward",
+        enabled=False,
+        config={
+            "source_type": "outbox",
+            "source": {"outbox": "none"},
+            "sink_type": type_,
+            "sink": {"profile": name, **somewhere},
+        },
+    )
 
 
 def keys_of(type_: str) -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib import metadata
 from typing import Protocol, cast
 
 import msgspec
@@ -48,6 +50,9 @@ EXTRAS: Mapping[str, str] = {
 }
 
 
+_OF_EXTRA = re.compile(r"""extra == ['"](\w+)['"]""")
+
+
 class _Buildable(Protocol):
     __name__: str
 
@@ -81,6 +86,20 @@ def source_runs_everywhere(type_: str) -> bool:
     Imports the source's class, and nothing for other types. Raises as `build_source` does.
     """
     return bool(getattr(_resolve(SOURCES, "source", type_), "runs_everywhere", False))
+
+
+def missing_extras() -> Sequence[str]:
+    """The extras whose distributions are not all installed."""
+    missing = set()
+    for requirement in metadata.requires("pgtrickle-relay") or ():
+        named, extra = re.match(r"[\w.-]+", requirement), _OF_EXTRA.search(requirement)
+        if named is None or extra is None or extra[1] not in EXTRAS.values():
+            continue
+        try:
+            metadata.version(named[0])
+        except metadata.PackageNotFoundError:
+            missing.add(extra[1])
+    return sorted(missing)
 
 
 def _resolve(table: Mapping[str, str], role: str, type_: str) -> _Buildable:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from relay.assembly import Assembly, Sides
+from relay.assembly import Access, Sides
 from relay.catalog import Catalog, Claim, Lease, PipelineRow
 from relay.errors import ConfigurationError, MessageRejected, RelayError
 from relay.message import RelayMessage
@@ -26,7 +26,7 @@ from relay.postgres import Database, PooledConnection, postgres_errors
 from relay.profiles import check_profiles
 from relay.secrets import mask_urls
 from relay.settings import PostgresSettings, Settings
-from relay.start import catalog_secrets, opened, operator_secrets, resolved
+from relay.start import opened
 from relay.wire import FIELD, HTTP, LOWER, TITLE, encoder
 
 T = TypeVar("T")
@@ -100,8 +100,8 @@ async def validate(
     settings: Settings, environment: Mapping[str, str], *, name: str | None, samples: int
 ) -> Validation:
     """Look at all pipelines, or at one. Raises `ConfigurationError` where there is none of it."""
-    operator, secrets = operator_secrets(environment), catalog_secrets(settings, environment)
-    database = Database(resolved(settings.postgres, operator))
+    access = Access(settings, environment)
+    database = access.database()
     catalog = _Onlooker(database, settings.relay.group_id, samples)
     async with opened(database, catalog):
         rows = [row for row in await catalog.pipelines() if name is None or row.name == name]
@@ -109,15 +109,7 @@ async def validate(
             raise ConfigurationError(
                 f"there is no pipeline {name}", remedy="select name from list_relay_configs()"
             )
-        assembly = Assembly(
-            settings=settings,
-            database=database,
-            catalog=catalog,
-            secrets=secrets,
-            operator_secrets=operator,
-            worker_id="validate",
-            emit=lambda _: None,
-        )
+        assembly = access.assembly(database, catalog, worker_id="validate")
         findings: list[Finding] = []
         shown: list[Sample] = []
         for row in rows:
@@ -132,7 +124,7 @@ async def validate(
                 if str(error) not in [f"{one.problem}{_aside(one.remedy)}" for one in wrong]:
                     findings.append(_finding(where, error))
     hidden = [
-        msgspec.structs.replace(one, problem=mask_urls(secrets.mask(operator.mask(one.problem))))
+        msgspec.structs.replace(one, problem=mask_urls(access.mask(one.problem)))
         for one in findings
     ]
     return Validation(

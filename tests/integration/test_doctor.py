@@ -100,6 +100,42 @@ async def test_six_misconfigured_pipelines_are_six_causes_and_remedies_on_one_sc
     assert all(line[0] in "✓✗" for line in doctor.stdout)
 
 
+async def test_profiles_that_no_pipeline_uses_and_file_roots_are_looked_at(
+    world: RelayWorld,
+    nats_server: NatsServer,
+    nats_server_with: Callable[..., NatsServer],
+    tmp_path: Path,
+) -> None:
+    closed = nats_server_with('authorization { user: "relay", password: "another" }')
+    credentials = "user: relay, password: '${env:RELAY_NATS_PASSWORD}'"
+    absent = tmp_path / "absent"
+
+    doctor = await asked(
+        world,
+        "doctor",
+        f"++backends.right={{type: nats, url: '{nats_server.url}', ack_wait_seconds: 5}}",
+        f"++backends.closed={{type: nats, url: '{closed.url}', {credentials}}}",
+        f"++backends.away={{type: kafka, brokers: '127.0.0.1:{free_port()}'}}",
+        "++backends.queues={type: sqs, region: eu-central-1}",
+        f"secrets.file_roots=[{absent},{tmp_path}]",
+        f"files.roots=[{tmp_path}]",
+    )
+
+    assert doctor.returncode == 1, doctor.output
+    assert (
+        found(doctor, "profile right") == "✓ profile right: connects; no enabled pipeline uses it"
+    )
+    assert "Authorization Violation" in found(doctor, "profile closed")
+    assert "→ correct user and password" in found(doctor, "profile closed")
+    assert "→ start the server, or correct the address" in found(doctor, "profile away")
+    assert found(doctor, "profile queues").startswith("✓ profile queues: not connected")
+    missing, there = [line for line in doctor.stdout if "secrets.file_roots: " in line]
+    assert f"{absent} is no directory that the relay may read → make it" in missing
+    assert there == f"✓ secrets.file_roots: {tmp_path}"
+    assert found(doctor, "files.roots") == f"✓ files.roots: {tmp_path}"
+    assert found(doctor, "extras").startswith("✓")
+
+
 async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
     await world.to_file("out")
     running = await world.relay("relay.worker_id=first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from relay.registry import (
     SOURCES,
     build_sink,
     build_source,
+    missing_extras,
     source_runs_everywhere,
 )
 from tests.contract.surroundings import backend_context
@@ -30,6 +32,21 @@ def without_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(registry, "SINKS", {**SINKS, "nats": "needs_a_driver:Sink"})
     yield
     sys.modules.pop("needs_a_driver", None)
+
+
+def test_an_extra_is_missing_when_one_of_its_distributions_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = metadata.version
+
+    def without_two(name: str) -> str:
+        if name in ("cramjam", "redis"):
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    assert missing_extras() == []
+    monkeypatch.setattr(metadata, "version", without_two)
+    assert missing_extras() == ["kafka", "redis"]
 
 
 @pytest.mark.parametrize("target", sorted({*SINKS.values(), *SOURCES.values()}))
