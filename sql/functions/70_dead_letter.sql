@@ -84,7 +84,8 @@ comment on function @schema@.relay_dead_letter(text, text, text, text[], text[],
 
 create or replace function @schema@.relay_dlq_list(
     name text default null,
-    limit_rows integer default 100
+    limit_rows integer default 100,
+    newest_first boolean default false
 )
 returns table (
     id bigint,
@@ -114,16 +115,29 @@ as $$
         d.id, d.relay_group_id, d.pipeline, d.direction, d.dedup_key, d.subject, d.message_key,
         d.op, d.headers, d.payload, d.metadata, d.error_kind, d.error, d.attempts,
         d.first_failed_at, d.last_failed_at, r.requested_at
-    from @schema@.relay_dlq as d
+    from (
+        (
+            select o.*
+            from @schema@.relay_dlq as o
+            where not newest_first and (name is null or o.pipeline = name)
+            order by o.id
+            limit limit_rows
+        )
+        union all
+        (
+            select n.*
+            from @schema@.relay_dlq as n
+            where newest_first and (name is null or n.pipeline = name)
+            order by n.id desc
+            limit limit_rows
+        )
+    ) as d
     left join @schema@.relay_dlq_retries as r using (relay_group_id, pipeline, id)
-    where name is null
-        or d.pipeline = name
-    order by d.id
-    limit limit_rows
+    order by case when newest_first then -d.id else d.id end
 $$;
 
-comment on function @schema@.relay_dlq_list(text, integer) is
-    'Definer, since only functions read dead letters. Those of one pipeline, or of all, oldest first. A payload that is text reads as convert_from(payload, ''UTF8'').';
+comment on function @schema@.relay_dlq_list(text, integer, boolean) is
+    'Definer, since only functions read dead letters. Those of one pipeline, or of all, oldest first unless newest_first. A payload that is text reads as convert_from(payload, ''UTF8'').';
 
 create or replace function @schema@.relay_dlq_put_back(p_ids bigint[])
 returns bigint

@@ -65,6 +65,16 @@ def test_a_message_that_fails_again_keeps_its_entry_and_counts_its_attempts(db: 
     ]
 
 
+def test_the_list_begins_with_the_oldest_or_with_the_newest(db: Session) -> None:
+    store(db, "a", "b", "c")
+    keys = "select dedup_key from pgtrickle.relay_dlq_list({})"
+
+    assert db.rows(keys.format("'p', 2")) == [("a",), ("b",)]
+    for whose in ("'p'", "null"):
+        newest = keys.format(f"{whose}, 2, newest_first => true")
+        assert db.rows(newest) == [("c",), ("b",)]
+
+
 def test_ids_come_in_the_order_of_the_messages_even_with_one_twice_and_a_huge_key(
     db: Session,
 ) -> None:
