@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
@@ -46,6 +47,7 @@ class Board:
         self._database_reason = ""
         self._is_coordinated = False
         self._membership = Membership()
+        self._delivered_before: Counter[str] = Counter()
         self.pipelines: dict[str, PipelineStats] = {}
         self.is_database_connected = False
         self._blocked: Mapping[str, str] = {}
@@ -56,7 +58,7 @@ class Board:
     def __call__(self, event: Event) -> None:
         """Take one event into account."""
         for name in self._membership.observe(event):
-            del self.pipelines[name]
+            self._forget(name)
         if isinstance(event, PipelineEvent):
             if event.pipeline in self._membership:
                 self._stats(event).observe(event)
@@ -84,6 +86,7 @@ class Board:
             is_coordinated=self._is_coordinated,
             members=self.members,
             blocked=self._blocked,
+            delivered_before=dict(self._delivered_before),
             pipelines=[self.pipelines[name].status() for name in sorted(self.pipelines)],
         )
 
@@ -93,6 +96,7 @@ class Board:
         if isinstance(event, PipelineDescribed) and stats is not None and stats.source:
             labels = (event.direction, event.source, event.sink)
             if labels != (stats.direction, stats.source, stats.sink):
+                self._forget(event.pipeline)
                 stats = None
         if stats is None:
             stats = PipelineStats(
@@ -106,3 +110,6 @@ class Board:
             )
             self.pipelines[event.pipeline] = stats
         return stats
+
+    def _forget(self, pipeline: str) -> None:
+        self._delivered_before[pipeline] += self.pipelines.pop(pipeline).accepted

@@ -101,7 +101,8 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     ``is_coordinated``: it has been decided at least once which pipelines run here. ``members``
     counts the relays of the group, this one included. ``blocked``: pipelines that run nowhere, each
-    with the session outside of the group that holds its lock.
+    with the session outside of the group that holds its lock. ``delivered_before``: messages that
+    this relay delivered for a pipeline which then was paused, released or set to something else.
     """
 
     worker_id: str
@@ -115,6 +116,7 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     members: int
     pipelines: Sequence[PipelineStatus]
     blocked: Mapping[str, str] = {}
+    delivered_before: Mapping[str, int] = {}
 
     @property
     def trouble(self) -> str:

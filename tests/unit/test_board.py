@@ -764,3 +764,23 @@ def test_several_workers_are_told_apart_and_summed() -> None:
     board(Polled(**of_worker, worker=1, messages=5, rejected=0, full_refresh=False, duration_s=0.1))
     stage.clock_s += STALLED_AFTER_S
     assert stage.pipeline.trouble == "worker 1: stalled: 5 messages in flight, none settled"
+
+
+def test_what_a_pipeline_delivered_is_kept_when_it_is_paused_moved_or_set_differently(
+    stage: Stage,
+) -> None:
+    stage.owned("p")
+    stage.running()
+    stage.published(5)
+
+    stage.owned()
+    assert stage.names == []
+    assert stage.board.snapshot().delivered_before == {"p": 5}
+
+    stage.owned("p")
+    stage.running()
+    stage.published(2)
+    assert (stage.pipeline.published, stage.board.snapshot().delivered_before) == (2, {"p": 5})
+
+    stage.described(direction="reverse")
+    assert (stage.pipeline.published, stage.board.snapshot().delivered_before) == (0, {"p": 7})
