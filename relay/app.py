@@ -235,10 +235,10 @@ async def run_uninstall(
     return 0
 
 
-async def watch_fleet(settings: Settings) -> None:
+async def watch_fleet(settings: Settings) -> bool:
     """Show the status view over the fleet until it is left; touches no relay. Raises as `opened`.
 
-    For where `relay.status.can_show` is true.
+    False when the view could not go on. For where `relay.status.can_show` is true.
     """
     from relay.status import StatusView, WholeFleet
 
@@ -246,6 +246,14 @@ async def watch_fleet(settings: Settings) -> None:
     database = Database(resolved(settings.postgres, operator))
     catalog = Catalog(database, settings.relay.group_id)
     left = asyncio.Event()
+    is_lost = False
+
+    def lose() -> None:
+        nonlocal is_lost
+        is_lost = True
+        logs.show_on_stderr(shown=True)
+        left.set()
+
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(opened(database, catalog))
         logs = stack.enter_context(contextlib.closing(log.configure(settings.log, operator.mask)))
@@ -254,9 +262,10 @@ async def watch_fleet(settings: Settings) -> None:
         await watched.refresh()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, left.set)
-        view = StatusView(watched, logs.ring, settings.ui, on_closed=left.set)
+        view = StatusView(watched, logs.ring, settings.ui, on_quit=left.set, on_lost=lose)
         await stack.enter_async_context(view)
         await left.wait()
+    return not is_lost
 
 
 @contextlib.asynccontextmanager
@@ -274,7 +283,12 @@ async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[
     try:
         watched = OwnRelay(relay.board, relay.database, relay.catalog)
         async with StatusView(
-            watched, logs.ring, ui, on_closed=relay.coordinator.stop, stops_relay=True
+            watched,
+            logs.ring,
+            ui,
+            on_quit=relay.coordinator.stop,
+            on_lost=lambda: logs.show_on_stderr(shown=True),
+            stops_relay=True,
         ) as view:
             yield view.restore
     finally:

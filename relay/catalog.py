@@ -119,6 +119,18 @@ class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
 
 
+class DeadLetterSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One message in the dead-letter queue, for people: why it is there, and not what it holds."""
+
+    id: int
+    subject: str | None
+    error_kind: str
+    error: str
+    attempts: int
+    last_failed_at: datetime
+    is_retry_requested: bool
+
+
 class Lag(msgspec.Struct, frozen=True, kw_only=True):
     """How far one forward pipeline is behind its outbox; unknown (None) where that is gone."""
 
@@ -633,6 +645,18 @@ class Catalog:
             "reading a dead letter", "select error from relay_dlq_list($1, 1)", pipeline
         )
         return "" if row is None else str(row["error"])
+
+    async def latest_dead_letters(self, pipeline: str, limit: int) -> list[DeadLetterSummary]:
+        """The dead letters of a pipeline that came last, the newest first."""
+        rows = await self._database.fetch(
+            "reading dead letters",
+            "select id, subject, error_kind, error, attempts, last_failed_at,"
+            " retry_requested_at is not null as is_retry_requested"
+            " from relay_dlq_list($1, $2, newest_first => true)",
+            pipeline,
+            limit,
+        )
+        return [DeadLetterSummary(**dict(row)) for row in rows]
 
     async def dead_letter_counts(self, pipelines: Sequence[str] | None = None) -> dict[str, int]:
         """How many dead letters these pipelines have, or all; those without are left out."""

@@ -255,8 +255,7 @@ async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
         from relay.status import can_show
 
         if can_show():
-            await watch_fleet(settings)
-            return EXIT_OK
+            return EXIT_OK if await watch_fleet(settings) else EXIT_RUNTIME
     from relay.overview import overview, table_of
     from relay.start import opened_catalog
 

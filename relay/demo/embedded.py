@@ -63,11 +63,10 @@ _POSTGRES_SETTINGS = {
 
 @dataclass(frozen=True)
 class EmbeddedServers:
-    """Where the servers are. ``postgres_url`` leads to the database `postgres`, as superuser."""
+    """The servers. ``postgres_url`` leads to the database `postgres`, as superuser."""
 
     postgres_url: str = field(repr=False)
-    nats_url: str
-    nats_token: str = field(repr=False)
+    nats: Nats
 
 
 @contextlib.asynccontextmanager
@@ -77,8 +76,8 @@ async def embedded_servers() -> AsyncIterator[EmbeddedServers]:
     Raises `DriverMissing` where the demo's extra is not installed, `Outage` when one won't start.
     """
     _require_extra()
-    async with _nats() as (nats_url, token), _postgres() as postgres_url:
-        yield EmbeddedServers(postgres_url=postgres_url, nats_url=nats_url, nats_token=token)
+    async with _nats() as nats, _postgres() as postgres_url:
+        yield EmbeddedServers(postgres_url=postgres_url, nats=nats)
 
 
 def _require_extra() -> None:
@@ -104,27 +103,69 @@ async def _postgres() -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def _nats() -> AsyncIterator[tuple[str, str]]:
-    """The URL and the token of a JetStream server with file storage that goes with it."""
-    binary = _nats_binary()
-    if binary is None:
-        raise DriverMissing("the nats-server binary is gone", remedy="install the demo again")
-    port, token = _free_port(), secrets.token_hex(16)
+async def _nats() -> AsyncIterator[Nats]:
     with tempfile.TemporaryDirectory(prefix="pgtrickle-demo-nats-") as name:
-        directory = Path(name)
-        (directory / "nats.conf").write_text(
-            f'listen: "{LOOPBACK}:{port}"\n'
-            f'authorization: {{ token: "{token}" }}\n'
+        nats = Nats(Path(name))
+        try:
+            await nats.start()
+            yield nats
+        finally:
+            await asyncio.to_thread(nats.stop)
+
+
+class Nats:
+    """A JetStream server with file storage; its port and what it stored survive its death."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = _free_port()
+        self.token = secrets.token_hex(16)
+
+    @property
+    def url(self) -> str:
+        """Where it is, or was, without the token."""
+        return f"nats://{LOOPBACK}:{self._port}"
+
+    @property
+    def is_running(self) -> bool:
+        """True until it is killed or stopped."""
+        return self._process is not None
+
+    async def start(self) -> None:
+        """Start it, where it does not run. Raises `DriverMissing`, `Outage`."""
+        if self._process is not None:
+            return
+        binary = _nats_binary()
+        if binary is None:
+            raise DriverMissing("the nats-server binary is gone", remedy="install the demo again")
+        (self._directory / "nats.conf").write_text(
+            f'listen: "{LOOPBACK}:{self._port}"\n'
+            f'authorization: {{ token: "{self.token}" }}\n'
             'jetstream: { store_dir: "jetstream", max_file_store: 4GB }\n',
             encoding="utf-8",
         )
-        log = directory / "nats.log"
-        process = _launch([str(binary), "-c", "nats.conf"], directory, log, user=None)
+        log = self._directory / "nats.log"
+        process = _launch([str(binary), "-c", "nats.conf"], self._directory, log, user=None)
         try:
-            await _until_accepting(process, port, log)
-            yield f"nats://{LOOPBACK}:{port}", token
-        finally:
-            await asyncio.to_thread(_stop, process)
+            await _until_accepting(process, self._port, log)
+        except BaseException:
+            _stop(process)
+            raise
+        self._process = process
+
+    def kill(self) -> None:
+        """SIGKILL: it can't finish or save anything."""
+        process, self._process = self._process, None
+        if process is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+            _stop(process)
+
+    def stop(self) -> None:
+        """End it in order, where it runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            _stop(process)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import asyncpg
@@ -28,12 +28,20 @@ from relay.errors import ConfigurationError, Outage, RelayError
 from relay.events import BatchPublished, Event, PipelineState, StateChanged
 from relay.postgres import Connection, connect, postgres_errors
 from relay.settings import PostgresSettings, Settings, schema_identifier
-from relay.status import OwnRelay, StatusView, can_show
+from relay.status import Key, OwnRelay, StatusView, can_show
 
 FORWARD, REVERSE, STREAM = "orders-to-jetstream", "jetstream-to-inbox", "orders"
 
 _DATABASE = "demo"
 _TOKEN = "RELAY_DEMO_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
+_ABOUT = (
+    "A demo: orders are written into PostgreSQL, relayed to NATS JetStream, and from there into"
+    " the table order_inbox."
+)
+_NATS_RUNS = "Try x: it kills the NATS server. Events wait then, and none is lost."
+_NATS_IS_DEAD = "NATS is dead, and orders are written all the same. Press b to bring it back."
+_KILL = Key(key="x", label="kill NATS", help="as a crash would; orders wait in their outbox")
+_BRING_BACK = Key(key="b", label="bring NATS back", help="what waited is delivered then")
 _PROGRESS_EVERY_S = 1.0
 _START_TIMEOUT_S = 30.0
 _PATIENCE_S = 15.0
@@ -92,9 +100,9 @@ class _Demo:
         started_s: float,
     ) -> None:
         self._settings = settings
-        self._servers = servers
+        self._nats = servers.nats
         self._closing = closing
-        self._relay = Relay(settings, {**os.environ, _TOKEN: servers.nats_token})
+        self._relay = Relay(settings, {**os.environ, _TOKEN: servers.nats.token})
         self._seen = _Seen(started_s)
         self._relay.events.subscribe(self._seen)
 
@@ -139,7 +147,7 @@ class _Demo:
             await connection.execute(
                 "select set_relay_outbox($1, 'orders', null, $2)",
                 FORWARD,
-                self._nats(create_stream=True),
+                self._nats_options(create_stream=True),
             )
         # The stream that the second pipeline reads is made by the first.
         await self._seen.running(FORWARD)
@@ -147,14 +155,14 @@ class _Demo:
             await connection.execute(
                 "select set_relay_inbox($1, 'order_inbox', $2)",
                 REVERSE,
-                self._nats(subject="pgtrickle.orders.>"),
+                self._nats_options(subject="pgtrickle.orders.>"),
             )
         await self._seen.running(REVERSE)
 
-    def _nats(self, **keys: object) -> str:
+    def _nats_options(self, **keys: object) -> str:
         options = {
             "type": "nats",
-            "url": self._servers.nats_url,
+            "url": self._nats.url,
             "token": f"${{env:{_TOKEN}}}",
             "stream": STREAM,
             **keys,
@@ -167,6 +175,7 @@ class _Demo:
 
     async def _everything_arrived(self, shop: Shop, connection: Connection) -> None:
         """Wait until the inbox has as much as was written, as long as it still grows."""
+        await self._nats.start()
         await self._resume_all(connection)
         rows = await inbox_rows(connection)
         deadline = time.monotonic() + _PATIENCE_S
@@ -185,7 +194,7 @@ class _Demo:
 
     async def _summary(self, shop: Shop, connection: Connection) -> Summary:
         arrival = await count_arrivals(connection)
-        stored = await stored_in_stream(self._servers.nats_url, self._servers.nats_token, STREAM)
+        stored = await stored_in_stream(self._nats.url, self._nats.token, STREAM)
         return Summary(
             startup_ms=self._seen.startup_ms,
             written=shop.events,
@@ -200,11 +209,26 @@ class _Demo:
     async def _view(self, shop: Shop, logs: log.Logs, seconds: float | None) -> AsyncIterator[None]:
         began_s = time.monotonic()
 
-        def heading() -> str:
-            written = f"demo: {shop.events} events written"
-            if seconds is None:
-                return written
-            return f"{written}, {max(0.0, began_s + seconds - time.monotonic()):.0f} s left"
+        def banner() -> Sequence[str]:
+            written, received = shop.events, self._seen.received
+            figures = f"events written {written:,}   received {received:,}"
+            if seconds is not None:
+                figures += f"   {max(0.0, began_s + seconds - time.monotonic()):.0f} s left"
+            if not self._nats.is_running:
+                return (_ABOUT, _NATS_IS_DEAD, f"{figures}   waiting {written - received:,}")
+            return (_ABOUT, _NATS_RUNS, figures)
+
+        async def kill_nats() -> str:
+            await asyncio.to_thread(self._nats.kill)
+            return ""
+
+        async def start_nats() -> str:
+            await self._nats.start()
+            return ""
+
+        def lost() -> None:
+            logs.show_on_stderr(shown=True)
+            self._closing.set()
 
         own = OwnRelay(self._relay.board, self._relay.database, self._relay.catalog)
         logs.show_on_stderr(shown=False)
@@ -213,8 +237,10 @@ class _Demo:
                 own,
                 logs.ring,
                 self._settings.ui,
-                on_closed=self._closing.set,
-                heading=heading,
+                on_quit=self._closing.set,
+                on_lost=lost,
+                banner=banner,
+                keys={_KILL: kill_nats, _BRING_BACK: start_nats},
                 stops_relay=True,
             ):
                 yield

@@ -75,16 +75,29 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
         level = f"{self.level.upper():<8}"
         if colour:
             level = f"\x1b[{_COLOURS.get(self.level, '0')}m{level}\x1b[0m"
-        rest = dict(self.fields)
-        pipeline = rest.pop("pipeline", None)
-        rest.pop("direction", None)
-        words = [clock, level]
-        if pipeline is not None:
-            words.append(f"[{pipeline}]")
-        is_ours = self.logger.partition(".")[0] == "relay"
-        words.append(self.message if is_ours else f"{self.logger}: {self.message}")
-        words.extend(f"{name}={_shown(value)}" for name, value in rest.items())
+        words = [clock, level, *self._pipeline(), self._message(), *self._rest()]
         return "\n".join([" ".join(words), *(f"    {line}" for line in self.trace)])
+
+    def as_short_text(self) -> str:
+        """For people with little room: in one line, what happened first, and the time of day."""
+        clock = self.at.astimezone().strftime("%H:%M:%S")
+        return " ".join(
+            [clock, f"{self.level.upper():<7}", self._message(), *self._pipeline(), *self._rest()]
+        )
+
+    def _message(self) -> str:
+        is_ours = self.logger.partition(".")[0] == "relay"
+        return self.message if is_ours else f"{self.logger}: {self.message}"
+
+    def _pipeline(self) -> list[str]:
+        return [f"[{self.fields['pipeline']}]"] if "pipeline" in self.fields else []
+
+    def _rest(self) -> list[str]:
+        return [
+            f"{name}={_shown(value)}"
+            for name, value in self.fields.items()
+            if name not in ("pipeline", "direction")
+        ]
 
 
 def entry_of(record: logging.LogRecord, mask: Callable[[str], str]) -> LogEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
@@ -9,26 +10,29 @@ from typing import Protocol
 import msgspec
 
 from relay.board import PipelineStatus, RelayStatus
-from relay.catalog import PipelineRow
+from relay.catalog import DeadLetterSummary, Lag, PipelineRow
+from relay.overview import PAUSED, WAITING
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What each relay says of itself, and every pipeline of the catalog.
 
-    ``catalog`` also has the pipelines that no relay runs, paused ones above all; it may be older
-    than what the relays say. ``lags``: rows behind the outbox of those that none of
-    these relays runs, where it is known.
+    ``catalog`` also has the pipelines that no relay runs, paused ones above all; ``lags`` and
+    ``dead_letters`` are theirs. All three may be older than what the relays say.
     """
 
     relays: Sequence[RelayStatus]
     catalog: Sequence[PipelineRow] = ()
-    lags: Mapping[str, int | None] = {}
+    lags: Mapping[str, Lag] = {}
+    dead_letters: Mapping[str, int] = {}
 
 
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline of the fleet. ``status`` and ``owner`` are absent where nobody runs it.
 
-    ``trouble`` says why it is not well, and is empty where it is.
+    ``trouble`` says why it is not well, and is empty where it is. ``lag_rows`` is None for a
+    reverse pipeline and where it is not known. ``delivered``: by the owner since it started, or by
+    all relays where nobody runs it.
     """
 
     name: str
@@ -40,7 +44,10 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str = ""
     owner: str = ""
     status: PipelineStatus | None = None
-    resting_lag_rows: int | None = None
+    lag_rows: int | None = None
+    oldest_unsent_age_s: float | None = None
+    dead_letters: int = 0
+    delivered: int = 0
 
     @property
     def rate_per_s(self) -> float:
@@ -48,21 +55,15 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
         return 0.0 if self.status is None else self.status.rate_per_s
 
     @property
-    def lag_rows(self) -> int | None:
-        """Rows behind the outbox; None for a reverse pipeline and where it is not known."""
-        if self.status is None:
-            return self.resting_lag_rows
-        return self.status.lag_rows if self.is_forward else None
+    def p95_s(self) -> float | None:
+        """Creation to acceptance over the last minute; None where it saw none."""
+        latency = None if self.status is None else self.status.latency
+        return None if latency is None else latency.p95_s
 
     @property
     def errors(self) -> int:
         """Failures since the owner took it over."""
         return 0 if self.status is None else self.status.errors
-
-    @property
-    def dead_letters(self) -> int:
-        """Messages in the dead-letter queue, as last counted."""
-        return 0 if self.status is None else self.status.dead_letters or 0
 
 
 class LogLine(Protocol):
@@ -71,8 +72,8 @@ class LogLine(Protocol):
     @property
     def level(self) -> str: ...
 
-    def as_text(self, *, colour: bool = False) -> str:
-        """The entry for people; its first line says what happened."""
+    def as_short_text(self) -> str:
+        """The entry in one line for people, what happened first."""
 
 
 class LogTail(Protocol):
@@ -94,6 +95,9 @@ class Watched(Protocol):
     async def refresh(self) -> None:
         """Fetch what `fleet` can't know by itself."""
 
+    async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
+        """The latest of its dead letters, the newest first."""
+
     async def pause(self, pipeline: str) -> None:
         """Disable it; its position stays."""
 
@@ -104,20 +108,18 @@ class Watched(Protocol):
         """Ask for another try of all its dead letters; gives their number."""
 
 
-def lines_of(fleet: Fleet) -> list[PipelineLine]:
+def lines_of(fleet: Fleet, now: datetime) -> list[PipelineLine]:
     """Every pipeline of the fleet once for each relay that runs it, ordered by name."""
     rows = {row.name: row for row in fleet.catalog}
     lines = [
-        _run_line(status, relay.worker_id, rows)
+        _run_line(status, relay, rows.get(status.name))
         for relay in fleet.relays
         for status in relay.pipelines
     ]
     shown = {line.name for line in lines}
-    waiting = "no relay of the group runs it" if _is_whole_group(fleet) else ""
+    trouble = "no relay of the group runs it" if _is_whole_group(fleet) else ""
     lines += [
-        _resting_line(row, fleet.lags.get(name), waiting)
-        for name, row in rows.items()
-        if name not in shown
+        _resting_line(row, fleet, trouble, now) for name, row in rows.items() if name not in shown
     ]
     return sorted(lines, key=lambda line: (line.name, line.owner))
 
@@ -127,35 +129,57 @@ def started_at(fleet: Fleet) -> datetime | None:
     return min((relay.started_at for relay in fleet.relays), default=None)
 
 
+def delivered(fleet: Fleet) -> Mapping[str, int]:
+    """Messages by direction since the relays started, with those of pipelines that rest now."""
+    directions = {row.name: row.direction for row in fleet.catalog}
+    total: Counter[str] = Counter()
+    for relay in fleet.relays:
+        for status in relay.pipelines:
+            directions[status.name] = status.direction
+            total[status.direction] += status.published + status.consumed
+        for name, count in relay.delivered_before.items():
+            total[directions.get(name, "")] += count
+    return total
+
+
 def _is_whole_group(fleet: Fleet) -> bool:
     """Whether what these relays don't run, nobody runs; not before it is decided who runs what."""
     members = max((relay.members for relay in fleet.relays), default=0)
     return len(fleet.relays) >= members and all(relay.is_coordinated for relay in fleet.relays)
 
 
-def _run_line(status: PipelineStatus, owner: str, rows: Mapping[str, PipelineRow]) -> PipelineLine:
-    row = rows.get(status.name)
+def _run_line(status: PipelineStatus, relay: RelayStatus, row: PipelineRow | None) -> PipelineLine:
+    is_forward = status.direction == "forward"
     return PipelineLine(
         name=status.name,
         source=status.source,
         sink=status.sink,
-        is_forward=status.direction == "forward",
+        is_forward=is_forward,
         is_enabled=row is None or row.enabled,
         state="stalled" if status.is_stalled else status.state.value,
         trouble=status.trouble,
-        owner=owner,
+        owner=relay.worker_id,
         status=status,
+        lag_rows=status.lag_rows if is_forward else None,
+        oldest_unsent_age_s=status.oldest_unsent_age_s,
+        dead_letters=status.dead_letters or 0,
+        delivered=status.published + status.consumed + relay.delivered_before.get(status.name, 0),
     )
 
 
-def _resting_line(row: PipelineRow, lag_rows: int | None, waiting: str) -> PipelineLine:
+def _resting_line(row: PipelineRow, fleet: Fleet, trouble: str, now: datetime) -> PipelineLine:
+    lag = fleet.lags.get(row.name)
+    since = None if lag is None else lag.oldest_unsent_at
     return PipelineLine(
         name=row.name,
         source=str(row.config.get("source_type", "?")),
         sink=str(row.config.get("sink_type", "?")),
         is_forward=row.direction == "forward",
         is_enabled=row.enabled,
-        state="waiting" if row.enabled else "paused",
-        trouble=waiting if row.enabled else "",
-        resting_lag_rows=lag_rows,
+        state=WAITING if row.enabled else PAUSED,
+        trouble=trouble if row.enabled else "",
+        lag_rows=None if lag is None else lag.lag_rows,
+        oldest_unsent_age_s=None if since is None else (now - since).total_seconds(),
+        dead_letters=fleet.dead_letters.get(row.name, 0),
+        delivered=sum(relay.delivered_before.get(row.name, 0) for relay in fleet.relays),
     )

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import msgspec
 
 from relay.board import Board, RelayStatus
-from relay.catalog import Catalog
+from relay.catalog import Catalog, DeadLetterSummary
 from relay.overview import report_of
 from relay.postgres import Database
 from relay.status.fleet import Fleet
+
+_LATEST_DEAD_LETTERS = 10
 
 
 class _Seen:
@@ -22,14 +24,21 @@ class _Seen:
         self._fleet = Fleet(relays=[])
 
     async def _read(self, relays: Sequence[RelayStatus]) -> None:
-        """See the pipelines of the catalog, and the lag of those that none of these runs."""
+        """See the pipelines of the catalog, and what there is of those that none of these runs."""
         rows = await self._catalog.pipelines()
         running = {status.name for relay in relays for status in relay.pipelines}
         resting = [row.name for row in rows if row.name not in running]
         lags = await self._catalog.lag(resting) if resting else []
         self._fleet = Fleet(
-            relays=relays, catalog=rows, lags={lag.pipeline: lag.lag_rows for lag in lags}
+            relays=relays,
+            catalog=rows,
+            lags={lag.pipeline: lag for lag in lags},
+            dead_letters=await self._catalog.dead_letter_counts(resting) if resting else {},
         )
+
+    async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
+        """The latest of its dead letters, the newest first."""
+        return await self._catalog.latest_dead_letters(pipeline, _LATEST_DEAD_LETTERS)
 
     async def pause(self, pipeline: str) -> None:
         """Disable it, as any user would."""

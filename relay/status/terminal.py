@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import os
 import select
 import sys
@@ -20,8 +19,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from relay.status.keys import KeyReader
-
-_log = logging.getLogger(__name__)
 
 Drawing = Callable[[int, int], Sequence[str]]
 
@@ -47,11 +44,13 @@ def can_show() -> bool:
 class Terminal:
     """Standard input and output as a screen and keys.
 
-    ``on_key`` gets each key (see `KeyReader`), ``on_gone`` is called once when the terminal hangs
-    up or its drawing fails; both in the event loop's thread.
+    ``on_key`` gets each key (see `KeyReader`), ``on_gone`` is called when the terminal hangs up or
+    its drawing fails, with the error if there is one; both in the event loop's thread.
     """
 
-    def __init__(self, on_key: Callable[[str], None], on_gone: Callable[[], None]) -> None:
+    def __init__(
+        self, on_key: Callable[[str], None], on_gone: Callable[[BaseException | None], None]
+    ) -> None:
         self._on_key = on_key
         self._on_gone = on_gone
         self._input = sys.stdin.fileno()
@@ -77,7 +76,7 @@ class Terminal:
         atexit.register(self.restore)
         try:
             _take_keys_singly(self._input)
-            self._frames.start(lambda: loop.call_soon_threadsafe(self._on_gone))
+            self._frames.start(lambda error: loop.call_soon_threadsafe(self._on_gone, error))
             loop.add_reader(self._input, self._read)
         except BaseException:
             self.restore()
@@ -121,7 +120,7 @@ class Terminal:
             data = b""
         if not data:
             asyncio.get_running_loop().remove_reader(self._input)
-            self._on_gone()
+            self._on_gone(None)
             return
         if self._escape is not None:
             self._escape.cancel()
@@ -145,14 +144,14 @@ class _Frames:
         self._is_stopping = False
         self._on_screen: Sequence[str] = ()
         self._size = (0, 0)
-        self._on_gone: Callable[[], object] = lambda: None
+        self._on_gone: Callable[[BaseException], object] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="status view", daemon=True)
 
     @property
     def is_waiting(self) -> bool:
         return self._next is not None
 
-    def start(self, on_gone: Callable[[], object]) -> None:
+    def start(self, on_gone: Callable[[BaseException], object]) -> None:
         self._on_gone = on_gone
         self._thread.start()
 
@@ -177,15 +176,9 @@ class _Frames:
             self._write(_ENTER)
             while (drawing := self._taken()) is not None:
                 self._draw(drawing)
-        except OSError:
-            self._tell_gone()
-        except Exception:  # noqa: BLE001 - a frame that fails ends the view, not the relay
-            _log.exception("the status view failed")
-            self._tell_gone()
-
-    def _tell_gone(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to call
-            self._on_gone()
+        except Exception as error:  # noqa: BLE001 - a frame that fails ends the view, not the relay
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to call
+                self._on_gone(error)
 
     def _taken(self) -> Drawing | None:
         with self._changed:

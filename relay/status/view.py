@@ -1,8 +1,9 @@
 """The status view: what keys do, and when the screen is drawn.
 
-The view never fails or delays the relay it looks at. Frames are taken in the event loop, drawn
-and written in a thread (`relay.status.terminal`); a frame is taken only when the one before was
-begun. An action that fails is a line at the bottom of the screen.
+The view never fails or delays the relay it looks at: where it can't go on, it restores the
+terminal, logs why, and ends alone. Frames are taken in the event loop, drawn and written in a
+thread (`relay.status.terminal`); a frame is taken only when the one before was begun. An action
+that fails is a line at the bottom of the screen.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from relay.catalog import DeadLetterSummary
 from relay.errors import RelayError
 from relay.settings import UiSettings
 from relay.status.fleet import LogTail, PipelineLine, Watched
 from relay.status.screen import (
+    Key,
     Mode,
     Renderer,
     Scene,
-    Sort,
     ViewState,
     now,
     selected_line,
     visible_lines,
 )
+from relay.status.table import Sort
 from relay.status.terminal import Terminal
 
 _log = logging.getLogger(__name__)
@@ -43,10 +46,12 @@ Action = Callable[[], Awaitable[str]]
 class StatusView:
     """Shows ``watched`` and ``log`` on the terminal of this process for as long as it is open.
 
-    ``on_closed`` is called in the event loop's thread when the user quits or the terminal is gone.
-    Where that stops the relay, ``stops_relay`` makes the view say so, and ask before it quits.
-    ``heading`` gives a remark for the first line of the screen. Use it as a context manager, where
-    `can_show` is true: leaving the block restores the terminal, whatever the reason.
+    ``on_quit`` is called when the user quits. Where that stops the relay, ``stops_relay`` makes
+    the view say so, and ask before it quits. ``on_lost`` is called once where the view can't go on,
+    with the terminal restored, before the reason is logged. Both in the event loop's thread.
+    ``banner`` gives lines for the top of the screen, ``keys`` are more keys, each with what it
+    does; that gives a line for the bottom. Use it as a context manager, where `can_show` is true:
+    leaving the block restores the terminal, whatever the reason.
     """
 
     def __init__(
@@ -55,23 +60,30 @@ class StatusView:
         log: LogTail,
         settings: UiSettings,
         *,
-        on_closed: Callable[[], None],
-        heading: Callable[[], str] = str,
+        on_quit: Callable[[], None],
+        on_lost: Callable[[], None],
+        banner: Callable[[], Sequence[str]] = tuple,
+        keys: Mapping[Key, Action] | None = None,
         stops_relay: bool = False,
     ) -> None:
         self._watched = watched
         self._log = log
         self._refresh_s = settings.refresh_ms / 1000
-        self._on_closed = on_closed
-        self._heading = heading
+        self._on_quit = on_quit
+        self._on_lost = on_lost
+        self._banner = banner
+        self._keys = keys or {}
         self._stops_relay = stops_relay
         self._renderer = Renderer.for_standard_output()
-        self._terminal = Terminal(self._on_key, on_closed)
+        self._terminal = Terminal(self._on_key, self._lost)
         self._view = ViewState()
         self._confirmed: Callable[[], None] | None = None
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._touched = asyncio.Event()
+        self._opened = asyncio.Event()
+        self._dead_letters: tuple[str, Sequence[DeadLetterSummary]] = ("", ())
         self._running: asyncio.Task[None] | None = None
+        self._is_over = False
 
     async def __aenter__(self) -> Self:
         self._terminal.open()
@@ -99,34 +111,58 @@ class StatusView:
                 tasks.create_task(self._draw())
                 tasks.create_task(self._refresh())
                 tasks.create_task(self._act())
-        except Exception:  # noqa: BLE001 - the relay goes on without its view
-            _log.exception("the status view failed")
-            self._on_closed()
+        except Exception as error:  # noqa: BLE001 - the relay goes on without its view
+            self._lost(error)
+
+    def _lost(self, error: BaseException | None = None) -> None:
+        """End the view, and nothing else; without an error the terminal is gone."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._terminal.close()
+        if self._running is not None:
+            self._running.cancel()
+        self._on_lost()
+        if error is None or isinstance(error, OSError):
+            _log.warning("the terminal of the status view is gone", extra=_said(error))
+        else:
+            _log.error("the status view failed", exc_info=error)
 
     async def _draw(self) -> None:
         while True:
             self._touched.clear()
             if not self._terminal.is_busy:
-                scene = Scene(
-                    fleet=self._watched.fleet(),
-                    view=self._view,
-                    now=now(),
-                    log=self._log.entries(),
-                    heading=self._heading(),
-                    stops_relay=self._stops_relay,
-                )
-                self._terminal.show(partial(self._renderer.render, scene))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._refresh_s):
-                    await self._touched.wait()
+                self._terminal.show(partial(self._renderer.render, self._scene()))
+            await _within(self._refresh_s, self._touched)
+
+    def _scene(self) -> Scene:
+        fleet, at = self._watched.fleet(), now()
+        line = selected_line(visible_lines(fleet, self._view, at), self._view)
+        name, letters = self._dead_letters
+        return Scene(
+            fleet=fleet,
+            view=self._view,
+            now=at,
+            log=self._log.entries(),
+            dead_letters=letters if line is not None and line.name == name else (),
+            banner=self._banner(),
+            keys=list(self._keys),
+            stops_relay=self._stops_relay,
+        )
 
     async def _refresh(self) -> None:
         while True:
+            self._opened.clear()
             try:
                 await self._watched.refresh()
+                line = selected_line(self._visible(), self._view)
+                if self._view.is_open and line is not None and line.dead_letters:
+                    letters = await self._watched.dead_letters(line.name)
+                    self._dead_letters = (line.name, letters)
+                    self._touched.set()
             except RelayError as error:
                 _log.debug("the view could not read the catalog", extra={"error": str(error)})
-            await asyncio.sleep(_REFRESH_CATALOG_S)
+            await _within(_REFRESH_CATALOG_S, self._opened)
 
     async def _act(self) -> None:
         """One action after the other; what it says is shown until the next key."""
@@ -167,6 +203,7 @@ class StatusView:
                 self._move_to(-1)
             case "enter":
                 self._change(is_open=not self._view.is_open)
+                self._opened.set()
             case "escape" if self._view.is_open:
                 self._change(is_open=False)
             case "escape":
@@ -189,9 +226,10 @@ class StatusView:
             case "q" if self._stops_relay:
                 self._ask("Stop this relay?", self._stop)
             case "q":
-                self._on_closed()
+                self._on_quit()
             case _:
-                pass
+                for action in (do for one, do in self._keys.items() if one.key == key):
+                    self._actions.put_nowait(action)
 
     def _edit_filter(self, key: str) -> None:
         text = self._view.filter
@@ -247,7 +285,7 @@ class StatusView:
 
     def _stop(self) -> None:
         self._change(notice="stopping: what is in flight is finished first")
-        self._on_closed()
+        self._on_quit()
 
     def _ask(self, question: str, confirmed: Callable[[], None]) -> None:
         self._confirmed = confirmed
@@ -260,23 +298,26 @@ class StatusView:
             confirmed()
 
     def _move(self, by: int) -> None:
-        lines = visible_lines(self._watched.fleet(), self._view)
+        lines = self._visible()
         chosen = selected_line(lines, self._view)
         if chosen is not None:
-            at = min(max(0, lines.index(chosen) + by), len(lines) - 1)
-            self._change(selected=(lines[at].name, lines[at].owner))
+            self._move_to(min(max(0, lines.index(chosen) + by), len(lines) - 1))
 
     def _move_to(self, index: int) -> None:
-        lines = visible_lines(self._watched.fleet(), self._view)
+        lines = self._visible()
         if lines:
             self._change(selected=(lines[index].name, lines[index].owner))
+            self._opened.set()
 
     def _chosen(self) -> PipelineLine | None:
         """The selected pipeline; it stays selected if the order changes from now on."""
-        line = selected_line(visible_lines(self._watched.fleet(), self._view), self._view)
+        line = selected_line(self._visible(), self._view)
         if line is not None:
             self._change(selected=(line.name, line.owner))
         return line
+
+    def _visible(self) -> list[PipelineLine]:
+        return visible_lines(self._watched.fleet(), self._view, now())
 
     def _change(self, **fields: object) -> None:
         self._view = msgspec.structs.replace(self._view, **fields)
@@ -286,3 +327,14 @@ class StatusView:
 def _after(sort: Sort) -> Sort:
     every = list(Sort)
     return every[(every.index(sort) + 1) % len(every)]
+
+
+def _said(error: BaseException | None) -> Mapping[str, object]:
+    return {} if error is None else {"error": str(error)}
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for the event, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -39,7 +39,7 @@ async def client_of(around: Surroundings) -> AsyncIterator[Client]:
     """An open connection of nats-py, closed at the end."""
     client = Client()
     await client.connect(
-        around.servers.nats_url, token=around.servers.nats_token, allow_reconnect=False
+        around.servers.nats.url, token=around.servers.nats.token, allow_reconnect=False
     )
     try:
         yield client
@@ -80,5 +80,5 @@ async def _publish_by_client(around: Surroundings, messages: Sequence[StoredMess
 
 
 async def _publish_bare(around: Surroundings, messages: Sequence[StoredMessage]) -> None:
-    async with connected(around.servers.nats_url, around.servers.nats_token) as nats:
+    async with connected(around.servers.nats.url, around.servers.nats.token) as nats:
         await nats.publish_all(messages, WINDOW)

@@ -116,7 +116,7 @@ async def _publish(around: Surroundings, messages: int) -> dict[int, float]:
     """When each was published; a message is sent whether or not the last was acknowledged."""
     published: dict[int, float] = {}
     due = time.perf_counter()
-    async with connected(around.servers.nats_url, around.servers.nats_token) as publisher:
+    async with connected(around.servers.nats.url, around.servers.nats.token) as publisher:
         for number in range(messages):
             published[number] = time.time()
             publisher.publish(message(number))
@@ -152,7 +152,7 @@ async def _observe(
         if len(arrived) == total:
             everything.set()
 
-    async with connected(around.servers.nats_url, around.servers.nats_token) as consumer:
+    async with connected(around.servers.nats.url, around.servers.nats.token) as consumer:
         await consumer.consume(STREAM, arrive)
         await _commit(around, total)
         with contextlib.suppress(TimeoutError):

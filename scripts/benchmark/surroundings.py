@@ -55,7 +55,7 @@ class Surroundings:
             "PYTHONPATH": str(_REPOSITORY),
             "PGTRICKLE_RELAY_POSTGRES_URL": self.database_url,
             "PGTRICKLE_RELAY_METRICS_ADDR": f"{LOOPBACK}:{port}",
-            NATS_TOKEN: self.servers.nats_token,
+            NATS_TOKEN: self.servers.nats.token,
             **(secret or {}),
         }
         with tempfile.TemporaryDirectory(prefix="pgtrickle-bench-") as directory:
@@ -81,7 +81,7 @@ class Surroundings:
         """A pipeline from this outbox to the stream, with the defaults of everything else."""
         sink = {
             "type": "nats",
-            "url": self.servers.nats_url,
+            "url": self.servers.nats.url,
             "token": f"${{env:{NATS_TOKEN}}}",
             "stream": STREAM,
             "subject_template": f"{STREAM}.{{stream_table}}.{{op}}",
@@ -130,7 +130,7 @@ async def surroundings() -> AsyncIterator[Surroundings]:
     async with (
         embedded_servers() as servers,
         migrated_database(servers) as (url, postgres),
-        connected(servers.nats_url, servers.nats_token) as nats,
+        connected(servers.nats.url, servers.nats.token) as nats,
     ):
         yield Surroundings(url, servers, postgres, nats)
 

@@ -17,13 +17,15 @@ from tests.status.scene import Log, RecordingFleet
 async def drawn_in_a_second(refresh_ms: int) -> int:
     drawn = 0
 
-    def heading() -> str:
+    def banner() -> list[str]:
         nonlocal drawn
         drawn += 1
-        return f"drawn {drawn}"
+        return [f"drawn {drawn}"]
 
     settings = UiSettings(mode="tui", refresh_ms=refresh_ms)
-    async with StatusView(RecordingFleet(), Log(), settings, on_closed=_nothing, heading=heading):
+    async with StatusView(
+        RecordingFleet(), Log(), settings, on_quit=_nothing, on_lost=_nothing, banner=banner
+    ):
         await asyncio.sleep(1)
     return drawn
 

@@ -98,12 +98,18 @@ class Emulator:
         self._screen.reset()
         self._child.setwinsize(lines, columns)
 
+    def hang_up(self) -> None:
+        """Be gone, as a window that is closed."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, self._child.child_fd)
+        os.close(nothing)
+
     def signal(self, number: int) -> None:
         self._child.kill(number)
 
-    def wait(self, *, reads: bool = True) -> int:
+    def wait(self, *, reads: bool = True, bound_s: float = BOUND_S) -> int:
         """Read to the end; the exit code, negative for a signal."""
-        deadline = time.monotonic() + BOUND_S
+        deadline = time.monotonic() + bound_s
         while reads and self._read(0.1):
             assert time.monotonic() < deadline, f"it did not end\n{self.text}"
         while self._child.isalive():
@@ -117,7 +123,8 @@ class Emulator:
         self._child.close(force=True)
 
     def _attributes(self) -> object:
-        return termios.tcgetattr(self._child.child_fd)
+        fd = self._child.child_fd
+        return termios.tcgetattr(fd) if os.isatty(fd) else None
 
     def _read(self, timeout_s: float) -> bool:
         try:

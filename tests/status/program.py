@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from relay.settings import UiSettings
-from relay.status import StatusView
+from relay.status import Key, StatusView
 from tests.status.scene import Log, RecordingFleet
 
 
@@ -29,16 +29,22 @@ async def main(way: str, report: Path) -> None:
     beats = 0
     trigger = report.with_suffix(".raise")
 
-    def heading() -> str:
-        return f"at {time.monotonic_ns() % 10**9}" if way == "busy" else ""
+    def banner() -> list[str]:
+        return [f"at {time.monotonic_ns() % 10**9}"] if way == "busy" else []
+
+    async def shout() -> str:
+        watched.told.append("shout")
+        return "it was loud"
 
     settings = UiSettings(mode="tui", refresh_ms=20)
     async with StatusView(
         watched,
         Log(),
         settings,
-        on_closed=closed.set,
-        heading=heading,
+        on_quit=closed.set,
+        on_lost=closed.set,
+        banner=banner,
+        keys={Key(key="x", label="shout", help="loudly"): shout},
         stops_relay=way == "stop",
     ):
         while not closed.is_set():

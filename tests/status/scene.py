@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 
 from relay.board import Latency, PipelineStatus, RecentBatch, RelayStatus
-from relay.catalog import PipelineRow
+from relay.catalog import DeadLetterSummary, Lag, PipelineRow
 from relay.errors import Outage
 from relay.events import PipelineState
 from relay.status import Fleet
@@ -86,6 +86,27 @@ TROUBLED = msgspec.structs.replace(
     latency=None,
     recent_batches=[],
 )
+DEAD_LETTERS = [
+    DeadLetterSummary(
+        id=17,
+        subject="pgtrickle.invoices.insert",
+        error_kind="rejected",
+        error='new row for relation "invoice_inbox" violates check constraint "total_is_positive";'
+        " mend the data or drop the constraint, then try it again",
+        attempts=1,
+        last_failed_at=NOW - timedelta(seconds=40),
+        is_retry_requested=False,
+    ),
+    DeadLetterSummary(
+        id=12,
+        subject=None,
+        error_kind="schema",
+        error="the body is no JSON object",
+        attempts=3,
+        last_failed_at=NOW - timedelta(minutes=40),
+        is_retry_requested=True,
+    ),
+]
 PAUSED = PipelineRow(
     name="audit-to-file",
     direction="forward",
@@ -101,8 +122,8 @@ class Line:
     level: str
     text: str
 
-    def as_text(self, *, colour: bool = False) -> str:
-        return f"\x1b[32m{self.text}\x1b[0m" if colour else self.text
+    def as_short_text(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -110,8 +131,8 @@ class Log:
     """A log that stays as it is."""
 
     lines: Sequence[Line] = (
-        Line("info", "12:00:00 INFO    [orders-to-nats] running"),
-        Line("warning", "12:00:01 WARNING [invoices-from-nats] source failed, trying again"),
+        Line("info", "12:00:00 INFO    running [orders-to-nats]"),
+        Line("warning", "12:00:01 WARNING source failed, trying again [invoices-from-nats]"),
     )
 
     def entries(self) -> Sequence[Line]:
@@ -133,21 +154,37 @@ def fleet_of(
         is_coordinated=True,
         members=1,
         pipelines=list(statuses),
+        delivered_before={PAUSED.name: 4_321},
     )
-    return Fleet(relays=[relay], catalog=catalog)
+    lag = Lag(
+        pipeline=PAUSED.name,
+        last_change_id=100,
+        max_outbox_id=1_300,
+        lag_rows=1_200,
+        oldest_unsent_at=NOW - timedelta(minutes=7),
+        pending_gaps=0,
+        worker_id=None,
+    )
+    return Fleet(relays=[relay], catalog=catalog, lags={PAUSED.name: lag})
 
 
 FLEET = fleet_of(HEALTHY, TROUBLED, catalog=[PAUSED])
 
 
-def scene(view: ViewState | None = None, fleet: Fleet = FLEET, heading: str = "") -> Scene:
+def scene(
+    view: ViewState | None = None,
+    fleet: Fleet = FLEET,
+    banner: Sequence[str] = (),
+    dead_letters: Sequence[DeadLetterSummary] = (),
+) -> Scene:
     """What is on the screen, at a time that does not pass."""
     return Scene(
         fleet=fleet,
         view=view or ViewState(),
         now=NOW,
         log=Log().entries(),
-        heading=heading,
+        dead_letters=dead_letters,
+        banner=banner,
     )
 
 
@@ -176,6 +213,9 @@ class RecordingFleet:
 
     async def refresh(self) -> None:
         """There is nothing to fetch."""
+
+    async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
+        return DEAD_LETTERS if pipeline == TROUBLED.name else ()
 
     async def pause(self, pipeline: str) -> None:
         self.told.append(f"pause {pipeline}")

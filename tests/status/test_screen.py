@@ -3,21 +3,27 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
-import pyte
 import pytest
 from rich.color import ColorSystem
 
+from relay.board import Latency
 from relay.events import PipelineState
 from relay.status.fleet import Fleet, lines_of
-from relay.status.screen import Mode, Renderer, Sort, ViewState
-from tests.status.emulator import styles_of
-from tests.status.scene import FLEET, HEALTHY, PAUSED, TROUBLED, fleet_of, scene
+from relay.status.screen import Key, Mode, Renderer, ViewState
+from relay.status.table import Signs, Sort
+from tests.status.recorded import SCENES, SIZES, recorded, shown
+from tests.status.scene import (
+    FLEET,
+    HEALTHY,
+    NOW,
+    PAUSED,
+    TROUBLED,
+    fleet_of,
+    scene,
+)
 
-SCREENS = Path(__file__).parent / "screens"
-QUESTION = ViewState(mode=Mode.CONFIRM, question="Stop this relay?")
 OPEN = ViewState(is_open=True, selected=("orders-to-nats", "worker-a"))
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38;5;\d+|9[0-7])[;m]")
@@ -37,25 +43,14 @@ def renderer() -> Renderer:
     return Renderer(colours=ColorSystem.STANDARD, is_unicode=True)
 
 
-@pytest.mark.parametrize(
-    "name,view,width,height",
-    [
-        ("table-80x24", ViewState(), 80, 24),
-        ("details-120x40", OPEN, 120, 40),
-        ("question-80x24", QUESTION, 80, 24),
-    ],
-)
-def test_a_screen_has_the_expected_text_and_styles(
-    renderer: Renderer, name: str, view: ViewState, width: int, height: int
-) -> None:
-    screen = pyte.Screen(width, height)
-    stream = pyte.Stream(screen)
-    for row, line in enumerate(renderer.render(scene(view), width, height), 1):
-        stream.feed(f"\x1b[{row};1H{line}\x1b[0m")
+@pytest.mark.parametrize("width,height", SIZES)
+@pytest.mark.parametrize("name", SCENES)
+def test_a_screen_has_the_expected_text_and_styles(name: str, width: int, height: int) -> None:
+    text, styles = shown(name, width, height)
 
-    text = "".join(f"{line.rstrip()}\n" for line in screen.display)
-    assert text == (SCREENS / f"{name}.txt").read_text(encoding="utf-8")
-    assert styles_of(screen) == (SCREENS / f"{name}.styles").read_text(encoding="utf-8")
+    file = recorded(name, width, height)
+    assert text == file.read_text(encoding="utf-8")
+    assert styles == file.with_suffix(".styles").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (81, 25), (109, 30), (110, 30), (200, 60), (20, 5)])
@@ -67,7 +62,7 @@ def test_every_line_fills_the_screen_exactly(
 ) -> None:
     width, height = size
 
-    lines = renderer.draw(scene(view, heading="x" * 300), width, height)
+    lines = renderer.draw(scene(view, banner=["x" * 300]), width, height)
 
     assert len(lines) == height
     assert {line.cell_len for line in lines} == {width}
@@ -123,9 +118,9 @@ def test_what_no_relay_runs_is_not_well(renderer: Renderer) -> None:
 
     for fleet in (fleet_of(HEALTHY, catalog=[waiting]), Fleet(relays=[], catalog=[waiting])):
         lines = [line.plain for line in renderer.draw(scene(fleet=fleet), 80, 24)]
-        assert "not healthy: audit-to-file" in lines[1]
+        assert " pipelines unwell" in lines[1] or " pipeline unwell" in lines[1]
         assert lines[3].startswith("▸! audit-to-file")
-        assert any("audit-to-file: no relay of the group runs it" in line for line in lines)
+        assert lines[4].strip() == "no relay of the group runs it"
 
 
 @pytest.mark.parametrize("unknown", [{"members": 2}, {"is_coordinated": False}])
@@ -151,7 +146,10 @@ def test_every_relay_is_looked_at_for_what_is_unwell(renderer: Renderer) -> None
         ]
     )
 
-    assert "not healthy: first, second" in renderer.draw(scene(fleet=fleet), 120, 24)[1].plain
+    lines = renderer.draw(scene(fleet=fleet), 120, 24)
+
+    assert "2 of 2 pipelines unwell" in lines[1].plain
+    assert [lines[row].plain.split()[1] for row in (3, 5)] == ["first", "second"]
 
 
 def test_the_help_is_not_cut_at_80_columns(renderer: Renderer) -> None:
@@ -180,8 +178,8 @@ def test_the_unwell_come_first_in_every_order_and_say_why(renderer: Renderer, so
     lines = _drawn_of(renderer, ViewState(sort=sort), [retrying, refusing]).splitlines()
 
     assert lines[3].startswith("▸! zeal-to-nats")
-    assert lines[4].startswith("   able-to-nats")
-    assert lines[5].strip() == "zeal-to-nats: it refuses everything"
+    assert lines[4].strip() == "it refuses everything"
+    assert lines[5].startswith("   able-to-nats")
 
 
 @pytest.mark.parametrize("width", [40, 80, 110, 120, 200])
@@ -205,6 +203,8 @@ def test_a_name_is_cut_after_everything_else(renderer: Renderer, width: int, len
         (Sort.RATE, "calm-to-nats"),
         (Sort.LAG, "deep-to-nats"),
         (Sort.ERRORS, "even-to-nats"),
+        (Sort.LATENCY, "firm-to-nats"),
+        (Sort.DEAD_LETTERS, "grim-to-nats"),
     ],
 )
 def test_the_table_is_sorted_by_the_chosen_column(
@@ -216,6 +216,8 @@ def test_the_table_is_sorted_by_the_chosen_column(
         "calm": {"rate_per_s": 900.0},
         "deep": {"lag_rows": 4_000},
         "even": {"errors": 1},
+        "firm": {"latency": Latency(p50_s=1, p95_s=2, p99_s=3)},
+        "grim": {"dead_letters": 1},
     }
     pipelines: list[object] = [
         msgspec.structs.replace(HEALTHY, name=f"{name}-to-nats", **fields)
@@ -247,10 +249,117 @@ def test_what_several_relays_run_has_a_line_for_each_with_its_own_rate_and_count
     assert "1 pipeline " in lines[1]
     assert "worker-a" in lines[3]
     assert "worker-b" in lines[4]
-    assert [(one.owner, one.rate_per_s) for one in lines_of(fleet)] == [
+    assert [(one.owner, one.rate_per_s) for one in lines_of(fleet, NOW)] == [
         ("worker-a", HEALTHY.rate_per_s),
         ("worker-b", 3.0),
     ]
+
+
+def test_the_owner_is_shown_where_there_are_several(renderer: Renderer) -> None:
+    assert "owner" not in _drawn(renderer, ViewState(), 200, 24)
+
+
+def test_a_paused_pipeline_keeps_lag_dead_letters_and_totals(renderer: Renderer) -> None:
+    fleet = msgspec.structs.replace(FLEET, dead_letters={PAUSED.name: 2})
+
+    lines = [line.plain for line in renderer.draw(scene(fleet=fleet), 120, 24)]
+
+    (paused,) = [line for line in lines if PAUSED.name in line]
+    assert paused.split()[3:] == ["-", "1k", "7m", "-", "0", "2", "4,321"]
+    assert "published 16,666" in lines[1]
+
+
+def test_what_fails_says_why_before_it_counts_as_unwell(renderer: Renderer) -> None:
+    retrying = msgspec.structs.replace(
+        HEALTHY, state=PipelineState.RETRYING, last_error="Connection refused"
+    )
+
+    lines = _drawn_of(renderer, ViewState(), [retrying]).splitlines()
+
+    assert "all well" in lines[1]
+    assert lines[4].strip() == "Connection refused"
+
+
+def test_the_trouble_of_a_relay_is_told_in_full(renderer: Renderer) -> None:
+    lost = msgspec.structs.replace(
+        FLEET.relays[0], database_connected=False, database_reason=f"no route {'y' * 70}; MEND"
+    )
+    fleet = msgspec.structs.replace(FLEET, relays=[lost])
+
+    assert "MEND" in "\n".join(one.plain for one in renderer.draw(scene(fleet=fleet), 80, 24))
+
+
+def test_the_reasons_of_all_that_fits_are_shown_and_never_push_the_chosen_one_out(
+    renderer: Renderer,
+) -> None:
+    reason = "a reason that needs more than one line at this width, because it has a REMEDY"
+    unwell = [
+        msgspec.structs.replace(
+            HEALTHY, name=f"unwell-{n:02}", is_healthy=False, trouble=f"{reason}-{n}."
+        )
+        for n in range(30)
+    ]
+    for count, shown_in_full in ((3, 3), (7, 1), (30, 1)):
+        for chosen in (0, count - 1):
+            view = ViewState(selected=(f"unwell-{chosen:02}", "worker-a"))
+
+            drawn = _drawn_of(renderer, view, unwell[:count])
+
+            assert drawn.count("REMEDY") == shown_in_full
+            assert f"▸! unwell-{chosen:02}" in drawn
+            assert f"REMEDY-{chosen}." in drawn
+
+
+def test_details_show_what_was_set_and_not_what_was_filled_in(renderer: Renderer) -> None:
+    settings: dict[str, object] = {
+        "config_version": 1,
+        "source_type": "outbox",
+        "sink_type": "nats",
+        "source": {"outbox": "orders", "outbox_table": "outbox_orders"},
+        "sink": {"type": "nats", "stream": "orders", "create_stream": True},
+        "ordering": "key",
+    }
+    pipeline = msgspec.structs.replace(HEALTHY, settings=settings)
+
+    drawn = _drawn_of(renderer, ViewState(is_open=True), [pipeline])
+
+    lines = [line.partition("  ")[0].strip() for line in drawn.splitlines()]
+    assert [line for line in lines if ": " in line and "connected" not in line] == [
+        "source.outbox: orders",
+        "sink.stream: orders",
+        "sink.create_stream: true",
+        "ordering: key",
+    ]
+
+
+@pytest.mark.parametrize(
+    "history,trend",
+    [
+        ([0] * 8, ""),
+        ([100, 101, 99, 100], "██▇█"),
+        ([0, 0, 50, 100], "▁▁▅█"),
+        ([80, 90, 100], "▂▅█"),
+    ],
+)
+def test_a_trend_is_scaled_to_its_own_range(
+    renderer: Renderer, history: list[int], trend: str
+) -> None:
+    pipeline = msgspec.structs.replace(HEALTHY, rate_history=history)
+
+    row = _drawn_of(renderer, ViewState(), [pipeline]).splitlines()[3]
+
+    assert "".join(c for c in row if c in Signs().sparks) == trend
+
+
+def test_keys_that_matter_stay_in_the_bottom_line(renderer: Renderer) -> None:
+    keys = [Key(key="x", label="kill NATS", help=""), Key(key="b", label="start NATS", help="")]
+    crowded = msgspec.structs.replace(scene(), keys=keys)
+
+    bottom = renderer.draw(crowded, 80, 24)[-1].plain
+
+    for shown_key in ("x kill NATS", "b start NATS", "enter details", "? help", "q quit"):
+        assert shown_key in bottom
+    assert "s sort" not in bottom
 
 
 def test_an_empty_catalog_says_how_to_begin(renderer: Renderer) -> None:

@@ -61,16 +61,18 @@ def test_arrows_move_and_enter_and_escape_open_and_close_the_details(start: Star
     terminal.type("\x1b[B")
     terminal.until_shown("▸  audit-to-file")
     terminal.type("j\r")
-    terminal.until_shown("▸  orders-to-nats", "p50 3.0", "source.outbox: orders")
+    terminal.until_shown("▸  orders-to-nats", "p50 3.0ms", "source.outbox: orders")
+    terminal.type("\x1b[H")
+    terminal.until_shown("5 dead letters", "id 17", "total_is_positive")
     terminal.type("\x1b")
-    terminal.until_gone("p50 3.0")
+    terminal.until_gone("id 17")
 
 
 def test_a_filter_leaves_what_matches_until_it_is_dropped(start: Start) -> None:
     terminal = start()
 
     terminal.type("/invoi")
-    terminal.until(lambda screen: "filter: invoi" in screen and "orders-to-nats out" not in screen)
+    terminal.until(lambda screen: "filter: invoi" in screen and "outbox→nats" not in screen)
     terminal.type("\r")
     terminal.until_shown("filter: invoi (esc drops it)")
     terminal.type("\x1b")
@@ -82,7 +84,7 @@ def test_s_sorts_by_the_next_column(start: Start) -> None:
 
     terminal.type("ss")
 
-    terminal.until(lambda screen: "rate*" in screen and "orders" in screen.splitlines()[4])
+    terminal.until(lambda screen: "rate*" in screen and "orders" in screen.splitlines()[5])
 
 
 def test_pausing_asks_first_and_resuming_too(start: Start, report: Path) -> None:
@@ -142,7 +144,10 @@ def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
 
     terminal.type("?")
     terminal.until_shown(
-        "pause the selected pipeline", "leave the view; no relay is touched", "any key goes back"
+        "pause: or resume the selected pipeline",
+        "quit: the view; no relay is touched",
+        "shout: loudly",
+        "any key goes back",
     )
     terminal.type(" ")
     terminal.until_shown("▸! invoices-from-nats")
@@ -150,14 +155,14 @@ def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
 
 def test_the_screen_follows_a_resize(start: Start) -> None:
     terminal = start()
-    assert "owner" not in terminal.text
+    assert "total" not in terminal.text
 
     terminal.resize(120, 40)
-    wide = terminal.until_shown("owner", "worker-a", "q quit")
+    wide = terminal.until_shown("total", "12,345", "q quit")
     assert "q quit" in wide.splitlines()[39]
 
     terminal.resize(80, 24)
-    narrow = terminal.until(lambda screen: "owner" not in screen and "q quit" in screen)
+    narrow = terminal.until(lambda screen: "total" not in screen and "q quit" in screen)
     assert "q quit" in narrow.splitlines()[23]
 
 
@@ -188,14 +193,23 @@ def test_the_styles_of_the_screen_reach_the_terminal(start: Start) -> None:
 
     assert "3:1-80 bold: pipeline" in styles
     assert re.search(r"^\d+:1-80 brown: 12:00:01 WARNING", styles, re.MULTILINE)
-    assert "24:1-80 reverse: ↑↓ move" in styles
+    assert "24:1-80 reverse: x shout" in styles
+
+
+def test_a_key_of_who_shows_the_view_does_what_it_says(start: Start, report: Path) -> None:
+    terminal = start()
+
+    terminal.type("x")
+
+    terminal.until_shown("it was loud")
+    _until(report, lambda seen: seen.told == ["shout"])
 
 
 def test_where_leaving_stops_the_relay_it_asks_first_and_says_so(start: Start) -> None:
     terminal = start("stop")
 
     terminal.type("?")
-    terminal.until_shown("stop this relay and leave the view; asks first")
+    terminal.until_shown("stop: this relay, and leave the view; asks first")
     terminal.type(" ")
     for back in ("n", "\x1b"):
         terminal.type("q")

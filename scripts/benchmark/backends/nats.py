@@ -40,7 +40,7 @@ class FromNats(Origin):
         self._messages = messages
         await self._around.fresh_stream()
         async with connected(
-            self._around.servers.nats_url, self._around.servers.nats_token
+            self._around.servers.nats.url, self._around.servers.nats.token
         ) as nats:
             await nats.publish_all([message(number) for number in range(messages)], WINDOW)
 
@@ -53,7 +53,7 @@ class FromNats(Origin):
 
     async def protocol_floor(self) -> float | None:
         async with connected(
-            self._around.servers.nats_url, self._around.servers.nats_token
+            self._around.servers.nats.url, self._around.servers.nats.token
         ) as nats:
             started = time.perf_counter()
             await nats.acknowledge_all(STREAM, self._messages)
@@ -89,7 +89,7 @@ def nats_source(around: Surroundings) -> Mapping[str, object]:
     """The source of a pipeline from the stream."""
     return {
         "type": "nats",
-        "url": around.servers.nats_url,
+        "url": around.servers.nats.url,
         "token": f"${{env:{NATS_TOKEN}}}",
         "stream": STREAM,
         "subject": f"{STREAM}.>",

@@ -1,0 +1,120 @@
+"""The details of one pipeline: what it does, what was set, what it did last, what it could not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+
+import msgspec
+from rich.text import Text
+
+from relay.board import PipelineStatus, RecentBatch
+from relay.catalog import DeadLetterSummary
+from relay.status.fleet import PipelineLine
+from relay.status.table import why
+from relay.status.text import clean, clock, latency, wrapped
+
+# The catalog fills these in, or the route says them already.
+_NOT_SET_BY_ANYBODY = frozenset(
+    {
+        "config_version", "source_type", "sink_type", "source.type", "sink.type",
+        "source.outbox_table",
+    }
+)  # fmt: skip
+_MOST_DEAD_LETTERS = 5
+_MOST_OF_AN_ERROR = 2
+
+
+def detail(
+    line: PipelineLine, letters: Sequence[DeadLetterSummary], width: int, arrow: str
+) -> list[Text]:
+    """As many lines as there is to say, the most urgent first."""
+    lines = why(line, width)
+    status = line.status
+    if line.dead_letters:
+        lines.append(Text(f" {_counted(line)}: r tries all again", "bold"))
+        for letter in letters[:_MOST_DEAD_LETTERS]:
+            lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR)
+    if status is None:
+        what = "paused: p resumes it" if not line.is_enabled else "none of these relays runs it"
+        lines.append(Text(f" {line.source} {arrow} {line.sink}"))
+        lines.append(Text(f" {what}; {line.delivered:,} delivered before"))
+        return lines
+    left = [Text(f" {text}") for text in _facts(line, status)]
+    left += [Text(f" {text}", "dim") for text in _settings(status.settings)]
+    right = [Text(text) for text in _outcome(status)]
+    right += [Text(_batch(batch)) for batch in reversed(status.recent_batches)]
+    if status.last_error_at is not None and not line.trouble:
+        said = f"last error {clock(status.last_error_at)}: {status.last_error}"
+        lines += wrapped(said, width, "yellow", most=_MOST_OF_AN_ERROR, indent=1)
+    half = min(max((text.cell_len for text in left), default=0) + 2, width * 2 // 3)
+    for one, other in zip_longest(left, right, fillvalue=Text("")):
+        first = one.copy()
+        first.truncate(half, overflow="ellipsis", pad=True)
+        lines.append(Text.assemble(first, " ", other))
+    return lines
+
+
+def _counted(line: PipelineLine) -> str:
+    many = line.dead_letters != 1
+    return f"{line.dead_letters:,} dead letter{'s, the latest' if many else ''}"
+
+
+def _dead_letter(letter: DeadLetterSummary) -> str:
+    again = ", is tried again" if letter.is_retry_requested else ""
+    times = "" if letter.attempts == 1 else f", {letter.attempts} attempts"
+    return (
+        f"{clock(letter.last_failed_at)} id {letter.id} {letter.subject or ''}"
+        f" ({letter.error_kind}{times}{again}): {letter.error}"
+    )
+
+
+def _facts(line: PipelineLine, status: PipelineStatus) -> Iterator[str]:
+    yield f"{status.state.value} since {clock(status.since)}, at {clean(line.owner)}"
+    for side, name, is_connected in (
+        ("source", status.source, status.source_connected),
+        ("sink", status.sink, status.sink_connected),
+    ):
+        yield f"{side} {name}: {'connected' if is_connected else 'not connected'}"
+    yield (
+        f"{line.delivered:,} delivered, {status.duplicates:,} duplicates,"
+        f" {status.dead_lettered:,} dead-lettered"
+    )
+    yield f"{status.in_flight} in flight, at {clean(status.checkpoint) or 'the beginning'}"
+    for worker in status.workers:
+        yield (
+            f"worker {worker.number} {worker.state.value}: {worker.published:,} delivered,"
+            f" {worker.in_flight} in flight"
+        )
+
+
+def _outcome(status: PipelineStatus) -> Iterator[str]:
+    if status.latency is None:
+        yield "latency: nothing delivered in the last minute"
+    else:
+        yield (
+            f"latency p50 {latency(status.latency.p50_s)}, p95 {latency(status.latency.p95_s)},"
+            f" p99 {latency(status.latency.p99_s)} in the last minute"
+        )
+    yield "recent batches" if status.recent_batches else "no batch yet"
+
+
+def _batch(batch: RecentBatch) -> str:
+    text = f"{clock(batch.acknowledged_at)} {batch.messages:>5} in {latency(batch.duration_s)}"
+    if batch.duplicates:
+        text += f", {batch.duplicates} duplicates"
+    if batch.dead_lettered:
+        text += f", {batch.dead_lettered} dead"
+    if batch.attempts > 1:
+        text += f", {batch.attempts} attempts"
+    return text
+
+
+def _settings(settings: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{key}.")
+        elif key not in _NOT_SET_BY_ANYBODY:
+            shown = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            yield clean(f"{key}: {shown}")
