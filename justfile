@@ -44,6 +44,10 @@ docs: setup
 lock *arguments: setup
     {{ python }} scripts/lock.py {{ arguments }}
 
+# draw the picture of the README from the demo's real screen
+picture: setup
+    PYTHONPATH=. {{ python }} scripts/picture.py
+
 # bring the database of PGTRICKLE_RELAY_POSTGRES_URL up to date
 migrate *arguments: setup
     {{ python }} -m relay migrate {{ arguments }}

@@ -34,14 +34,13 @@ FORWARD, REVERSE, STREAM = "orders-to-jetstream", "jetstream-to-inbox", "orders"
 
 _DATABASE = "demo"
 _TOKEN = "RELAY_DEMO_NATS_TOKEN"  # noqa: S105 - the name of the variable that holds it
-_ABOUT = (
-    "A demo: orders are written into PostgreSQL, relayed to NATS JetStream, and from there into"
-    " the table order_inbox."
-)
+_ABOUT = "A demo: orders go from PostgreSQL to NATS JetStream, and from there into order_inbox."
 _NATS_RUNS = "Try x: it kills the NATS server. Events wait then, and none is lost."
 _NATS_IS_DEAD = "NATS is dead, and orders are written all the same. Press b to bring it back."
-_KILL = Key(key="x", label="kill NATS", help="as a crash would; orders wait in their outbox")
-_BRING_BACK = Key(key="b", label="bring NATS back", help="what waited is delivered then")
+KEYS = (
+    Key(key="x", label="kill NATS", help="as a crash would; orders wait in their outbox"),
+    Key(key="b", label="bring NATS back", help="what waited is delivered then"),
+)
 _PROGRESS_EVERY_S = 1.0
 _START_TIMEOUT_S = 30.0
 _PATIENCE_S = 15.0
@@ -240,7 +239,7 @@ class _Demo:
                 on_quit=self._closing.set,
                 on_lost=lost,
                 banner=banner,
-                keys={_KILL: kill_nats, _BRING_BACK: start_nats},
+                keys=dict(zip(KEYS, (kill_nats, start_nats), strict=True)),
                 stops_relay=True,
             ):
                 yield

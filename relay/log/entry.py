@@ -6,6 +6,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 
 import msgspec
@@ -38,6 +39,8 @@ FIELDS = (
     "error",
 )
 
+_SAID_BEFORE = frozenset({"pipeline", "direction"})
+_KNOWN_OF_A_PIPELINE = frozenset({"source", "sink", "side"})
 _LONGEST_TEXT = 2000
 _LONGEST_EXCEPTION_TEXT = 300
 _NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -75,14 +78,15 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
         level = f"{self.level.upper():<8}"
         if colour:
             level = f"\x1b[{_COLOURS.get(self.level, '0')}m{level}\x1b[0m"
-        words = [clock, level, *self._pipeline(), self._message(), *self._rest()]
+        words = [clock, level, *self._pipeline(), self._message(), *self._rest(_SAID_BEFORE)]
         return "\n".join([" ".join(words), *(f"    {line}" for line in self.trace)])
 
     def as_short_text(self) -> str:
         """For people with little room: in one line, what happened first, and the time of day."""
         clock = self.at.astimezone().strftime("%H:%M:%S")
+        rest = self._rest(_SAID_BEFORE | _KNOWN_OF_A_PIPELINE)
         return " ".join(
-            [clock, f"{self.level.upper():<7}", self._message(), *self._pipeline(), *self._rest()]
+            [clock, f"{self.level.upper():<7}", self._message(), *self._pipeline(), *rest]
         )
 
     def _message(self) -> str:
@@ -92,12 +96,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     def _pipeline(self) -> list[str]:
         return [f"[{self.fields['pipeline']}]"] if "pipeline" in self.fields else []
 
-    def _rest(self) -> list[str]:
-        return [
-            f"{name}={_shown(value)}"
-            for name, value in self.fields.items()
-            if name not in ("pipeline", "direction")
-        ]
+    def _rest(self, but: AbstractSet[str]) -> list[str]:
+        return [f"{name}={_shown(value)}" for name, value in self.fields.items() if name not in but]
 
 
 def entry_of(record: logging.LogRecord, mask: Callable[[str], str]) -> LogEntry:

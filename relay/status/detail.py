@@ -34,7 +34,7 @@ def detail(
     if line.dead_letters:
         lines.append(Text(f" {_counted(line)}: r tries all again", "bold"))
         for letter in letters[:_MOST_DEAD_LETTERS]:
-            lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR)
+            lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR, hanging=9)
     if status is None:
         what = "paused: p resumes it" if not line.is_enabled else "none of these relays runs it"
         lines.append(Text(f" {line.source} {arrow} {line.sink}"))

@@ -282,7 +282,9 @@ def _log_lines(log: Sequence[LogLine], width: int, rows: int) -> list[Text]:
     lines: list[Text] = []
     for entry in reversed(log):
         style = _LEVEL_STYLES.get(entry.level, "")
-        text = wrapped(entry.as_short_text(), width, style, most=_MOST_LOG_ENTRY, indent=1)
+        text = wrapped(
+            entry.as_short_text(), width, style, most=_MOST_LOG_ENTRY, indent=1, hanging=9
+        )
         if len(lines) + len(text) > rows:
             break
         lines[:0] = text

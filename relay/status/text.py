@@ -14,16 +14,23 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
-def wrapped(text: str, width: int, style: str, *, most: int, indent: int = 3) -> list[Text]:
-    """At most so many lines, indented; what does not fit ends in an ellipsis."""
+def wrapped(
+    text: str, width: int, style: str, *, most: int, indent: int = 3, hanging: int = 0
+) -> list[Text]:
+    """At most so many lines, indented; what does not fit ends in an ellipsis.
+
+    ``hanging``: how much further all but the first are indented.
+    """
     lines = textwrap.wrap(
         clean(text),
-        max(1, width - indent - 1),
+        max(1, width - 1),
         max_lines=most,
         placeholder="…",
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + hanging),
         break_on_hyphens=False,
     )
-    return [Text(f"{' ' * indent}{line}", style) for line in lines]
+    return [Text(line, style) for line in lines]
 
 
 def filled(lines: Sequence[Text], rows: int) -> list[Text]:

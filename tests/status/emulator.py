@@ -51,8 +51,8 @@ class Emulator:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         plain = {name: text for name, text in os.environ.items() if name != "NO_COLOR"}
-        self._screen = pyte.Screen(columns, lines)
-        self._stream = pyte.ByteStream(self._screen)
+        self.screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self.screen)
         self.output = b""
         self._child = pexpect.spawn(
             sys.executable,
@@ -69,12 +69,12 @@ class Emulator:
     @property
     def text(self) -> str:
         """What is on the screen, without the spaces at the ends of lines."""
-        return "\n".join(line.rstrip() for line in self._screen.display)
+        return "\n".join(line.rstrip() for line in self.screen.display)
 
     @property
     def styles(self) -> str:
         """How it is shown; see `styles_of`."""
-        return styles_of(self._screen)
+        return styles_of(self.screen)
 
     def until(self, condition: Callable[[str], bool], *, bound_s: float = BOUND_S) -> str:
         """Read until the screen's text is as wanted; the text."""
@@ -94,8 +94,8 @@ class Emulator:
         self._child.send(keys)
 
     def resize(self, columns: int, lines: int) -> None:
-        self._screen.resize(lines, columns)
-        self._screen.reset()
+        self.screen.resize(lines, columns)
+        self.screen.reset()
         self._child.setwinsize(lines, columns)
 
     def hang_up(self) -> None:
