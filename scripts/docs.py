@@ -35,9 +35,10 @@ from relay import cli, errors, metrics, registry, settings, template, wire  # no
 from relay.migrate import filled  # noqa: E402
 from relay.options import Key, declared_keys  # noqa: E402
 from relay.pipeline_config import PipelineConfig  # noqa: E402
+from relay.status import screen  # noqa: E402
 
 NOTHING = "-"
-GENERATED = ("docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md")
+GENERATED = ("docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md", "docs/QUESTIONS.md")
 
 _HELP_COLUMNS = "96"
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
@@ -313,6 +314,46 @@ def metadata_part() -> str:
         for field in wire.Spelling.__struct_fields__
     ]
     return _rows(("NATS header", "value"), rows)
+
+
+def metadata_of_all_part() -> str:
+    """Our metadata as each backend spells them, backends of one spelling in one column."""
+    columns: dict[str, list[str]] = {}
+    for type_ in registry.SINKS:
+        if (spelling := _spelling_of(type_)) is not None:
+            columns.setdefault(spelling, []).append(f"`{type_}`")
+    rows = [
+        (*(f"`{getattr(getattr(wire, one), field)}`" for one in columns), _METADATA_WORDS[field])
+        for field in wire.Spelling.__struct_fields__
+    ]
+    return _rows((*map(", ".join, columns.values()), "value"), rows)
+
+
+_SPELT = re.compile(r"(?:\bwire\.|from relay\.wire import )(TITLE|HTTP|LOWER|FIELD)\b")
+# What has metadata in its body alone.
+_WITHOUT_METADATA = ("pg-inbox", "file", "stdout")
+
+
+def _spelling_of(type_: str) -> str | None:
+    """The one spelling that the modules of a backend use; None where it writes no metadata."""
+    if type_ in _WITHOUT_METADATA:
+        return None
+    package = registry.SINKS[type_].partition(":")[0].replace(".", "/")
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / package).glob("*.py"))
+    found = {match[1] for text in texts for match in _SPELT.finditer(text)}
+    if len(found) != 1:
+        raise Unexplained(f"{package} spells our metadata as {sorted(found)}")
+    return found.pop()
+
+
+def view_keys_part() -> str:
+    """The keys that the view declares, in the order in which it does."""
+    groups = (one if isinstance(one, tuple) else (one,) for one in vars(screen).values())
+    keys = [key for group in groups for key in group if isinstance(key, screen.Key)]
+    return _rows(
+        ("key", "what it does"),
+        [(f"`{key.key}`", f"{key.label}: {key.help}".removeprefix(": ")) for key in keys],
+    )
 
 
 def envelope_part() -> str:
@@ -597,6 +638,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     **dict(backend_parts()),
     "templates": templates_part,
     "metadata": metadata_part,
+    "metadata-of-all": metadata_of_all_part,
+    "view-keys": view_keys_part,
     "envelope": envelope_part,
     "metrics": metrics_part,
     "alerts": monitoring.alerts_part,

@@ -9,7 +9,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Executed from top to bottom, and section by section.
-WHOLE_PAGES = ("README.md", "docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md")
+WHOLE_PAGES = (
+    "README.md",
+    "docs/RELAY.md",
+    "docs/SQL.md",
+    "docs/OPERATIONS.md",
+    "docs/QUESTIONS.md",
+)
 SECTIONED_PAGE = "docs/PATTERNS.md"
 EXECUTED_PAGES = (*WHOLE_PAGES, SECTIONED_PAGE)
 

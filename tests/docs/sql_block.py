@@ -83,5 +83,8 @@ def _cells(result: psycopg.pq.abc.PGresult, row: int) -> Iterator[str]:
 
 
 def _is_complete(text: str) -> bool:
-    bare = re.sub(r"'(?:[^']|'')*'", "''", re.sub(r"^--.*", "", text, flags=re.MULTILINE))
-    return bare.count("'") % 2 == 0 and bare.rstrip().endswith(";")
+    code = re.sub(
+        r"\$\$.*?\$\$", "", re.sub(r"^--.*", "", text, flags=re.MULTILINE), flags=re.DOTALL
+    )
+    bare = re.sub(r"'(?:[^']|'')*'", "''", code)
+    return bare.count("'") % 2 == 0 and "$$" not in bare and bare.rstrip().endswith(";")
