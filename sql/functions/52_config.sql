@@ -1,12 +1,8 @@
--- The catalog of pipelines: the functions that people call, and the triggers that keep names
--- unique and tell the relays.
+-- The catalog of pipelines: the functions that people call, and the trigger that keeps names
+-- unique and tells the relays.
 --
 -- What people call is one expression, which PostgreSQL puts in the place of the call: an error then
 -- comes with the one line that says where it was raised, and a name means what it means to the caller.
-
--- ---------------------------------------------------------------------------
--- Triggers
--- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_config_notify()
 returns trigger
@@ -17,7 +13,26 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     changed record := coalesce(new, old);
+    v_direction text := case tg_table_name when 'relay_outbox_config' then 'forward' else 'reverse' end;
+    v_taken text;
 begin
+    if tg_op <> 'INSERT' and old.name is distinct from new.name then
+        delete from @schema@.relay_pipeline_names as n where n.name = old.name;
+    end if;
+    if tg_op <> 'DELETE' and new.name is distinct from old.name then
+        -- Waits for a transaction that is taking the same name.
+        insert into @schema@.relay_pipeline_names (name, direction)
+        values (new.name, v_direction)
+        on conflict (name) do nothing;
+        select n.direction into v_taken from @schema@.relay_pipeline_names as n where n.name = new.name;
+        if v_taken <> v_direction then
+            raise exception using
+                errcode = 'RL012',
+                message = format('there is a %s pipeline "%s" already', v_taken, new.name),
+                detail = 'Names are unique over both directions.',
+                hint = format('Choose another name, or: select %I.delete_relay(%L);', @schema_name@, new.name);
+        end if;
+    end if;
     perform pg_notify(
         @schema@.relay_channel('pgtrickle_relay_config'),
         json_build_object(
@@ -30,67 +45,19 @@ end
 $$;
 
 comment on function @schema@.relay_config_notify() is
-    'Tell the relays at commit which pipeline has changed.';
-
-create or replace function @schema@.relay_config_name()
-returns trigger
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_direction text := case tg_table_name when 'relay_outbox_config' then 'forward' else 'reverse' end;
-    v_taken text;
-begin
-    if tg_op = 'DELETE' or (tg_op = 'UPDATE' and new.name <> old.name) then
-        delete from @schema@.relay_pipeline_names as n where n.name = old.name;
-    end if;
-    if tg_op = 'DELETE' then
-        return old;
-    end if;
-    -- Waits for a transaction that is taking the same name.
-    insert into @schema@.relay_pipeline_names (name, direction)
-    values (new.name, v_direction)
-    on conflict (name) do nothing;
-    select n.direction into v_taken from @schema@.relay_pipeline_names as n where n.name = new.name;
-    if v_taken <> v_direction then
-        raise exception using
-            errcode = 'RL012',
-            message = format('there is a %s pipeline "%s" already', v_taken, new.name),
-            detail = 'Names are unique over both directions.',
-            hint = format('Choose another name, or: select %I.delete_relay(%L);', @schema_name@, new.name);
-    end if;
-    return new;
-end
-$$;
-
-comment on function @schema@.relay_config_name() is
-    'Keep names unique over both directions, also for rows written by hand.';
-
-create or replace trigger relay_config_name
-    before insert or delete or update of name on @schema@.relay_outbox_config
-    for each row execute function @schema@.relay_config_name();
-comment on trigger relay_config_name on @schema@.relay_outbox_config is
-    'Names are unique over both directions.';
-
-create or replace trigger relay_config_name
-    before insert or delete or update of name on @schema@.relay_inbox_config
-    for each row execute function @schema@.relay_config_name();
-comment on trigger relay_config_name on @schema@.relay_inbox_config is
-    'Names are unique over both directions.';
+    'Runs as whoever writes the catalog. Keep names unique over both directions, also for rows written by hand, and tell the relays at commit which pipeline has changed.';
 
 create or replace trigger relay_config_notify
     after insert or update or delete on @schema@.relay_outbox_config
     for each row execute function @schema@.relay_config_notify();
 comment on trigger relay_config_notify on @schema@.relay_outbox_config is
-    'Relays reload the pipeline.';
+    'Names are unique over both directions; relays reload the pipeline.';
 
 create or replace trigger relay_config_notify
     after insert or update or delete on @schema@.relay_inbox_config
     for each row execute function @schema@.relay_config_notify();
 comment on trigger relay_config_notify on @schema@.relay_inbox_config is
-    'Relays reload the pipeline.';
+    'Names are unique over both directions; relays reload the pipeline.';
 
 -- ---------------------------------------------------------------------------
 -- Setting
@@ -139,6 +106,8 @@ declare
     v_config jsonb := '{"config_version": 1}' || p_config;
     v_role text;
     v_type text;
+    v_inbox text;
+    v_schema text;
     v_detail text;
     v_hint text;
 begin
@@ -166,10 +135,23 @@ begin
     perform @schema@.relay_validate_config(p_direction, v_config);
     if p_direction = 'forward' then
         perform @schema@.relay_set_forward(p_name, v_config, p_enabled, p_outbox_table, p_retention_hours);
-    else
-        perform @schema@.relay_set_reverse(
-            p_name, v_config, p_enabled, p_retention_hours, p_max_retries, p_schedule, p_with_dead_letter);
+        return;
     end if;
+    v_inbox := v_config #>> '{sink,inbox}';
+    v_schema := coalesce(v_config #>> '{sink,schema}', @schema_name@);
+    -- An inbox that is missing is made, but in a schema of others only its owner creates tables.
+    if v_inbox is not null
+        and not v_config -> 'sink' ?| array['url', 'profile']
+        and @schema@.relay_find_inbox(
+            v_inbox, v_config #>> '{sink,schema}', v_schema <> @schema_name@) is null
+    then
+        perform @schema@.create_inbox(
+            v_inbox, v_schema, p_max_retries, p_schedule, p_with_dead_letter, true, p_retention_hours);
+    end if;
+    insert into @schema@.relay_inbox_config as c (name, enabled, config)
+    values (p_name, coalesce(p_enabled, true), v_config)
+    on conflict (name) do update
+    set enabled = excluded.enabled, config = excluded.config, updated_at = now();
 exception
     when others then
         -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
@@ -264,43 +246,6 @@ $$;
 
 comment on function @schema@.relay_set_forward(text, jsonb, boolean, text, integer) is
     'Part of relay_set_pipeline: write a pipeline that reads an outbox; its consumer group is made.';
-
-create or replace function @schema@.relay_set_reverse(
-    p_name text,
-    p_config jsonb,
-    p_enabled boolean,
-    p_retention_hours integer,
-    p_max_retries integer,
-    p_schedule text,
-    p_with_dead_letter boolean
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    v_inbox text := p_config #>> '{sink,inbox}';
-    v_schema text := p_config #>> '{sink,schema}';
-begin
-    if v_inbox is not null and not p_config -> 'sink' ?| array['url', 'profile'] then
-        -- In a schema of others only its owner creates tables.
-        if @schema@.relay_find_inbox(v_inbox, v_schema, coalesce(v_schema, @schema_name@) <> @schema_name@) is null then
-            perform @schema@.create_inbox(
-                v_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, true,
-                p_retention_hours);
-        end if;
-    end if;
-    insert into @schema@.relay_inbox_config as c (name, enabled, config)
-    values (p_name, coalesce(p_enabled, true), p_config)
-    on conflict (name) do update
-    set enabled = excluded.enabled, config = excluded.config, updated_at = now();
-end
-$$;
-
-comment on function @schema@.relay_set_reverse(text, jsonb, boolean, integer, integer, text, boolean) is
-    'Part of relay_set_pipeline: write a pipeline into an inbox, which is created where it is missing.';
 
 create or replace function @schema@.set_relay_outbox(
     name text,
