@@ -155,39 +155,6 @@ $$;
 comment on function @schema@.relay_refreshes(oid) is
     'Whether a table is a stream table, its newest refresh that no trigger saw, and the last one of all. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
 
-create or replace function @schema@.relay_check_refreshes(relation oid)
-returns bigint
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    found record;
-begin
-    select r.* into found from @schema@.relay_refreshes(relation) as r;
-    if found.missing_grant is not null and found.is_stream then
-        if not found.has_triggers or found.refresh_mode = 'FULL' then
-            raise exception using
-                errcode = 'RL005',
-                message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
-                detail = format('pg_trickle fires no trigger on it (%s), and rights to follow its refreshes are missing.',
-                    case when found.has_triggers then 'its refresh mode is FULL' else 'pg_trickle.user_triggers is off' end),
-                hint = found.missing_grant;
-        end if;
-        raise notice using
-            message = format('full refreshes of %s will not be captured: rights are missing', relation::regclass),
-            hint = found.missing_grant;
-    elsif found.refresh_mode = 'FULL' or found.is_stream and not found.has_triggers then
-        raise notice '% is refreshed without triggers: its events will be snapshots of all rows', relation::regclass;
-    end if;
-    return coalesce(found.newest, 0);
-end
-$$;
-
-comment on function @schema@.relay_check_refreshes(oid) is
-    'What enable_outbox says about a stream table, RL005 where nothing would be captured; returns the newest refresh that needs no snapshot.';
-
 create or replace function @schema@.relay_snapshot_source(settings @schema@.pgt_outbox_config, relation oid)
 returns text
 language sql

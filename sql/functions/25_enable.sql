@@ -32,56 +32,6 @@ $$;
 comment on function @schema@.relay_free_name(text, text, text) is
     'A name that nothing has in a schema: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
 
-create or replace function @schema@.relay_wanted_triggers(relation oid, mode text, outbox_table text)
-returns table (target oid, trigger_name text, trigger_type integer, argument text, definition text)
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-    select
-        f.member,
-        n.name,
-        e.bit + case w.level when 'row' then 1 else 0 end,
-        w.argument,
-        format(
-            'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function ',
-            n.name, e.event, f.member::regclass,
-            case
-                when e.event = 'truncate' or w.argument = 'each' then ''
-                when e.event = 'insert' then 'referencing new table as new_rows'
-                when e.event = 'delete' then 'referencing old table as old_rows'
-                else 'referencing old table as old_rows new table as new_rows'
-            end,
-            w.level, format('%I.%I', @schema_name@, outbox_table)
-        )
-    from @schema@.relay_family(relation) as f
-    cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as e (event, bit)
-    cross join lateral (
-        select
-            case when mode = 'row' and e.event <> 'truncate' then 'row' else 'statement' end as level,
-            case
-                when mode = 'statement' or e.event = 'truncate' then 'statement'
-                -- PostgreSQL has no transition tables for the row triggers of the others.
-                when f.kind = 'r' and not f.is_child and @schema@.relay_first_by(relation, mode) is not null then 'first'
-                else 'each'
-            end as argument
-    ) as w
-    cross join lateral (
-        select format('!pgtrickle_%s_%s', left(md5(@schema_name@ || '.' || outbox_table), 7), e.event) as name
-    ) as n
-    where f.kind in ('r', 'p')
-        and mode <> 'none'
-        -- Truncating one partition, like detaching it, is no change of rows.
-        and (e.event <> 'truncate' or not f.is_child)
-        -- The row trigger of a partitioned table is cloned to its partitions by PostgreSQL.
-        and (w.level = 'statement' or not f.is_child
-            or not exists (select from pg_class as c where c.oid = f.member and c.relispartition))
-$$;
-
-comment on function @schema@.relay_wanted_triggers(oid, text, text) is
-    'The triggers that capture a table into an outbox, up to the function. Their names sort before those of others, and their condition ties them to the outbox: they go with it.';
-
 create or replace function @schema@.relay_capture_settings()
 returns text[]
 language sql
@@ -160,7 +110,7 @@ declare
     place record;
     function_name text;
     function_id oid;
-    grantee text;
+    others text;
 begin
     select c.relname, n.nspname, quote_ident(pg_get_userbyid(c.relowner)) as owner, c.relowner, p.proname as made_before,
         has_schema_privilege(c.relowner, n.oid, 'create') as may_create
@@ -200,15 +150,11 @@ begin
         execute format('alter function %s owner to %s', function_id::regprocedure, place.owner);
     end if;
     -- Default privileges may have given it to others.
-    execute format('revoke all on function %s from public', function_id::regprocedure);
-    for grantee in
-        select distinct quote_ident(pg_get_userbyid(a.grantee))
-        from pg_proc as p
-        cross join lateral aclexplode(p.proacl) as a
-        where p.oid = function_id and a.grantee not in (0, p.proowner)
-    loop
-        execute format('revoke all on function %s from %s', function_id::regprocedure, grantee);
-    end loop;
+    select string_agg(distinct quote_ident(pg_get_userbyid(a.grantee)), ', ') into others
+    from pg_proc as p
+    cross join lateral aclexplode(p.proacl) as a
+    where p.oid = function_id and a.grantee not in (0, p.proowner);
+    execute format('revoke all on function %s from %s', function_id::regprocedure, concat_ws(', ', 'public', others));
     if kind = 'snapshot' and to_regrole('pgtrickle_relay') is not null then
         execute format('grant execute on function %s to pgtrickle_relay', function_id::regprocedure);
     end if;
@@ -309,15 +255,55 @@ stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    with wanted as materialized (
-        select w.* from @schema@.relay_wanted_triggers(relation, mode, outbox_table) as w
+    with family as materialized (
+        select f.* from @schema@.relay_family(relation) as f
+    ), wanted as materialized (
+        -- Their names sort before those of others, and their condition ties them to the outbox: they go with it.
+        select
+            f.member as target,
+            n.name as trigger_name,
+            e.bit + case w.level when 'row' then 1 else 0 end as trigger_type,
+            w.argument,
+            format(
+                'create trigger %I after %s on %s %s for each %s when (%L::regclass is not null) execute function ',
+                n.name, e.event, f.member::regclass,
+                case
+                    when e.event = 'truncate' or w.argument = 'each' then ''
+                    when e.event = 'insert' then 'referencing new table as new_rows'
+                    when e.event = 'delete' then 'referencing old table as old_rows'
+                    else 'referencing old table as old_rows new table as new_rows'
+                end,
+                w.level, format('%I.%I', @schema_name@, outbox_table)
+            ) as definition
+        from family as f
+        cross join (values ('insert', 4), ('delete', 8), ('update', 16), ('truncate', 32)) as e (event, bit)
+        cross join lateral (
+            select
+                case when mode = 'row' and e.event <> 'truncate' then 'row' else 'statement' end as level,
+                case
+                    when mode = 'statement' or e.event = 'truncate' then 'statement'
+                    -- PostgreSQL has no transition tables for the row triggers of the others.
+                    when f.kind = 'r' and not f.is_child and @schema@.relay_first_by(relation, mode) is not null then 'first'
+                    else 'each'
+                end as argument
+        ) as w
+        cross join lateral (
+            select format('!pgtrickle_%s_%s', left(md5(@schema_name@ || '.' || outbox_table), 7), e.event) as name
+        ) as n
+        where f.kind in ('r', 'p')
+            and mode <> 'none'
+            -- Truncating one partition, like detaching it, is no change of rows.
+            and (e.event <> 'truncate' or not f.is_child)
+            -- The row trigger of a partitioned table is cloned to its partitions by PostgreSQL.
+            and (w.level = 'statement' or not f.is_child
+                or not exists (select from pg_class as c where c.oid = f.member and c.relispartition))
     ), bound as materialized (
         select b.*, b.function_id = relay_trigger_problems.function_id
             and (b.target, b.trigger_name, b.trigger_type, b.argument) in (
                 select w.target, w.trigger_name, w.trigger_type, w.argument from wanted as w) as is_right
         from @schema@.relay_bound_triggers(outbox_table) as b
         -- Those of a former owner, too, and of partitions that are none any more.
-        where b.is_owned or b.target in (select f.member from @schema@.relay_family(relation) as f)
+        where b.is_owned or b.target in (select f.member from family as f)
     )
     select
         1, b.target,
@@ -347,13 +333,13 @@ as $$
         3, f.member,
         format('trigger %s is disabled: these changes are not captured', t.tgname),
         format('alter table %s enable trigger %I', f.member::regclass, t.tgname)
-    from @schema@.relay_family(relation) as f
+    from family as f
     join pg_trigger as t on t.tgrelid = f.member and t.tgenabled not in ('O', 'A')
     where t.tgname in (select w.trigger_name from wanted as w)
 $$;
 
 comment on function @schema@.relay_trigger_problems(text, oid, text, oid) is
-    'What is wrong with the triggers of a captured table and its partitions, each with the DDL that mends it; phase by phase, since one makes room for the next.';
+    'What is wrong with the triggers that capture a table and its partitions into an outbox, each with the DDL that mends it; phase by phase, since one makes room for the next.';
 
 create or replace function @schema@.relay_check_stream(stream_table text, relation oid, key_columns text[])
 returns void
@@ -615,6 +601,7 @@ as $$
 declare
     plan @schema@.pgt_outbox_config;
     problem text;
+    refreshes record;
 begin
     -- Names are chosen one after the other, so that no two outboxes choose the same.
     perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
@@ -632,9 +619,23 @@ begin
     if problem is not null then
         raise exception using errcode = 'RL005', message = format('%s cannot have an outbox: %s', relation::regclass, problem);
     end if;
-    if plan.capture <> 'none' then
-        plan.snapshot_through := @schema@.relay_check_refreshes(relation);
+    select r.* into refreshes from @schema@.relay_refreshes(relation) as r where plan.capture <> 'none';
+    if refreshes.missing_grant is not null and refreshes.is_stream then
+        if not refreshes.has_triggers or refreshes.refresh_mode = 'FULL' then
+            raise exception using
+                errcode = 'RL005',
+                message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
+                detail = format('pg_trickle fires no trigger on it (%s), and rights to follow its refreshes are missing.',
+                    case when refreshes.has_triggers then 'its refresh mode is FULL' else 'pg_trickle.user_triggers is off' end),
+                hint = refreshes.missing_grant;
+        end if;
+        raise notice using
+            message = format('full refreshes of %s will not be captured: rights are missing', relation::regclass),
+            hint = refreshes.missing_grant;
+    elsif refreshes.refresh_mode = 'FULL' or refreshes.is_stream and not refreshes.has_triggers then
+        raise notice '% is refreshed without triggers: its events will be snapshots of all rows', relation::regclass;
     end if;
+    plan.snapshot_through := coalesce(refreshes.newest, 0);
     perform @schema@.relay_create_outbox(plan, function_id);
     return plan.outbox_table_name;
 end
@@ -686,12 +687,7 @@ $$;
 comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config, name[]) is
     'Makes the outbox of a stream without a table, for members of pgtrickle_relay and pgtrickle_publisher; the publishers named may publish to it, all members of pgtrickle_publisher where none is. Definer: they may not create in the schema.';
 
-create or replace function @schema@.relay_enable(
-    plan @schema@.pgt_outbox_config,
-    relation oid,
-    called text,
-    publishers name[]
-)
+create or replace function @schema@.relay_enable(wanted @schema@.pgt_outbox_config, relation oid, publishers name[])
 returns text
 language plpgsql
 volatile
@@ -699,16 +695,20 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    function_id oid;
+    plan @schema@.pgt_outbox_config;
     outbox_table text := @schema@.relay_find_outbox(null, relation);
+    function_id oid;
+    v_detail text;
+    v_hint text;
 begin
+    plan := @schema@.relay_outbox_plan(wanted, relation);
     if relation is null then
         return @schema@.relay_create_stream(plan, publishers);
     end if;
     if publishers <> '{}' then
         raise exception using
             errcode = 'RL005',
-            message = format('%s is captured: its events are written by its triggers alone', called),
+            message = format('%s is captured: its events are written by its triggers alone', wanted.stream_table),
             hint = 'Leave publishers out, or enable a stream of another name with capture => ''none''.';
     end if;
     perform @schema@.relay_check_event_triggers();
@@ -719,9 +719,9 @@ begin
         then
             raise exception using
                 errcode = 'RL002',
-                message = format('the outbox of %s is enabled already', called),
+                message = format('the outbox of %s is enabled already', wanted.stream_table),
                 hint = format('select %I.outbox_status(%L), or repair_outbox where something is wrong with it',
-                    @schema_name@, called);
+                    @schema_name@, wanted.stream_table);
         end if;
         return outbox_table;
     end if;
@@ -734,10 +734,23 @@ begin
     perform @schema@.relay_claim_function(function_id);
     perform @schema@.relay_repair(outbox_table, relation);
     return outbox_table;
+exception
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        if sqlstate = '42501' and v_hint = '' then
+            v_hint := 'It is made with your own rights: let the owner of the table call enable_outbox.';
+        end if;
+        if v_hint = '' then
+            raise;
+        elsif v_detail = '' then
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
 
-comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, text, name[]) is
+comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, name[]) is
     'The caller''s half of enable_outbox: what it makes is ordinary DDL.';
 
 -- No search_path of its own: the name means what it means to the caller.
@@ -757,14 +770,11 @@ volatile
 security invoker
 as $$
     select @schema@.relay_enable(
-        @schema@.relay_outbox_plan(
-            pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
-                'stream_table', stream_table, 'retention_hours', retention_hours, 'capture', capture,
-                'notify', notify, 'key_columns', key_columns,
-                'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
-            @schema@.relay_relation(stream_table)),
+        pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
+            'stream_table', stream_table, 'retention_hours', retention_hours, 'capture', capture,
+            'notify', notify, 'key_columns', key_columns,
+            'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
         @schema@.relay_relation(stream_table),
-        stream_table,
         publishers)
 $$;
 
@@ -817,7 +827,7 @@ $$;
 comment on function @schema@.relay_transfer_outbox(text, oid, oid) is
     'The catalog''s half of repair_outbox: gives an outbox to the owner of its table. Definer: nobody has rights on the catalog; it acts for who has claimed the new capture function, of the owner of the table that is captured already or that has the name and the rights.';
 
-create or replace function @schema@.relay_repair(outbox_table text, relation oid)
+create or replace function @schema@.relay_repair(outbox_table text, relation oid, called text default null)
 returns integer
 language plpgsql
 volatile
@@ -825,15 +835,26 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
-    captured constant oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
-    mode constant text := @schema@.relay_capture_mode(settings.capture, captured);
     waits constant text := current_setting('lock_timeout');
-    made_before oid := @schema@.relay_function_of(outbox_table, 'capture');
-    function_id oid := made_before;
+    settings @schema@.pgt_outbox_config;
+    captured oid;
+    mode text;
+    made_before oid;
+    function_id oid;
     step text;
     steps integer := 0;
+    v_detail text;
+    v_hint text;
 begin
+    if relation is null then
+        perform @schema@.relay_check_stream(called, null, null);
+    end if;
+    outbox_table := coalesce(outbox_table, @schema@.relay_find_outbox(called, relation, true));
+    settings := @schema@.relay_settings(outbox_table);
+    captured := coalesce(@schema@.relay_captured_table(outbox_table), relation);
+    mode := @schema@.relay_capture_mode(settings.capture, captured);
+    made_before := @schema@.relay_function_of(outbox_table, 'capture');
+    function_id := made_before;
     perform @schema@.relay_check_event_triggers();
     if @schema@.relay_function_problem(function_id, captured, settings, 'capture') is not null then
         function_id := @schema@.relay_make_function(settings, captured, 'capture');
@@ -852,25 +873,17 @@ begin
         -- A trigger that waits for its lock makes every later writer wait behind it.
         perform set_config('lock_timeout', '5s', true);
     end if;
-    begin
-        for place in 1..3 loop
-            for step in
-                select t.step
-                from @schema@.relay_trigger_problems(outbox_table, captured, mode, function_id) as t
-                where t.phase = place
-                order by t.target <> captured, t.target
-            loop
-                execute step;
-                steps := steps + 1;
-            end loop;
+    for place in 1..3 loop
+        for step in
+            select t.step
+            from @schema@.relay_trigger_problems(outbox_table, captured, mode, function_id) as t
+            where t.phase = place
+            order by t.target <> captured, t.target
+        loop
+            execute step;
+            steps := steps + 1;
         end loop;
-    exception
-        when lock_not_available then
-            raise exception using
-                errcode = 'lock_not_available',
-                message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
-                hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
-    end;
+    end loop;
     perform set_config('lock_timeout', waits, true);
     if @schema@.relay_snapshot_source(settings, captured) is not null and @schema@.relay_function_problem(
         @schema@.relay_function_of(outbox_table, 'snapshot'), captured, settings, 'snapshot') is not null
@@ -879,27 +892,38 @@ begin
         steps := steps + 1;
     end if;
     return steps;
+exception
+    when lock_not_available then
+        raise exception using
+            errcode = 'lock_not_available',
+            message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
+            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        if sqlstate = '42501' and v_hint = '' then
+            v_hint := 'It is mended with your own rights: let the owner of the table call repair_outbox.';
+        end if;
+        if v_hint = '' then
+            raise;
+        elsif v_detail = '' then
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
 
-comment on function @schema@.relay_repair(text, oid) is
-    'The caller''s half of repair_outbox: what it makes and drops is ordinary DDL, until function and triggers are those that are wanted. Returns how many steps that took.';
+comment on function @schema@.relay_repair(text, oid, text) is
+    'The caller''s half of repair_outbox: what it makes and drops is ordinary DDL, until function and triggers are those that are wanted. Returns how many steps that took. The outbox is that of the relation where it is not named.';
 
 -- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.repair_outbox(stream_table text)
 returns integer
-language plpgsql
+language sql
 volatile
 security invoker
 as $$
-declare
-    relation oid := @schema@.relay_relation(stream_table);
-begin
-    if relation is null then
-        perform @schema@.relay_check_stream(stream_table, relation, null);
-    end if;
-    return @schema@.relay_repair(@schema@.relay_outbox_named(stream_table), relation);
-end
+    select @schema@.relay_repair(null, @schema@.relay_relation(stream_table), stream_table)
 $$;
 
 comment on function @schema@.repair_outbox(text) is

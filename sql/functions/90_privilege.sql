@@ -10,7 +10,7 @@ declare
         -- What the owner of a table calls: each makes ordinary DDL as its caller.
         'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_enable', 'relay_repair', 'relay_disable',
         'relay_make_function', 'relay_claim_function', 'relay_check_stream', 'relay_capture_mode', 'relay_first_by',
-        'relay_wanted_triggers', 'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
+        'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
         'relay_capture_settings', 'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
         'relay_snapshot_source', 'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
