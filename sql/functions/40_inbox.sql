@@ -53,8 +53,9 @@ declare
     v_received text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'received_at'), 'null') || '::timestamptz';
     v_type text := coalesce('m.' || quote_ident(p_inbox.columns ->> 'event_type'), 'null::text');
     v_waits text := coalesce(v_processed || ' is null', 'true');
-    v_dead text := case when v_processed is null then 'false' else
-        coalesce('m.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries, 'false') end;
+    v_failed text := 'm.' || quote_ident(p_inbox.columns ->> 'retry_count') || ' >= ' || p_inbox.max_retries;
+    v_dead text := coalesce(v_processed || ' is null and ' || v_failed, 'false');
+    v_pending text := v_waits || coalesce(' and not (' || v_failed || ')', '');
     v record;
 begin
     select
@@ -98,12 +99,12 @@ $code$, v_table, v.columns, v.values, v.parameters, v.aliases, v_id)),
         ('count', 'function', true, '', 'jsonb', 'sql', format($code$
 select jsonb_build_object(
     'total', count(*),
-    'pending', count(*) filter (where %1$s and not (%2$s)),
-    'processed', count(*) filter (where not (%1$s)),
-    'dead', count(*) filter (where %1$s and %2$s),
-    'oldest', min(%3$s) filter (where %1$s and not (%2$s)))
-from %4$s as m
-$code$, v_waits, v_dead, v_received, v_table)),
+    'pending', count(*) filter (where %1$s),
+    'processed', count(*) filter (where not (%2$s)),
+    'dead', count(*) filter (where %3$s),
+    'oldest', min(%4$s) filter (where %1$s))
+from %5$s as m
+$code$, v_pending, v_waits, v_dead, v_received, v_table)),
         ('sweep', 'function', v_processed is not null and p_inbox.retention_hours is not null,
             'integer', 'bigint', 'plpgsql', format($code$
 #variable_conflict use_column
@@ -124,20 +125,20 @@ begin
 end
 $code$, v_table, v_id, v_processed, p_inbox.retention_hours)),
         ('pending', 'view', v_processed is not null, null, null, null,
-            format('select m.* from %s as m where %s and not (%s)', v_table, v_waits, v_dead)),
+            format('select m.* from %s as m where %s', v_table, v_pending)),
         ('dlq', 'view', v_dead <> 'false' and p_inbox.with_dead_letter, null, null, null,
-            format('select m.* from %s as m where %s and %s', v_table, v_waits, v_dead)),
+            format('select m.* from %s as m where %s', v_table, v_dead)),
         ('stats', 'view', v_processed is not null and p_inbox.with_stats, null, null, null, format($code$
 select
     %1$s as event_type,
     count(*) as total,
-    count(*) filter (where %2$s and not (%3$s)) as pending,
-    count(*) filter (where not (%2$s)) as processed,
-    count(*) filter (where %2$s and %3$s) as dead_letters,
-    min(%4$s) filter (where %2$s and not (%3$s)) as oldest_pending_at
-from %5$s as m
+    count(*) filter (where %2$s) as pending,
+    count(*) filter (where not (%3$s)) as processed,
+    count(*) filter (where %4$s) as dead_letters,
+    min(%5$s) filter (where %2$s) as oldest_pending_at
+from %6$s as m
 group by 1
-$code$, v_type, v_waits, v_dead, v_received, v_table))
+$code$, v_type, v_pending, v_waits, v_dead, v_received, v_table))
     ) as w (purpose, kind, is_wanted, arguments, result, part_language, source)
     where w.is_wanted;
 end
@@ -196,36 +197,30 @@ begin
             ('trace_id', false, true, array['text', 'varchar']::regtype[])
         ) as f (field, is_required, is_written, types)
     )
-    select format('field %s has no column', w.field)
+    (select p.problem
     from wanted as w
-    where w.is_required and w.name is null
-    union all
-    select format('column %I for %s does not exist', w.name, w.field)
-    from wanted as w
-    where w.name is not null and not exists (select from actual as a where a.attname = w.name)
-    union all
-    select format('column %I for %s is of type %s, but must be %s',
-        w.name, w.field, format_type(a.type, null), array_to_string(w.types, ' or '))
-    from wanted as w
-    join actual as a on a.attname = w.name
-    where a.type <> all (w.types::oid[])
-    union all
-    select format('column %I is generated, and can''t be written', w.name)
-    from wanted as w
-    join actual as a on a.attname = w.name
-    where a.is_computed and w.field <> 'received_at'
-    union all
-    select format('column %I has no unique key of its own, so that a repeated message would be written twice', a.attname)
-    from wanted as w
-    join actual as a on a.attname = w.name
-    where w.field = 'event_id'
-        and not exists (
-            select
-            from pg_index as i
-            where i.indrelid = t.oid
-                and i.indisunique and i.indisvalid and i.indimmediate
-                and i.indpred is null and i.indexprs is null
-                and i.indnkeyatts = 1 and i.indkey[0] = a.attnum)
+    left join actual as a on a.attname = w.name
+    cross join lateral (values
+        (1, w.is_required and w.name is null, format('field %s has no column', w.field)),
+        (2, w.name is not null and a.attname is null,
+            format('column %s for %s does not exist', quote_ident(w.name), w.field)),
+        (3, a.type <> all (w.types::oid[]),
+            format('column %s for %s is of type %s, but must be %s', quote_ident(w.name), w.field,
+                format_type(a.type, null), array_to_string(w.types, ' or '))),
+        (4, a.is_computed and w.field <> 'received_at',
+            format('column %s is generated, and can''t be written', quote_ident(w.name))),
+        (5, w.field = 'event_id' and a.attname is not null and not exists (
+                select
+                from pg_index as i
+                where i.indrelid = t.oid
+                    and i.indisunique and i.indisvalid and i.indimmediate
+                    and i.indpred is null and i.indexprs is null
+                    and i.indnkeyatts = 1 and i.indkey[0] = a.attnum),
+            format('column %s has no unique key of its own, so that a repeated message would be written twice',
+                quote_ident(w.name)))
+    ) as p (place, is_so, problem)
+    where p.is_so
+    order by p.place)
     union all
     select format('column %I is not null without a default, and nothing is written to it', a.attname)
     from actual as a
@@ -355,11 +350,10 @@ as $$
 declare
     i @schema@.relay_inboxes := p_inbox;
     v_before @schema@.relay_inboxes := @schema@.relay_find_inbox(i.inbox_name, null, false);
-    v_table text := format('%I.%I', i.inbox_schema, i.inbox_table);
+    v_table text;
     v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
-    v_owner name := (
-        select pg_get_userbyid(c.relowner) from pg_class as c
-        where c.relname = i.inbox_table and c.relnamespace = v_schema);
+    v_owner name;
+    v_readers text := (select string_agg(quote_ident(r.name), ', ') from unnest(p_readers) as r (name));
     v_comment text := format('Part of inbox %s, made by pgtrickle-relay.', i.inbox_name);
     v_problems text[];
     v_receive text;
@@ -369,9 +363,21 @@ declare
     f record;
 begin
     perform @schema@.relay_check_event_triggers();
-    if i.adopted and v_before.adopted then
+    if not i.adopted then
+        if i.inbox_schema = @schema_name@
+            and current_user <> (select pg_get_userbyid(n.nspowner) from pg_namespace as n where n.oid = v_schema)
+        then
+            perform @schema@.relay_create_inbox(i, p_readers);
+            return;
+        end if;
+        i := @schema@.relay_new_inbox(i);
+    elsif v_before.adopted then
         perform @schema@.relay_drop_inbox_parts(v_before, false, false);
     end if;
+    v_table := format('%I.%I', i.inbox_schema, i.inbox_table);
+    v_owner := (
+        select pg_get_userbyid(c.relowner) from pg_class as c
+        where c.relname = i.inbox_table and c.relnamespace = v_schema);
     v_problems := array(select p from @schema@.relay_inbox_problems(i) as p);
     if v_problems <> '{}' then
         raise exception using
@@ -422,12 +428,7 @@ begin
             execute format('alter %s owner to %I', f.part, v_owner);
         end if;
         execute format('comment on %s is %L', f.part, v_comment);
-        if f.kind = 'view' then
-            for v_role in select r.name from unnest(p_readers) as r (name) loop
-                execute format('grant select on %I.%I to %I', i.inbox_schema, f.part_name, v_role);
-            end loop;
-            continue;
-        end if;
+        continue when f.kind = 'view';
         -- Default privileges may have given it to anybody.
         select string_agg(distinct case a.grantee when 0 then 'public' else quote_ident(pg_get_userbyid(a.grantee)) end, ', ')
         into v_role
@@ -453,9 +454,12 @@ begin
         end if;
         execute format('grant usage on schema %I to %I', i.inbox_schema, v_role);
     end loop;
-    for v_role in select r.name from unnest(p_readers) as r (name) loop
-        execute format('grant select, update (processed_at, error, retry_count) on %s to %I', v_table, v_role);
-    end loop;
+    if v_readers is not null then
+        execute format('grant select, update (processed_at, error, retry_count) on %s to %s', v_table, v_readers);
+        for v_role in select w.part_name from @schema@.relay_inbox_parts(i) as w where w.kind = 'view' loop
+            execute format('grant select on %I.%I to %s', i.inbox_schema, v_role, v_readers);
+        end loop;
+    end if;
 
     execute format('comment on %s is %L', v_receive,
         format('pgtrickle-relay inbox %s %s', i.inbox_name, pg_current_xact_id()));
@@ -796,15 +800,7 @@ comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, boolean,
 -- the one line that says where it was raised, and a name means what it means to the caller.
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_new_inbox(
-    p_inbox text,
-    p_schema text,
-    p_max_retries integer,
-    p_schedule text,
-    p_with_dead_letter boolean,
-    p_with_stats boolean,
-    p_retention_hours integer
-)
+create or replace function @schema@.relay_new_inbox(p_inbox @schema@.relay_inboxes)
 returns @schema@.relay_inboxes
 language plpgsql
 volatile
@@ -812,29 +808,30 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_table text := quote_ident(p_schema) || '.' || quote_ident(p_inbox);
+    i @schema@.relay_inboxes := p_inbox;
+    v_table text := quote_ident(i.inbox_schema) || '.' || quote_ident(i.inbox_name);
 begin
-    if coalesce(octet_length(p_inbox), 0) not between 1 and 63 then
+    if coalesce(octet_length(i.inbox_name), 0) not between 1 and 63 then
         raise exception using
             errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox', p_inbox),
+            message = format('"%s" can''t be the name of an inbox', i.inbox_name),
             hint = 'Its table has the same name: 1 to 63 bytes.';
-    elsif p_schema is null or to_regnamespace(quote_ident(p_schema)) is null then
+    elsif i.inbox_schema is null or to_regnamespace(quote_ident(i.inbox_schema)) is null then
         raise exception using
             errcode = '3F000',
-            message = format('there is no schema "%s"', p_schema),
-            hint = format('create schema %I;', p_schema);
-    elsif p_schema = @schema_name@ and p_inbox ~ '^(relay_|pgt_|outbox_)' then
+            message = format('there is no schema "%s"', i.inbox_schema),
+            hint = format('create schema %I;', i.inbox_schema);
+    elsif i.inbox_schema = @schema_name@ and i.inbox_name ~ '^(relay_|pgt_|outbox_)' then
         raise exception using
             errcode = '22023',
-            message = format('"%s" can''t be the name of an inbox in schema %I', p_inbox, p_schema),
+            message = format('"%s" can''t be the name of an inbox in schema %I', i.inbox_name, i.inbox_schema),
             hint = 'Names that begin with relay_, pgt_ or outbox_ are kept for the catalog and for outboxes.';
     elsif to_regclass(v_table) is not null then
         raise exception using
             errcode = 'RL031',
             message = format('%s is there already', v_table),
-            hint = case when p_schema = @schema_name@ then 'Choose another name.' else format(
-                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', @schema_name@, p_inbox, v_table) end;
+            hint = case when i.inbox_schema = @schema_name@ then 'Choose another name.' else format(
+                'Choose another name, or: select %I.enable_inbox_tracking(%L, %L);', @schema_name@, i.inbox_name, v_table) end;
     end if;
     execute format(
         $ddl$
@@ -858,46 +855,39 @@ begin
     execute format('create index on %s (received_at) where processed_at is null', v_table);
     execute format('create index on %s (received_at) where processed_at is null and retry_count > 0', v_table);
     execute format('create index on %s (processed_at) where processed_at is not null', v_table);
-    if p_schema = @schema_name@ and to_regrole('pgtrickle_relay') is not null then
+    if i.inbox_schema = @schema_name@ and to_regrole('pgtrickle_relay') is not null then
         execute format(
             'grant select (event_id, processed_at, error, retry_count), update (processed_at, error, retry_count) on %s to pgtrickle_relay',
             v_table);
     end if;
-    return jsonb_populate_record(null::@schema@.relay_inboxes, jsonb_build_object(
-        'inbox_name', p_inbox, 'inbox_schema', p_schema, 'inbox_table', p_inbox, 'adopted', false,
-        'max_retries', p_max_retries, 'schedule', p_schedule, 'with_dead_letter', p_with_dead_letter,
-        'with_stats', p_with_stats, 'retention_hours', p_retention_hours, 'policies', 'enforced',
-        'columns', (
-            select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
-            where a.attrelid = to_regclass(v_table) and a.attnum > 0)));
+    i.inbox_table := i.inbox_name;
+    i.policies := 'enforced';
+    i.parts := null;
+    i.columns := (
+        select jsonb_object_agg(a.attname, a.attname) from pg_attribute as a
+        where a.attrelid = to_regclass(v_table) and a.attnum > 0);
+    return i;
 end
 $$;
 
-comment on function @schema@.relay_new_inbox(text, text, integer, text, boolean, boolean, integer) is
+comment on function @schema@.relay_new_inbox(@schema@.relay_inboxes) is
     'Runs as its caller, whose DDL is the proof that they may. Part of create_inbox: make the table, and say how it is to be registered.';
 
-create or replace function @schema@.relay_create_inbox(
-    p_inbox text,
-    p_max_retries integer,
-    p_schedule text,
-    p_with_dead_letter boolean,
-    p_with_stats boolean,
-    p_retention_hours integer,
-    p_readers name[]
-)
+create or replace function @schema@.relay_create_inbox(p_inbox @schema@.relay_inboxes, p_readers name[])
 returns void
-language sql
+language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select @schema@.relay_build_inbox(
-        @schema@.relay_new_inbox(
-            p_inbox, @schema_name@, p_max_retries, p_schedule, p_with_dead_letter, p_with_stats, p_retention_hours),
-        p_readers)
+begin
+    p_inbox.inbox_schema := @schema_name@;
+    p_inbox.adopted := false;
+    perform @schema@.relay_build_inbox(p_inbox, p_readers);
+end
 $$;
 
-comment on function @schema@.relay_create_inbox(text, integer, text, boolean, boolean, integer, name[]) is
+comment on function @schema@.relay_create_inbox(@schema@.relay_inboxes, name[]) is
     'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
 
 create or replace function @schema@.create_inbox(
@@ -915,29 +905,18 @@ language sql
 volatile
 security invoker
 as $$
-    select case
-        when schema operator(pg_catalog.=) @schema_name@
-        then @schema@.relay_create_inbox(
-            inbox_name, max_retries, schedule, with_dead_letter, with_stats, retention_hours, readers)
-        else @schema@.relay_build_inbox(
-            @schema@.relay_new_inbox(
-                inbox_name, schema, max_retries, schedule, with_dead_letter, with_stats, retention_hours),
-            readers)
-    end
+    select @schema@.relay_build_inbox(
+        pg_catalog.jsonb_populate_record(null::@schema@.relay_inboxes, pg_catalog.jsonb_build_object(
+            'inbox_name', inbox_name, 'inbox_schema', schema, 'adopted', false, 'max_retries', max_retries,
+            'schedule', schedule, 'with_dead_letter', with_dead_letter, 'with_stats', with_stats,
+            'retention_hours', retention_hours)),
+        readers)
 $$;
 
 comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
     'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
 
-create or replace function @schema@.relay_adopted_inbox(
-    p_inbox text,
-    p_table_name text,
-    p_table oid,
-    p_columns jsonb,
-    p_max_retries integer,
-    p_retention_hours integer,
-    p_policies text
-)
+create or replace function @schema@.relay_adopted_inbox(p_inbox @schema@.relay_inboxes, p_called text, p_table oid)
 returns @schema@.relay_inboxes
 language plpgsql
 stable
@@ -945,30 +924,28 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if p_table is null or p_inbox is null then
+    if p_table is null or p_inbox.inbox_name is null then
         raise exception using
             errcode = 'RL032',
-            message = format('there is no table %s to adopt as inbox', coalesce(p_table_name, 'null')),
-            hint = format('select %I.create_inbox(%L);', @schema_name@, p_inbox);
+            message = format('there is no table %s to adopt as inbox', coalesce(p_called, 'null')),
+            hint = format('select %I.create_inbox(%L);', @schema_name@, p_inbox.inbox_name);
     end if;
-    return jsonb_populate_record(null::@schema@.relay_inboxes, jsonb_build_object(
-        'inbox_name', p_inbox, 'inbox_schema', n.nspname, 'inbox_table', c.relname, 'adopted', true,
-        'max_retries', p_max_retries, 'schedule', '1s', 'with_dead_letter', true,
-        'with_stats', true, 'retention_hours', p_retention_hours, 'policies', p_policies,
-        'columns', (
-            -- An optional field whose column has the default name, and is not there, is left out.
-            select jsonb_object_agg(m.key, m.value)
-            from jsonb_each_text(p_columns) as m
-            where m.key <> m.value or m.key in ('event_id', 'payload') or exists (
-                select from pg_attribute as a
-                where a.attrelid = p_table and a.attname = m.value and not a.attisdropped))))
+    select n.nspname, c.relname into p_inbox.inbox_schema, p_inbox.inbox_table
     from pg_class as c
     join pg_namespace as n on n.oid = c.relnamespace
     where c.oid = p_table;
+    -- An optional field whose column has the default name, and is not there, is left out.
+    p_inbox.columns := (
+        select jsonb_object_agg(m.key, m.value)
+        from jsonb_each_text(p_inbox.columns) as m
+        where m.key <> m.value or m.key in ('event_id', 'payload') or exists (
+            select from pg_attribute as a
+            where a.attrelid = p_table and a.attname = m.value and not a.attisdropped));
+    return p_inbox;
 end
 $$;
 
-comment on function @schema@.relay_adopted_inbox(text, text, oid, jsonb, integer, integer, text) is
+comment on function @schema@.relay_adopted_inbox(@schema@.relay_inboxes, text, oid) is
     'Runs as its caller. Part of enable_inbox_tracking: how a table is to be registered as an inbox.';
 
 create or replace function @schema@.enable_inbox_tracking(
@@ -996,13 +973,15 @@ security invoker
 as $$
     select @schema@.relay_build_inbox(
         @schema@.relay_adopted_inbox(
-            inbox_name, table_name, @schema@.relay_relation(table_name),
-            pg_catalog.jsonb_build_object(
-                'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
-                'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
-                'received_at', received_at_column, 'processed_at', processed_at_column,
-                'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column),
-            max_retries, retention_hours, policies),
+            pg_catalog.jsonb_populate_record(null::@schema@.relay_inboxes, pg_catalog.jsonb_build_object(
+                'inbox_name', inbox_name, 'adopted', true, 'max_retries', max_retries, 'schedule', '1s',
+                'with_dead_letter', true, 'with_stats', true, 'retention_hours', retention_hours,
+                'policies', policies, 'columns', pg_catalog.jsonb_build_object(
+                    'event_id', event_id_column, 'event_type', event_type_column, 'source', source_column,
+                    'aggregate_id', aggregate_id_column, 'payload', payload_column, 'headers', headers_column,
+                    'received_at', received_at_column, 'processed_at', processed_at_column,
+                    'error', error_column, 'retry_count', retry_count_column, 'trace_id', trace_id_column))),
+            table_name, @schema@.relay_relation(table_name)),
         '{}')
 $$;
 
