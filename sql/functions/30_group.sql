@@ -61,16 +61,14 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    v_group text not null := p_group;
-    v_start text not null := p_start;
     v_outbox record;
     v_is_new boolean;
     g @schema@.relay_groups;
 begin
-    if length(v_group) not between 1 and 200 or v_start not in ('earliest', 'latest') then
+    if length(p_group) not between 1 and 200 or p_start not in ('earliest', 'latest') then
         raise exception using
             errcode = '22023',
-            message = format('consumer group "%s" can''t start at %L', v_group, v_start),
+            message = format('consumer group "%s" can''t start at %L', p_group, p_start),
             hint = 'A name has 1 to 200 characters; a group starts at ''earliest'' or at ''latest''.';
     end if;
     select * into v_outbox from @schema@.relay_outbox_of(p_outbox_table);
@@ -84,18 +82,18 @@ begin
     end if;
 
     insert into @schema@.relay_groups (group_name, outbox_table_name, pgt_id, auto_offset_reset)
-    values (v_group, p_outbox_table, v_outbox.pgt_id, v_start)
+    values (p_group, p_outbox_table, v_outbox.pgt_id, p_start)
     on conflict (group_name) do nothing;
     v_is_new := found;
-    g := @schema@.relay_group_find(v_group, true);
+    g := @schema@.relay_group_find(p_group, true);
     if g.outbox_table_name <> p_outbox_table then
         raise exception using
             errcode = 'RL023',
             message = format('consumer group "%s" exists and reads outbox "%s", not "%s"',
-                v_group, g.outbox_table_name, p_outbox_table),
+                p_group, g.outbox_table_name, p_outbox_table),
             hint = 'Choose another name, or drop the group first.';
     end if;
-    if v_is_new and v_start = 'latest' then
+    if v_is_new and p_start = 'latest' then
         perform @schema@.relay_group_to_end(g);
     end if;
     return v_is_new;
@@ -325,17 +323,14 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    name text not null := drop_consumer_group.name;
     v_group_id bigint;
+    g @schema@.relay_groups;
 begin
-    delete from @schema@.relay_groups as g
-    where g.group_name = name
-    returning g.group_id into v_group_id;
-    if not found then
-        if if_exists is not true then
-            perform @schema@.relay_group_find(name, false);
-        end if;
-        return;
+    delete from @schema@.relay_groups as r
+    where r.group_name = name
+    returning r.group_id into v_group_id;
+    if not found and if_exists is not true then
+        g := @schema@.relay_group_find(name, false);
     end if;
     -- Leases first: this waits for a release in progress, whose rows the next statement then sees.
     delete from @schema@.relay_group_leases as l where l.group_id = v_group_id;
@@ -380,8 +375,7 @@ as $$
 declare
     v_poll record;
 begin
-    select * into v_poll from @schema@.relay_group_poll(
-        "group", consumer, batch_size, visibility_seconds, max_bytes);
+    v_poll := @schema@.relay_group_poll("group", consumer, batch_size, visibility_seconds, max_bytes);
     return query execute format(
         $query$
         select
@@ -803,7 +797,8 @@ comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigi
 create or replace function @schema@.relay_group_find_lease(
     p_group text,
     p_consumer text,
-    p_lease_token uuid
+    p_lease_token uuid,
+    p_last_offset bigint default null
 )
 returns @schema@.relay_group_leases
 language plpgsql
@@ -813,31 +808,39 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_lease @schema@.relay_group_leases;
+    v_token uuid := nullif(p_lease_token, '00000000-0000-0000-0000-000000000000');
+    g @schema@.relay_groups;
 begin
     -- A lease that has run out but was not taken over is still good: nobody else has its rows.
     select l.* into v_lease
-    from @schema@.relay_groups as g
+    from @schema@.relay_groups as r
     join @schema@.relay_group_consumers as c using (group_id)
     join @schema@.relay_group_leases as l using (group_id, consumer_id)
-    where g.group_name = p_group
+    where r.group_name = p_group
         and c.consumer_id = p_consumer
-        and l.lease_token = coalesce(
-            nullif(p_lease_token, '00000000-0000-0000-0000-000000000000'), c.newest_lease)
+        and l.lease_token = coalesce(v_token, c.newest_lease)
     for update of l;
-    if not found then
-        perform @schema@.relay_group_find(p_group, false);
-        raise exception using
-            errcode = 'RL021',
-            message = format('the lease of consumer "%s" of group "%s" is lost', p_consumer, p_group),
-            detail = 'It was settled or released before, or it ran out and its rows went to another consumer.',
-            hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
+    if found then
+        return v_lease;
     end if;
-    return v_lease;
+    g := @schema@.relay_group_find(p_group, false);
+    if v_token is null and p_last_offset <= g.watermark and not exists (
+        select
+        from @schema@.relay_group_consumers as c
+        where c.group_id = g.group_id and c.consumer_id = p_consumer and c.newest_lease is not null)
+    then
+        return null;
+    end if;
+    raise exception using
+        errcode = 'RL021',
+        message = format('the lease of consumer "%s" of group "%s" is lost', p_consumer, p_group),
+        detail = 'It was settled or released before, or it ran out and its rows went to another consumer.',
+        hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
 end
 $$;
 
-comment on function @schema@.relay_group_find_lease(text, text, uuid) is
-    'The lease of this token, locked; RL021 where it is lost, RL022 where the group itself is missing.';
+comment on function @schema@.relay_group_find_lease(text, text, uuid, bigint) is
+    'The lease of this token, locked; null where nothing is leased and all up to the offset is settled; RL021 where it is lost, RL022 where the group itself is missing.';
 
 create or replace function @schema@.commit_offset(
     "group" text,
@@ -856,23 +859,10 @@ declare
     consumer text not null := commit_offset.consumer;
     last_offset bigint not null := commit_offset.last_offset;
     lease_token uuid not null := commit_offset.lease_token;
-    v_by_name boolean := lease_token = '00000000-0000-0000-0000-000000000000';
     v_lease @schema@.relay_group_leases;
     v_rest bigint[];
 begin
-    if v_by_name
-        and not exists (
-            select
-            from @schema@.relay_groups as g
-            join @schema@.relay_group_consumers as c using (group_id)
-            where g.group_name = "group"
-                and c.consumer_id = consumer
-                and c.newest_lease is not null)
-        and last_offset <= (@schema@.relay_group_find("group", false)).watermark
-    then
-        return;
-    end if;
-    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token);
+    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token, last_offset);
     v_rest := array(
         select i.id from unnest(v_lease.outbox_ids) as i (id) where i.id > last_offset order by i.id);
     if v_rest <> '{}' then
@@ -882,7 +872,7 @@ begin
         return;
     end if;
     delete from @schema@.relay_group_leases as l where l.lease_token = v_lease.lease_token;
-    if v_by_name then
+    if lease_token = '00000000-0000-0000-0000-000000000000' then
         update @schema@.relay_group_consumers as c
         set newest_lease = null
         where c.group_id = v_lease.group_id
@@ -908,7 +898,6 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    "group" text not null := extend_lease."group";
     consumer text not null := extend_lease.consumer;
     extension_seconds integer not null := extend_lease.extension_seconds;
     lease_token uuid not null := extend_lease.lease_token;
@@ -986,12 +975,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    "group" text not null := seek_offset."group";
     new_offset bigint not null := seek_offset.new_offset;
-    g @schema@.relay_groups;
+    g @schema@.relay_groups := @schema@.relay_group_find("group", true);
     v_outbox record;
 begin
-    g := @schema@.relay_group_find("group", true);
     select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if new_offset not between 0 and v_outbox.last_id then
         raise exception using
@@ -1034,17 +1021,16 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    "group" text not null := consumer_heartbeat."group";
-    consumer text not null := consumer_heartbeat.consumer;
+    g @schema@.relay_groups;
 begin
     insert into @schema@.relay_group_consumers as c (group_id, consumer_id, last_heartbeat_at)
-    select g.group_id, consumer, clock_timestamp()
-    from @schema@.relay_groups as g
-    where g.group_name = "group"
+    select r.group_id, consumer, clock_timestamp()
+    from @schema@.relay_groups as r
+    where r.group_name = "group"
     on conflict (group_id, consumer_id) do update
     set last_heartbeat_at = excluded.last_heartbeat_at;
     if not found then
-        perform @schema@.relay_group_find("group", false);
+        g := @schema@.relay_group_find("group", false);
     end if;
 end
 $$;
@@ -1071,7 +1057,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    "group" text not null := consumer_lag."group";
     g @schema@.relay_groups := @schema@.relay_group_find("group", false);
 begin
     return query

@@ -45,6 +45,13 @@ SLIPS = {
     "select pgtrickle.repair_outbox('public.bad')": 3,
     "select pgtrickle.inbox_mark_processed('nowhere', 'a')": 3,
     "select pgtrickle.inbox_mark_failed('nowhere', 'a', 'e')": 3,
+    "select * from pgtrickle.inbox_status('nowhere')": 3,
+    "select pgtrickle.relay_dlq_retry_all('nowhere')": 3,
+    "select pgtrickle.create_consumer_group('taken', 'others')": 3,
+    # Without a handler, which would cost each commit and each poll something.
+    "select pgtrickle.commit_offset('nowhere', 'c', 1)": 5,
+    "select pgtrickle.commit_offset('taken', 'c', 1)": 5,
+    "select pgtrickle.poll_outbox('nowhere', 'c')": 5,
 }
 
 
