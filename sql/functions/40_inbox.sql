@@ -1043,6 +1043,7 @@ declare
     i record;
     v_counts jsonb;
     v_problem text;
+    v_hint text;
 begin
     for i in select r.* from @schema@.relay_inbox(name) as r
     loop
@@ -1063,6 +1064,10 @@ begin
             (v_counts ->> 'processed')::bigint, (v_counts ->> 'oldest')::timestamptz,
             i.max_retries, i.retention_hours, i.adopted, i.created_at, v_problem;
     end loop;
+exception
+    when sqlstate 'RL030' then
+        get stacked diagnostics v_hint = pg_exception_hint;
+        raise exception using errcode = 'RL030', message = sqlerrm, hint = v_hint;
 end
 $$;
 
@@ -1076,7 +1081,7 @@ volatile
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select to_jsonb(s) from @schema@.relay_find_inbox(name) as i, @schema@.inbox_status(i.inbox_name) as s
+    select to_jsonb(s) from @schema@.inbox_status(coalesce(name, '')) as s
 $$;
 
 comment on function @schema@.inbox_health(text) is
