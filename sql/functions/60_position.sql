@@ -23,8 +23,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    relay_group_id text not null := p_relay_group_id;
-    pipeline text not null := p_pipeline;
     worker_id text not null := p_worker_id;
     v_config @schema@.relay_outbox_config;
     v_outbox_table text;

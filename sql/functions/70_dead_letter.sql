@@ -139,7 +139,7 @@ $$;
 comment on function @schema@.relay_dlq_list(text, integer, boolean) is
     'Definer, since only functions read dead letters. Those of one pipeline, or of all, oldest first unless newest_first. A payload that is text reads as convert_from(payload, ''UTF8'').';
 
-create or replace function @schema@.relay_dlq_put_back(p_ids bigint[])
+create or replace function @schema@.relay_dlq_put_back(p_ids bigint[], p_pipeline text default null)
 returns bigint
 language plpgsql
 volatile
@@ -147,17 +147,18 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    ids bigint[] not null := p_ids;
+    ids bigint[] not null := case when p_pipeline is null then p_ids else '{}' end;
     v_letters bigint;
     v_pipelines text[];
 begin
     select count(*), array_agg(distinct d.pipeline) into v_letters, v_pipelines
     from @schema@.relay_dlq as d
-    where d.id = any (ids);
+    where d.id = any (ids) or d.pipeline = p_pipeline;
     insert into @schema@.relay_dlq_retries (relay_group_id, pipeline, id)
     select d.relay_group_id, d.pipeline, d.id
     from @schema@.relay_dlq as d
-    where d.id = any (ids)
+    left join @schema@.relay_dlq_retries as r using (relay_group_id, pipeline, id)
+    where (d.id = any (ids) or d.pipeline = p_pipeline) and r.requested_at is null
     on conflict do nothing;
     perform pg_notify(
         @schema@.relay_channel('pgtrickle_relay_config'),
@@ -174,8 +175,8 @@ begin
 end
 $$;
 
-comment on function @schema@.relay_dlq_put_back(bigint[]) is
-    'Definer, since only functions write dead letters. Ask for these to be sent again and wake the relays; returns how many of them are there.';
+comment on function @schema@.relay_dlq_put_back(bigint[], text) is
+    'Definer, since only functions write dead letters. Ask for these, or for all of a pipeline, to be sent again and wake the relays; returns how many of them are there.';
 
 create or replace function @schema@.relay_dlq_retry(id bigint)
 returns void
@@ -202,39 +203,15 @@ comment on function @schema@.relay_dlq_retry(bigint) is
 
 create or replace function @schema@.relay_dlq_retry_all(pipeline text)
 returns bigint
-language plpgsql
+language sql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
+security invoker
 as $$
-declare
-    pipeline text not null := relay_dlq_retry_all.pipeline;
-    v_letters bigint;
-begin
-    perform @schema@.relay_find_pipeline(pipeline);
-    insert into @schema@.relay_dlq_retries (relay_group_id, pipeline, id)
-    select d.relay_group_id, d.pipeline, d.id
-    from @schema@.relay_dlq as d
-    left join @schema@.relay_dlq_retries as r
-        on r.relay_group_id = d.relay_group_id and r.pipeline = d.pipeline and r.id = d.id
-    where d.pipeline = relay_dlq_retry_all.pipeline
-        and r.id is null
-    on conflict do nothing;
-    select count(*) into v_letters
-    from @schema@.relay_dlq as d
-    where d.pipeline = relay_dlq_retry_all.pipeline;
-    -- Wakes the relays.
-    perform @schema@.relay_dlq_put_back(array(
-        select d.id from @schema@.relay_dlq as d
-        where d.pipeline = relay_dlq_retry_all.pipeline
-        order by d.id
-        limit 1));
-    return v_letters;
-end
+    select @schema@.relay_dlq_put_back(null, (@schema@.relay_find_pipeline(pipeline)).name)
 $$;
 
 comment on function @schema@.relay_dlq_retry_all(text) is
-    'Definer, since only functions write dead letters. Ask for all of a pipeline to be sent again; returns how many. Those that were asked for before are not touched.';
+    'Ask for all of a pipeline to be sent again; returns how many. Those that were asked for before are not touched.';
 
 create or replace function @schema@.relay_dlq_purge(
     pipeline text,

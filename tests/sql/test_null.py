@@ -60,7 +60,7 @@ HARMLESS = {
     "relay_retire": ("'default'", "'w'"),
 }
 # A null is refused as such, by a column, or as the name of something that is not there.
-REFUSED = {"22004", "23502", "RL003", "RL020", "RL022"}
+REFUSED = {"22004", "23502", "RL003", "RL011", "RL020", "RL022"}
 STATE = (
     "select (select jsonb_agg(to_jsonb(t)) from pgtrickle.relay_groups as t),"
     " (select jsonb_agg(to_jsonb(t)) from pgtrickle.relay_group_leases as t),"
