@@ -24,7 +24,7 @@ from relay.migrate import (
     migration_script,
 )
 from tests.servers.postgres import Database, PostgresServer
-from tests.sql.outbox_session import session
+from tests.sql.outbox_session import ODD_SCHEMA, session
 
 # Everything that can be said about the schema without an oid.
 DESCRIPTION = """
@@ -74,6 +74,30 @@ order by 1, 2, 3, 4
 """
 
 
+# A row in each table that 0.28.0 has.
+DATA_OF_0_28 = """
+insert into pgtrickle.pgt_outbox_config values ('outbox_x', 'shop', 'x', 'd', 's',
+    gen_random_uuid(), 'statement', 'shop', 'capture_x', array['id'], true, 1, 1, 48, 6, 0,
+    '2026-01-01', '2026-01-02', 3);
+insert into pgtrickle.relay_outbox_high_water values ('outbox_y', 7, '2026-01-01');
+insert into pgtrickle.relay_sleepers values ('outbox_x', 'one', '2026-01-01');
+insert into pgtrickle.relay_groups (group_name, outbox_table_name, pgt_id, auto_offset_reset,
+    frontier, watermark) select 'readers', 'outbox_x', pgt_id, 'earliest', 9, 4
+    from pgtrickle.pgt_outbox_config;
+insert into pgtrickle.relay_group_cohorts (group_id, holders)
+    select group_id, array['3/7'] from pgtrickle.relay_groups;
+insert into pgtrickle.relay_group_gaps select group_id, 5, 6, cohort_id
+    from pgtrickle.relay_group_cohorts;
+insert into pgtrickle.relay_group_leases select gen_random_uuid(), group_id, 'reader', array[7, 8],
+    '2026-01-01', '2026-01-02' from pgtrickle.relay_groups;
+insert into pgtrickle.relay_group_returned select group_id, 9 from pgtrickle.relay_groups;
+insert into pgtrickle.relay_group_consumers select group_id, consumer_id, lease_token, '2026-01-01'
+    from pgtrickle.relay_group_leases;
+insert into pgtrickle.relay_inboxes (inbox_name, inbox_schema, inbox_table, columns, parts)
+    values ('orders', 'shop', 'order_inbox', '{"event_id": "id"}', '{"pending": "pending"}');
+"""
+
+
 @pytest.fixture
 def empty(any_postgres_server: PostgresServer) -> Iterator[Database]:
     with any_postgres_server.database() as created:
@@ -101,6 +125,19 @@ def applied_kinds(report: MigrationReport) -> set[str]:
 def described(database: Database) -> list[tuple[object, ...]]:
     with session(database.dsn) as opened:
         return opened.rows(DESCRIPTION)
+
+
+def contents(database: Database) -> dict[str, list[dict[str, object]]]:
+    """The rows of each table of the catalog, but what was migrated."""
+    with session(database.dsn) as opened:
+        tables = opened.rows(
+            "select tablename from pg_tables where schemaname = 'pgtrickle'"
+            " and tablename <> 'relay_migrations'"
+        )
+        return {
+            name: [row for (row,) in opened.rows(f"select to_jsonb(t) from pgtrickle.{name} as t")]
+            for (name,) in tables
+        }
 
 
 async def run_script(script: Path, database: Database) -> None:
@@ -161,31 +198,27 @@ async def test_an_empty_database_is_migrated_and_a_second_run_has_nothing_to_do(
     assert (first.owner, first.has_own_role) == ("pgtrickle_owner", True)
 
 
+@pytest.mark.parametrize("schema", ["pgtrickle", ODD_SCHEMA])
 async def test_a_fresh_installation_equals_an_upgraded_one_that_keeps_its_data(
-    empty: Database, second_empty: Database
+    empty: Database, second_empty: Database, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(empty.server, "schema", schema)
     await run(empty)
     await install_0_28(second_empty)
     with session(second_empty.dsn) as old:
-        old.run(
-            "insert into pgtrickle.pgt_outbox_config values ('outbox_x', null, 'x', 'd', 's',"
-            " gen_random_uuid(), 'none', null, null, null, true, 1, 1, 48, 0, 0, now(), null, 0)"
-        )
-        old.run(
-            "insert into pgtrickle.relay_outbox_high_water (outbox_table_name, last_id)"
-            " values ('outbox_y', 7)"
-        )
+        old.run(DATA_OF_0_28)
+    before = contents(second_empty)
 
     report = await run(second_empty)
 
     assert (report.version_before, report.version_after) == ("0.28.0", "0.29.0")
     assert not report.steps[0].is_applied
     assert described(empty) == described(second_empty)
-    with session(second_empty.dsn) as upgraded:
-        assert upgraded.rows(
-            "select outbox_table_name, retention_hours from pgtrickle.pgt_outbox_config"
-        ) == [("outbox_x", 48)]
-        assert upgraded.value("select last_id from pgtrickle.relay_outbox_high_water") == 7
+    after = contents(second_empty)
+    assert len(before) > 9
+    for table, rows in before.items():
+        assert len(rows) == len(after[table]) == 1, table
+        assert rows[0].items() <= after[table][0].items(), table
 
 
 async def test_the_printed_script_does_what_migrate_does(
