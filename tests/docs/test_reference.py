@@ -23,6 +23,8 @@ from tests.servers.postgres import Database
 
 PAGES = (
     *EXECUTED_PAGES,
+    "docs/INSTALL.md",
+    "SECURITY.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/decisions/*.md")),

@@ -1,0 +1,33 @@
+"""Imports every backend and makes the clients of Amazon, in the Python that runs this.
+
+For a place from which something was left out: an image, a directory of `scripts/bundle.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+
+import aioboto3
+
+from relay.registry import SINKS, SOURCES
+
+REGION = "eu-central-1"
+
+
+async def make_clients() -> None:
+    """A queue's, and that of the roles by which a pipeline reaches it."""
+    session = aioboto3.Session(region_name=REGION)
+    for service in ("sqs", "sts"):
+        async with session.client(service) as client:
+            print(client.meta.endpoint_url)
+
+
+def main() -> None:
+    for target in sorted({*SINKS.values(), *SOURCES.values()}):
+        print(importlib.import_module(target.partition(":")[0]).__name__)
+    asyncio.run(make_clients())
+
+
+if __name__ == "__main__":
+    main()
