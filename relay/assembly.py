@@ -25,6 +25,7 @@ from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
 from relay.secrets import Secrets, masked
 from relay.settings import Settings
+from relay.shape import Shape, shape_of
 from relay.start import catalog_secrets, operator_secrets, resolved
 
 # Longer than one attempt of one batch of them may take.
@@ -38,6 +39,7 @@ class Sides(NamedTuple):
     pace: Pace
     source: Source
     sink: Sink
+    shape: Transform
     transform: Transform
 
 
@@ -150,14 +152,28 @@ class Assembly:
             ordering=config.ordering,
             pipeline_options=msgspec.structs.asdict(config),
         )
+        sink_options = self._options("sink", config.sink_type, config.sink)
+        sink = build_sink(config.sink_type, sink_options, context)
+        shape = shape_of(
+            config,
+            row.direction,
+            templates=_templates(config.sink_type, sink_options),
+            resolve=self._secrets.resolve,
+            subject_of=sink.subject_of if row.direction == "forward" else None,
+        )
         source = build_source(
-            config.source_type, self._options("source", config.source_type, config.source), context
+            config.source_type,
+            self._options("source", config.source_type, config.source),
+            msgspec.structs.replace(context, shape=shape),
         )
-        sink = build_sink(
-            config.sink_type, self._options("sink", config.sink_type, config.sink), context
+        return Sides(
+            config=config,
+            pace=pace,
+            source=source,
+            sink=sink,
+            shape=list if shape is None or row.direction == "reverse" else shape.all_of,
+            transform=_transform(row.direction, config, sink, shape),
         )
-        transform = _transform(row.direction, config, sink)
-        return Sides(config=config, pace=pace, source=source, sink=sink, transform=transform)
 
     def build(self, row: PipelineRow) -> Pipeline | Workers:
         """The pipeline of a row. Raises `ConfigurationError` with what is wrong in it."""
@@ -182,6 +198,7 @@ class Assembly:
             direction=row.direction,
             source=sides.source,
             sink=sides.sink,
+            shape=sides.shape,
             transform=sides.transform,
             dead_letters=self._catalog,
             dead_letter_lease_s=_DEAD_LETTER_LEASE_S if self.runs_everywhere(row) else 0,
@@ -222,10 +239,26 @@ class Assembly:
         return with_profile(role, type_, resolved, profiles, declared) | {"type": type_}
 
 
-def _transform(direction: Direction, config: PipelineConfig, sink: Sink) -> Transform:
+def _templates(sink_type: str, options: Mapping[str, object]) -> dict[str, list[str]]:
+    """The templates that a sink is given, by their key."""
+    declared = declared_keys(options_of("sink", sink_type))
+    given = {
+        name: options[name] for name in options if name in declared and declared[name].template
+    }
+    return {
+        name: [str(text) for text in (value.values() if isinstance(value, Mapping) else [value])]
+        for name, value in given.items()
+    }
+
+
+def _transform(
+    direction: Direction, config: PipelineConfig, sink: Sink, shape: Shape | None
+) -> Transform:
     if direction == "reverse":
         reshape = compile_reverse(config.dedup_key_from, config.event_type_from)
-        return lambda messages: list(map(reshape, messages))
+        if shape is None:
+            return lambda messages: list(map(reshape, messages))
+        return lambda messages: shape.all_of(list(map(reshape, messages)))
     subject_of, fill_in = sink.subject_of, msgspec.structs.force_setattr
 
     def routed(messages: Sequence[RelayMessage]) -> list[RelayMessage]:

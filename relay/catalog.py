@@ -97,11 +97,13 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """One message on its way into the dead-letter queue.
 
     ``is_transformed``: it is as the sink was given it; otherwise it is as the source gave it, and
-    is transformed when it is tried again.
+    is transformed when it is tried again. ``is_shaped``: the source gave it as the pipeline's shape
+    made it, which is not applied again.
     """
 
     message: RelayMessage
     is_transformed: bool
+    is_shaped: bool = False
     error_kind: str
     error: str
     attempts: int
@@ -116,6 +118,7 @@ class StoredDeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     message: RelayMessage
     is_transformed: bool
+    is_shaped: bool = False
     attempts: int
 
 
@@ -202,6 +205,7 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_at: datetime | None = None
     is_full_refresh: bool = False
     is_transformed: bool = False
+    is_shaped: bool = False
     is_escaped: bool = False
 
 
@@ -548,7 +552,7 @@ class Catalog:
             [msgspec.json.encode(message.headers) for message in messages],
             [message.payload for message in messages],
             [
-                _metadata(message, letter.is_transformed, is_escaped)
+                _metadata(message, letter, is_escaped)
                 for letter, (message, is_escaped) in zip(letters, stored, strict=True)
             ],
             [letter.error_kind for letter in letters],
@@ -775,7 +779,7 @@ def _object(raw: bytes) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _metadata(message: RelayMessage, is_transformed: bool, is_escaped: bool) -> bytes:
+def _metadata(message: RelayMessage, letter: DeadLetter, is_escaped: bool) -> bytes:
     return msgspec.json.encode(
         _Metadata(
             stream_table=message.stream_table,
@@ -783,7 +787,8 @@ def _metadata(message: RelayMessage, is_transformed: bool, is_escaped: bool) -> 
             refresh_id=message.refresh_id,
             created_at=message.created_at,
             is_full_refresh=message.is_full_refresh,
-            is_transformed=is_transformed,
+            is_transformed=letter.is_transformed,
+            is_shaped=letter.is_shaped,
             is_escaped=is_escaped,
         )
     )
@@ -807,6 +812,7 @@ def _stored(row: asyncpg.Record) -> StoredDeadLetter:
     return StoredDeadLetter(
         id=row["id"],
         is_transformed=metadata.is_transformed,
+        is_shaped=metadata.is_shaped,
         attempts=row["attempts"],
         message=DatabaseText.original(message) if metadata.is_escaped else message,
     )

@@ -11,6 +11,7 @@ import msgspec
 from relay.catalog import Catalog
 from relay.events import Direction, Event
 from relay.postgres import Database
+from relay.shape import Shape
 
 
 class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,7 +19,8 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
 
     ``file_roots``: the directories a file backend may touch. ``dedup_namespace``: in front of every
     dedup key and of a CloudEvents source, or empty. ``ordering``: what the pipeline says, or None
-    for the backend's own default. Durations in seconds, sizes in bytes.
+    for the backend's own default. ``shape``: for a source that applies it itself, since updates are
+    put together only behind it. Durations in seconds, sizes in bytes.
     """
 
     pipeline: str
@@ -33,4 +35,5 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
     poll_interval_s: float
     dedup_namespace: str = ""
     ordering: Literal["strict", "pipelined"] | None = None
+    shape: Shape | None = None
     pipeline_options: Mapping[str, object] = {}

@@ -30,20 +30,22 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     ``position`` is the source's own and means: everything up to here, once this batch is settled.
     A batch without messages but with a position is legal (a chunk's end, a closed gap); it is
     acknowledged like any other.
+    ``filtered`` counts the messages that the pipeline's shape left out of it already.
     ``checkpoint`` names the position for people: logs, metrics, status.
     ``is_end_of_backlog`` says that the source had nothing more at the moment of the poll.
     """
 
     messages: Sequence[RelayMessage] = ()
     rejected: Sequence[Rejected] = ()
+    filtered: int = 0
     position: object = None
     checkpoint: str = ""
     is_end_of_backlog: bool = False
 
     @property
     def is_empty(self) -> bool:
-        """True where there is nothing to publish, to dead-letter or to acknowledge."""
-        return not self.messages and not self.rejected and self.position is None
+        """True where there is nothing to publish, to dead-letter, to count or to acknowledge."""
+        return not (self.messages or self.rejected or self.filtered) and self.position is None
 
 
 class Failure(msgspec.Struct, frozen=True):

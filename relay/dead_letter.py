@@ -10,13 +10,13 @@ from typing import Protocol
 from relay.cancellation import reraise_cancellation
 from relay.catalog import DeadLetter, StoredDeadLetter
 from relay.contracts import Failure
-from relay.errors import ErrorKind, MessageRejected, Outage, RelayError
+from relay.errors import ErrorKind, MessageRejected, MessageUndecodable, Outage, RelayError
 from relay.events import DeadLettered, DeadLettersRetried, Direction
 from relay.message import RelayMessage
 from relay.pipeline_events import PipelineEvents
 
-# All of these, in order. Raises `MessageRejected` where one of them is refused; asked for one at a
-# time it then shows which.
+# These, in order, without those that the pipeline leaves out. Raises `MessageRejected` where one of
+# them is refused; asked for one at a time it then shows which.
 Transform = Callable[[Sequence[RelayMessage]], list[RelayMessage]]
 # One attempt; None where the sink must not be tried now.
 Attempt = Callable[[Sequence[RelayMessage]], Awaitable[Sequence[Failure] | None]]
@@ -60,12 +60,14 @@ class DeadLetterQueue:
         self,
         *,
         dead_letters: DeadLetters,
+        shape: Transform,
         transform: Transform,
         events: PipelineEvents,
         look_again_s: float,
         lease_s: int,
     ) -> None:
         self._dead_letters = dead_letters
+        self._shape = shape
         self._transform = transform
         self._events = events
         self._look_again_s = look_again_s
@@ -94,12 +96,14 @@ class DeadLetterQueue:
         *,
         attempts: int,
         is_transformed: bool,
+        is_shaped: bool = False,
     ) -> None:
         """Dead-letter these. Raises `Outage`, and then none is stored."""
         letters = [
             DeadLetter(
                 message=message,
                 is_transformed=is_transformed,
+                is_shaped=is_shaped,
                 error_kind=error.kind.value,
                 error=error.quoting or str(error),
                 attempts=attempts,
@@ -156,9 +160,7 @@ class DeadLetterQueue:
         rejected: list[tuple[StoredDeadLetter, RelayError]] = []
         for letter in letters:
             try:
-                messages += (
-                    [letter.message] if letter.is_transformed else self._transform([letter.message])
-                )
+                messages += self._transformed(letter)
                 tried.append(letter)
             except MessageRejected as error:
                 rejected.append((letter, error))
@@ -183,6 +185,21 @@ class DeadLetterQueue:
             )
         )
         return len(refused) == len(failures)
+
+    def _transformed(self, letter: StoredDeadLetter) -> Sequence[RelayMessage]:
+        """What is left to be done with it, done. Raises `MessageRejected`."""
+        messages: Sequence[RelayMessage] = [letter.message]
+        if letter.is_transformed:
+            return messages
+        if not letter.is_shaped:
+            messages = self._shape(messages)
+        if not (messages := self._transform(messages)):
+            # Settled it would be gone without having been delivered: for people to decide.
+            raise MessageUndecodable(
+                "the pipeline's ops or where leave it out now",
+                remedy="purge it, or change them and try again",
+            )
+        return messages
 
     def _suspect(self, ids: Sequence[int], errors: Sequence[RelayError]) -> None:
         self._suspects += [

@@ -60,11 +60,16 @@ class Stopping(Exception):
     """The pipeline was asked to stop while a batch could not be settled: it is released."""
 
 
-class Prepared(msgspec.Struct, frozen=True):
-    """What of a batch is ready to be published, and what is refused, with the reason."""
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a batch is ready to be published, and what is not, with the reason.
+
+    ``rejected``: by the source. ``refused``: by the transform. ``filtered``: so many were left out.
+    """
 
     messages: Sequence[RelayMessage]
-    refused: Sequence[tuple[RelayMessage, RelayError]]
+    rejected: Sequence[tuple[RelayMessage, RelayError]] = ()
+    refused: Sequence[tuple[RelayMessage, RelayError]] = ()
+    filtered: int = 0
 
 
 _Acceptance = tuple[datetime, Sequence[RelayMessage], AbstractSet[int]]
@@ -84,6 +89,7 @@ class _Settlement(msgspec.Struct, kw_only=True):
     accepted: int = 0
     duplicates: int = 0
     dead_lettered: int = 0
+    filtered: int = 0
     acceptances: list[_Acceptance] = msgspec.field(default_factory=list)
 
 
@@ -125,16 +131,22 @@ class Delivery:
 
     def prepare(self, batch: Batch) -> Prepared:
         """Transform the messages of a batch; to be done while the one before is in flight."""
-        refused = [(rejected.message, rejected.error) for rejected in batch.rejected]
-        with contextlib.suppress(MessageRejected):
-            return Prepared(self._transform(batch.messages), refused)
         messages: list[RelayMessage] = []
-        for message in batch.messages:
-            try:
-                messages += self._transform([message])
-            except MessageRejected as error:
-                refused.append((message, error))
-        return Prepared(messages, refused)
+        refused: list[tuple[RelayMessage, RelayError]] = []
+        try:
+            messages = self._transform(batch.messages)
+        except MessageRejected:
+            for message in batch.messages:
+                try:
+                    messages += self._transform([message])
+                except MessageRejected as error:
+                    refused.append((message, error))
+        return Prepared(
+            messages=messages,
+            rejected=[(rejected.message, rejected.error) for rejected in batch.rejected],
+            refused=refused,
+            filtered=batch.filtered + len(batch.messages) - len(messages) - len(refused),
+        )
 
     async def settle(self, prepared: Prepared) -> None:
         """Return when every message of the batch is accepted or dead-lettered.
@@ -143,10 +155,14 @@ class Delivery:
         `ConfigurationError` when it never will be.
         """
         started = time.perf_counter()
-        work = _Settlement(pending=list(prepared.messages))
+        work = _Settlement(pending=list(prepared.messages), filtered=prepared.filtered)
         try:
+            if prepared.rejected:
+                await self._dead_letter(work, prepared.rejected, attempts=1, is_transformed=False)
             if prepared.refused:
-                await self._dead_letter(work, prepared.refused, attempts=1, is_transformed=False)
+                await self._dead_letter(
+                    work, prepared.refused, attempts=1, is_transformed=False, is_shaped=True
+                )
             if work.pending:
                 async with self._publishing:
                     await self._publish_all(work)
@@ -172,6 +188,7 @@ class Delivery:
                 messages=work.accepted,
                 duplicates=work.duplicates,
                 dead_lettered=work.dead_lettered,
+                filtered=work.filtered,
                 duration_s=time.perf_counter() - started,
                 attempts=work.attempts,
                 latencies_s=_latencies_s(work.acceptances),
@@ -290,11 +307,12 @@ class Delivery:
         *,
         attempts: int,
         is_transformed: bool,
+        is_shaped: bool = False,
     ) -> None:
         await self._until_done(
             "source",
             lambda: self._dead_letters.store(
-                refused, attempts=attempts, is_transformed=is_transformed
+                refused, attempts=attempts, is_transformed=is_transformed, is_shaped=is_shaped
             ),
         )
         work.dead_lettered += len(refused)

@@ -5,7 +5,7 @@ RelayError
 ├── ConfigurationError        kind configuration: an operator must change something
 │   ├── SecretUnresolved      a ${env:…} or ${file:…} reference leads nowhere
 │   ├── TemplateInvalid       a subject, topic or key template that cannot be compiled
-│   ├── DriverMissing         the backend's client library is not installed
+│   ├── DriverMissing         the library of a backend or of conditions is not installed
 │   ├── AuthenticationRefused the broker does not accept our credentials
 │   ├── DestinationMissing    the stream, topic, queue, table or path does not exist
 │   ├── OutboxUnsafe          the outbox cannot be read without risking an event
@@ -77,7 +77,7 @@ class TemplateInvalid(ConfigurationError):
 
 
 class DriverMissing(ConfigurationError):
-    """The client library of a backend is not installed; the remedy names the extra."""
+    """The library of a backend, or of conditions, is not installed; the remedy names the extra."""
 
 
 class AuthenticationRefused(ConfigurationError):

@@ -76,7 +76,7 @@ class Polled(PipelineEvent, frozen=True, kw_only=True):
 
 
 class BatchPublished(PipelineEvent, frozen=True, kw_only=True):
-    """All messages of a batch are settled: accepted, or dead-lettered.
+    """All messages of a batch are settled: accepted, dead-lettered, or left out (``filtered``).
 
     Where a stop came first it says how far the batch had come; it will be repeated as a whole.
     ``latencies_s``: for each accepted message that has a creation time, creation to acceptance.
@@ -87,6 +87,7 @@ class BatchPublished(PipelineEvent, frozen=True, kw_only=True):
     dead_lettered: int
     duration_s: float
     attempts: int
+    filtered: int = 0
     latencies_s: Sequence[float] = ()
 
 

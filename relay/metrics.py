@@ -199,6 +199,12 @@ METRICS: Sequence[MetricSpec] = (
         read=lambda stats: stats.dead_lettered,
     ),
     MetricSpec(
+        "messages_filtered_total",
+        "counter",
+        "Messages that `ops` or `where` of the pipeline left out.",
+        read=lambda stats: stats.filtered,
+    ),
+    MetricSpec(
         "webhook_refused_total",
         "counter",
         "Requests that a webhook receiver did not answer with 200, by reason.",

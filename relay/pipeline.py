@@ -68,6 +68,7 @@ class Pipeline:
     ``prefetch``: how many polled batches may wait while one is being published.
     ``dead_letter_lease_s``: for how long a retry of a dead letter is this one's; 0 where no other
     runs the pipeline.
+    ``shape``: what the source did to its messages already, and dead letters of it still need.
     ``failed_retry_s``: how long a configuration error stands before everything is tried again; for
     what is missing it is a few seconds at most, since it may be made again any time.
     """
@@ -86,6 +87,7 @@ class Pipeline:
         dead_letter_lease_s: int = 0,
         prefetch: int = 1,
         failed_retry_s: float = 30.0,
+        shape: Transform = list,
     ) -> None:
         self._source = source
         self._policy = policy
@@ -97,6 +99,7 @@ class Pipeline:
         self._events = PipelineEvents(name, direction, emit)
         self._dead_letters = DeadLetterQueue(
             dead_letters=dead_letters,
+            shape=shape,
             transform=transform,
             events=self._events,
             look_again_s=policy.max_s,

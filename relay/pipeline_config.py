@@ -20,6 +20,25 @@ CONFIG_VERSION = 1
 
 _OF_A_GROUP = frozenset({"parallelism", "visibility_seconds"})
 
+ChosenOp = Literal["insert", "update", "delete", "upsert", "truncate", "event"]
+
+
+class Mask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the value of a column is masked, by one of these.
+
+    hash: Its HMAC-SHA-256 under this secret, in hexadecimal.
+    keep_last: All but so many of its last characters are hidden.
+    """
+
+    hash: Annotated[str | None, Key(secret=True)] = None
+    keep_last: Annotated[int | None, Key(ge=1, le=1000)] = None
+
+    def __post_init__(self) -> None:
+        if (self.hash is None) == (self.keep_last is None):
+            raise ValueError("a mask has either hash or keep_last")
+        if self.keep_last is not None and not 1 <= self.keep_last <= 1000:
+            raise ValueError("keep_last must be from 1 to 1000")
+
 
 class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pipeline. Keys that are None take the default of the runtime settings.
@@ -44,6 +63,16 @@ class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ordering: `strict`: no event of a key overtakes another, also under retries. `pipelined`: faster
         on hot keys. Read by the sinks of brokers and webhooks; inboxes and files are always strict.
     allow_plaintext_secrets: Accept a secret that is not a reference.
+    ops: Which operations are sent. The rows of a snapshot or a backfill, `upsert`, go along with
+        `insert` and `update`. `update` needs `collapse_updates` in a forward pipeline.
+    where: A condition in [CEL](https://cel.dev) over `op`, `key`, `subject`, `payload`, `headers`
+        and `stream_table`, see [Choosing and shaping](#choosing-and-shaping). Needs the extra
+        `filter`.
+    select: The columns that are sent.
+    exclude: Columns that are not sent.
+    rename: Column to the name with which it is sent.
+    mask: Column to how its value is masked: `"redact"`, `{"keep_last": 4}`, or
+        `{"hash": "${env:NAME}"}`, the HMAC-SHA-256 under this secret.
     start: Where a new position starts. `latest`: behind what is visible when the pipeline is set;
         transactions open at that moment are still delivered.
     on_reset: What to do when the position lies beyond the outbox, which was created again or
@@ -79,6 +108,12 @@ class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     breaker_threshold: Positive | None = None
     ordering: Literal["strict", "pipelined"] | None = None
     allow_plaintext_secrets: bool = False
+    ops: Sequence[ChosenOp] | None = None
+    where: str | None = None
+    select: Annotated[Sequence[str] | None, Key(excludes=("exclude",))] = None
+    exclude: Sequence[str] | None = None
+    rename: Mapping[str, str] | None = None
+    mask: Mapping[str, Literal["redact"] | Mask] | None = None
     start: Annotated[Literal["earliest", "latest"], Key(only="forward")] = "earliest"
     on_reset: Annotated[Literal["earliest", "latest", "fail"], Key(only="forward")] = "fail"
     parallelism: Annotated[int, Key(ge=1, le=64, only="forward")] = 1

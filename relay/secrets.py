@@ -38,7 +38,7 @@ SECRET_IN_URL = (
 REFERENCES_ONLY = r"^$|^((bearer|basic|token|apikey) +)?(\$\{(env|file):[^}]+\})+$"
 
 _REFERENCE = re.compile(r"\$\{(env|file):([^}]+)\}")
-_SECRET_KEY = re.compile(rf"({_SENSITIVE})[^.]*$|{SECRET_HEADER}", re.IGNORECASE)
+_SECRET_KEY = re.compile(rf"({_SENSITIVE})[^.]*$|{SECRET_HEADER}|\.mask\..+\.hash$", re.IGNORECASE)
 _QUERY_SECRET = re.compile(rf"(?<=[?&;])({_PARAMETER}=)([^&;#\s]+)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]+)@")
 _SHORTEST_MASKED = 4

@@ -34,6 +34,8 @@ T = TypeVar("T")
 _KEY = re.compile(r"([a-z_]\w*(?:\.\w[\w-]*)*)")
 _FORMATS = ("envelope", "payload", "cloudevents")
 _SPELLINGS = {"webhook": HTTP, "redis": FIELD, "kafka": LOWER, "file": LOWER, "stdout": LOWER}
+# Of the backlog of a pipeline that leaves most of it out.
+_MOST_LOOKED_AT = 10_000
 # What nobody could correct in one go.
 _MOST_FINDINGS = 100
 
@@ -58,13 +60,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
-class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    """All findings, and the samples that were asked for."""
+class Validation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All findings, the samples that were asked for, and what pipelines leave out, in words."""
 
     is_valid: bool
     findings: Sequence[Finding]
     pipelines: Sequence[str]
     samples: Sequence[Sample]
+    left_out: Mapping[str, str] = {}
 
 
 def settings_of(
@@ -112,6 +115,7 @@ async def validate(
         assembly = access.assembly(database, catalog, worker_id="validate")
         findings: list[Finding] = []
         shown: list[Sample] = []
+        left_out: dict[str, str] = {}
         for row in rows:
             where = f"pipeline {row.name}"
             _, wrong = _everything_wrong(where, row.config, partial(parse_config, row.direction))
@@ -119,7 +123,10 @@ async def validate(
             try:
                 sides = assembly.sides(row)
                 if samples and row.direction == "forward" and not wrong:
-                    shown += [sample async for sample in _samples(row, sides, samples)]
+                    found, told = await _samples(row, sides, samples)
+                    shown += found
+                    if told:
+                        left_out[row.name] = told
             except RelayError as error:
                 if str(error) not in [f"{one.problem}{_aside(one.remedy)}" for one in wrong]:
                     findings.append(_finding(where, error))
@@ -132,6 +139,7 @@ async def validate(
         findings=hidden,
         pipelines=[row.name for row in rows],
         samples=shown,
+        left_out=left_out,
     )
 
 
@@ -145,6 +153,8 @@ def lines_of(validation: Validation) -> Iterator[str]:
         for header, text in sample.headers.items():
             yield f"  {header}: {text}"
         yield f"  {sample.body}"
+    for name, told in validation.left_out.items():
+        yield f"{name}: {told}"
     if validation.is_valid:
         names = ", ".join(validation.pipelines) or "no pipeline yet"
         yield f"valid: settings, {names}"
@@ -265,7 +275,8 @@ async def _undone(database: Database) -> AsyncIterator[Database]:
             await transaction.rollback()
 
 
-async def _samples(row: PipelineRow, sides: Sides, most: int) -> AsyncIterator[Sample]:
+async def _samples(row: PipelineRow, sides: Sides, most: int) -> tuple[list[Sample], str]:
+    """The next events that go out, and in words how many do not; of some thousands at most."""
     type_ = sides.config.sink_type
     stated = str(sides.config.sink.get("format", "envelope"))
     encode = encoder(
@@ -273,22 +284,31 @@ async def _samples(row: PipelineRow, sides: Sides, most: int) -> AsyncIterator[S
         _SPELLINGS.get(type_, TITLE),
         namespace=sides.config.dedup_namespace,
     )
+    found: list[Sample] = []
+    looked_at = left_out = 0
     async with _connected(sides) as source:
-        shown = 0
-        while shown < most:
+        while len(found) < most and looked_at < _MOST_LOOKED_AT:
             batch = await source.source.poll()
-            for message in batch.messages[: most - shown]:
-                shown += 1
+            events = len(batch.messages) + len(batch.rejected) + batch.filtered
+            looked_at += events
+            left_out += batch.filtered
+            found += [
+                _sample(row, rejected.message, {}, "", str(rejected.error))
+                for rejected in batch.rejected
+            ]
+            for message in batch.messages[: max(0, most - len(found))]:
                 try:
                     (out,) = sides.transform([message])
                     encoded = encode(out)
                 except MessageRejected as error:
-                    yield _sample(row, message, {}, "", str(error))
+                    found.append(_sample(row, message, {}, "", str(error)))
                 else:
                     body = encoded.body.decode(errors="replace")
-                    yield _sample(row, out, encoded.headers, body, "")
-            if batch.is_end_of_backlog or not batch.messages:
-                return
+                    found.append(_sample(row, out, encoded.headers, body, ""))
+            if batch.is_end_of_backlog or not events:
+                break
+    told = f"ops and where leave out {left_out} of {looked_at} events" if left_out else ""
+    return found[:most], told
 
 
 @asynccontextmanager

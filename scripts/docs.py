@@ -34,7 +34,7 @@ import msgspec  # noqa: E402
 from relay import cli, errors, metrics, registry, settings, template, wire  # noqa: E402
 from relay.migrate import filled  # noqa: E402
 from relay.options import Key, declared_keys  # noqa: E402
-from relay.pipeline_config import PipelineConfig  # noqa: E402
+from relay.pipeline_config import Mask, PipelineConfig  # noqa: E402
 from relay.status import screen  # noqa: E402
 
 NOTHING = "-"
@@ -190,7 +190,8 @@ def type_words(annotation: object) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "object" if arguments[1] is object else f"object of {type_words(arguments[1])}s"
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"list of {_TYPE_WORDS[arguments[0]]}s"
+        of = type_words(arguments[0])
+        return f"list of {of}" if get_origin(arguments[0]) is Literal else f"list of {of}s"
     raise Unexplained(f"no words for the type {annotation}")
 
 
@@ -199,6 +200,7 @@ _TYPE_WORDS: Mapping[object, str] = {
     int: "integer",
     float: "number",
     str: "text",
+    Mask: "mask",
 }
 
 

@@ -48,6 +48,8 @@ TYPES: Mapping[str, Rule] = {
     "template": {"kinds": ["string"], "pattern": "", "must": "a template"},
     "object": {"kinds": ["object"], "must": "an object"},
     "list": {"kinds": ["array"], "must": "a list"},
+    "word or object": {"kinds": ["string", "object"], "pattern": "", "must": "a word or an object"},
+    "nothing": {"kinds": []},
     "text or list": {"kinds": ["string", "array"], "pattern": "", "must": "a text or a list"},
 }
 _SCALARS: Mapping[object, str] = {str: "text", int: "integer", float: "number", bool: "boolean"}
@@ -88,6 +90,13 @@ def value_rule(annotation: object, key: Key) -> Rule:
         return {"is": "object", **of}
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return {"is": "list", "of": value_rule(arguments[0], key)}
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        inner = rules_of(annotation, "")
+        return {
+            "is": "object",
+            "members": inner,
+            "of": {"is": "nothing", "must": f"under {' or '.join(inner)}"},
+        }
     rule: Rule = {"is": "template" if key.template else _SCALARS[annotation]}
     if key.secret:
         rule["secret"] = True

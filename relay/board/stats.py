@@ -99,6 +99,7 @@ class PipelineStats:
     accepted: int = 0
     duplicates: int = 0
     dead_lettered: int = 0
+    filtered: int = 0
     dying: int = 0
     acknowledged_batches: int = 0
     leases_lost: int = 0
@@ -232,6 +233,7 @@ class PipelineStats:
         self.dying += event.dead_lettered
         self._accepted(event.messages, clock_s)
         self.duplicates += event.duplicates
+        self.filtered += event.filtered
         if event.messages or event.dead_lettered:
             self.publish_durations.observe((event.duration_s,))
         self.delivery_latencies.observe(event.latencies_s)
@@ -377,6 +379,7 @@ class PipelineStats:
             consumed=self.accepted if self.direction == "reverse" else 0,
             duplicates=self.duplicates,
             dead_lettered=self.dead_lettered,
+            filtered=self.filtered,
             refused=dict(self.refusals),
             errors=self.errors.total(),
             last_error=self.last_error,

@@ -50,7 +50,8 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     ``settings`` have their secrets masked. ``since`` is when ``state`` was entered, whatever the
     reason has been since. ``trouble`` says why ``is_healthy`` is false, ``undelivered`` why
     ``is_drained`` is; both are empty otherwise. ``published`` counts messages that a forward
-    pipeline's sink accepted, ``consumed`` those of a reverse one, ``refused`` by reason the
+    pipeline's sink accepted, ``consumed`` those of a reverse one, ``filtered`` those that the
+    pipeline's ``ops`` or ``where`` left out, ``refused`` by reason the
     requests to a receiver that became no messages. ``in_flight`` messages are polled and not
     acknowledged. ``lag_rows``, ``oldest_unsent_age_s`` and ``dead_letters`` are as last
     observed, None before. ``rate_history`` has one count a second, the latest complete second
@@ -94,6 +95,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_progress_at: datetime | None
     workers: Sequence[WorkerStatus] = ()
     source_lag: int | None = None
+    filtered: int = 0
 
 
 class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):

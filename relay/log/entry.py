@@ -27,6 +27,7 @@ FIELDS = (
     "messages",
     "duplicates",
     "dead_lettered",
+    "filtered",
     "delivered",
     "failed",
     "duration_s",

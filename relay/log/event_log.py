@@ -213,6 +213,7 @@ class EventLog:
                     messages=event.messages,
                     duplicates=event.duplicates,
                     dead_lettered=event.dead_lettered,
+                    filtered=event.filtered,
                     attempt=event.attempts,
                     duration_s=event.duration_s,
                 )

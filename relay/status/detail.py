@@ -79,6 +79,7 @@ def _facts(line: PipelineLine, status: PipelineStatus) -> Iterator[str]:
     yield (
         f"{line.delivered:,} delivered, {status.duplicates:,} duplicates,"
         f" {status.dead_lettered:,} dead-lettered"
+        + (f", {status.filtered:,} left out" if status.filtered else "")
     )
     yield f"{status.in_flight} in flight, at {clean(status.checkpoint) or 'the beginning'}"
     for worker in status.workers:

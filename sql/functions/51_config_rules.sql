@@ -27,12 +27,12 @@ begin
         v_is := case v_kind when 'string' then 'a text that does not fit' else 'of type ' || v_kind end;
     elsif v_kind in ('array', 'object') then
         return (
-            select @schema@.relay_check_value(e.path, v_rule -> 'of', e.value, p_plaintext) as problem
+            select @schema@.relay_check_value(e.path, coalesce(v_rule #> array['members', e.name], v_rule -> 'of'), e.value, p_plaintext) as problem
             from (
-                select p_path || '.' || o.key, o.value from jsonb_each(case v_kind when 'object' then p_value else '{}' end) as o
+                select o.key, p_path || '.' || o.key, o.value from jsonb_each(case v_kind when 'object' then p_value else '{}' end) as o
                 union all
-                select p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
-            ) as e (path, value)
+                select null, p_path, a.value from jsonb_array_elements(case v_kind when 'array' then p_value else '[]' end) as a
+            ) as e (name, path, value)
             where v_rule ? 'of'
             order by problem limit 1);
     elsif not v_rule -> 'words' ? v_text then

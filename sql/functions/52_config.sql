@@ -133,6 +133,7 @@ begin
         end if;
     end loop;
     perform @schema@.relay_validate_config(p_direction, v_config);
+    perform @schema@.relay_check_shape(v_config, p_outbox_table);
     if p_direction = 'forward' then
         perform @schema@.relay_set_forward(p_name, v_config, p_enabled, p_outbox_table, p_retention_hours);
         return;

@@ -57,6 +57,7 @@ async def everything_happens(
         await catalog.run("select pgtrickle.create_inbox($1)", inbox)
     await catalog.run("alter table pgtrickle.refusing add check (event_id = 'never')")
     await catalog.forward("to-file", to_file(directory / "out.jsonl"))
+    await catalog.forward("choosy", to_file(directory / "few.jsonl"), ops=["delete"])
     await catalog.forward("to-inbox", {"type": "pg-inbox", "inbox": "shared"})
     await catalog.forward("to-inbox-again", {"type": "pg-inbox", "inbox": "shared"})
     await catalog.forward("refused", {"type": "pg-inbox", "inbox": "refusing"})
@@ -122,6 +123,7 @@ async def nats(nats_server: NatsServer) -> AsyncIterator[NatsWorld]:
     "metric:webhook_refused_total",
     "metric:dlq_depth",
     "metric:dlq_entries_total",
+    "metric:messages_filtered_total",
     "metric:last_committed_offset",
     "metric:consumer_lag_rows",
     "metric:oldest_unsent_age_seconds",

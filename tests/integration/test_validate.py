@@ -152,3 +152,22 @@ async def test_a_sample_of_a_consumer_group_leases_nothing_and_leaves_no_trace(
     assert await world.value(traces) == before
     leased = "select count(*) from pgtrickle.poll_outbox('sharers', 'another', 10)"
     assert await world.value(leased) == 5
+
+
+async def test_a_sample_is_shaped_and_says_how_much_is_left_out(world: RelayWorld) -> None:
+    await world.to_file("odd", where="payload.id % 2 == 1", exclude=["note"])
+    await world.to_file("wrong", where="payload.id %")
+
+    answer = await asked(world, "odd", "--sample", "2")
+    as_json = await asked(world, "odd", "--sample", "9", "--json")
+    wrong = await asked(world, "wrong")
+
+    told = "\n".join(answer.stdout)
+    assert answer.returncode == 0, answer.output
+    assert '"payload":{"id":1,"version":0}' in told
+    assert "odd: ops and where leave out 2 of 5 events" in told
+    assert [json.loads(one["body"])["key"] for one in json.loads(as_json.stdout[0])["samples"]] == [
+        "1", "3", "5",
+    ]  # fmt: skip
+    assert wrong.returncode == 2
+    assert "pipeline wrong: where does not compile" in wrong.stdout[0]

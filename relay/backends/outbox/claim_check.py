@@ -11,11 +11,11 @@ from typing import Final, Literal
 
 import msgspec
 
-from relay.backends.outbox.decoder import ClaimCheck, OutboxDecoder
+from relay.backends.outbox.decoder import ClaimCheck, OutboxDecoder, SetAside
 from relay.catalog import OutboxDescription
 from relay.contracts import Rejected
 from relay.errors import MessageUndecodable
-from relay.message import RelayMessage
+from relay.message import Op, RelayMessage
 from relay.postgres import Database
 
 PAGE_ROWS: Final = 1_000
@@ -29,6 +29,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 
     messages: Sequence[RelayMessage] = ()
     rejected: Sequence[Rejected] = ()
+    filtered: int = 0
     rows: int = 0
     is_last: bool = False
 
@@ -115,14 +116,16 @@ class ClaimCheckReader:
     async def _begin(self, delta: DeltaTable, contents: _Contents) -> Page:
         event = self._claim_check.event
         if event.is_full_refresh and contents.inserted + contents.deleted == 0:
-            return Page(messages=[self._decoder.truncation(event)], is_last=True)
+            aside = SetAside()
+            messages = self._decoder.truncation(event, aside)
+            return Page(messages=messages, filtered=aside.filtered, is_last=True)
         self._enter("deleted" if contents.deleted else "inserted", contents)
         return await self._read(delta, contents, self._decoder.begin(event))
 
     async def _read(
         self, delta: DeltaTable, contents: _Contents, messages: list[RelayMessage]
     ) -> Page:
-        rejected: list[Rejected] = []
+        aside = SetAside()
         expected = contents.deleted if self._part == "deleted" else contents.inserted
         rows = 0
         if expected:
@@ -137,13 +140,13 @@ class ClaimCheckReader:
             )
             rows = len(records)
             messages += self._decoded(
-                [(row["data"], row["twin"]) for row in records], contents, rejected
+                [(row["data"], row["twin"]) for row in records], contents, aside
             )
             if records:
                 self._after_row = records[-1]["row_num"]
             else:
                 # Somebody deleted rows of a claim check that is being read.
-                rejected.append(
+                aside.rejected.append(
                     self._decoder.refused(
                         self._claim_check,
                         MessageUndecodable(
@@ -161,21 +164,27 @@ class ClaimCheckReader:
             else:
                 is_last = True
                 messages += self._decoder.end(self._claim_check.event)
-        return Page(messages=messages, rejected=rejected, rows=rows, is_last=is_last)
+        return Page(
+            messages=messages,
+            rejected=aside.rejected,
+            filtered=aside.filtered,
+            rows=rows,
+            is_last=is_last,
+        )
 
     def _decoded(
         self,
         rows: Sequence[tuple[bytes | None, bytes | None]],
         contents: _Contents,
-        rejected: list[Rejected],
+        aside: SetAside,
     ) -> list[RelayMessage]:
         event, decoder = self._claim_check.event, self._decoder
         is_deleted = self._part == "deleted"
         first_index = self._read_rows + (contents.inserted if is_deleted else 0)
-        op = "delete" if is_deleted else decoder.insert_op(event)
+        op: Op = "delete" if is_deleted else decoder.insert_op(event)
         if not decoder.collapses_updates or event.is_full_refresh:
             return decoder.rows_of(
-                event, op, [row or b"null" for row, _ in rows], first_index, rejected
+                event, op, [row or b"null" for row, _ in rows], first_index, aside
             )
         messages: list[RelayMessage] = []
         for index, (row, twin) in enumerate(rows, first_index):
@@ -184,12 +193,13 @@ class ClaimCheckReader:
                 and twin is not None
                 and (key := decoder.key_of(event, row)) is not None
                 and key == decoder.key_of(event, twin)
+                and decoder.goes_out(event, "insert" if is_deleted else "delete", twin)
             )
-            if has_twin and is_deleted:
-                continue
-            row_op = "update" if has_twin else op
-            messages += decoder.rows_of(event, row_op, [row or b"null"], index, rejected)
-        return messages
+            told = decoder.rows_of(event, op, [row or b"null"], index, aside)
+            if has_twin:
+                told = [] if is_deleted else [msgspec.structs.replace(m, op="update") for m in told]
+            messages += told
+        return decoder.updated(messages, aside)
 
     def _twin_distance(self, contents: _Contents) -> int | None:
         """From a row's number to that of the row at the same place of the other part."""

@@ -27,8 +27,9 @@ import msgspec
 from relay.backends.outbox.row import OutboxRow, OutboxRows
 from relay.backends.outbox.split import array_elements, object_members
 from relay.contracts import Rejected
-from relay.errors import MessageUndecodable
+from relay.errors import MessageRejected, MessageUndecodable
 from relay.message import NO_HEADERS, Op, RelayMessage
+from relay.shape import Shape
 
 PAYLOAD_VERSION: Final = 1
 
@@ -76,14 +77,20 @@ class ClaimCheck(msgspec.Struct, frozen=True, kw_only=True):
     payload: bytes
 
 
-class Decoded(msgspec.Struct, kw_only=True):
+class SetAside(msgspec.Struct, kw_only=True):
+    """What of some rows does not go out: what is refused, and how many the shape left out."""
+
+    rejected: list[Rejected] = msgspec.field(default_factory=list)
+    filtered: int = 0
+
+
+class Decoded(SetAside, kw_only=True):
     """The messages of the first ``rows`` outbox rows that were given, in order.
 
     A claim check is decoded alone: ``claim_check`` is set, ``rows`` is 1 and there are no messages.
     """
 
     messages: list[RelayMessage] = msgspec.field(default_factory=list)
-    rejected: list[Rejected] = msgspec.field(default_factory=list)
     rows: int = 0
     claim_check: ClaimCheck | None = None
 
@@ -94,7 +101,7 @@ class OutboxDecoder:
     ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; an outbox row
     may name others, after a column was renamed (``follows_renames``); a row that lacks one of them
     has no key. ``collapse_updates`` turns a delete and an insert of one key in
-    one outbox row into an ``update`` that has the index of the insert.
+    one outbox row into an ``update`` that has the index of the insert. ``shape`` is applied before.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class OutboxDecoder:
         collapse_updates: bool = False,
         snapshot_markers: bool = False,
         follows_renames: bool = True,
+        shape: Shape | None = None,
     ) -> None:
         self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
         self._stream_table = stream_table
@@ -116,6 +124,7 @@ class OutboxDecoder:
         self._hides_row_id = ROW_ID in key_columns
         self._collapses = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
+        self._shape = shape
         self._payload = msgspec.json.Decoder(_Payload)
         self._array = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -131,7 +140,7 @@ class OutboxDecoder:
         """
         singles = self._single_inserts(rows)
         if singles is not None:
-            decoded.messages += singles
+            decoded.messages += self._shaped(singles, decoded)
             decoded.rows += len(rows)
             return True
         return all(self._decode_row(row, decoded) for row in rows)
@@ -142,16 +151,17 @@ class OutboxDecoder:
         op: Op,
         rows: Sequence[_Row],
         first_index: int,
-        rejected: list[Rejected],
+        aside: SetAside,
     ) -> list[RelayMessage]:
         """The messages of rows that share an op and follow each other."""
         keys = self._keys_of(event).of_all(rows)
         if keys is None:
-            return [
+            alone = [
                 message
                 for index, row in enumerate(rows, first_index)
-                for message in self._row_alone(event, op, row, index, rejected)
+                for message in self._row_alone(event, op, row, index, aside.rejected)
             ]
+            return self._shaped(alone, aside)
         prefix, history = f"{self._prefix}{event.outbox_id}:", _history(event.refresh_id)
         stream_table = self._stream_table
         outbox_id, refresh_id, created_at, headers, is_full_refresh = (
@@ -161,7 +171,7 @@ class OutboxDecoder:
             event.headers,
             event.is_full_refresh,
         )
-        return [
+        messages = [
             RelayMessage(
                 dedup_key=f"{prefix}{index}{history}",
                 payload=self._told(row),
@@ -177,6 +187,7 @@ class OutboxDecoder:
             )
             for index, (row, key) in enumerate(zip(rows, keys, strict=True), first_index)
         ]
+        return self._shaped(messages, aside)
 
     def key_of(self, event: OutboxEvent, row: bytes) -> str | None:
         """The key of a row, or None where it has none or cannot be looked into."""
@@ -184,6 +195,18 @@ class OutboxDecoder:
             return self._keys_of(event).of(row)
         except MessageUndecodable:
             return None
+
+    def goes_out(self, event: OutboxEvent, op: Op, row: bytes) -> bool:
+        """Whether a row of this op goes out, as far as the shape decides."""
+        return self._shape is None or bool(self.rows_of(event, op, [row], 0, SetAside()))
+
+    def updated(self, messages: list[RelayMessage], aside: SetAside) -> list[RelayMessage]:
+        """The messages without those whose op is not asked for, once updates are put together."""
+        if self._shape is None:
+            return messages
+        sent = [message for message in messages if self._shape.sends(message.op)]
+        aside.filtered += len(messages) - len(sent)
+        return sent
 
     def insert_op(self, event: OutboxEvent) -> Op:
         """What an inserted row is: in a snapshot the consumer may have it already."""
@@ -197,9 +220,9 @@ class OutboxDecoder:
         """What goes behind the rows of a full refresh."""
         return self._marker(event, "snapshot_end", "end")
 
-    def truncation(self, event: OutboxEvent) -> RelayMessage:
+    def truncation(self, event: OutboxEvent, aside: SetAside) -> list[RelayMessage]:
         """The one message of a full refresh without rows."""
-        return self._message(event, "0", "truncate", b"null")
+        return self._shaped([self._message(event, "0", "truncate", b"null")], aside)
 
     def refused(self, claim_check: ClaimCheck, error: MessageUndecodable) -> Rejected:
         """A claim check as a whole on its way to the dead letters."""
@@ -246,6 +269,22 @@ class OutboxDecoder:
             )
         ]
 
+    def _shaped(self, messages: list[RelayMessage], aside: SetAside) -> list[RelayMessage]:
+        if self._shape is None:
+            return messages
+        sent: list[RelayMessage] = []
+        for message in messages:
+            try:
+                shaped = self._shape.of(message)
+            except MessageRejected as error:
+                aside.rejected.append(Rejected(message, error))
+            else:
+                if shaped is None:
+                    aside.filtered += 1
+                else:
+                    sent.append(shaped)
+        return sent
+
     def _decode_row(self, row: OutboxRow, decoded: Decoded) -> bool:
         """One row, whatever it is; False where a claim check ends the batch."""
         outbox_id, refresh_id, created_at, _, _, is_claim_check, body, headers, key_columns = row
@@ -266,7 +305,7 @@ class OutboxDecoder:
         if payload.full_refresh:
             event = msgspec.structs.replace(event, is_full_refresh=True)
         if not payload.claim_check and not is_claim_check:
-            self._decode_inline(event, payload, decoded.messages, decoded.rejected)
+            self._decode_inline(event, payload, decoded)
             decoded.rows += 1
             return True
         if decoded.rows == 0:
@@ -302,30 +341,23 @@ class OutboxDecoder:
         members.pop(ROW_ID, None)
         return msgspec.json.encode({name: msgspec.Raw(value) for name, value in members.items()})
 
-    def _decode_inline(
-        self,
-        event: OutboxEvent,
-        payload: _Payload,
-        messages: list[RelayMessage],
-        rejected: list[Rejected],
-    ) -> None:
+    def _decode_inline(self, event: OutboxEvent, payload: _Payload, decoded: Decoded) -> None:
         inserted, deleted = payload.inserted or (), payload.deleted or ()
+        messages = decoded.messages
         if event.is_full_refresh:
             if not inserted and not deleted:
-                messages.append(self.truncation(event))
+                messages += self.truncation(event, decoded)
                 return
-            messages.extend(self.begin(event))
-        if deleted:
-            removed = self.rows_of(event, "delete", deleted, len(inserted), rejected)
-            added = self.rows_of(event, self.insert_op(event), inserted, 0, rejected)
-            if self._collapses and not event.is_full_refresh:
-                removed, added = _collapsed(removed, added)
+            messages += self.begin(event)
+        removed = self.rows_of(event, "delete", deleted, len(inserted), decoded) if deleted else []
+        added = self.rows_of(event, self.insert_op(event), inserted, 0, decoded)
+        if self._collapses and not event.is_full_refresh:
+            messages += self.updated(_collapsed(removed, added), decoded)
+        else:
             messages += removed
             messages += added
-        else:
-            messages += self.rows_of(event, self.insert_op(event), inserted, 0, rejected)
         if event.is_full_refresh:
-            messages.extend(self.end(event))
+            messages += self.end(event)
 
     def _read(self, body: bytes | None, *, is_claim_check: bool) -> _Payload:
         if body is None:
@@ -408,20 +440,18 @@ def _claim_check(event: OutboxEvent, row: OutboxRow, payload: _Payload) -> Claim
     )
 
 
-def _collapsed(
-    removed: list[RelayMessage], added: list[RelayMessage]
-) -> tuple[list[RelayMessage], list[RelayMessage]]:
+def _collapsed(removed: list[RelayMessage], added: list[RelayMessage]) -> list[RelayMessage]:
     replaced = {message.key for message in removed} & {message.key for message in added}
     replaced.discard(None)
     if not replaced:
-        return removed, added
-    return (
-        [message for message in removed if message.key not in replaced],
-        [
+        return removed + added
+    return [
+        *(message for message in removed if message.key not in replaced),
+        *(
             msgspec.structs.replace(message, op="update") if message.key in replaced else message
             for message in added
-        ],
-    )
+        ),
+    ]
 
 
 def _headers(raw: bytes) -> Mapping[str, str]:

@@ -214,6 +214,7 @@ class GroupSource:
         return Batch(
             messages=decoded.messages,
             rejected=decoded.rejected,
+            filtered=decoded.filtered,
             position=self._through(lease, through_id),
             checkpoint=str(through_id),
         )
@@ -225,10 +226,16 @@ class GroupSource:
             return None
         if not page.is_last:
             position = _Token(lease_token=lease.token)
-            return Batch(messages=page.messages, rejected=page.rejected, position=position)
+            return Batch(
+                messages=page.messages,
+                rejected=page.rejected,
+                filtered=page.filtered,
+                position=position,
+            )
         return Batch(
             messages=page.messages,
             rejected=page.rejected,
+            filtered=page.filtered,
             position=self._through(lease, outbox_id, consumed_claim_check=outbox_id),
             checkpoint=str(outbox_id),
         )

@@ -14,7 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader, Page
-from relay.backends.outbox.decoder import PART_ROWS, Decoded, OutboxDecoder
+from relay.backends.outbox.decoder import PART_ROWS, ROW_ID, Decoded, OutboxDecoder
 from relay.backends.outbox.lookout import Lookout
 from relay.backends.outbox.reader import standby
 from relay.backends.outbox.row import OutboxRows
@@ -143,21 +143,28 @@ class Watch:
 
 
 class Unpacker:
-    """Makes messages of outbox rows, and of a claim check page by page."""
+    """Makes messages of outbox rows, and of a claim check page by page.
+
+    Raises `ConfigurationError` where the shape of the pipeline hides a column of the key.
+    """
 
     def __init__(
         self, context: BackendContext, reading: OutboxReading, outbox: OutboxDescription
     ) -> None:
         self._context = context
         self._outbox = outbox
+        key_columns = reading.key_columns or tuple(outbox.key_columns or ())
+        if context.shape is not None and key_columns != (ROW_ID,):
+            context.shape.refuse_hidden(key_columns, "key")
         self._decoder = OutboxDecoder(
             outbox_table=outbox.outbox_table,
             stream_table=outbox.stream_table,
-            key_columns=reading.key_columns or tuple(outbox.key_columns or ()),
+            key_columns=key_columns,
             follows_renames=reading.key_columns is None,
             namespace=context.dedup_namespace,
             collapse_updates=reading.collapse_updates,
             snapshot_markers=reading.snapshot_markers,
+            shape=context.shape,
         )
         self._claim_check: ClaimCheckReader | None = None
 

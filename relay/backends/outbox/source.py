@@ -235,6 +235,7 @@ class OutboxSource:
         return Batch(
             messages=decoded.messages,
             rejected=decoded.rejected,
+            filtered=decoded.filtered,
             position=self._token(session),
             checkpoint=str(reader.position),
         )
@@ -245,10 +246,11 @@ class OutboxSource:
         if page is None:
             return None
         if not page.is_last:
-            return Batch(messages=page.messages, rejected=page.rejected)
+            return Batch(messages=page.messages, rejected=page.rejected, filtered=page.filtered)
         return Batch(
             messages=page.messages,
             rejected=page.rejected,
+            filtered=page.filtered,
             position=self._token(session, consumed_claim_check=outbox_id),
             checkpoint=str(session.reader.position),
         )
