@@ -29,10 +29,11 @@ from relay.housekeeping import Housekeeping
 from relay.http import HttpServer
 from relay.locks import Locks, unowned
 from relay.metrics import Metrics
-from relay.migrate import MigrationStep, contents, migrate, uninstall
+from relay.migrate import MigrationStep, contents, file_count, migrate, uninstall
 from relay.postgres import Database, connect
 from relay.process import keep_freed_memory, rare_collections
 from relay.profiles import check_profiles
+from relay.progress import Progress
 from relay.settings import Settings, UiSettings
 from relay.start import (
     naming_the_variable,
@@ -187,13 +188,22 @@ async def run_migrate(settings: Settings, say: Callable[[str], None]) -> int:
     with naming_the_variable(postgres):
         connection = await connect(postgres, purpose="migrate")
 
+    progress = Progress()
+    files = file_count()
+    done = 0
+
     def on_step(step: MigrationStep) -> None:
+        nonlocal done
+        done += 1
+        progress.clear()
         if step.is_applied:
             say(f"applied  {step.filename}")
+        progress.show(done, files, f"{done} of {files} files")
 
     try:
         report = await migrate(connection, on_step=on_step, schema=postgres.schema)
     finally:
+        progress.clear()
         await connection.close()
     for notice in report.notices:
         say(notice)

@@ -299,15 +299,15 @@ async def _validate(
 async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:
     """All that is for people goes to standard error: the sink may be standard output."""
     from relay.drain import run_drain
+    from relay.progress import Progress
 
-    is_shown = sys.stderr.isatty() and not arguments.json
+    progress = Progress(is_wanted=not arguments.json)
 
-    def show(delivered: int) -> None:
-        if is_shown:
-            sys.stderr.write(f"\r{delivered:,} delivered\x1b[K\r")
-            sys.stderr.flush()
+    def show(delivered: int, left: int) -> None:
+        progress.show(delivered, delivered + left, f"{delivered:,} delivered, {left:,} rows left")
 
     report = await run_drain(settings, timeout_s=arguments.timeout, show=show)
+    progress.clear()
     if arguments.json:
         _say(msgspec.json.encode(report).decode())
         return EXIT_OK if report.is_complete else EXIT_RUNTIME

@@ -55,12 +55,12 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_drain(
-    settings: Settings, *, timeout_s: float | None, show: Callable[[int], None]
+    settings: Settings, *, timeout_s: float | None, show: Callable[[int, int], None]
 ) -> DrainReport:
     """Deliver what there is, at most for so long; without ``timeout_s`` as long as it moves.
 
     It moves while something was delivered within ``metrics.stalled_after_s``. ``show`` is called a
-    few times a second with how many messages were delivered.
+    few times a second with how many messages were delivered, and how many rows are left.
     """
     relay = Relay(settings, os.environ)
     watch = _Watch(relay)
@@ -95,13 +95,14 @@ class _Watch:
         self.seen |= {status.name: status for status in self._relay.board.snapshot().pipelines}
 
     async def stop_when_over(
-        self, timeout_s: float | None, stalled_after_s: float, show: Callable[[int], None]
+        self, timeout_s: float | None, stalled_after_s: float, show: Callable[[int, int], None]
     ) -> None:
         began_at = time.monotonic()
         while not self.over:
             await asyncio.sleep(_LOOK_S)
             self._look()
-            show(sum(map(_delivered, self.seen.values())))
+            seen = self.seen.values()
+            show(sum(map(_delivered, seen)), sum(status.lag_rows or 0 for status in seen))
             now = time.monotonic()
             if timeout_s is not None and now - began_at > timeout_s:
                 self.over = f"not done within {timeout_s:g} s"

@@ -102,6 +102,11 @@ class _State(msgspec.Struct, frozen=True):
     functions: str
 
 
+def file_count() -> int:
+    """How many steps a migration has."""
+    return len(_migrations()) + len(_functions())
+
+
 async def migrate(
     connection: Connection,
     *,

@@ -27,6 +27,7 @@ from relay.demo.tally import Summary, count_arrivals, inbox_rows, stored_in_stre
 from relay.errors import ConfigurationError, Outage, RelayError
 from relay.events import BatchPublished, Event, PipelineState, StateChanged
 from relay.postgres import Connection, connect, postgres_errors
+from relay.progress import bar
 from relay.settings import PostgresSettings, Settings, schema_identifier
 from relay.status import Key, OwnRelay, StatusView, can_show
 
@@ -37,6 +38,7 @@ _TOKEN = "RELAY_DEMO_NATS_TOKEN"  # noqa: S105 - the name of the variable that h
 _ABOUT = "A demo: orders go from PostgreSQL to NATS JetStream, and from there into order_inbox."
 _NATS_RUNS = "Try x: it kills the NATS server. Events wait then, and none is lost."
 _NATS_IS_DEAD = "NATS is dead, and orders are written all the same. Press b to bring it back."
+_ENDS = "No more orders are written. What waits is delivered, and then everything is counted."
 KEYS = (
     Key(key="x", label="kill NATS", help="as a crash would; orders wait in their outbox"),
     Key(key="b", label="bring NATS back", help="what waited is delivered then"),
@@ -211,10 +213,14 @@ class _Demo:
         def banner() -> Sequence[str]:
             written, received = shop.events, self._seen.received
             figures = f"events written {written:,}   received {received:,}"
-            if seconds is not None:
-                figures += f"   {max(0.0, began_s + seconds - time.monotonic()):.0f} s left"
+            waiting = f"{figures}   waiting {written - received:,}"
+            if self._closing.is_set():
+                return (_ABOUT, _ENDS, f"{waiting}   {bar(received / max(1, written))}")
             if not self._nats.is_running:
-                return (_ABOUT, _NATS_IS_DEAD, f"{figures}   waiting {written - received:,}")
+                return (_ABOUT, _NATS_IS_DEAD, waiting)
+            if seconds is not None:
+                left_s = max(0.0, began_s + seconds - time.monotonic())
+                figures += f"   {bar(1 - left_s / seconds)} {left_s:.0f} s left"
             return (_ABOUT, _NATS_RUNS, figures)
 
         async def kill_nats() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import uvloop
 from rich.console import Console
+from rich.progress import Progress
 
 from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
 from scripts.benchmark.capture import capture
@@ -56,25 +57,30 @@ ON_DEMAND = frozenset(row for row in ROWS if row.endswith("-each"))
 def main() -> int:
     """Measure the rows that the command line names, else all but a few; the exit code."""
     options = _options()
-    console, progress = Console(), Console(stderr=True)
+    console, stderr = Console(), Console(stderr=True)
     try:
-        if progress.is_terminal:
-            with progress.status("measuring"):
-                rows = uvloop.run(_measure(options, progress.print))
-        else:
-            rows = uvloop.run(_measure(options, progress.print))
+        with Progress(
+            console=stderr, transient=True, disable=not stderr.is_terminal, refresh_per_second=2
+        ) as progress:
+            rows = uvloop.run(_measure(options, progress))
     except ServerMissing as missing:
-        progress.print(str(missing))
+        stderr.print(str(missing))
         return SERVER_MISSING
     print_table(rows, console)
     for path in write_results(rows, options.output):
-        progress.print(f"written: {path}")
+        stderr.print(f"written: {path}")
     return 0 if all(row.is_met for row in rows) else MISSED
 
 
-async def _measure(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+async def _measure(options: argparse.Namespace, progress: Progress) -> list[Row]:
     names = list(dict.fromkeys(options.rows)) or [row for row in ROWS if row not in ON_DEMAND]
-    return [await ROWS[name](options, say) for name in names]
+    task = progress.add_task("", total=len(names))
+    rows = []
+    for name in names:
+        progress.update(task, description=name)
+        rows.append(await ROWS[name](options, progress.console.print))
+        progress.advance(task)
+    return rows
 
 
 def _options() -> argparse.Namespace:
