@@ -185,6 +185,14 @@ def _health_of(status: RelayStatus) -> dict[str, object]:
         | {
             name: {"state": "blocked", "healthy": False, "reason": f"its lock is held by {who}"}
             for name, who in status.blocked.items()
+        }
+        | {
+            name: {"state": "waiting", "healthy": False, "reason": "no relay of the group runs it"}
+            for name in status.unowned
+        }
+        | {
+            name: {"state": "paused", "healthy": True, "reason": f"{rows} rows behind"}
+            for name, rows in status.paused.items()
         },
     }
 

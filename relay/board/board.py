@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from relay import __version__
@@ -18,6 +18,9 @@ from relay.events import (
     PipelineDescribed,
     PipelineEvent,
 )
+
+# Between two owners, and at a start, a pipeline has none for some seconds.
+_UNOWNED_GRACE_S = 15.0
 
 
 class Board:
@@ -52,6 +55,7 @@ class Board:
         self.is_database_connected = False
         self._blocked: Mapping[str, str] = {}
         self.catalog = CatalogObserved(outboxes=[], unowned=[], idle=[])
+        self._unowned_since_s: dict[str, float] = {}
         self.owned = 0
         self.members = 0
 
@@ -69,6 +73,8 @@ class Board:
             self._blocked = event.blocked
         elif isinstance(event, CatalogObserved):
             self.catalog = event
+            clock_s, before = self._clock(), self._unowned_since_s
+            self._unowned_since_s = {name: before.get(name, clock_s) for name in event.unowned}
         else:
             self.is_database_connected = event.is_connected
             self._database_reason = self._mask(event.reason)
@@ -86,9 +92,24 @@ class Board:
             is_coordinated=self._is_coordinated,
             members=self.members,
             blocked=self._blocked,
+            unowned=self._unowned(),
+            paused={
+                lag.pipeline: lag.lag_rows
+                for lag in self.catalog.idle
+                if lag.pipeline not in self.catalog.unowned and lag.pipeline not in self.pipelines
+            },
             delivered_before=dict(self._delivered_before),
             pipelines=[self.pipelines[name].status() for name in sorted(self.pipelines)],
         )
+
+    def _unowned(self) -> Sequence[str]:
+        """What nobody has taken for a while, without what is known to be blocked."""
+        too_early_s = self._clock() - _UNOWNED_GRACE_S
+        return [
+            name
+            for name, since_s in self._unowned_since_s.items()
+            if since_s <= too_early_s and name not in self._blocked and name not in self.pipelines
+        ]
 
     def _stats(self, event: PipelineEvent) -> PipelineStats:
         """Those of the event's pipeline; fresh ones where it connects something else now."""

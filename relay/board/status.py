@@ -103,7 +103,9 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     ``is_coordinated``: it has been decided at least once which pipelines run here. ``members``
     counts the relays of the group, this one included. ``blocked``: pipelines that run nowhere, each
-    with the session outside of the group that holds its lock. ``delivered_before``: messages that
+    with the session outside of the group that holds its lock. ``unowned``: enabled ones that no
+    relay of the group has taken for a while. ``paused``: the disabled ones, each with the rows that
+    it is behind, as far as they were seen. ``delivered_before``: messages that
     this relay delivered for a pipeline which then was paused, released or set to something else.
     """
 
@@ -118,6 +120,8 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
     members: int
     pipelines: Sequence[PipelineStatus]
     blocked: Mapping[str, str] = {}
+    unowned: Sequence[str] = ()
+    paused: Mapping[str, int] = {}
     delivered_before: Mapping[str, int] = {}
 
     @property
@@ -128,12 +132,14 @@ class RelayStatus(msgspec.Struct, frozen=True, kw_only=True):
         if self.blocked:
             held = "; ".join(f"{name}: {who}" for name, who in sorted(self.blocked.items()))
             return f"no relay can run what a stranger holds the lock of: {held}"
+        if self.unowned:
+            return f"no relay of the group runs: {', '.join(self.unowned)}"
         unwell = [pipeline.name for pipeline in self.pipelines if not pipeline.is_healthy]
         return f"not healthy: {', '.join(unwell)}" if unwell else ""
 
     @property
     def is_healthy(self) -> bool:
-        """True when the database is connected, and every pipeline is well and not blocked."""
+        """True when the database is connected, and every pipeline is run and well."""
         return not self.trouble
 
     @property

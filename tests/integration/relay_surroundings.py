@@ -165,8 +165,9 @@ class RelayWorld:
         return msgspec.json.decode(await self.page(relay, "/health"), type=Health)
 
     async def state(self, relay: RelayProcess, pipeline: str) -> PipelineHealth | None:
-        """The health of one pipeline, None where this relay does not have it."""
-        return (await self.health(relay)).pipelines.get(pipeline)
+        """The health of one pipeline, None where it is paused or this relay does not have it."""
+        health = (await self.health(relay)).pipelines.get(pipeline)
+        return None if health is None or health.state == "paused" else health
 
     async def page(self, relay: RelayProcess, path: str) -> str:
         """What the relay's HTTP server answers."""

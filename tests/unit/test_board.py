@@ -12,6 +12,7 @@ from relay.errors import ErrorKind, MessageRejected, Outage
 from relay.events import (
     BatchAcknowledged,
     BatchPublished,
+    CatalogObserved,
     ConnectionChanged,
     DatabaseChanged,
     DeadLettered,
@@ -316,6 +317,37 @@ def test_failed_and_suspended_are_unhealthy_at_once(stage: Stage, state: Pipelin
 
     assert stage.pipeline.trouble == f"{state.value}: why"
     assert stage.board.snapshot().trouble == "not healthy: p"
+
+
+def test_what_no_relay_takes_for_a_while_is_not_healthy_and_what_is_paused_is(
+    stage: Stage,
+) -> None:
+    idle = [
+        LagObserved(
+            pipeline=name,
+            direction="forward",
+            lag_rows=7,
+            oldest_unsent_age_s=1.0,
+            dead_letters=0,
+        )
+        for name in ("free", "held", "off")
+    ]
+    seen = CatalogObserved(outboxes=[], unowned=["free", "held"], idle=idle)
+    stage.board(OwnershipChanged(pipelines=[], members=2, blocked={"held": "pid 7"}))
+
+    stage.board(seen)
+    stage.clock_s = 14.0
+    stage.board(seen)
+    at_once = stage.board.snapshot()
+    stage.board(OwnershipChanged(pipelines=[], members=2))
+    stage.clock_s = 15.0
+    later = stage.board.snapshot()
+    stage.board(CatalogObserved(outboxes=[], unowned=[], idle=idle[2:]))
+
+    assert (at_once.unowned, at_once.paused) == ([], {"off": 7})
+    assert later.unowned == ["free", "held"]
+    assert later.trouble == "no relay of the group runs: free, held"
+    assert stage.board.snapshot().is_healthy
 
 
 def test_a_short_retry_is_healthy_and_a_long_one_is_not(stage: Stage) -> None:

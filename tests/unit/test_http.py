@@ -13,6 +13,7 @@ import pytest
 from relay.board import Board
 from relay.errors import ConfigurationError, Outage
 from relay.events import (
+    CatalogObserved,
     DatabaseChanged,
     Event,
     LagObserved,
@@ -140,6 +141,33 @@ async def test_health_is_503_and_names_the_pipeline_and_its_reason(site: Site) -
             "reason": "failed: the stream ORDERS does not exist",
         }
     }
+
+
+async def test_health_shows_what_is_paused_and_what_no_relay_runs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.board.board._UNOWNED_GRACE_S", 0.0)
+    site.run_a_pipeline()
+    idle = [
+        LagObserved(
+            pipeline=name,
+            direction="forward",
+            lag_rows=7,
+            oldest_unsent_age_s=1.0,
+            dead_letters=0,
+        )
+        for name in ("off", "free")
+    ]
+
+    site.emit(CatalogObserved(outboxes=[], unowned=["free"], idle=idle))
+
+    status, body = await site.get("/health")
+    pipelines = body["pipelines"]
+    assert isinstance(pipelines, dict)
+    assert (status, body["reason"]) == (503, "no relay of the group runs: free")
+    assert pipelines["off"] == {"state": "paused", "healthy": True, "reason": "7 rows behind"}
+    assert pipelines["free"]["state"] == "waiting"
+    assert not pipelines["free"]["healthy"]
 
 
 async def test_health_is_503_while_the_database_is_lost(site: Site) -> None:
