@@ -282,6 +282,10 @@ def _shown(config: Mapping[str, object]) -> dict[str, object]:
 
 def _file_roots(settings: Settings) -> tuple[Path, ...]:
     roots = settings.files.roots
-    if roots is None:
+    if roots is not None:
+        return tuple(Path(root) for root in roots)
+    try:
         return (Path.cwd(), Path(tempfile.gettempdir()))
-    return tuple(Path(root) for root in roots)
+    except FileNotFoundError:
+        # Where nothing can be written, as in a container with a read-only root, there is none.
+        return (Path.cwd(),)

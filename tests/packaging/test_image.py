@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from relay.assembly import _file_roots
 from relay.registry import SINKS, SOURCES
+from relay.settings import Settings
 from scripts import bundle, image_size, lock, smoke
 from tests.servers.process import REPOSITORY
 
@@ -83,6 +87,15 @@ def test_the_locks_are_of_the_dependencies_of_today(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lock, "BUILDERS", (*lock.BUILDERS, "another"))
 
     assert lock.stale() == ["locks/relay.txt", "locks/build.txt"]
+
+
+def test_a_relay_starts_where_it_can_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+
+    assert _file_roots(Settings()) == (Path.cwd(),)
 
 
 def test_a_package_that_is_not_whole_is_found() -> None:
