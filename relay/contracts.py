@@ -8,7 +8,7 @@ something); the driver's own exceptions never come through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -46,6 +46,20 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     def is_empty(self) -> bool:
         """True where there is nothing to publish, to dead-letter, to count or to acknowledge."""
         return not (self.messages or self.rejected or self.filtered) and self.position is None
+
+
+def sorted_out(
+    found: Iterable[RelayMessage | Rejected],
+) -> tuple[list[RelayMessage], list[Rejected]]:
+    """The messages, and what could not be decoded, each in order."""
+    messages: list[RelayMessage] = []
+    rejected: list[Rejected] = []
+    for one in found:
+        if isinstance(one, Rejected):
+            rejected.append(one)
+        else:
+            messages.append(one)
+    return messages, rejected
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -128,6 +142,15 @@ class Source(Protocol):
 
     async def aclose(self) -> None:
         """Release everything: leases, connections, tasks. Idempotent, never raises."""
+
+
+class NothingExpires:
+    """For sources whose unacknowledged batches stay theirs without a sign of life."""
+
+    keep_alive_interval_s: float | None = None
+
+    async def keep_alive(self, batch: Batch) -> None:
+        """Nothing to do."""
 
 
 class Sink(Protocol):

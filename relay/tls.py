@@ -41,6 +41,18 @@ class TlsOptions(Protocol):
     def tls_insecure(self) -> bool: ...
 
 
+class TlsKeys(TlsOptions, Protocol):
+    """The same of a backend that can do without TLS."""
+
+    @property
+    def tls(self) -> bool: ...
+
+
+def is_wanted(keys: TlsKeys) -> bool:
+    """Whether these keys ask for TLS."""
+    return bool(keys.tls or keys.tls_ca or keys.tls_cert or keys.tls_insecure)
+
+
 def context_of(options: TlsOptions, path: str) -> ssl.SSLContext:
     """The context that these options ask for; see `client_context`."""
     return client_context(

@@ -84,11 +84,11 @@ def test_an_unknown_template_variable_is_a_template_error() -> None:
 
 
 def test_a_url_is_taken_apart_and_its_credentials_decoded() -> None:
-    endpoint = endpoint_of(
+    endpoint, vhost = endpoint_of(
         RabbitSinkOptions(type="rabbitmq", url="amqps://us%40er:p%2Fw@[::1]:7000/a%2Fb"), "sink"
     )
 
-    assert (endpoint.address, endpoint.vhost, endpoint.is_tls) == ("[::1]:7000", "a/b", True)
+    assert (endpoint.address, vhost, endpoint.is_tls) == ("[::1]:7000", "a/b", True)
     assert (endpoint.username, endpoint.password) == ("us@er", "p/w")
 
 
@@ -107,9 +107,9 @@ def test_port_and_virtual_host_have_the_usual_defaults(
 ) -> None:
     options = RabbitSinkOptions(type="rabbitmq", url=url, **keys)  # type: ignore[arg-type]  # one mapping for all
 
-    endpoint = endpoint_of(options, "sink")
+    endpoint, found = endpoint_of(options, "sink")
 
-    assert (endpoint.port, endpoint.vhost) == (port, vhost)
+    assert (endpoint.port, found) == (port, vhost)
 
 
 def test_no_error_about_a_url_repeats_its_password() -> None:

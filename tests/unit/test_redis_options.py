@@ -84,11 +84,11 @@ def test_an_unknown_template_variable_is_a_template_error() -> None:
 
 
 def test_a_url_is_taken_apart_and_its_credentials_decoded() -> None:
-    endpoint = endpoint_of(
+    endpoint, db = endpoint_of(
         RedisSinkOptions(type="redis", url="rediss://us%40er:p%2Fw@[::1]:7000/3"), "sink"
     )
 
-    assert (endpoint.address, endpoint.db, endpoint.is_tls) == ("[::1]:7000", 3, True)
+    assert (endpoint.address, db, endpoint.is_tls) == ("[::1]:7000", 3, True)
     assert (endpoint.username, endpoint.password) == ("us@er", "p/w")
 
 

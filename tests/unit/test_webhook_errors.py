@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from relay.backends.webhook.endpoint import seconds_of
+from relay.backends.webhook.client import seconds_of
 from relay.backends.webhook.errors import (
     CLIENT_ERRORS,
     listening,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from relay.backends.files.format import SPELLING
@@ -144,18 +142,6 @@ def decode_line(
     except MessageRejected as error:
         message = RelayMessage(dedup_key=fallback_key, subject=subject, payload=line.body)
         return Rejected(message, error)
-
-
-def sorted_out(entries: Iterable[Entry]) -> tuple[list[RelayMessage], list[Rejected]]:
-    """The messages, and those that could not be decoded, each in order."""
-    messages: list[RelayMessage] = []
-    rejected: list[Rejected] = []
-    for entry in entries:
-        if isinstance(entry, Rejected):
-            rejected.append(entry)
-        else:
-            messages.append(entry)
-    return messages, rejected
 
 
 def _is_our_envelope(body: bytes) -> bool:

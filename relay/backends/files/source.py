@@ -12,11 +12,11 @@ import msgspec
 
 from relay.backends.files.errors import allowed_path
 from relay.backends.files.input import FileInput, Mark, Outlook, Reading
-from relay.backends.files.line import Line, decode_line, sorted_out
+from relay.backends.files.line import Line, decode_line
 from relay.backends.files.options import FileSourceOptions
 from relay.backends.files.stdin import StdinSource
 from relay.context import BackendContext
-from relay.contracts import Batch, Source
+from relay.contracts import Batch, NothingExpires, Source, sorted_out
 from relay.errors import EndOfInput, NotConnected, PositionLost, RelayError
 from relay.options import parse_options
 
@@ -26,7 +26,7 @@ LONGEST_PAUSE_S = 0.5
 _mark = msgspec.json.Decoder(Mark)
 
 
-class FileSource:
+class FileSource(NothingExpires):
     """Reads the lines of a file. See the package for what it guarantees."""
 
     def __init__(self, options: FileSourceOptions, path: str, context: BackendContext) -> None:
@@ -56,11 +56,6 @@ class FileSource:
         if parsed.type == "stdin":
             return StdinSource.from_parsed(parsed, context)
         return cls(parsed, str(allowed_path(parsed.input or "", context.file_roots)), context)
-
-    @property
-    def keep_alive_interval_s(self) -> float | None:
-        """Never: a position does not expire."""
-        return None
 
     async def connect(self) -> None:
         """Claim the position and open the file behind it."""
@@ -114,9 +109,6 @@ class FileSource:
         )
         for sequence in [known for known in self._out if known <= position.sequence]:
             del self._out[sequence]
-
-    async def keep_alive(self, batch: Batch) -> None:
-        """Nothing to do: a position does not expire."""
 
     async def reject(self, batch: Batch) -> None:
         """Go back to where the batch began; batches behind it become void."""

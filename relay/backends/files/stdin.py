@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from relay.backends.files.errors import file_errors
-from relay.backends.files.line import Entry, Line, LineBuffer, decode_line, sorted_out
+from relay.backends.files.line import Entry, Line, LineBuffer, decode_line
 from relay.backends.files.options import DEFAULT_MAX_LINE_BYTES, FileSourceOptions
 from relay.context import BackendContext
-from relay.contracts import Batch
+from relay.contracts import Batch, NothingExpires, sorted_out
 from relay.errors import ConfigurationError, EndOfInput, NotConnected
 
 IDLE_POLL_S = 1.0
@@ -115,7 +115,7 @@ class StdinInput:
 STDIN = StdinInput(0)
 
 
-class StdinSource:
+class StdinSource(NothingExpires):
     """Reads the lines of stdin.
 
     Within the process nothing is lost: what was not acknowledged goes to the next source on the
@@ -137,11 +137,6 @@ class StdinSource:
     def from_parsed(cls, options: FileSourceOptions, context: BackendContext) -> Self:
         """A source on the process's own stdin. Raises `ConfigurationError`."""
         return cls(options, STDIN, context)
-
-    @property
-    def keep_alive_interval_s(self) -> float | None:
-        """Never: what is held in memory does not expire."""
-        return None
 
     async def connect(self) -> None:
         """Become the one reader of stdin."""
@@ -177,9 +172,6 @@ class StdinSource:
         """Forget the batch."""
         if isinstance(batch.position, int):
             self._out.pop(batch.position, None)
-
-    async def keep_alive(self, batch: Batch) -> None:
-        """Nothing to do: what is held in memory does not expire."""
 
     async def reject(self, batch: Batch) -> None:
         """Hand the batch out again, and those behind it."""

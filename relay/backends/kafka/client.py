@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
 from relay.backends.kafka.errors import mapped, of_exception
-from relay.backends.kafka.options import KafkaConnectionOptions, addresses_of, is_tls, mechanism_of
+from relay.backends.kafka.options import KafkaConnectionOptions, addresses_of, mechanism_of
 from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
@@ -27,7 +27,7 @@ from relay.errors import (
     NotConnected,
     RelayError,
 )
-from relay.tls import context_of
+from relay.tls import context_of, is_wanted
 
 Client = Any  # AIOKafkaProducer, AIOKafkaConsumer or AIOKafkaAdminClient, untyped in the library
 
@@ -45,7 +45,7 @@ class Heard:
     """What keeps one client from its brokers, as far as it has said so since `forget`."""
 
     def __init__(self, options: KafkaConnectionOptions) -> None:
-        self._has_tls = is_tls(options)
+        self._has_tls = is_wanted(options)
         self._troubles: list[RelayError] = []
         self._waiting: asyncio.Timeout | None = None
 
@@ -158,9 +158,9 @@ def _arguments(options: KafkaConnectionOptions, path: str, name: str) -> dict[st
         "request_timeout_ms": options.request_timeout_ms,
         "metadata_max_age_ms": METADATA_AGE_MS,
         "security_protocol": ("SASL_" if mechanism else "")
-        + ("SSL" if is_tls(options) else "PLAINTEXT"),
+        + ("SSL" if is_wanted(options) else "PLAINTEXT"),
     }
-    if is_tls(options):
+    if is_wanted(options):
         arguments["ssl_context"] = context_of(options, path)
     if mechanism:
         arguments |= {

@@ -138,11 +138,6 @@ def addresses_of(options: KafkaConnectionOptions, path: str) -> list[str]:
     return addresses
 
 
-def is_tls(options: KafkaConnectionOptions) -> bool:
-    """Whether these keys ask for TLS."""
-    return bool(options.tls or options.tls_ca or options.tls_cert or options.tls_insecure)
-
-
 def mechanism_of(options: KafkaConnectionOptions) -> SaslMechanism | None:
     """How to authenticate; None for not at all."""
     if options.sasl_username is None:

@@ -24,7 +24,8 @@ from nats.js.manager import JetStreamManager
 
 from relay.backends.nats.errors import mapped, of_exception, of_server_text
 from relay.backends.nats.headers import parse
-from relay.backends.nats.options import NatsConnectionOptions, NatsServer, servers_of
+from relay.backends.nats.options import NatsConnectionOptions, servers_of
+from relay.endpoint import Endpoint
 from relay.errors import (
     AuthenticationRefused,
     ConfigurationError,
@@ -34,7 +35,7 @@ from relay.errors import (
     TimedOut,
 )
 from relay.message import text_of
-from relay.tls import client_context
+from relay.tls import context_of, is_wanted
 
 _REQUEST_TIMEOUT_S = 5
 _ANSWER_TIMEOUT_S = 10
@@ -270,15 +271,8 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
     servers = list(servers_of(options.url, path))
     random.shuffle(servers)
     context = None
-    is_wanted = options.tls or options.tls_insecure or options.tls_ca or options.tls_cert
-    if is_wanted or any(server.is_tls for server in servers):
-        context = client_context(
-            path,
-            ca=options.tls_ca,
-            cert=options.tls_cert,
-            key=options.tls_key,
-            is_insecure=options.tls_insecure,
-        )
+    if is_wanted(options) or any(server.is_tls for server in servers):
+        context = context_of(options, path)
     for server in servers[1:]:
         with contextlib.suppress(RelayError):
             return await _connect_to(server, options, context, name=name, path=path)
@@ -286,7 +280,7 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
 
 
 async def _connect_to(
-    server: NatsServer,
+    server: Endpoint,
     options: NatsConnectionOptions,
     context: ssl.SSLContext | None,
     *,
@@ -327,7 +321,7 @@ async def _connect_to(
 
 
 def _authentication(
-    options: NatsConnectionOptions, server: NatsServer, path: str
+    options: NatsConnectionOptions, server: Endpoint, path: str
 ) -> Mapping[str, Any]:
     if options.creds_file is not None:
         return {"user_credentials": RawCredentials(_credentials(options.creds_file, path))}
@@ -337,9 +331,9 @@ def _authentication(
         return {"token": options.token}
     if options.user is not None:
         return {"user": options.user, "password": options.password}
-    if server.user is not None and server.password is None:
-        return {"token": server.user}
-    return {"user": server.user, "password": server.password}
+    if server.username is not None and server.password is None:
+        return {"token": server.username}
+    return {"user": server.username, "password": server.password}
 
 
 def _credentials(file: str, path: str) -> str:

@@ -7,10 +7,8 @@ JetStream server answers with
 
 from __future__ import annotations
 
-import asyncio
-import ssl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 from nats import errors as client
@@ -28,8 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import not_connected
-from relay.tls import of_tls
+from relay.network import mapped_by, of_network
 
 _NO_ROOM = "its JetStream storage is full: raise max_file_store of the server, or remove messages"
 
@@ -135,8 +132,6 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
             f"{doing}: {error.name or 'a module'} is not installed",
             remedy="pip install 'pgtrickle-relay[nats]'",
         )
-    if isinstance(error, ssl.SSLError):
-        return of_tls(error, doing)
     number = getattr(error, "err_code", None)
     if isinstance(error, jetstream.ServiceUnavailableError) and number is None:
         return ConfigurationError(
@@ -151,25 +146,10 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, client.Error):
         kind = next(CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS)
         return kind(f"{doing}: {_words(error)}")
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the server ended the connection")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
-    return None
+    return of_network(error, doing)
 
 
-@contextmanager
-def mapped(doing: str) -> Iterator[None]:
-    """Turn whatever the client library raises inside into an error of the relay."""
-    try:
-        yield
-    except Exception as error:
-        ours = of_exception(error, doing)
-        if ours is None or ours is error:
-            raise
-        raise ours from error
+mapped = partial(mapped_by, of_exception)
 
 
 def _by_code(code: int, *, is_publish: bool) -> type[RelayError]:

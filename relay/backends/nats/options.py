@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Annotated, Literal
-from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
 
+from relay.endpoint import Endpoint, endpoint_of
 from relay.errors import ConfigurationError
 from relay.options import (
     ConnectingFlag,
@@ -27,8 +27,7 @@ from relay.options import (
 
 DeliverPolicy = Literal["all", "last", "new", "last_per_subject"]
 
-_DEFAULT_PORT = 4222
-_SCHEMES = ("nats", "tls")
+_PORTS = {"nats": 4222, "tls": 4222}
 _NAME_INVALID = re.compile(r"[\s.*>/\\\x00-\x1f\x7f]")
 _NAME_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _LONGEST_DURABLE = 64
@@ -49,7 +48,7 @@ class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     """
 
     type: str
-    url: Annotated[str, Key(schemes=(*_SCHEMES, ""), connection=True)]
+    url: Annotated[str, Key(schemes=(*_PORTS, ""), connection=True)]
     user: Annotated[
         str | None,
         Key(connection=True, needs="password", excludes=("token", "creds_file", "nkey_seed")),
@@ -111,32 +110,16 @@ class NatsSourceOptions(
     max_deliver: Annotated[int, Key(ge=-1)] = -1
 
 
-class NatsServer(msgspec.Struct, frozen=True):
-    """One server of a list: where it is, and who we are there."""
-
-    host: str
-    port: int
-    user: str | None
-    password: str | None
-    is_tls: bool
-
-    @property
-    def address(self) -> str:
-        """``host:port``, as errors and logs name the server."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def servers_of(urls: str, path: str) -> Sequence[NatsServer]:
+def servers_of(urls: str, path: str) -> Sequence[Endpoint]:
     """The servers of a comma-separated list of URLs. Raises `ConfigurationError`."""
-    servers = [_server(url.strip(), path) for url in urls.split(",") if url.strip()]
-    if not servers:
+    wrong = ConfigurationError(
+        f"{path}.url is not a NATS address",
+        remedy="write nats://host:4222 or tls://host:4222, several separated by commas",
+    )
+    found = [url.strip() for url in urls.split(",") if url.strip()]
+    if not found:
         raise ConfigurationError(f"{path}.url is empty", remedy="write nats://host:4222")
-    return servers
-
-
-def check_connection(options: NatsConnectionOptions, path: str) -> None:
-    """Raise `ConfigurationError` for an address that is none."""
-    servers_of(options.url, path)
+    return [endpoint_of(url if "://" in url else f"nats://{url}", _PORTS, wrong) for url in found]
 
 
 def check_name(name: str, path: str) -> None:
@@ -154,24 +137,3 @@ def durable_for(pipeline: str) -> str:
     if safe == pipeline and len(safe) <= _LONGEST_DURABLE:
         return safe
     return f"{safe[:_LONGEST_DURABLE]}_{sha256(pipeline.encode()).hexdigest()[:8]}"
-
-
-def _server(url: str, path: str) -> NatsServer:
-    full = url if "://" in url else f"nats://{url}"
-    try:
-        parts: SplitResult = urlsplit(full)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port, parts = None, None, urlsplit("")
-    if not host or parts.scheme not in _SCHEMES:
-        raise ConfigurationError(
-            f"{path}.url is not a NATS address",
-            remedy="write nats://host:4222 or tls://host:4222, several separated by commas",
-        )
-    return NatsServer(
-        host=host,
-        port=port or _DEFAULT_PORT,
-        user=None if parts.username is None else unquote(parts.username),
-        password=None if parts.password is None else unquote(parts.password),
-        is_tls=parts.scheme == "tls",
-    )

@@ -14,7 +14,7 @@ from relay import wire
 from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import ApiError, of_jetstream, of_server_text
-from relay.backends.nats.options import NatsSinkOptions, check_connection, check_name
+from relay.backends.nats.options import NatsSinkOptions, check_name, servers_of
 from relay.backends.nats.subject import check_subject, check_template, covering, escape, filter_of
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
@@ -83,7 +83,7 @@ class NatsSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, NatsSinkOptions, path="sink")
-        check_connection(parsed, "sink")
+        servers_of(parsed.url, "sink")
         _check(parsed)
         return cls(parsed, context)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from relay import wire
 from relay.backends.nats import headers as wire_headers
 from relay.backends.nats.connection import Connection, Received, connect, standing
 from relay.backends.nats.errors import mapped
-from relay.backends.nats.options import NatsSourceOptions, check_connection, check_name, durable_for
+from relay.backends.nats.options import NatsSourceOptions, check_name, durable_for, servers_of
 from relay.context import BackendContext
-from relay.contracts import Batch, Rejected
+from relay.contracts import Batch, Rejected, sorted_out
 from relay.errors import (
     ConfigurationError,
     DestinationMissing,
@@ -57,9 +58,9 @@ _MARKER = wire.TITLE.format.lower()
 
 
 class _Position(msgspec.Struct, frozen=True):
-    """Stream sequences handed out together, and since which `connect`."""
+    """Stream sequences handed out together, and over which connection."""
 
-    opening: int
+    connection: Connection
     sequences: tuple[int, ...]
 
 
@@ -82,7 +83,6 @@ class NatsSource:
         self._batch_bytes = context.batch_bytes
         self._name = f"pgtrickle-relay {context.pipeline}"
         self._connection: Connection | None = None
-        self._opening = 0
         self._stream = ""
         self._stream_epoch = 0
         # By the reply subject that the answers of one go share.
@@ -109,7 +109,7 @@ class NatsSource:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, NatsSourceOptions, path="source")
-        check_connection(parsed, "source")
+        servers_of(parsed.url, "source")
         if parsed.stream is not None:
             check_name(parsed.stream, "source.stream")
         if parsed.durable_name is not None:
@@ -147,7 +147,6 @@ class NatsSource:
             await connection.aclose()
             raise
         self._failure = None
-        self._opening += 1
         self._connection = connection
 
     async def poll(self) -> Batch:
@@ -171,7 +170,7 @@ class NatsSource:
                 if self._expected and overdue_s > _ANSWER_TIMEOUT_S:
                     connection.abort(TimedOut(f"{connection.address} does not answer our requests"))
         was_cut_short, self._is_interrupted = self._is_interrupted, False
-        batch = self._batch(was_cut_short=was_cut_short)
+        batch = self._batch(connection, was_cut_short=was_cut_short)
         await self._pull_ahead(connection)
         return batch
 
@@ -182,9 +181,8 @@ class NatsSource:
 
     async def acknowledge(self, batch: Batch) -> None:
         """Acknowledge every message of the batch and wait until the server confirms each."""
-        connection = self._open()
-        position = batch.position
-        if isinstance(position, _Position) and position.opening != self._opening:
+        connection, position = self._open(), batch.position
+        if isinstance(position, _Position) and position.connection is not connection:
             raise NotConnected("this batch was handed out before the source was opened again")
         sequences = self._sequences(batch)
         await self._settle(connection, [self._held[one] for one in sequences], _ACK)
@@ -239,7 +237,7 @@ class NatsSource:
     def _sequences(self, batch: Batch) -> list[int]:
         """What of a batch is still ours to answer for."""
         position = batch.position
-        if not isinstance(position, _Position) or position.opening != self._opening:
+        if not isinstance(position, _Position) or position.connection is not self._connection:
             return []
         return [sequence for sequence in position.sequences if sequence in self._held]
 
@@ -414,35 +412,26 @@ class NatsSource:
             self._failure = ConfigurationError(f"the server refuses our request: {text}")
         self._wake.set()
 
-    def _batch(self, *, was_cut_short: bool) -> Batch:
-        sequences: list[int] = []
-        messages: list[RelayMessage] = []
-        rejected: list[Rejected] = []
-        size, is_last = 0, False
-        while self._buffer and len(sequences) < self._batch_size and size < self._batch_bytes:
-            sequence, arrived = self._buffer.popleft()
-            sequences.append(sequence)
-            size += len(arrived.data)
-            _, is_last = _place_of(arrived.reply)
-            message, error = self._decoded(sequence, arrived)
-            if error is None:
-                messages.append(message)
-            else:
-                rejected.append(Rejected(message, error))
-        if not sequences:
+    def _batch(self, connection: Connection, *, was_cut_short: bool) -> Batch:
+        taken: list[tuple[int, Received]] = []
+        size = 0
+        while self._buffer and len(taken) < self._batch_size and size < self._batch_bytes:
+            taken.append(self._buffer.popleft())
+            size += len(taken[-1][1].data)
+        if not taken:
             is_answered = time.monotonic() >= self._pull_from_s + POLL_WAIT_S
             return Batch(is_end_of_backlog=is_answered and not was_cut_short)
+        messages, rejected = sorted_out(itertools.starmap(self._decoded, taken))
+        last, arrived_last = taken[-1]
         return Batch(
             messages=messages,
             rejected=rejected,
-            position=_Position(self._opening, tuple(sequences)),
-            checkpoint=f"{self._stream}:{sequences[-1]}",
-            is_end_of_backlog=is_last and not self._buffer,
+            position=_Position(connection, tuple(sequence for sequence, _ in taken)),
+            checkpoint=f"{self._stream}:{last}",
+            is_end_of_backlog=_place_of(arrived_last.reply)[1] and not self._buffer,
         )
 
-    def _decoded(
-        self, sequence: int, arrived: Received
-    ) -> tuple[RelayMessage, MessageRejected | None]:
+    def _decoded(self, sequence: int, arrived: Received) -> RelayMessage | Rejected:
         headers = arrived.headers or {}
         error: MessageRejected | None = None
         try:
@@ -452,7 +441,7 @@ class NatsSource:
                 restored = wire.restore(arrived.data, headers_from(own), wire.TITLE)
                 if restored is not None:
                     subject = restored.subject or arrived.subject
-                    return structs.replace(restored, token=arrived.reply, subject=subject), None
+                    return structs.replace(restored, token=arrived.reply, subject=subject)
             if not wire.is_json(arrived.data):
                 error = MessageUndecodable(f"the message on {arrived.subject!r} is not JSON")
         except MessageRejected as reason:
@@ -465,7 +454,7 @@ class NatsSource:
             headers=headers,
             token=arrived.reply,
         )
-        return plain, error
+        return plain if error is None else Rejected(plain, error)
 
     async def _settle(self, connection: Connection, replies: Sequence[str], verb: bytes) -> None:
         """Answer all deliveries and wait until the server confirms each. Raises `Outage`."""

@@ -49,13 +49,13 @@ class Connection:
     def __init__(
         self, options: RabbitConnectionOptions, name: str, path: str, *, is_careful: bool = False
     ) -> None:
-        endpoint = endpoint_of(options, path)
+        endpoint, vhost = endpoint_of(options, path)
         is_external = endpoint.username is None and options.tls_cert is not None
         self.address = endpoint.address
         self.doing = f"connecting to RabbitMQ at {self.address}"
         self.wake = asyncio.Event()
         self.loss: RelayError | None = None
-        self._vhost = endpoint.vhost
+        self._vhost = vhost
         self._timeout_s = options.timeout_ms / 1000
         self._frames = Frames(is_careful=is_careful)
         context = context_of(options, path) if endpoint.is_tls else None
@@ -63,7 +63,7 @@ class Connection:
         address = aio_pika.connection.make_url(
             login=endpoint.username or _GUEST,
             password=endpoint.password or _GUEST,
-            virtualhost=endpoint.vhost,
+            virtualhost=vhost,
             heartbeat=HEARTBEAT_S,
             auth="external" if is_external else "plain",
         )

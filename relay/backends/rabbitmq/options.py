@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import unquote, urlsplit
 
 import msgspec
+from msgspec import structs
 
+from relay import endpoint
+from relay.endpoint import Endpoint
 from relay.errors import ConfigurationError
 from relay.options import (
     Connecting,
@@ -108,56 +110,27 @@ class RabbitSourceOptions(
     exclusive: bool = True
 
 
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where the broker is, and who we are there."""
+def endpoint_of(options: RabbitConnectionOptions, path: str) -> tuple[Endpoint, str]:
+    """The broker that the keys name, and the virtual host. Raises `ConfigurationError`.
 
-    host: str
-    port: int
-    vhost: str
-    username: str | None
-    password: str | None
-    is_tls: bool
-
-    @property
-    def address(self) -> str:
-        """``host:port``, as errors and logs name the broker."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def endpoint_of(options: RabbitConnectionOptions, path: str) -> Endpoint:
-    """The broker that the keys name. Raises `ConfigurationError`; never repeats a password."""
+    Who we are there is in the endpoint, wherever it was said.
+    """
     wrong = ConfigurationError(
         f"{path}.url is not a RabbitMQ address",
         remedy="write amqp://host:5672/vhost or amqps://host:5671/vhost",
     )
-    try:
-        parts = urlsplit(options.url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in _PORTS or not host:
-        raise wrong
-    if parts.query or parts.fragment:
-        raise ConfigurationError(
-            f"{path}.url has a query", remedy="write its options as keys of their own"
-        )
-    named: dict[str, str | None] = {}
-    in_url = {"username": parts.username, "password": parts.password, "vhost": parts.path[1:]}
-    for name, value in in_url.items():
-        named[name] = getattr(options, name) or unquote(value or "") or None
-        if value and getattr(options, name) is not None:
-            raise ConfigurationError(f"{path} has {name} in its url and beside it")
-    username, password, vhost = named["username"], named["password"], named["vhost"] or "/"
+    found = endpoint.endpoint_of(options.url, _PORTS, wrong, options)
+    endpoint.refuse_query(found, path)
+    username = endpoint.either(path, "username", found.username or None, options.username)
+    password = endpoint.either(path, "password", found.password or None, options.password)
+    vhost = endpoint.either(path, "vhost", found.path or None, options.vhost) or "/"
+    username, password = username or None, password or None
     if (username is None) != (password is None):
         raise ConfigurationError(f"{path} needs username and password together")
     if "\x00" in f"{username}{password}":
         raise ConfigurationError(f"{path}: username and password can't hold NUL")
     check_name(vhost, f"{path}.vhost")
-    is_tls = parts.scheme == "amqps" or bool(
-        options.tls or options.tls_ca or options.tls_cert or options.tls_insecure
-    )
-    port = port or _PORTS["amqps" if is_tls else "amqp"]
-    return Endpoint(host, port, vhost, username, password, is_tls)
+    return structs.replace(found, username=username, password=password), vhost
 
 
 def check_name(name: str, path: str) -> None:

@@ -35,7 +35,7 @@ from relay.errors import (
 from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing
+from relay.template import compile_routing
 
 # https://www.rabbitmq.com/docs/configure, max_message_size: lowered in 4.0.
 _LIMIT_BEFORE_4 = 128 * 1024 * 1024
@@ -48,20 +48,15 @@ _AT_ONCE = 64
 class RabbitSink:
     """Publishes to an exchange, many messages at a time, and waits for every confirmation."""
 
-    def __init__(
-        self,
-        options: RabbitSinkOptions,
-        *,
-        render: Render,
-        encoder: Encoder,
-        is_strict: bool,
-        name: str,
-    ) -> None:
+    def __init__(self, options: RabbitSinkOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._render = render
-        self._encoder = encoder
-        self._is_strict = is_strict
-        self._name = name
+        self._render = compile_routing(
+            options.routing_key_template, options.routing, escape=escape, check=check_routing_key
+        )
+        self._encoder = Encoder(options.format, namespace=context.dedup_namespace)
+        self._is_strict = context.ordering != "pipelined"
+        self._name = f"pgtrickle-relay {context.pipeline}"
         named = f"the exchange {options.exchange!r}"
         self._exchange = named if options.exchange else "the default exchange"
         self._limit_bytes = options.max_message_bytes or _LIMIT_FROM_4
@@ -74,15 +69,7 @@ class RabbitSink:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RabbitSinkOptions, path="sink")
         _check(parsed)
-        return cls(
-            parsed,
-            render=compile_routing(
-                parsed.routing_key_template, parsed.routing, escape=escape, check=check_routing_key
-            ),
-            encoder=Encoder(parsed.format, namespace=context.dedup_namespace),
-            is_strict=context.ordering != "pipelined",
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """Open again; find or make the exchange. Raises `DestinationMissing` without one."""

@@ -21,9 +21,8 @@ from relay.backends.rabbitmq.options import (
     endpoint_of,
 )
 from relay.context import BackendContext
-from relay.contracts import Batch, Rejected
+from relay.contracts import Batch, NothingExpires, sorted_out
 from relay.errors import ConfigurationError, NotConnected
-from relay.message import RelayMessage
 from relay.options import parse_options
 
 MAX_WAIT_S = 1.0
@@ -44,23 +43,22 @@ class _Position(msgspec.Struct, frozen=True, eq=False):
         return range(self.first, self.last + 1)
 
 
-class RabbitSource:
+class RabbitSource(NothingExpires):
     """Consumes a queue and acknowledges when told to.
 
     The broker sends ahead; what waits here is bounded by ``prefetch_count`` and, since that counts
     messages of any size, by four batches of bytes, beyond which nothing more is read.
     """
 
-    def __init__(
-        self, options: RabbitSourceOptions, *, batch_size: int, batch_bytes: int, name: str
-    ) -> None:
+    def __init__(self, options: RabbitSourceOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
+        self._batch_size = context.batch_size
+        self._batch_bytes = context.batch_bytes
         self._prefetch = options.prefetch_count or min(
-            MAX_PREFETCH, max(_LEAST_PREFETCH, _BATCHES_AHEAD * batch_size)
+            MAX_PREFETCH, max(_LEAST_PREFETCH, _BATCHES_AHEAD * context.batch_size)
         )
-        self._name = name
+        self._name = f"pgtrickle-relay {context.pipeline}"
         self._consumer: _Consumer | None = None
         self._is_released = False
         self._is_interrupted = False
@@ -73,17 +71,7 @@ class RabbitSource:
         check_name(parsed.queue, "source.queue")
         if not parsed.queue:
             raise ConfigurationError("source.queue is empty")
-        return cls(
-            parsed,
-            batch_size=context.batch_size,
-            batch_bytes=context.batch_bytes,
-            name=f"pgtrickle-relay {context.pipeline}",
-        )
-
-    @property
-    def keep_alive_interval_s(self) -> float | None:
-        """Never: what was delivered stays ours while the channel lives."""
-        return None
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """Open again; find or make the queue and begin to consume.
@@ -137,15 +125,8 @@ class RabbitSource:
             # Whoever has as much as may be sent ahead can't tell whether there is more.
             has_room = consumer.handed_out < self._prefetch
             return Batch(is_end_of_backlog=not was_cut_short and has_room)
-        messages: list[RelayMessage] = []
-        rejected: list[Rejected] = []
         position, taken = consumer.take(self._batch_size, self._batch_bytes)
-        for delivered in taken:
-            one = decoded(delivered, self._options.queue)
-            if isinstance(one, Rejected):
-                rejected.append(one)
-            else:
-                messages.append(one)
+        messages, rejected = sorted_out(decoded(one, self._options.queue) for one in taken)
         return Batch(
             messages=messages,
             rejected=rejected,
@@ -167,9 +148,6 @@ class RabbitSource:
         if position.consumer is not consumer:
             raise NotConnected("this batch was handed out before the source was opened again")
         await consumer.acknowledge(position)
-
-    async def keep_alive(self, batch: Batch) -> None:
-        """Nothing to do: see `keep_alive_interval_s`."""
 
     async def reject(self, batch: Batch) -> None:
         """Release everything that is not acknowledged, in order: the next poll opens again.

@@ -17,7 +17,7 @@ from struct import Struct
 from aiormq import TransportFactory, spec
 
 from relay.backends.rabbitmq.errors import Unreadable
-from relay.backends.rabbitmq.options import Endpoint
+from relay.endpoint import Endpoint
 
 UNREADABLE = "application/vnd.pgtrickle.unreadable"
 """What stands in the place of properties, or of names, that the client can't decode."""

@@ -137,11 +137,11 @@ async def connect(options: RedisConnectionOptions, *, name: str, path: str) -> C
 
     Raises `Outage`, `AuthenticationRefused` or `ConfigurationError`.
     """
-    endpoint = endpoint_of(options, path)
+    endpoint, db = endpoint_of(options, path)
     driver = (TlsDriver if endpoint.is_tls else Driver)(
         host=endpoint.host,
         port=endpoint.port,
-        db=endpoint.db,
+        db=db,
         username=endpoint.username,
         password=endpoint.password,
         protocol=2,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from functools import partial
 
 from redis import exceptions as client
 
@@ -125,9 +125,7 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     return Outage(f"{doing}: {type(error).__name__}") if is_of_client else None
 
 
-def mapped(doing: str) -> AbstractContextManager[None]:
-    """Turn whatever the client library raises inside into an error of the relay."""
-    return mapped_by(of_exception, doing)
+mapped = partial(mapped_by, of_exception)
 
 
 def _known(error: BaseException) -> str | type[RelayError] | None:

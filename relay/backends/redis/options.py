@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from typing import Annotated
-from urllib.parse import unquote, urlsplit
 
 import msgspec
+from msgspec import structs
 
+from relay import endpoint
+from relay.endpoint import Endpoint
 from relay.errors import ConfigurationError
 from relay.options import (
     Connecting,
@@ -27,8 +29,7 @@ from relay.options import (
 MAX_BLOCK_MS = 1000
 DEFAULT_STREAM_KEY = "pgtrickle:{stream_table}"
 
-_DEFAULT_PORT = 6379
-_SCHEMES = ("redis", "rediss")
+_PORTS = {"redis": 6379, "rediss": 6379}
 _DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _ID = re.compile(r"\$|\d{1,20}(-\d{1,20})?")
 
@@ -45,7 +46,7 @@ class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """
 
     type: str
-    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    url: Annotated[str, Key(schemes=tuple(_PORTS), connection=True)]
     username: Connecting = None
     password: Credential = None
     db: Annotated[int | None, Key(ge=0, connection=True)] = None
@@ -106,65 +107,28 @@ class RedisSourceOptions(
     payload_field: str = "payload"
 
 
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where the server is, and who we are there."""
+def endpoint_of(options: RedisConnectionOptions, path: str) -> tuple[Endpoint, int]:
+    """The server that the keys name, and the number of the database. Raises `ConfigurationError`.
 
-    host: str
-    port: int
-    db: int
-    username: str | None
-    password: str | None
-    is_tls: bool
-
-    @property
-    def address(self) -> str:
-        """``host:port``, as errors and logs name the server."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def endpoint_of(options: RedisConnectionOptions, path: str) -> Endpoint:
-    """The server that the keys name. Raises `ConfigurationError`; never repeats a password."""
+    Who we are there is in the endpoint, wherever it was said.
+    """
     wrong = ConfigurationError(
         f"{path}.url is not a Redis address", remedy="write redis://host:6379 or rediss://host:6379"
     )
-    try:
-        parts = urlsplit(options.url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in _SCHEMES or not host:
-        raise wrong
-    if parts.query or parts.fragment:
-        raise ConfigurationError(
-            f"{path}.url has a query", remedy="write its options as keys of their own"
-        )
-    number = parts.path.strip("/")
+    found = endpoint.endpoint_of(options.url, _PORTS, wrong, options)
+    endpoint.refuse_query(found, path)
+    number = found.path.strip("/")
     if number and not number.isdecimal():
         raise ConfigurationError(
             f"{path}.url has a path that is not the number of a database",
             remedy="write redis://host:6379/0",
         )
-    db = int(number) if number else None
-    user, password = (unquote(one) if one else None for one in (parts.username, parts.password))
-    for name, value in (("username", user), ("password", password), ("db", db)):
-        if value is not None and getattr(options, name) is not None:
-            raise ConfigurationError(f"{path} has {name} in its url and beside it")
-    if (options.username or user) and not (options.password or password):
+    username = endpoint.either(path, "username", found.username or None, options.username)
+    password = endpoint.either(path, "password", found.password or None, options.password)
+    db = endpoint.either(path, "db", int(number) if number else None, options.db)
+    if username and not password:
         raise ConfigurationError(f"{path}.username needs a password")
-    return Endpoint(
-        host=host,
-        port=port or _DEFAULT_PORT,
-        db=options.db or db or 0,
-        username=options.username or user,
-        password=options.password or password,
-        is_tls=parts.scheme == "rediss"
-        or bool(options.tls or options.tls_ca or options.tls_cert or options.tls_insecure),
-    )
-
-
-def check_connection(options: RedisConnectionOptions, path: str) -> None:
-    """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
-    endpoint_of(options, path)
+    return structs.replace(found, username=username or None, password=password or None), db or 0
 
 
 def check_start_id(start_id: str) -> None:

@@ -12,7 +12,7 @@ from relay.backends.redis.connection import Connection, Reply, connect, pack, ro
 from relay.backends.redis.entry import fields_of
 from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key, check_template, escape
-from relay.backends.redis.options import RedisSinkOptions, check_connection
+from relay.backends.redis.options import RedisSinkOptions, endpoint_of
 from relay.context import BackendContext
 from relay.contracts import Failure, PublishResult
 from relay.errors import (
@@ -60,7 +60,7 @@ class RedisSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RedisSinkOptions, path="sink")
-        check_connection(parsed, "sink")
+        endpoint_of(parsed, "sink")
         for template in (parsed.stream_key, *parsed.routing.values()):
             check_template(template)
         return cls(parsed, context)

@@ -26,11 +26,11 @@ from relay.backends.redis.errors import of_reply
 from relay.backends.redis.key import check_key
 from relay.backends.redis.options import (
     RedisSourceOptions,
-    check_connection,
     check_start_id,
+    endpoint_of,
 )
 from relay.context import BackendContext
-from relay.contracts import Batch, Rejected
+from relay.contracts import Batch, sorted_out
 from relay.errors import ConfigurationError, MessageRejected, NotConnected, RelayError
 from relay.options import parse_options
 
@@ -93,7 +93,7 @@ class RedisSource:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, RedisSourceOptions, path="source")
-        check_connection(parsed, "source")
+        endpoint_of(parsed, "source")
         check_start_id(parsed.start_id)
         for name in ("group_name", "consumer_name", "payload_field"):
             if getattr(parsed, name) == "":
@@ -378,10 +378,12 @@ class RedisSource:
         if not taken:
             return Batch(is_end_of_backlog=is_end)
         stream, payload_field = self._options.stream_key, self._options.payload_field
-        found = [decoded(one, stream, payload_field, self._generation) for one in taken]
+        messages, rejected = sorted_out(
+            decoded(one, stream, payload_field, self._generation) for one in taken
+        )
         return Batch(
-            messages=[one for one in found if not isinstance(one, Rejected)],
-            rejected=[one for one in found if isinstance(one, Rejected)],
+            messages=messages,
+            rejected=rejected,
             position=_Position(commands, tuple(entry.id for entry in taken)),
             checkpoint=taken[-1].id.decode(),
             is_end_of_backlog=is_end and not self._is_backlog_left,

@@ -29,7 +29,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import causes, mapped_by, not_connected
+from relay.network import causes, mapped_by, not_connected, of_network
 from relay.tls import of_tls
 
 # By name, since releases of the library differ in which classes they have. The nearest class of
@@ -150,16 +150,10 @@ def of_exception(
             )
     if isinstance(error, client.BotoCoreError):
         return _of_client(error, doing)
-    if isinstance(error, TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the connection was ended")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
     if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
         # The few that are no BotoCoreError: an answer that is not what the protocol says.
         return NotConnected(f"{doing}: the answer is not one of SQS ({type(error).__name__})")
-    return None
+    return of_network(error, doing)
 
 
 def mapped(doing: str, *, is_publish: bool = False) -> AbstractContextManager[None]:

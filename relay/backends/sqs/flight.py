@@ -31,77 +31,51 @@ class Flight:
         self.errors: dict[int, RelayError] = {}
         # Those of the failed that only waited behind the first transient failure.
         self.unsent: set[int] = set()
-        self._groups = groups
         self._sizes = sizes
         self._keys = keys
         self._batch_bytes = batch_bytes
         self._stopped_by: RelayError | None = None
-        self._ready: deque[int] = deque()
-        # Groups of which a message is ready or in flight, each with those that wait for it.
-        self._behind: dict[str, deque[int]] = {}
+        lanes: dict[str | int, deque[int]] = {}
         for number, group in enumerate(groups):
-            if group is None:
-                self._ready.append(number)
-            elif group in self._behind:
-                self._behind[group].append(number)
-            else:
-                self._behind[group] = deque()
-                self._ready.append(number)
+            lanes.setdefault(number if group is None else group, deque()).append(number)
+        self._lanes = list(lanes.values())
+        self._ready = deque(self._lanes)
+        # By the first message of a batch in flight, the lanes that wait for it.
+        self._waiting: dict[int, list[deque[int]]] = {}
 
     def take(self) -> list[int]:
         """The next batch that may be sent now; none for none."""
         batch: list[int] = []
-        if self._stopped_by is not None:
-            return batch
+        lanes: list[deque[int]] = []
         left = self._batch_bytes
-        while self._ready and len(batch) < MOST_ENTRIES:
-            if batch and self._sizes[self._ready[0]] > left:
+        while self._stopped_by is None and self._ready and len(batch) < MOST_ENTRIES:
+            lane, keys = self._ready[0], set[str]()
+            if batch and self._sizes[lane[0]] > left:
                 break
-            left -= self._take_group(self._ready.popleft(), batch, left)
+            lanes.append(self._ready.popleft())
+            while lane and len(batch) < MOST_ENTRIES:
+                size, key = self._sizes[lane[0]], self._keys[lane[0]]
+                if batch and (size > left or key in keys):
+                    break
+                if key is not None:
+                    keys.add(key)
+                batch.append(lane.popleft())
+                left -= size
+        if batch:
+            self._waiting[batch[0]] = lanes
         return batch
 
     def settle(self, batch: Sequence[int], errors: Mapping[int, RelayError]) -> None:
         """A batch that was taken is answered: these of its messages failed."""
-        freed: list[int] = []
-        for number in batch:
-            error = errors.get(number)
-            if error is not None:
-                self.errors[number] = error
-                if error.kind is not ErrorKind.MESSAGE and self._stopped_by is None:
-                    self._stopped_by = error
-        for group in dict.fromkeys(self._groups[number] for number in batch):
-            if group is None:
-                continue
-            if self._behind[group]:
-                freed.append(self._behind[group].popleft())
-            else:
-                del self._behind[group]
+        for number, error in errors.items():
+            self.errors[number] = error
+            if error.kind is not ErrorKind.MESSAGE:
+                self._stopped_by = self._stopped_by or error
         # What waited has waited longest: it goes first, or a busy group would finish last.
-        self._ready.extendleft(reversed(freed))
+        self._ready.extendleft(reversed([lane for lane in self._waiting.pop(batch[0]) if lane]))
 
     def fail_unsent(self) -> None:
         """Once all that was taken is settled: the rest fails with the first transient failure."""
-        if self._stopped_by is None:
-            return
-        for number in (*self._ready, *(one for behind in self._behind.values() for one in behind)):
-            self.errors[number] = self._stopped_by
-            self.unsent.add(number)
-
-    def _take_group(self, number: int, batch: list[int], left: int) -> int:
-        """Add this message, and what may follow it of those behind; their bytes."""
-        batch.append(number)
-        taken = self._sizes[number]
-        group = self._groups[number]
-        if group is None:
-            return taken
-        behind = self._behind[group]
-        keys = {self._keys[number]} - {None}
-        while behind and len(batch) < MOST_ENTRIES:
-            size, key = self._sizes[behind[0]], self._keys[behind[0]]
-            if taken + size > left or key in keys:
-                break
-            if key is not None:
-                keys.add(key)
-            batch.append(behind.popleft())
-            taken += size
-        return taken
+        if self._stopped_by is not None:
+            self.unsent.update(*self._lanes)
+            self.errors |= dict.fromkeys(self.unsent, self._stopped_by)

@@ -1,17 +1,13 @@
-"""The SQS sink.
+"""The SQS sink: see the package for what it promises.
 
-A message is accepted when the queue has named it among the successful ones of a
-``SendMessageBatch``: it is then stored redundantly. Up to ten messages go in one call, as far as
-the limit of bytes allows, and ``max_in_flight`` calls are in flight at a time. A standard queue
-keeps no order, whatever is done here. A FIFO queue (its name ends in ``.fifo``) keeps the order of
-a message group, which is by default the event's key; events without a key share one group. With
+Up to ten messages go in one ``SendMessageBatch``, as far as the limit of bytes allows, and
+``max_in_flight`` calls are in flight at a time. Events without a key share one message group. With
 ``ordering`` ``strict``, the default, at most one event of a key is in flight, so that none
 overtakes another whichever entry of a batch is refused; it costs a hot key one call per event. With
 ``pipelined`` one call may carry several of a key, and an event behind a refused one may be stored
-before it. Of one group at most one call is in flight either way. A FIFO queue drops what has a
-deduplication id, our dedup key, that it has seen in the last five minutes, without saying so:
-duplicates are not counted. An entry that the queue refuses by the sender's fault is refused for
-good, any other is tried again.
+before it. Of one group at most one call is in flight either way. What a FIFO queue drops as a
+repeat, by our dedup key, it does not say: duplicates are not counted. An entry that the queue
+refuses by the sender's fault is refused for good, any other is tried again.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from typing import Self, cast
 
 import msgspec
 
-from relay.backends.sqs.entry import Entry, MakeEntry, check_size, entry_maker
+from relay.backends.sqs.entry import Entry, check_size, entry_maker
 from relay.backends.sqs.errors import of_entry
 from relay.backends.sqs.flight import Flight
 from relay.backends.sqs.identifier import deduplication_id, escape, group_id
@@ -40,7 +36,7 @@ from relay.errors import (
 )
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing, compile_template
+from relay.template import compile_routing, compile_template
 
 
 class _Item(msgspec.Struct, frozen=True, gc=False):
@@ -55,38 +51,21 @@ class _Item(msgspec.Struct, frozen=True, gc=False):
 class SqsSink:
     """Sends messages to one queue, several batches at a time."""
 
-    def __init__(
-        self,
-        options: SqsSinkOptions,
-        *,
-        is_fifo: bool,
-        render: Render,
-        group_of: Render | None,
-        make_entry: MakeEntry,
-        is_strict: bool,
-    ) -> None:
+    def __init__(self, options: SqsSinkOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._is_fifo = is_fifo
-        self._render = render
-        self._group_of = group_of
-        self._make_entry = make_entry
-        self._is_strict = is_strict
+        self._is_fifo = target_of(options, "sink").is_fifo
+        self._render = compile_routing(options.subject_template, options.routing)
+        group = options.message_group_id or (DEFAULT_GROUP if self._is_fifo else None)
+        self._group_of = None if group is None else compile_template(group, escape=escape)
+        self._make_entry = entry_maker(options.format, namespace=context.dedup_namespace)
+        self._is_strict = context.ordering != "pipelined"
         self._queue: Queue | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
-        parsed = parse_options(options, SqsSinkOptions, path="sink")
-        is_fifo = target_of(parsed, "sink").is_fifo
-        group = parsed.message_group_id or (DEFAULT_GROUP if is_fifo else None)
-        return cls(
-            parsed,
-            is_fifo=is_fifo,
-            render=compile_routing(parsed.subject_template, parsed.routing),
-            group_of=None if group is None else compile_template(group, escape=escape),
-            make_entry=entry_maker(parsed.format, namespace=context.dedup_namespace),
-            is_strict=context.ordering != "pipelined",
-        )
+        return cls(parse_options(options, SqsSinkOptions, path="sink"), context)
 
     async def connect(self) -> None:
         """Reconnect, and learn the queue's limit for one message where it says."""

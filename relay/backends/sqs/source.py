@@ -1,11 +1,9 @@
-"""The SQS source.
+"""The SQS source: see the package for what it promises.
 
-Long polls, several at a time while they come back full. A message is deleted when its
-batch is acknowledged, and until then hidden from others for ``visibility_timeout``, which is
-extended while the batch is worked on; a batch that is released is visible at once. What a killed
-relay held, or an answer that was lost on the way, comes again when that time has run out. Order is
-the group's on a FIFO queue; a standard queue has none and may repeat a message. A queue with a
-redrive policy counts each receipt and moves what was received too often; an outage of the inbox
+Long polls, several at a time while they come back full. ``visibility_timeout`` is extended while a
+batch is worked on; a batch that is released is visible at once. What a killed relay held, or an
+answer that was lost on the way, comes again when that time has run out. A queue with a redrive
+policy counts each receipt and moves what was received too often; an outage of the inbox
 does not count, since the batch is held. The dedup key is ours where the message is ours, else its
 attribute ``Pgtrickle-Dedup-Key``, else its ``MessageDeduplicationId`` (with the group in front
 where the queue deduplicates by group) unless that is the SHA-256 of the body, since equal bodies
@@ -28,9 +26,8 @@ from relay.backends.sqs.errors import of_entry
 from relay.backends.sqs.options import SqsSourceOptions, target_of
 from relay.backends.sqs.queue import MOST_MESSAGES, Queue, Refused, open_queue
 from relay.context import BackendContext
-from relay.contracts import Batch, Rejected
+from relay.contracts import Batch, sorted_out
 from relay.errors import ErrorKind, LeaseLost, NotConnected, Outage, RelayError
-from relay.message import RelayMessage
 from relay.options import parse_options
 
 _POLL_S = 1.0
@@ -40,9 +37,9 @@ _CLOSE_TIMEOUT_S = 3.0
 
 
 class _Position(msgspec.Struct, frozen=True):
-    """Receipt handles handed out together, and since which `connect`."""
+    """Receipt handles handed out together, and over which connection."""
 
-    opening: int
+    queue: Queue
     handles: tuple[str, ...]
 
 
@@ -54,12 +51,12 @@ class SqsSource:
     to ``max_in_flight`` run while they come back full.
     """
 
-    def __init__(self, options: SqsSourceOptions, *, batch_size: int, batch_bytes: int) -> None:
+    def __init__(self, options: SqsSourceOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._batch_size = batch_size
-        self._batch_bytes = batch_bytes
+        self._batch_size = context.batch_size
+        self._batch_bytes = context.batch_bytes
         self._queue: Queue | None = None
-        self._opening = 0
         # In the order in which they were begun.
         self._receiving: deque[asyncio.Task[Sequence[Received]]] = deque()
         self._width = 1
@@ -79,7 +76,7 @@ class SqsSource:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, SqsSourceOptions, path="source")
         target_of(parsed, "source")
-        return cls(parsed, batch_size=context.batch_size, batch_bytes=context.batch_bytes)
+        return cls(parsed, context)
 
     @property
     def keep_alive_interval_s(self) -> float | None:
@@ -100,7 +97,6 @@ class SqsSource:
         except BaseException:
             await queue.aclose()
             raise
-        self._opening += 1
         self._width = 1
         self._is_flowing = self._is_empty = False
         self._queue = queue
@@ -114,6 +110,7 @@ class SqsSource:
         deadline = time.monotonic() + _POLL_S
         while True:
             queue = self._open()
+            self._wake.clear()
             self._take_received()
             left_s = deadline - time.monotonic()
             if self._is_enough() or self._is_interrupted or left_s <= 0:
@@ -121,7 +118,9 @@ class SqsSource:
             self._receive(queue)
             if self._buffer:
                 left_s = min(left_s, self._buffered_since + _GATHER_S - time.monotonic())
-            await self._first_received(left_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
         was_cut_short, self._is_interrupted = self._is_interrupted, False
         batch = self._batch(queue, self._taken(), was_cut_short=was_cut_short)
         if self._is_flowing:
@@ -138,8 +137,8 @@ class SqsSource:
 
         Raises `LeaseLost` where the queue has taken back some of them, after deleting the others.
         """
-        queue = self._open()
-        if not self._is_current(batch):
+        queue, position = self._open(), batch.position
+        if isinstance(position, _Position) and position.queue is not queue:
             raise NotConnected("this batch was received before the source reconnected")
         handles = self._handles(batch)
         refused = await self._settle(handles, queue.delete)
@@ -255,6 +254,7 @@ class SqsSource:
                     visibility_s=self._options.visibility_timeout,
                 )
             )
+            receiving.add_done_callback(lambda _: self._wake.set())
             self._receiving.append(receiving)
             self._fresh.add(receiving)
 
@@ -293,22 +293,6 @@ class SqsSource:
             or time.monotonic() >= self._buffered_since + _GATHER_S
         )
 
-    async def _first_received(self, left_s: float) -> None:
-        """Return when a receive has ended, the poll is interrupted or the time is over."""
-        self._wake.clear()
-        if self._is_interrupted:
-            return
-        waking = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait(
-                {*self._receiving, waking},
-                timeout=max(0.0, left_s),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
-
     async def _settle(
         self, handles: Sequence[str], tell: Callable[[Sequence[str]], Awaitable[Refused]]
     ) -> Refused:
@@ -337,14 +321,10 @@ class SqsSource:
             raise trouble
         return refused
 
-    def _is_current(self, batch: Batch) -> bool:
-        position = batch.position
-        return not isinstance(position, _Position) or position.opening == self._opening
-
     def _handles(self, batch: Batch) -> list[str]:
         """What of a batch is still ours to answer for."""
         position = batch.position
-        if not isinstance(position, _Position) or position.opening != self._opening:
+        if not isinstance(position, _Position) or position.queue is not self._queue:
             return []
         return [one for one in position.handles if one in self._held]
 
@@ -361,18 +341,12 @@ class SqsSource:
         is_end = self._is_empty and not self._buffer and not was_cut_short
         if not taken:
             return Batch(is_end_of_backlog=is_end)
-        messages: list[RelayMessage] = []
-        rejected: list[Rejected] = []
-        for received in taken:
-            one = decoded(received, queue.name, is_dedup_by_group=queue.is_dedup_by_group)
-            if isinstance(one, Rejected):
-                rejected.append(one)
-            else:
-                messages.append(one)
+        messages, rejected = sorted_out(
+            decoded(one, queue.name, is_dedup_by_group=queue.is_dedup_by_group) for one in taken
+        )
         return Batch(
             messages=messages,
             rejected=rejected,
-            position=_Position(self._opening, tuple(one["ReceiptHandle"] for one in taken)),
+            position=_Position(queue, tuple(one["ReceiptHandle"] for one in taken)),
             checkpoint=taken[-1]["MessageId"],
-            is_end_of_backlog=False,
         )

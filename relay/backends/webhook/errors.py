@@ -7,11 +7,11 @@ what keeps a server from listening.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import ssl
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 
 import httpx
 
@@ -26,8 +26,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.network import causes, mapped_by, not_connected, words_of
-from relay.tls import of_tls
+from relay.network import causes, mapped_by, of_network, words_of
 
 # The nearest class of an exception's ancestry decides.
 CLIENT_ERRORS: Mapping[type[Exception], type[RelayError]] = {
@@ -103,56 +102,11 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
     if isinstance(error, RelayError):
         return error
     for cause in causes(error):
-        if isinstance(cause, ssl.SSLError):
-            return of_tls(cause, doing)
-        if isinstance(cause, socket.gaierror):
-            return not_connected(cause, doing)
-    if isinstance(error, httpx.HTTPError | httpx.InvalidURL | httpx.CookieConflict):
-        return _of_client(error, doing)
-    if isinstance(error, httpx.StreamError):
-        return NotConnected(f"{doing}: the connection was lost")
-    if isinstance(error, TimeoutError):
-        return TimedOut(f"{doing}: no answer in time")
-    if isinstance(error, EOFError):
-        return NotConnected(f"{doing}: the connection was ended")
-    if isinstance(error, OSError):
-        return not_connected(error, doing)
-    return None
-
-
-def mapped(doing: str) -> AbstractContextManager[None]:
-    """Turn whatever the HTTP client raises inside into an error of the relay."""
-    return mapped_by(of_exception, doing)
-
-
-@contextmanager
-def listening(addr: str) -> Iterator[None]:
-    """Turn what keeps a server from listening into an error of the relay."""
-    try:
-        yield
-    except ssl.SSLError as error:
-        raise ConfigurationError(
-            f"source.listen_addr {addr}: TLS can't be used: {_reason(error)}"
-        ) from error
-    except socket.gaierror as error:
-        raise ConfigurationError(
-            f"source.listen_addr {addr}: the name of the host is not known",
-            remedy="name an address of this machine, or none, as in :8080",
-        ) from error
-    except OSError as error:
-        if error.errno in _SHORTAGES:
-            raise Outage(f"source.listen_addr {addr}: {_reason(error)}") from error
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"source.listen_addr {addr}: the address is in use",
-                remedy="end what listens there, or choose another port; relays of one host need one"
-                " each, such as ${env:RELAY_HOOK_PORT}",
-            ) from error
-        raise ConfigurationError(f"source.listen_addr {addr}: {_reason(error)}") from error
-
-
-def _of_client(error: Exception, doing: str) -> RelayError:
-    kind = next(CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS)
+        if isinstance(cause, ssl.SSLError | socket.gaierror):
+            return of_network(cause, doing)
+    kind = next((CLIENT_ERRORS[one] for one in type(error).__mro__ if one in CLIENT_ERRORS), None)
+    if kind is None:
+        return of_network(error, doing)
     if kind is TimedOut:
         return kind(f"{doing}: no answer in time")
     for cause in causes(error):
@@ -169,7 +123,27 @@ def _of_client(error: Exception, doing: str) -> RelayError:
     return kind(f"{doing}: {type(error).__name__}")
 
 
-def _reason(error: OSError) -> str:
-    if error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return error.strerror or type(error).__name__
+mapped = partial(mapped_by, of_exception)
+
+
+@contextmanager
+def listening(addr: str) -> Iterator[None]:
+    """Turn what keeps a server from listening into an error of the relay."""
+    try:
+        yield
+    except OSError as error:
+        (reason, _), remedy = words_of(error), ""
+        kind: type[RelayError] = ConfigurationError
+        if isinstance(error, ssl.SSLError):
+            reason = f"TLS can't be used: {reason}"
+        elif isinstance(error, socket.gaierror):
+            remedy = "name an address of this machine, or none, as in :8080"
+        elif error.errno in _SHORTAGES:
+            kind = Outage
+        elif error.errno == errno.EADDRINUSE:
+            reason = "the address is in use"
+            remedy = (
+                "end what listens there, or choose another port; relays of one host need one each,"
+                " such as ${env:RELAY_HOOK_PORT}"
+            )
+        raise kind(f"source.listen_addr {addr}: {reason}", remedy=remedy) from error

@@ -18,7 +18,8 @@ import msgspec
 from aiohttp import web
 
 from relay.backends.webhook.errors import listening
-from relay.backends.webhook.options import WebhookSourceOptions, address_of, listen_address
+from relay.backends.webhook.options import WebhookSourceOptions, listen_address
+from relay.endpoint import address_of
 from relay.errors import ConfigurationError
 
 HEADERS_TIMEOUT_S = 10.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from relay.endpoint import Endpoint, endpoint_of
 from relay.errors import ConfigurationError
 from relay.options import (
     Connecting,
@@ -28,7 +28,7 @@ SignatureScheme = Literal["hmac-sha256", "github", "stripe", "svix"]
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIRST_ERROR_STATUS = 400
 _LAST_STATUS = 599
-_SCHEMES = ("http", "https")
+_PORTS = {"http": 80, "https": 443}
 
 
 class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,7 +53,7 @@ class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """
 
     type: str
-    url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    url: Annotated[str, Key(schemes=tuple(_PORTS), connection=True)]
     method: Literal["POST", "PUT", "PATCH"] = "POST"
     headers: Annotated[Mapping[str, str], Key(connection=True)] = {}
     timeout_ms: Positive = 30_000
@@ -122,45 +122,13 @@ class WebhookSourceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     tls_key: TlsKey = None
 
 
-class Target(msgspec.Struct, frozen=True):
-    """Where a sink's URL leads, and who we are there. ``url`` has no credentials in it."""
-
-    url: str
-    host: str
-    port: int
-    is_tls: bool
-    username: str | None
-    password: str | None
-
-    @property
-    def address(self) -> str:
-        """``host:port``, as errors name the receiver: the rest of a URL may be secret."""
-        return address_of(self.host, self.port)
+def target_of(options: WebhookSinkOptions) -> Endpoint:
+    """Where the sink's URL leads. Raises `ConfigurationError`, which never contains the URL."""
+    wrong = ConfigurationError("sink.url is not an HTTP address", remedy="write https://host/path")
+    return endpoint_of(options.url, _PORTS, wrong)
 
 
-def target_of(options: WebhookSinkOptions) -> Target:
-    """Take the sink's URL apart. Raises `ConfigurationError`, which never contains the URL."""
-    try:
-        parts = urlsplit(options.url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), None, None
-    if parts.scheme not in _SCHEMES or not host or not options.url.isprintable():
-        raise ConfigurationError(
-            "sink.url is not an HTTP address", remedy="write https://host/path"
-        )
-    is_tls = parts.scheme == "https"
-    return Target(
-        url=parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl(),
-        host=host,
-        port=port or (443 if is_tls else 80),
-        is_tls=is_tls,
-        username=None if parts.username is None else unquote(parts.username),
-        password=None if parts.password is None else unquote(parts.password),
-    )
-
-
-def check_sink(options: WebhookSinkOptions, target: Target) -> None:
+def check_sink(options: WebhookSinkOptions, target: Endpoint) -> None:
     """Raise `ConfigurationError` for keys that contradict each other or make no sense."""
     if options.tls and not target.is_tls:
         raise ConfigurationError(
@@ -210,8 +178,3 @@ def listen_address(addr: str) -> tuple[str | None, int]:
             f"source.listen_addr {addr!r} is not host:port", remedy="for example 0.0.0.0:8080"
         )
     return host or None, int(port)
-
-
-def address_of(host: str, port: int) -> str:
-    """``host:port``, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -34,14 +34,9 @@ from typing import Self
 import msgspec
 
 from relay import wire
-from relay.backends.webhook.endpoint import Endpoint
+from relay.backends.webhook.client import Client
 from relay.backends.webhook.header import SUBJECT, RawHeaders, batch_key, encode, idempotency_key
-from relay.backends.webhook.options import (
-    Target,
-    WebhookSinkOptions,
-    check_sink,
-    target_of,
-)
+from relay.backends.webhook.options import WebhookSinkOptions, check_sink, target_of
 from relay.context import BackendContext
 from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
@@ -55,7 +50,7 @@ from relay.errors import (
 from relay.flight import Flight
 from relay.message import RelayMessage
 from relay.options import parse_options
-from relay.template import Render, compile_routing
+from relay.template import compile_routing
 
 _ARRAY_BYTES = 1024 * 1024
 # So many refusals in a row without one acceptance, and a publish searches no further.
@@ -84,24 +79,17 @@ class _Unsettled(msgspec.Struct, frozen=True):
 class WebhookSink:
     """Sends messages to one receiver, as arrays or one by one."""
 
-    def __init__(
-        self,
-        options: WebhookSinkOptions,
-        target: Target,
-        *,
-        render: Render,
-        encode: wire.EncodeBodies,
-        is_strict: bool,
-    ) -> None:
+    def __init__(self, options: WebhookSinkOptions, context: BackendContext) -> None:
+        """`from_options` checks what this takes."""
         self._options = options
-        self._target = target
-        self._render = render
-        self._encode = encode
+        self._target = target_of(options)
+        self._render = compile_routing(options.subject_template, options.routing)
+        self._encode = wire.bodies_encoder(options.format, namespace=context.dedup_namespace)
         self._headers_of = wire.headers_encoder(options.format, wire.HTTP)
-        self._is_strict = is_strict
-        self._endpoint = Endpoint(options, target)
+        self._is_strict = context.ordering != "pipelined"
+        self._client = Client(options, self._target)
         self._array_headers = _array_headers(options.format)
-        self._content_type = wire.CONTENT_TYPES[_format(options.format)].encode()
+        self._content_type = wire.CONTENT_TYPES[options.format].encode()
         self._array_bytes = _ARRAY_BYTES
         self._unsettled: _Unsettled | None = None
 
@@ -109,27 +97,20 @@ class WebhookSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``sink`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, WebhookSinkOptions, path="sink")
-        target = target_of(parsed)
-        check_sink(parsed, target)
+        check_sink(parsed, target_of(parsed))
         if context.ordering == "pipelined" and parsed.batch_mode:
             raise ConfigurationError(
                 "ordering pipelined has no effect on batch_mode, which sends one array at a time",
                 remedy="leave it out, or set batch_mode to false",
             )
-        return cls(
-            parsed,
-            target,
-            render=compile_routing(parsed.subject_template, parsed.routing),
-            encode=wire.bodies_encoder(parsed.format, namespace=context.dedup_namespace),
-            is_strict=context.ordering != "pipelined",
-        )
+        return cls(parsed, context)
 
     async def connect(self) -> None:
         """See that the receiver can be reached, over TLS where it should be; nothing is sent.
 
         Whether it knows us shows at the first request only.
         """
-        await self._endpoint.open()
+        await self._client.open()
         self._array_bytes = _ARRAY_BYTES
 
     async def describe(self) -> dict[str, str]:
@@ -147,7 +128,7 @@ class WebhookSink:
         Sending stops at the first failure that is not a message's own; what was not sent fails for
         the same reason.
         """
-        if not self._endpoint.is_open:
+        if not self._client.is_open:
             raise NotConnected("the webhook sink is not connected")
         failures: list[Failure] = []
         outgoing = self._encoded(messages, failures)
@@ -161,11 +142,11 @@ class WebhookSink:
 
     async def is_healthy(self) -> bool:
         """True when the receiver accepts connections now."""
-        return self._endpoint.is_open and await self._endpoint.is_reachable()
+        return self._client.is_open and await self._client.is_reachable()
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._endpoint.aclose()
+        await self._client.aclose()
 
     def _encoded(self, messages: Sequence[RelayMessage], failures: list[Failure]) -> _Outgoing:
         """What can be sent of these; why the rest can't goes into ``failures``."""
@@ -209,7 +190,7 @@ class WebhookSink:
             start, end = arrays.popleft()
             key = batch_key(keys[start:end])
             body = b"[%b]" % b",".join(outgoing.bodies[start:end])
-            error = await self._endpoint.send(body, self._array_headers, key)
+            error = await self._client.send(body, self._array_headers, key)
             if error is None:
                 self._unsettled = None
                 fruitless = 0
@@ -269,7 +250,7 @@ class WebhookSink:
         async def send() -> None:
             while (number := flight.take()) is not None:
                 message = outgoing.messages[number]
-                error = await self._endpoint.send(
+                error = await self._client.send(
                     outgoing.bodies[number],
                     self._headers(message),
                     idempotency_key(message.dedup_key),
@@ -294,17 +275,8 @@ class WebhookSink:
         return [(b"Content-Type", self._content_type), *encode(headers)]
 
 
-def _format(name: str) -> wire.Format:
-    for known in wire.CONTENT_TYPES:
-        if known == name:
-            return known
-    raise ConfigurationError(
-        f"unknown format {name!r}", remedy=f"use one of {', '.join(wire.CONTENT_TYPES)}"
-    )
-
-
-def _array_headers(format_: str) -> RawHeaders:
-    headers = [(b"Content-Type", _BATCH_CONTENT_TYPES[_format(format_)].encode())]
+def _array_headers(format_: wire.Format) -> RawHeaders:
+    headers = [(b"Content-Type", _BATCH_CONTENT_TYPES[format_].encode())]
     # A bare array of rows has no metadata that a receiver of ours could restore.
     if format_ != "payload":
         headers.append((wire.HTTP.format.encode(), format_.encode()))

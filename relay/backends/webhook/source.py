@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import msgspec
@@ -34,7 +34,7 @@ from relay.backends.webhook.listener import Answer, Listener, attach, detach, un
 from relay.backends.webhook.options import WebhookSourceOptions, check_source, listen_address
 from relay.backends.webhook.signature import is_same, verifier
 from relay.context import BackendContext
-from relay.contracts import Batch
+from relay.contracts import Batch, NothingExpires
 from relay.errors import MessageTooLarge, MessageUndecodable, NotConnected
 from relay.events import RequestRefused
 from relay.message import RelayMessage
@@ -60,8 +60,8 @@ class _Request:
     def is_answered(self) -> bool:
         return self.answer.done()
 
-    def settle(self, count: int) -> None:
-        self.unsettled -= count
+    def settle_one(self) -> None:
+        self.unsettled -= 1
         if self.unsettled == 0:
             self.give(Answer(200, accepted=self.count))
 
@@ -70,73 +70,16 @@ class _Request:
             self.answer.set_result(answer)
 
 
-class _Run(msgspec.Struct, frozen=True):
-    """Messages that follow each other, all of one request."""
-
-    request: _Request
-    messages: Sequence[RelayMessage]
+_Received = tuple[_Request, RelayMessage]
 
 
-class _Waiting:
-    """What was received and not handed out yet, oldest first."""
+class _Position(msgspec.Struct, frozen=True, eq=False):
+    """The messages of one batch, each with its request."""
 
-    def __init__(self) -> None:
-        self._runs: deque[_Run] = deque()
-        self.messages = 0
-
-    def __iter__(self) -> Iterator[_Run]:
-        return iter(self._runs)
-
-    def __bool__(self) -> bool:
-        return bool(self._runs)
-
-    def add(self, run: _Run) -> None:
-        """Behind all others."""
-        self._runs.append(run)
-        self.messages += len(run.messages)
-
-    def put_back(self, runs: Sequence[_Run]) -> None:
-        """In front of all others."""
-        self._runs.extendleft(reversed(runs))
-        self.messages += sum(len(run.messages) for run in runs)
-
-    def take(self, most: int, most_bytes: int) -> list[_Run]:
-        """The oldest ones, within these bounds; one message always, where there is any."""
-        taken: list[_Run] = []
-        while self._runs and most > 0:
-            run = self._runs[0]
-            count, size = _fitting(run.messages[:most], most_bytes, is_first=not taken)
-            if count == 0:
-                break
-            if count == len(run.messages):
-                taken.append(self._runs.popleft())
-            else:
-                taken.append(_Run(run.request, run.messages[:count]))
-                self._runs[0] = _Run(run.request, run.messages[count:])
-            most -= count
-            most_bytes -= size
-            self.messages -= count
-        return taken
-
-    def forget_answered(self) -> None:
-        """Senders who were told to come again will; what is not handed out yet need not be."""
-        self._runs = deque(run for run in self._runs if not run.request.is_answered)
-        self.messages = sum(len(run.messages) for run in self._runs)
-
-    def clear(self) -> None:
-        """Hold nothing any more."""
-        self._runs.clear()
-        self.messages = 0
+    received: Sequence[_Received]
 
 
-class _Position:
-    """The messages of one batch. Compared by identity."""
-
-    def __init__(self, runs: Sequence[_Run]) -> None:
-        self.runs = runs
-
-
-class WebhookSource:
+class WebhookSource(NothingExpires):
     """Receives requests and answers each when all of its messages are settled."""
 
     # A load balancer sends anywhere.
@@ -151,7 +94,8 @@ class WebhookSource:
         self._verify = verifier(options)
         self._auth_header = (options.auth_header or "Authorization").lower()
         self._listener: Listener | None = None
-        self._waiting = _Waiting()
+        # Received and not handed out yet, oldest first.
+        self._waiting: deque[_Received] = deque()
         self._out: list[_Position] = []
         self._held_bytes = 0
         self._handed_out = 0
@@ -169,11 +113,6 @@ class WebhookSource:
         return cls(parsed, context)
 
     @property
-    def keep_alive_interval_s(self) -> float | None:
-        """Never: a request that waits too long is answered, whatever is done about it."""
-        return None
-
-    @property
     def address(self) -> str:
         """``host:port`` on which it listens; what it was told while it does not."""
         return self._options.listen_addr if self._listener is None else self._listener.address
@@ -181,7 +120,7 @@ class WebhookSource:
     @property
     def waiting_messages(self) -> int:
         """How many messages were received and not handed out yet."""
-        return self._waiting.messages
+        return len(self._waiting)
 
     @property
     def max_body_bytes(self) -> int:
@@ -194,8 +133,9 @@ class WebhookSource:
         Raises `ConfigurationError` where the address, the path or the certificate can't be used.
         """
         for position in reversed(self._out):
-            self._waiting.put_back([run for run in position.runs if not run.request.is_answered])
+            self._waiting.extendleft(reversed(position.received))
         self._out.clear()
+        self._forget_answered()
         self._is_stuck = False
         if self._listener is None:
             self._listener = await attach(self._options, self)
@@ -214,15 +154,14 @@ class WebhookSource:
         if self._waiting:
             await self._until(self._is_worth_a_batch, _GATHERING_S)
         self._is_interrupted = False
-        runs = self._waiting.take(self._batch_size, self._batch_bytes)
-        if not runs:
+        received = self._taken()
+        if not received:
             return Batch(is_end_of_backlog=True)
-        messages = [message for run in runs for message in run.messages]
-        position = _Position(runs)
+        position = _Position(received)
         self._out.append(position)
-        self._handed_out += len(messages)
+        self._handed_out += len(received)
         return Batch(
-            messages=messages,
+            messages=[message for _, message in received],
             position=position,
             checkpoint=f"{self._handed_out} received",
             is_end_of_backlog=not self._waiting,
@@ -236,17 +175,14 @@ class WebhookSource:
     async def acknowledge(self, batch: Batch) -> None:
         """Answer 200 to every request whose last messages these are; a batch that is void, none."""
         self._is_stuck = False
-        for run in self._withdrawn(batch):
-            run.request.settle(len(run.messages))
-
-    async def keep_alive(self, batch: Batch) -> None:
-        """Nothing: the sender can't be told."""
+        for request, _ in self._withdrawn(batch):
+            request.settle_one()
 
     async def reject(self, batch: Batch) -> None:
         """Answer 503 to the requests concerned: their senders come again."""
-        for run in self._withdrawn(batch):
-            run.request.give(unavailable("the relay releases what it can't write now"))
-        self._waiting.forget_answered()
+        for request, _ in self._withdrawn(batch):
+            request.give(unavailable("the relay releases what it can't write now"))
+        self._forget_answered()
 
     async def is_healthy(self) -> bool:
         """True while connections are accepted."""
@@ -255,11 +191,11 @@ class WebhookSource:
     async def aclose(self) -> None:
         """Answer 503 to every request that waits, and stop listening unless others share it."""
         listener, self._listener = self._listener, None
-        runs = [*self._waiting, *(run for position in self._out for run in position.runs)]
+        for received in (self._waiting, *(position.received for position in self._out)):
+            for request, _ in received:
+                request.give(unavailable("this receiver is stopping"))
         self._waiting.clear()
         self._out.clear()
-        for run in runs:
-            run.request.give(unavailable("this receiver is stopping"))
         if listener is not None:
             await detach(listener, self._options.path)
 
@@ -308,7 +244,7 @@ class WebhookSource:
             return unavailable("this receiver is stopping")
         request = _Request(len(messages))
         is_first = not self._waiting
-        self._waiting.add(_Run(request, messages))
+        self._waiting.extend((request, message) for message in messages)
         # Whoever waits would look again at each message, and find that one more is not enough.
         if is_first or self._is_worth_a_batch():
             self._news.set()
@@ -337,7 +273,22 @@ class WebhookSource:
         if not request.is_answered:
             self._is_stuck = True
             request.give(unavailable("it was not written in time"))
-            self._waiting.forget_answered()
+            self._forget_answered()
+
+    def _forget_answered(self) -> None:
+        """Senders who were told to come again will; what is not handed out yet need not be."""
+        self._waiting = deque(one for one in self._waiting if not one[0].is_answered)
+
+    def _taken(self) -> Sequence[_Received]:
+        """The oldest that fit into a batch; one always, where there is any."""
+        taken: list[_Received] = []
+        left_bytes = self._batch_bytes
+        while self._waiting and len(taken) < self._batch_size:
+            left_bytes -= len(self._waiting[0][1].payload)
+            if taken and left_bytes < 0:
+                break
+            taken.append(self._waiting.popleft())
+        return taken
 
     async def _until(self, condition: Callable[[], bool], most_s: float) -> None:
         """Wait for it, for so long at most, and no longer than until somebody interrupts."""
@@ -357,24 +308,11 @@ class WebhookSource:
         """
         return not self._out or self.waiting_messages >= min(_WORTH_A_BATCH, self._batch_size)
 
-    def _withdrawn(self, batch: Batch) -> Sequence[_Run]:
+    def _withdrawn(self, batch: Batch) -> Sequence[_Received]:
         """Take the messages of an unacknowledged batch; none of one that is void."""
         position = batch.position
         if not isinstance(position, _Position) or position not in self._out:
             return ()
         self._out.remove(position)
         self._news.set()
-        return position.runs
-
-
-def _fitting(
-    messages: Sequence[RelayMessage], room_bytes: int, *, is_first: bool
-) -> tuple[int, int]:
-    """How many of these fit, from the first on, and their bytes; one always, if it is the first."""
-    total = 0
-    for count, message in enumerate(messages):
-        size = len(message.payload)
-        if total + size > room_bytes and (count or not is_first):
-            return count, total
-        total += size
-    return len(messages), total
+        return position.received

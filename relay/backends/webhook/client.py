@@ -16,8 +16,9 @@ import httpx
 from relay import __version__
 from relay.backends.webhook.errors import mapped, of_status
 from relay.backends.webhook.header import IDEMPOTENCY_KEY, RawHeaders
-from relay.backends.webhook.options import Target, WebhookSinkOptions
+from relay.backends.webhook.options import WebhookSinkOptions
 from relay.backends.webhook.signature import sign, webhook_secret
+from relay.endpoint import Endpoint
 from relay.errors import ConfigurationError, NotConnected, Outage, RelayError
 from relay.tls import context_of
 
@@ -76,13 +77,13 @@ class _Pool:
         )
 
 
-class Endpoint:
+class Client:
     """Sends requests under the options. `open` before use; safe to use from several tasks."""
 
-    def __init__(self, options: WebhookSinkOptions, target: Target) -> None:
+    def __init__(self, options: WebhookSinkOptions, target: Endpoint) -> None:
         self._options = options
         self._target = target
-        self._url = httpx.URL(target.url)
+        self._url = httpx.URL(options.url).copy_with(userinfo=b"", fragment=None)
         self._timeout_s = options.timeout_ms / 1000
         self._extensions = {
             "timeout": dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
@@ -230,7 +231,7 @@ def _signature(key: bytes, webhook_id: str, body: bytes) -> RawHeaders:
     ]
 
 
-def _fixed_headers(options: WebhookSinkOptions, target: Target) -> RawHeaders:
+def _fixed_headers(options: WebhookSinkOptions, target: Endpoint) -> RawHeaders:
     headers = {
         "Host": _host_header(target),
         "User-Agent": f"pgtrickle-relay/{__version__}",
@@ -251,7 +252,7 @@ def _fixed_headers(options: WebhookSinkOptions, target: Target) -> RawHeaders:
     return [(name.encode(), value.encode()) for name, value in by_lowered.values()]
 
 
-def _host_header(target: Target) -> str:
+def _host_header(target: Endpoint) -> str:
     host = f"[{target.host}]" if ":" in target.host else target.host
     return host if target.port == (443 if target.is_tls else 80) else f"{host}:{target.port}"
 
