@@ -154,6 +154,12 @@ class MessageRejected(RelayError):
     found_before_sending = False
 
 
+class NameInvalid(MessageRejected):
+    """The subject, topic, stream or routing key of this message is none that the broker takes."""
+
+    found_before_sending = True
+
+
 class MessageTooLarge(MessageRejected):
     """The message exceeds a limit of the destination, which the text names."""
 

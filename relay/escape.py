@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from urllib.parse import quote, unquote, unquote_to_bytes
 
+from relay.errors import MessageTooLarge, NameInvalid
 from relay.message import text_of
 
 _NAME_ESCAPED = re.compile(r"[^!#$&'*+\-.^_`|~0-9A-Za-z]|\*$")
@@ -31,6 +32,20 @@ def value_escape(meaningful: str) -> Callable[[str], str]:
         return to_escape.sub(_percent, value)
 
     return escape
+
+
+def fitting(name: str, what: str, limit_bytes: int) -> str:
+    """The name, where it can be sent; ``what`` it is the name of.
+
+    Raises `NameInvalid` where it has no UTF-8 form, `MessageTooLarge` naming the limit.
+    """
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise NameInvalid(f"{what} has no UTF-8 form") from None
+    if size > limit_bytes:
+        raise MessageTooLarge(f"{what} has {size} bytes, the limit is {limit_bytes} bytes")
+    return name
 
 
 def header_name(name: str, *, is_reserved: bool) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import pytest
+from msgspec import structs
 
 from relay.contracts import Sink
 from relay.errors import (
@@ -454,6 +455,7 @@ class SinkContract(Contract):
         await sink.connect()
         sent = complete_message()
         bare = RelayMessage(dedup_key="bare:1", payload=b"{}")
+        bare = structs.replace(bare, subject=sink.subject_of(bare))
 
         await deliver(sink, [sent, bare])
 

@@ -32,10 +32,11 @@ class KafkaSinkHarness(KafkaHarness, SinkHarness):
         return await self.broker.restored(self.broker.topic, *TOPICS)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
+        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON", subject="orders.insert")
 
     def oversize(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b'"%s"' % (b"x" * LIMIT_BYTES))
+        body = b'"%s"' % (b"x" * LIMIT_BYTES)
+        return RelayMessage(dedup_key=dedup_key, payload=body, subject="orders.insert")
 
     async def make_tls(self, *, trusted: bool) -> Sink:
         return sink_of(self.broker.server.at("TLS"), self.broker.topic, **self.tls(trusted=trusted))

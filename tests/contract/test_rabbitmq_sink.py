@@ -27,10 +27,11 @@ class RabbitSinkHarness(RabbitHarness, SinkHarness):
         return await until(self.broker.restored, at_least)
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
+        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON", subject="orders.insert")
 
     def oversize(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b'"%s"' % (b"x" * LIMIT_BYTES))
+        body = b'"%s"' % (b"x" * LIMIT_BYTES)
+        return RelayMessage(dedup_key=dedup_key, payload=body, subject="orders.insert")
 
     async def make_tls(self, *, trusted: bool) -> Sink:
         authority = self.authority(trusted=trusted)

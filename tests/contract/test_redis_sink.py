@@ -42,10 +42,11 @@ class RedisSinkHarness(RedisHarness, SinkHarness):
         return [*await self.broker.restored(), *await self.broker.restored("orders.upsert")]
 
     def unacceptable(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON")
+        return RelayMessage(dedup_key=dedup_key, payload=b"not JSON", subject="orders.insert")
 
     def oversize(self, dedup_key: str) -> RelayMessage:
-        return RelayMessage(dedup_key=dedup_key, payload=b'"%s"' % (b"x" * LIMIT_BYTES))
+        body = b'"%s"' % (b"x" * LIMIT_BYTES)
+        return RelayMessage(dedup_key=dedup_key, payload=body, subject="orders.insert")
 
     async def make_tls(self, *, trusted: bool) -> Sink:
         server = self._server_with("", self._tls_files.contents(), is_tls=True)

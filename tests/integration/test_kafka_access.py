@@ -203,7 +203,7 @@ async def test_a_missing_topic_is_one_line_that_says_how_to_make_it_and_is_not_m
     sink = sink_of(kafka_server.brokers, None, topic_template=topic)
     await sink.connect()
     with pytest.raises(DestinationMissing, match=said):
-        await sink.publish([RelayMessage(dedup_key="1", payload=b"{}")])
+        await sink.publish([RelayMessage(dedup_key="1", payload=b"{}", subject=topic)])
     await sink.aclose()
 
     assert topic not in await Broker(kafka_server).topics()

@@ -367,7 +367,9 @@ async def test_a_stream_is_created_on_file_storage_with_the_window_asked_for(
     await sink.connect()
     try:
         await sink.connect()
-        result = await sink.publish([RelayMessage(dedup_key="a", payload=b"{}")])
+        result = await sink.publish(
+            [RelayMessage(dedup_key="a", payload=b"{}", subject="made.orders.insert")]
+        )
         described = await sink.describe()
     finally:
         await sink.aclose()

@@ -123,7 +123,7 @@ async def test_an_event_has_the_routing_key_of_its_template(broker: Broker) -> N
     kept = RelayMessage(dedup_key="1", payload=b"{}", stream_table="or.ders", op="insert")
     gone = RelayMessage(dedup_key="2", payload=b"{}", key="#", op="delete")
 
-    await sink.publish([kept, gone])
+    await sink.publish([structs.replace(one, subject=sink.subject_of(one)) for one in (kept, gone)])
 
     assert [one.routing_key for one in await broker.taken()] == ["a.or%2Eders", "gone.%23"]
     await sink.aclose()
@@ -136,9 +136,9 @@ async def test_without_an_exchange_an_event_goes_to_the_queue_that_its_routing_k
     sink = sink_of(broker.server.url, "", routing_key_template=NAME)
     await sink.connect()
 
-    result = await sink.publish([RelayMessage(dedup_key="1", payload=b"{}"), sent_to("absent", 2)])
+    result = await sink.publish([sent_to(NAME, 1), sent_to("absent", 2)])
 
-    assert [one.message_id for one in await broker.taken()] == ["1"]
+    assert [one.message_id for one in await broker.taken()] == ["m:1"]
     ((index, error),) = [(one.index, one.error) for one in result.failures]
     assert index == 1
     assert isinstance(error, DestinationMissing)

@@ -6,8 +6,8 @@ import pytest
 
 from relay.backends.kafka import KafkaSink, KafkaSource
 from relay.backends.kafka.options import KafkaSinkOptions, addresses_of, mechanism_of
-from relay.backends.kafka.topic import TopicInvalid, check_topic, escape
-from relay.errors import ConfigurationError
+from relay.backends.kafka.topic import check_topic, escape
+from relay.errors import ConfigurationError, NameInvalid
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
 
@@ -130,5 +130,5 @@ def test_a_value_can_not_add_a_segment_to_a_topic(value: str, escaped: str) -> N
 
 @pytest.mark.parametrize("topic", ["", ".", "..", "a b", "a/b", "ä", "t" * 250])
 def test_what_kafka_refuses_is_no_topic(topic: str) -> None:
-    with pytest.raises(TopicInvalid):
+    with pytest.raises(NameInvalid):
         check_topic(topic)

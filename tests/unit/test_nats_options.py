@@ -77,7 +77,7 @@ def test_an_unknown_template_variable_is_a_template_error() -> None:
 def test_a_list_of_urls_is_split_and_its_credentials_decoded() -> None:
     first, second = servers_of("nats://us%40er:p%2Fw@one , tls://[::1]:5222", "sink")
 
-    assert (first.address, first.user, first.password) == ("one:4222", "us@er", "p/w")
+    assert (first.address, first.username, first.password) == ("one:4222", "us@er", "p/w")
     assert (second.address, second.is_tls) == ("[::1]:5222", True)
 
 

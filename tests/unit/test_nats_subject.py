@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from relay.backends.nats.subject import (
     MAX_SUBJECT_BYTES,
-    SubjectInvalid,
     check_subject,
     check_template,
     covering,
     escape,
     filter_of,
 )
-from relay.errors import MessageTooLarge, TemplateInvalid
+from relay.errors import MessageTooLarge, NameInvalid, TemplateInvalid
 
 
 @given(st.text())
@@ -61,7 +60,7 @@ def test_values_are_escaped_as_documented(value: str, escaped: str) -> None:
     "subject", ["", "a..b", ".a", "a.", "a b", "a.*", "a.>.b", "a\r\nPUB b", "a\tb", "a\x00"]
 )
 def test_what_nats_refuses_as_a_subject_is_refused_before_sending(subject: str) -> None:
-    with pytest.raises(SubjectInvalid) as caught:
+    with pytest.raises(NameInvalid) as caught:
         check_subject(subject)
 
     assert caught.value.found_before_sending

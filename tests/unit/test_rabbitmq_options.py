@@ -6,8 +6,8 @@ import pytest
 
 from relay.backends.rabbitmq import RabbitSink, RabbitSource
 from relay.backends.rabbitmq.options import MAX_NAME_BYTES, RabbitSinkOptions, endpoint_of
-from relay.backends.rabbitmq.routing_key import RoutingKeyInvalid, check_routing_key, escape
-from relay.errors import ConfigurationError, MessageTooLarge, TemplateInvalid
+from relay.backends.rabbitmq.routing_key import check_routing_key, escape
+from relay.errors import ConfigurationError, MessageTooLarge, NameInvalid, TemplateInvalid
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
 
@@ -137,7 +137,7 @@ def test_a_value_adds_no_word_and_no_wildcard_to_a_routing_key(value: str, escap
 
 
 def test_a_routing_key_that_is_none_is_refused_and_the_limit_named() -> None:
-    with pytest.raises(RoutingKeyInvalid):
+    with pytest.raises(NameInvalid):
         check_routing_key("a\ud800")
     with pytest.raises(MessageTooLarge, match=str(MAX_NAME_BYTES)):
         check_routing_key("ä" * 128)

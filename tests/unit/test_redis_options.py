@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from relay.backends.redis import RedisSink, RedisSource
-from relay.backends.redis.key import MAX_KEY_BYTES, KeyInvalid, check_key, escape
+from relay.backends.redis.key import MAX_KEY_BYTES, check_key, escape
 from relay.backends.redis.options import RedisSinkOptions, endpoint_of
-from relay.errors import ConfigurationError, MessageTooLarge, TemplateInvalid
+from relay.errors import ConfigurationError, MessageTooLarge, NameInvalid, TemplateInvalid
 from relay.message import RelayMessage
 from tests.contract.surroundings import backend_context
 
@@ -119,7 +119,7 @@ def test_a_value_adds_no_segment_no_pattern_and_no_tag_to_a_key(value: str, esca
 
 def test_a_key_that_is_none_is_refused_and_the_limit_named() -> None:
     for key in ("", "a\ud800"):
-        with pytest.raises(KeyInvalid):
+        with pytest.raises(NameInvalid):
             check_key(key)
     with pytest.raises(MessageTooLarge, match=str(MAX_KEY_BYTES)):
         check_key("ä" * MAX_KEY_BYTES)

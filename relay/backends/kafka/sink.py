@@ -246,15 +246,13 @@ class KafkaSink:
     ) -> list[str | None]:
         """The topic of each message; None where it has none, which is its failure."""
         topics: list[str | None] = []
-        known = self._topics
         for index, message in enumerate(messages):
             topic: str | None = message.subject
-            if topic not in known:
+            if topic not in self._topics:
                 try:
-                    topic = check_topic(topic or self._render(message))
+                    topic = check_topic(message.subject)
                 except MessageRejected as error:
-                    failed[index] = error
-                    topic = None
+                    failed[index], topic = error, None
             topics.append(topic)
         return topics
 

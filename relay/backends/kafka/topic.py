@@ -12,19 +12,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from relay.errors import ConfigurationError, MessageRejected, TemplateInvalid
+from relay.errors import ConfigurationError, NameInvalid, TemplateInvalid
 from relay.template import filled
 
 MAX_LENGTH = 249
 
 _TO_REPLACE = re.compile(r"[^A-Za-z0-9_-]")
+_LETTERS = "topics are made of letters, digits, dots, underscores and hyphens"
 _LEGAL = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_LENGTH}}}")
-
-
-class TopicInvalid(MessageRejected):
-    """The topic of this message is none that Kafka takes."""
-
-    found_before_sending = True
 
 
 def escape(value: str) -> str:
@@ -34,13 +29,13 @@ def escape(value: str) -> str:
 
 @lru_cache(maxsize=4096)
 def check_topic(topic: str) -> str:
-    """The topic, when a message can be sent to it. Raises `TopicInvalid`."""
+    """The topic, when a message can be sent to it. Raises `NameInvalid`."""
     if len(topic) > MAX_LENGTH:
-        raise TopicInvalid(
+        raise NameInvalid(
             f"the topic {topic[:40]!r}… has {len(topic)} characters, the limit is {MAX_LENGTH}"
         )
     if not is_legal(topic):
-        raise TopicInvalid(f"{topic!r} can't be the name of a Kafka topic")
+        raise NameInvalid(f"{topic!r} can't be the name of a Kafka topic")
     return topic
 
 
@@ -52,10 +47,7 @@ def is_legal(topic: str) -> bool:
 def check_template(text: str) -> None:
     """Raise `TemplateInvalid` where no value could make a topic of this template."""
     if not is_legal(filled(text, "x")):
-        raise TemplateInvalid(
-            f"no topic can be made of the template {text!r}",
-            remedy="topics are made of letters, digits, dots, underscores and hyphens",
-        )
+        raise TemplateInvalid(f"no topic can be made of the template {text!r}", remedy=_LETTERS)
 
 
 def check_names(path: str, topics: list[str]) -> None:
@@ -65,8 +57,7 @@ def check_names(path: str, topics: list[str]) -> None:
     for topic in topics:
         if not is_legal(topic):
             raise ConfigurationError(
-                f"{path} has {topic!r}, which can't be the name of a Kafka topic",
-                remedy="topics are made of letters, digits, dots, underscores and hyphens",
+                f"{path} has {topic!r}, which can't be the name of a Kafka topic", remedy=_LETTERS
             )
         if topics.count(topic) > 1:
             raise ConfigurationError(f"{path} has {topic!r} twice")

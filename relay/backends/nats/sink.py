@@ -207,7 +207,7 @@ class NatsSink:
             try:
                 if isinstance(body, MessageUndecodable):
                     raise body
-                subject = self._subject(message)
+                subject = check_subject(message.subject)
                 block = self._block(message, len(body), max_payload)
             except MessageRejected as error:
                 flight.fail(index, error)
@@ -242,7 +242,7 @@ class NatsSink:
         unheard = next((one for one in failures if isinstance(one.error, DestinationMissing)), None)
         if unheard is None:
             return failures
-        subject = self._subject(flight.messages[unheard.index])
+        subject = flight.messages[unheard.index].subject
         try:
             if not await connection.streams_on(subject):
                 return failures
@@ -256,9 +256,6 @@ class NatsSink:
             structs.replace(one, error=outage) if isinstance(one.error, DestinationMissing) else one
             for one in failures
         ]
-
-    def _subject(self, message: RelayMessage) -> str:
-        return check_subject(message.subject or self._render(message))
 
     def _block(self, message: RelayMessage, body_bytes: int, max_payload: int) -> bytes:
         """The header block. Raises `MessageUndecodable`, `MessageTooLarge`."""
@@ -309,7 +306,7 @@ class NatsSink:
             self._accepted.append(index)
             flight.duplicates += acknowledgement.duplicate
         else:
-            subject = self._subject(flight.messages[index])
+            subject = flight.messages[index].subject
             flight.fail(index, _refusal(reply, acknowledgement, subject))
 
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
-from relay.escape import value_escape
+from relay.errors import NameInvalid, TemplateInvalid
+from relay.escape import fitting, value_escape
 from relay.template import filled
 
 # A server ends the connection at a control line above 4,096 bytes, which also holds the reply.
@@ -26,27 +26,16 @@ escape = value_escape(r"[.*>]|^\$")
 _UNSENDABLE = re.compile(r"[\s\x00-\x20\x7f\ud800-\udfff]")
 
 
-class SubjectInvalid(MessageRejected):
-    """The subject of this message is none that NATS accepts."""
-
-    found_before_sending = True
-
-
 @lru_cache(maxsize=4096)
 def check_subject(subject: str) -> str:
     """The subject, when a message can be published to it.
 
-    Raises `SubjectInvalid`, or `MessageTooLarge` naming the limit.
+    Raises `NameInvalid`, or `MessageTooLarge` naming the limit.
     """
     problem = _problem(subject)
     if problem:
-        raise SubjectInvalid(f"the subject {subject[:80]!r} {problem}")
-    size = len(subject.encode())
-    if size > MAX_SUBJECT_BYTES:
-        raise MessageTooLarge(
-            f"the subject has {size} bytes, the limit is {MAX_SUBJECT_BYTES} bytes"
-        )
-    return subject
+        raise NameInvalid(f"the subject {subject[:80]!r} {problem}")
+    return fitting(subject, "the subject", MAX_SUBJECT_BYTES)
 
 
 def check_template(text: str) -> None:

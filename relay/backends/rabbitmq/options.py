@@ -9,7 +9,8 @@ from msgspec import structs
 
 from relay import endpoint
 from relay.endpoint import Endpoint
-from relay.errors import ConfigurationError
+from relay.errors import ConfigurationError, MessageRejected
+from relay.escape import fitting
 from relay.options import (
     Connecting,
     Credential,
@@ -136,8 +137,6 @@ def endpoint_of(options: RabbitConnectionOptions, path: str) -> tuple[Endpoint, 
 def check_name(name: str, path: str) -> None:
     """Raise `ConfigurationError` for what AMQP can't spell."""
     try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise ConfigurationError(f"{path} has no UTF-8 form") from None
-    if size > MAX_NAME_BYTES:
-        raise ConfigurationError(f"{path} has {size} bytes, the limit is {MAX_NAME_BYTES} bytes")
+        fitting(name, path, MAX_NAME_BYTES)
+    except MessageRejected as error:
+        raise ConfigurationError(error.problem) from None

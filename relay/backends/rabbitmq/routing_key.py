@@ -11,35 +11,18 @@ from __future__ import annotations
 from functools import lru_cache
 
 from relay.backends.rabbitmq.options import MAX_NAME_BYTES
-from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
-from relay.escape import value_escape
+from relay.errors import MessageRejected, TemplateInvalid
+from relay.escape import fitting, value_escape
 from relay.template import filled
 
 # One value of a template, fit to be part of a word.
 escape = value_escape(r"[.*#]")
 
 
-class RoutingKeyInvalid(MessageRejected):
-    """The routing key of this message is none that AMQP can spell."""
-
-    found_before_sending = True
-
-
 @lru_cache(maxsize=4096)
 def check_routing_key(key: str) -> str:
-    """The key, when a message can be published with it.
-
-    Raises `RoutingKeyInvalid`, or `MessageTooLarge` naming the limit.
-    """
-    try:
-        size = len(key.encode())
-    except UnicodeEncodeError:
-        raise RoutingKeyInvalid("the routing key has no UTF-8 form") from None
-    if size > MAX_NAME_BYTES:
-        raise MessageTooLarge(
-            f"the routing key has {size} bytes, the limit is {MAX_NAME_BYTES} bytes"
-        )
-    return key
+    """The key, when a message can have it. Raises `NameInvalid`, `MessageTooLarge`."""
+    return fitting(key, "the routing key", MAX_NAME_BYTES)
 
 
 def check_template(text: str) -> None:

@@ -160,7 +160,7 @@ class RabbitSink:
         while (index := flight.take()) is not None:
             message = flight.messages[index]
             try:
-                routing_key = check_routing_key(message.subject or self._render(message))
+                routing_key = check_routing_key(message.subject)
                 body = self._body(message)
                 properties = self._encoder.properties(message, frame_max)
             except MessageRejected as error:
@@ -253,7 +253,7 @@ class RabbitSink:
 
     def _not_taken(self, message: RelayMessage, error: DeliveryError) -> RelayError:
         """Why the broker returned or nacked it."""
-        key = message.subject or self._render(message)
+        key = message.subject
         if not isinstance(error, PublishError):
             return Outage(
                 f"RabbitMQ refuses an event with the routing key {key!r}: a queue is full, or"

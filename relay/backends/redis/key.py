@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from relay.errors import MessageRejected, MessageTooLarge, TemplateInvalid
-from relay.escape import value_escape
+from relay.errors import NameInvalid, TemplateInvalid
+from relay.escape import fitting, value_escape
 from relay.template import filled
 
 MAX_KEY_BYTES = 4096
@@ -21,26 +21,12 @@ MAX_KEY_BYTES = 4096
 escape = value_escape(r"[:*?\[\]{}\\]")
 
 
-class KeyInvalid(MessageRejected):
-    """The stream key of this message is none."""
-
-    found_before_sending = True
-
-
 @lru_cache(maxsize=4096)
 def check_key(key: str) -> str:
-    """The key, when a message can be sent to it. Raises `KeyInvalid`, `MessageTooLarge`."""
+    """The key, when a message can be sent to it. Raises `NameInvalid`, `MessageTooLarge`."""
     if not key:
-        raise KeyInvalid("the stream key is empty")
-    try:
-        size = len(key.encode())
-    except UnicodeEncodeError:
-        raise KeyInvalid("the stream key has no UTF-8 form") from None
-    if size > MAX_KEY_BYTES:
-        raise MessageTooLarge(
-            f"the stream key has {size} bytes, the limit is {MAX_KEY_BYTES} bytes"
-        )
-    return key
+        raise NameInvalid("the stream key is empty")
+    return fitting(key, "the stream key", MAX_KEY_BYTES)
 
 
 def check_template(text: str) -> None:

@@ -170,7 +170,7 @@ class RedisSink:
     def _command(self, message: RelayMessage, body: bytes | MessageUndecodable) -> bytes:
         if not isinstance(body, bytes):
             raise body
-        stream = check_key(message.subject or self._render(message))
+        stream = check_key(message.subject)
         fields = fields_of(message, body, self._encode_headers)
         try:
             command = pack(b"XADD", stream, *self._before_fields, *fields)
@@ -211,8 +211,8 @@ class RedisSink:
         trouble: RelayError | None = None
         for index, reply in zip(chunk, replies, strict=True):
             if isinstance(reply, ResponseError):
-                stream = messages[index].subject or self._render(messages[index])
-                refused = of_reply(reply, f"adding to stream {stream!r}", is_publish=True)
+                doing = f"adding to stream {messages[index].subject!r}"
+                refused = of_reply(reply, doing, is_publish=True)
                 failed[index] = refused
                 if self._is_strict and refused.kind is not ErrorKind.MESSAGE:
                     trouble = trouble or refused
