@@ -28,8 +28,8 @@ _ENDED = frozenset(
 )
 
 
-class TlsOptions(Protocol):
-    """The keys of a backend that are about TLS."""
+class PemFiles(Protocol):
+    """The keys that name files."""
 
     @property
     def tls_ca(self) -> str | None: ...
@@ -37,6 +37,11 @@ class TlsOptions(Protocol):
     def tls_cert(self) -> str | None: ...
     @property
     def tls_key(self) -> str | None: ...
+
+
+class TlsOptions(PemFiles, Protocol):
+    """The keys of a client that are about TLS."""
+
     @property
     def tls_insecure(self) -> bool: ...
 
@@ -54,36 +59,39 @@ def is_wanted(keys: TlsKeys) -> bool:
 
 
 def context_of(options: TlsOptions, path: str) -> ssl.SSLContext:
-    """The context that these options ask for; see `client_context`."""
-    return client_context(
-        path,
-        ca=options.tls_ca,
-        cert=options.tls_cert,
-        key=options.tls_key,
-        is_insecure=options.tls_insecure,
-    )
+    """A client's: trusts the authorities of ``tls_ca``, or the system's, and shows ``tls_cert``.
 
-
-def client_context(
-    path: str, *, ca: str | None, cert: str | None, key: str | None, is_insecure: bool
-) -> ssl.SSLContext:
-    """A context that trusts the authorities of ``ca``, or the system's, and shows ``cert``.
-
-    ``path`` is where the options stand. ``is_insecure`` accepts any certificate and name. Raises
+    ``path`` is where the options stand. ``tls_insecure`` accepts any certificate and name. Raises
     `ConfigurationError` for files that can't be used.
     """
+    context = _context(options, path, ssl.Purpose.SERVER_AUTH)
+    if options.tls_insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def server_context_of(options: PemFiles, path: str) -> ssl.SSLContext:
+    """A server's: shows ``tls_cert``, and demands one of ``tls_ca`` where that is set.
+
+    Raises `ConfigurationError` for files that can't be used.
+    """
+    context = _context(options, path, ssl.Purpose.CLIENT_AUTH)
+    if options.tls_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _context(files: PemFiles, path: str, purpose: ssl.Purpose) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=ca)
-        if cert is not None:
-            context.load_cert_chain(cert, key)
+        context = ssl.create_default_context(purpose, cafile=files.tls_ca)
+        if files.tls_cert is not None:
+            context.load_cert_chain(files.tls_cert, files.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(
             f"{path}: the TLS files can't be used: {error.strerror or type(error).__name__}",
             remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
         ) from None
-    if is_insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
     return context
 
 

@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Sequence
 from enum import Enum
-from itertools import pairwise
+from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
@@ -169,7 +169,7 @@ class FileInput:
             head, head_bytes = self._head()
             start = msgspec.structs.replace(start, head=head, head_bytes=head_bytes)
         end = msgspec.structs.replace(
-            start, offset=lines[-1].end, tail=self._digest_before(lines[-1].end)
+            start, offset=lines[-1].end, tail=_tail(self._require(), lines[-1].end)
         )
         self._mark = end
         return Reading(lines, outlook, self._openings, (start, end))
@@ -183,14 +183,14 @@ class FileInput:
             return Outlook.WAIT
         at_path = _status(self._path)
         is_current = at_path is not None and os.path.samestat(at_path, here)
-        if is_current or (at_path is None and self._successor(here) is None):
+        if is_current or (at_path is None and self._place_of(here)[1] is None):
             return Outlook.WAIT if self._follow else Outlook.END
         return Outlook.MORE if self._is_quiet(here.st_size) else Outlook.WAIT
 
     def _begin_again(self) -> Reading:
         """Cut back or overwritten in place: what is in it now is another file's content."""
         generation = self._generation() + 1
-        path = self._path_of(os.fstat(self._require()))
+        path, _ = self._place_of(os.fstat(self._require()))
         self.close()
         self._begin(path or self._path, generation)
         return Reading((), Outlook.MORE, self._openings)
@@ -205,7 +205,7 @@ class FileInput:
         """Go on to what came after the open file; False while that does not exist."""
         generation = self._generation() + 1
         here = None if self._file is None else os.fstat(self._file)
-        following = self._path if here is None else self._successor(here) or self._path
+        following = self._path if here is None else self._place_of(here)[1] or self._path
         if _status(following) is None:
             return False
         self.close()
@@ -277,28 +277,18 @@ class FileInput:
         ]
         return [path for _, path in sorted(numbered, reverse=True)] + [self._path]
 
-    def _successor(self, here: os.stat_result) -> Path | None:
-        """What is next after this file; None where this file is not among the candidates."""
+    def _place_of(self, here: os.stat_result) -> tuple[Path | None, Path | None]:
+        """Where this file is among the candidates, and what is next after it."""
         candidates = self._candidates()
-        for path, following in pairwise(candidates):
+        for path, following in zip_longest(candidates, candidates[1:]):
             status = _status(path)
             if status is not None and os.path.samestat(status, here):
-                return following
-        return None
-
-    def _path_of(self, here: os.stat_result) -> Path | None:
-        for path in self._candidates():
-            status = _status(path)
-            if status is not None and os.path.samestat(status, here):
-                return path
-        return None
+                return path, following
+        return None, None
 
     def _head(self) -> tuple[str, int]:
         beginning = os.pread(self._require(), _HEAD_BYTES, 0).partition(b"\n")[0]
         return _digest(beginning), len(beginning)
-
-    def _digest_before(self, offset: int) -> str:
-        return _tail(self._require(), offset)
 
     def _generation(self) -> int:
         return 0 if self._mark is None else self._mark.generation

@@ -232,11 +232,7 @@ def _signature(key: bytes, webhook_id: str, body: bytes) -> RawHeaders:
 
 
 def _fixed_headers(options: WebhookSinkOptions, target: Endpoint) -> RawHeaders:
-    headers = {
-        "Host": _host_header(target),
-        "User-Agent": f"pgtrickle-relay/{__version__}",
-        "Accept": "*/*",
-    }
+    headers = {"User-Agent": f"pgtrickle-relay/{__version__}", "Accept": "*/*"}
     username, password = options.username, options.password
     if target.username is not None:
         username, password = target.username, target.password
@@ -247,14 +243,9 @@ def _fixed_headers(options: WebhookSinkOptions, target: Endpoint) -> RawHeaders:
         headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
     if not headers.get("Authorization", "").isascii():
         raise ConfigurationError("sink.bearer_token has characters that no header can carry")
-    by_lowered = {name.lower(): (name, value) for name, value in headers.items()}
-    by_lowered |= {name.lower(): (name, value) for name, value in options.headers.items()}
-    return [(name.encode(), value.encode()) for name, value in by_lowered.values()]
-
-
-def _host_header(target: Endpoint) -> str:
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    return host if target.port == (443 if target.is_tls else 80) else f"{host}:{target.port}"
+    overridden = {name.lower() for name in options.headers}
+    headers = {name: text for name, text in headers.items() if name.lower() not in overridden}
+    return [(name.encode(), text.encode()) for name, text in {**headers, **options.headers}.items()]
 
 
 async def _read_to_its_end(response: httpx.Response) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import ssl
 import weakref
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
@@ -21,6 +20,10 @@ from relay.backends.webhook.errors import listening
 from relay.backends.webhook.options import WebhookSourceOptions, listen_address
 from relay.endpoint import address_of
 from relay.errors import ConfigurationError
+from relay.tls import server_context_of
+
+if TYPE_CHECKING:
+    from relay.backends.webhook.source import WebhookSource
 
 HEADERS_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 30.0
@@ -63,35 +66,13 @@ class Answer(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] = {}
 
 
-class Receiver(Protocol):
-    """What stands behind one path."""
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Larger bodies are refused."""
-
-    def admit(self, headers: Mapping[str, str], size_bytes: int) -> Answer | None:
-        """Refuse a request by its headers (names in lower case), or reserve room for it."""
-
-    def release(self, size_bytes: int) -> None:
-        """Give the room of an admitted request back."""
-
-    async def receive(
-        self, headers: Mapping[str, str], raw: Mapping[str, str], body: bytes
-    ) -> Answer:
-        """The answer to a whole request; ``raw`` has the headers as they were spelled."""
-
-    def refused(self, status: int, reason: str) -> None:
-        """Hear of a request that got another answer than 200; of an unknown path, all do."""
-
-
 class Listener:
     """A server on one address, with a receiver for each path. Use `attach` and `detach`."""
 
     def __init__(self, addr: str, tls_keys: tuple[str | None, ...]) -> None:
         self.addr = addr
         self.tls_keys = tls_keys
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[str, WebhookSource] = {}
         self._left: set[str] = set()
         # Connections that have not sent the headers of a request yet, each with its time's end.
         self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
@@ -119,7 +100,7 @@ class Listener:
     async def open(self, options: WebhookSourceOptions) -> None:
         """Listen. Raises `ConfigurationError`, `Outage`."""
         host, port = listen_address(self.addr)
-        context = _tls_context(options)
+        context = server_context_of(options, "source") if options.tls_cert else None
         handler = web.Server(
             self._handle,
             logger=_SILENT,
@@ -139,7 +120,7 @@ class Listener:
             )
         self._web = handler
 
-    def add(self, path: str, receiver: Receiver) -> None:
+    def add(self, path: str, receiver: WebhookSource) -> None:
         """Serve this path. Raises `ConfigurationError` where somebody else does."""
         if self._receivers.get(path, receiver) is not receiver:
             raise ConfigurationError(
@@ -267,7 +248,7 @@ _LISTENERS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Listeners] = (
 )
 
 
-async def attach(options: WebhookSourceOptions, receiver: Receiver) -> Listener:
+async def attach(options: WebhookSourceOptions, receiver: WebhookSource) -> Listener:
     """Serve the receiver under its address and path, together with what is there already.
 
     Raises `ConfigurationError` where the address, the path or the TLS keys do not allow it.
@@ -332,19 +313,3 @@ async def _read(request: web.BaseRequest, limit: int) -> bytes | None:
                 return None
             chunks.append(chunk)
     return b"".join(chunks)
-
-
-def _tls_context(options: WebhookSourceOptions) -> ssl.SSLContext | None:
-    if options.tls_cert is None:
-        return None
-    try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=options.tls_ca)
-        context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"source: the TLS files can't be used: {error.strerror or type(error).__name__}",
-            remedy="tls_ca, tls_cert and tls_key are paths of PEM files",
-        ) from None
-    if options.tls_ca is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context

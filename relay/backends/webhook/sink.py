@@ -1,25 +1,23 @@
-"""The webhook sink.
+"""The webhook sink: see the package for what it promises.
 
-A message is accepted when the request that carries it was answered 2xx. With
-``batch_mode``, the default, messages go as one JSON array per request, one request at a time, so
-that order is kept whatever happens; it costs a round trip per batch. Without it each message is a
-request of its own and up to ``max_in_flight`` are in flight. With ``ordering`` ``strict``, the
+With ``batch_mode``, the default, messages go as one JSON array per request, one request at a time,
+so that order is kept whatever happens; it costs a round trip per batch. Without it each message is
+a request of its own and up to ``max_in_flight`` are in flight. With ``ordering`` ``strict``, the
 default, a message then waits for the answer to the one before it *of its own key*; that costs
-nothing while keys vary, and a round trip per event where one key has them all. With
-``pipelined`` nothing waits, and an event may be accepted before its predecessor of the same key.
+nothing while keys vary, and a round trip per event where one key has them all. With ``pipelined``
+nothing waits, and an event may be accepted before its predecessor of the same key.
 
-``Idempotency-Key`` is the dedup key, and for an array a digest of its dedup keys. A request that
-is repeated after a failure holds the same messages under the same key. Only where the relay
-itself was restarted in between may an array be cut in another place; each element of the
-``envelope`` and ``cloudevents`` formats still carries its own dedup key. An array that is refused
-(4xx) is halved until the messages concerned are found; 413 halves it too and makes the next ones
-smaller. What ``Retry-After`` asks for is told to the loop, which waits up to an hour. Redirects are
-not followed, cookies and proxies of the environment not used. Headers carry any text
+``Idempotency-Key`` is the dedup key, and for an array a digest of its dedup keys. A request that is
+repeated after a failure holds the same messages under the same key. Only where the relay itself was
+restarted in between may an array be cut in another place; each element of the ``envelope`` and
+``cloudevents`` formats still carries its own dedup key. An array that is refused (4xx) is halved
+until the messages concerned are found; 413 halves it too and makes the next ones smaller. What
+``Retry-After`` asks for is told to the loop, which waits up to an hour. Redirects are not followed,
+cookies and proxies of the environment not used. Headers carry any text
 (`relay.backends.webhook.header`). What a receiver answers is neither kept nor logged.
 
-What the formats carry: ``envelope`` everything; ``payload`` everything in a request of its own,
-and in an array the rows alone; ``cloudevents`` everything but, in an array, the publisher's
-headers.
+What the formats carry: ``envelope`` everything; ``payload`` everything in a request of its own, and
+in an array the rows alone; ``cloudevents`` everything but, in an array, the publisher's headers.
 """
 
 from __future__ import annotations

@@ -1,22 +1,18 @@
-"""The webhook source.
+"""The webhook source: see the package for what it promises.
 
-An HTTP server that answers 200 only when what it was sent is settled, which for an
-inbox means after the commit. A JSON object is one message, an array one for each element, a whole
-array of up to 100,000 being answered as one. What comes while a batch is being written gathers for
-the next one, a fiftieth of a second at most. Order is that in which requests were received
-completely. What is bad (authentication, signature, JSON, size) is refused with a 4xx and a reason
-in JSON, and never becomes a dead letter. 503 with ``Retry-After`` says that it can't be written
-now: no answer within ``answer_timeout_ms``, too much waiting already, or an end of the pipeline. A
-request whose sender has gone away, or was told 503 after its messages were handed on, may still be
-delivered. The dedup key is ours where the message is ours, with ``signature: stripe`` the event's
-id in the body (and its ``type`` the event type), else ``Idempotency-Key``, else the sender's id
-(``webhook-id``, ``svix-id``, ``X-GitHub-Delivery``), with ``:{index}`` behind it for an element of
-an array, else a random UUID: then a repetition can't be told from a new message, unless
-``dedup_key_from`` names what can.
+A JSON object is one message, an array one for each element, a whole array of up to 100,000 being
+answered as one. What comes while a batch is being written gathers for the next one, a fiftieth of a
+second at most. A refusal (authentication, signature, JSON, size) has its reason in JSON. 503 with
+``Retry-After`` says that it can't be written now: no answer within ``answer_timeout_ms``, too much
+waiting already, or an end of the pipeline. A request whose sender has gone away, or was told 503
+after its messages were handed on, may still be delivered. The dedup key is ours where the message
+is ours, with ``signature: stripe`` the event's id in the body (and its ``type`` the event type),
+else ``Idempotency-Key``, else the sender's id (``webhook-id``, ``svix-id``, ``X-GitHub-Delivery``),
+with ``:{index}`` behind it for an element of an array, else a random UUID: then a repetition can't
+be told from a new message, unless ``dedup_key_from`` names what can.
 
-Every relay of the group listens, since a load balancer sends anywhere; relays on one host need a
-port each. Several pipelines of a relay may share one ``listen_addr`` with different paths and the
-same TLS keys.
+Relays on one host need a port each. Several pipelines of a relay may share one ``listen_addr`` with
+different paths and the same TLS keys.
 """
 
 from __future__ import annotations
