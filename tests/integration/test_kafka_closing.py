@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import stat
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +84,29 @@ async def test_a_start_and_a_stop_leave_no_task_thread_or_socket(broker: Broker)
     await source.aclose()
 
     await eventually(before.are_all, 5.0)
+
+
+async def test_a_start_that_is_cancelled_while_the_broker_is_asked_leaves_no_connection(
+    broker: Broker, kafka_proxy: TcpProxy
+) -> None:
+    sink = sink_of(kafka_proxy.address, broker.topic)
+    forwarded = kafka_proxy.bytes_forwarded
+    starting = asyncio.create_task(sink.connect())
+    # First the broker answers what it speaks, then it is asked for its topics.
+    async with asyncio.timeout(BOUND_S):
+        for direction in ("to_client", "to_server"):
+            before = forwarded[direction]
+            while forwarded[direction] == before:  # noqa: ASYNC110 - a later turn is too late
+                await asyncio.sleep(0)
+
+    starting.cancel()
+    await asyncio.wait([starting], timeout=BOUND_S)
+    await sink.aclose()
+
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert not left_open
 
 
 @pytest.mark.parametrize("how", ["cut", "stall"])

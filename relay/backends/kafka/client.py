@@ -127,18 +127,20 @@ async def started(
     timeout_s = options.request_timeout_ms / 1000 * (len(addresses_of(options, path)) + 1)
     _listen()
     token = _heard.set(heard)
+    starting = asyncio.create_task(client.start())
     try:
         with mapped(doing):
             async with asyncio.timeout(timeout_s):
-                await client.start()
+                # Cancelled half-way it would leave its first connection open.
+                await asyncio.shield(starting)
     except ValueError as error:
         # What the server says in the exchange of passwords is not what it must.
-        await close(client)
+        await close(client, starting)
         raise AuthenticationRefused(
             f"{doing}: the server does not prove that it knows our password: {error}"
         ) from None
     except BaseException as error:
-        await close(client)
+        await close(client, starting)
         if heard.trouble is not None and isinstance(error, RelayError):
             raise heard.trouble from error
         raise
@@ -179,12 +181,12 @@ def topic_missing(topic: str, server: str) -> DestinationMissing:
     )
 
 
-async def close(client: Client) -> None:
-    """Close within seconds; never raises.
+async def close(client: Client, starting: asyncio.Task[None] | None = None) -> None:
+    """Close within seconds, also while it is ``starting``; never raises.
 
     What a silent broker keeps open ends by itself when the library's requests time out.
     """
-    closing = asyncio.create_task(_closed(client))
+    closing = asyncio.create_task(_closed(client, starting))
     _closing.add(closing)
     closing.add_done_callback(_closing.discard)
     await asyncio.wait({closing}, timeout=_CLOSE_TIMEOUT_S)
@@ -200,7 +202,11 @@ async def until_closed() -> None:
         await asyncio.wait(closing, timeout=_CLOSE_TIMEOUT_S)
 
 
-async def _closed(client: Client) -> None:
+async def _closed(client: Client, starting: asyncio.Task[None] | None) -> None:
+    if starting is not None:
+        await asyncio.wait({starting}, timeout=_CLOSE_TIMEOUT_S / 4)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
     with contextlib.suppress(Exception):
         if isinstance(client, AIOKafkaConsumer) and client.assignment():
             # `stop` breaks off where it finds a fetch that waits to be tried again; this ends it.
