@@ -23,6 +23,7 @@ from tests.contract.evidence import (
     complete_message,
     dedup_keys,
     first_occurrences,
+    until,
 )
 from tests.contract.kafka_broker import Broker, new_name, sink_of, source_of
 from tests.contract.sink_contract import deliver
@@ -514,6 +515,27 @@ async def test_a_publish_that_is_cancelled_can_be_repeated(
             await asyncio.sleep(0)
         publishing.cancel()
         await asyncio.wait([publishing], timeout=BOUND_S)
+
+    await deliver(sink, messages)
+
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
+    await sink.aclose()
+
+
+async def test_what_cancelled_publishes_have_stored_one_after_the_other_is_not_sent_again(
+    broker: Broker,
+) -> None:
+    sink = sink_of(broker.server.brokers, broker.topic)
+    await sink.connect()
+    messages = broker.numbered(3000)
+    stored = 0
+    for _ in range(2):
+        publishing = asyncio.create_task(sink.publish(messages))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        publishing.cancel()
+        await asyncio.wait([publishing], timeout=BOUND_S)
+        stored = len(await until(broker.restored, stored + 1))
 
     await deliver(sink, messages)
 

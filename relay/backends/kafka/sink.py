@@ -161,10 +161,12 @@ class KafkaSink:
         stored = {key for one in self._sent if one.is_accepted for key in one.keys}
         accepted = {at for at, one in enumerate(messages) if one.dedup_key in stored}
         if trouble is None:
-            if not all(one.is_accepted for one in self._sent):
+            # Kept until we are done: cancelled before, we are asked for these messages again.
+            kept = [one for one in self._sent if one.is_accepted]
+            if len(kept) < len(self._sent):
                 await self._give_up()
                 producer = await self._ready()
-            self._sent.clear()
+            self._sent = kept
             chunks = self._packer.chunks(
                 messages, topics, self._topics, accepted, failed, producer.create_batch
             )
