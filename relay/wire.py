@@ -50,13 +50,18 @@ class Spelling(msgspec.Struct, frozen=True):
 
     def names(self) -> frozenset[str]:
         """All names, in lower case: what is metadata of ours among somebody's headers."""
-        return _names(self)
+        return frozenset(_spelled(self))
 
 
 @functools.cache
-def _names(spelling: Spelling) -> frozenset[str]:
-    """Made once for each spelling: every message that is read asks for them."""
-    return frozenset(str(name).lower() for name in msgspec.structs.astuple(spelling))
+def _spelled(spelling: Spelling) -> Mapping[str, str]:
+    """How each name is spelled, by the name in lower case: every message that is read asks."""
+    return {name.lower(): name for name in msgspec.structs.astuple(spelling)}
+
+
+@functools.cache
+def _spellings(spelling: Spelling) -> frozenset[str]:
+    return frozenset(_spelled(spelling).values())
 
 
 TITLE = Spelling.of(lambda name: f"Pgtrickle-{name}")
@@ -124,6 +129,7 @@ EncodeBodies = Callable[[Sequence[RelayMessage]], list[bytes | MessageUndecodabl
 # Many in one go: a call for each costs as much as half of what it does.
 _Wrap = Callable[[Sequence[RelayMessage]], Sequence[msgspec.Struct]]
 EncodeHeaders = Callable[[RelayMessage], dict[str, str]]
+EncodePairs = Callable[[RelayMessage], list[tuple[str, bytes]]]
 
 # Formats in which the headers of a message without headers of the publisher's depend on nothing
 # but its dedup key, its op and whether it is a snapshot row.
@@ -191,6 +197,45 @@ def headers_encoder(format_: str, spelling: Spelling) -> EncodeHeaders:
     raise _unknown(format_)
 
 
+def pairs_encoder(format_: str, spelling: Spelling) -> EncodePairs:
+    """Our headers as names and UTF-8 texts, without the publisher's, at half the cost.
+
+    What is the same for many messages is encoded once. The function raises `UnicodeEncodeError`.
+    Raises `ConfigurationError` for an unknown format.
+    """
+    headers_of = headers_encoder(format_, spelling)
+    has_all = format_ == "payload"
+    same_of: dict[tuple[str, bool, str], list[tuple[str, bytes]]] = {}
+
+    def pairs_of(message: RelayMessage) -> list[tuple[str, bytes]]:
+        kind = message.op, message.is_full_refresh, message.stream_table if has_all else ""
+        same = same_of.get(kind)
+        if same is None:
+            bare = RelayMessage(
+                dedup_key="",
+                payload=b"",
+                op=message.op,
+                is_full_refresh=message.is_full_refresh,
+                stream_table=message.stream_table,
+            )
+            same = same_of[kind] = [
+                (name, text.encode()) for name, text in headers_of(bare).items() if text
+            ]
+        pairs = [*same, (spelling.dedup_key, message.dedup_key.encode())]
+        if has_all:
+            if message.key is not None:
+                pairs.append((spelling.key, message.key.encode()))
+            if message.outbox_id is not None:
+                pairs.append((spelling.outbox_id, b"%d" % message.outbox_id))
+            if message.refresh_id is not None:
+                pairs.append((spelling.refresh_id, message.refresh_id.encode()))
+            if message.created_at is not None:
+                pairs.append((spelling.created_at, _isoformat(message.created_at)))
+        return pairs
+
+    return pairs_of
+
+
 def restore(body: bytes, headers: Mapping[str, str], spelling: Spelling) -> RelayMessage | None:
     """The message that `encode` made, or None where this is somebody else's plain payload.
 
@@ -198,18 +243,20 @@ def restore(body: bytes, headers: Mapping[str, str], spelling: Spelling) -> Rela
     what it says (another version, a broken object) raises `MessageUndecodable`. What merely looks
     like an envelope is a payload. Header names compare without regard to case.
     """
-    lowered = {name.lower(): value for name, value in headers.items()}
-    marker = lowered.get(spelling.format.lower())
+    own, others = headers, NO_HEADERS
+    if not headers.keys() <= _spellings(spelling):
+        names = _spelled(spelling)
+        others = {name: text for name, text in headers.items() if name.lower() not in names}
+        own = {names[name.lower()]: text for name, text in headers.items() if name not in others}
+    marker = own.get(spelling.format)
     if marker is None:
         return None
-    own_names = spelling.names()
-    others = {name: value for name, value in headers.items() if name.lower() not in own_names}
     if marker == "envelope":
         return restore_envelope(body)
     if marker == "cloudevents":
         return _restore_cloud_event(body, others)
     if marker == "payload":
-        return _restore_payload(body, lowered, others, spelling)
+        return _restore_payload(body, own, others, spelling)
     raise MessageUndecodable(
         f"the format marker says {marker[:40]!r}, which this version can't read"
     )
@@ -365,14 +412,14 @@ def _metadata(message: RelayMessage, spelling: Spelling) -> dict[str, str]:
     if message.is_full_refresh:
         headers[spelling.full_refresh] = "true"
     if message.created_at is not None:
-        headers[spelling.created_at] = _isoformat(message.created_at)
+        headers[spelling.created_at] = _isoformat(message.created_at).decode()
     return headers
 
 
-def _isoformat(moment: datetime) -> str:
+def _isoformat(moment: datetime) -> bytes:
     """As `datetime.isoformat` writes it, in less than half the time."""
-    text = _json.encode(moment)[1:-1].decode()
-    return f"{text[:-1]}+00:00" if text.endswith("Z") else text
+    text = _json.encode(moment)[1:-1]
+    return text[:-1] + b"+00:00" if text.endswith(b"Z") else text
 
 
 def _cloud_event_of(message: RelayMessage, namespace: str) -> _CloudEvent:
@@ -421,16 +468,10 @@ def _restore_cloud_event(body: bytes, others: Mapping[str, str]) -> RelayMessage
 
 
 def _restore_payload(
-    body: bytes, lowered: Mapping[str, str], others: Mapping[str, str], spelling: Spelling
+    body: bytes, own: Mapping[str, str], others: Mapping[str, str], spelling: Spelling
 ) -> RelayMessage:
-    def read(name: str) -> str | None:
-        return lowered.get(name.lower())
-
-    dedup_key, outbox_id, created_at = (
-        read(spelling.dedup_key),
-        read(spelling.outbox_id),
-        read(spelling.created_at),
-    )
+    dedup_key, outbox_id = own.get(spelling.dedup_key), own.get(spelling.outbox_id)
+    created_at = own.get(spelling.created_at)
     if dedup_key is None:
         raise MessageUndecodable(
             f"marked as a payload of ours, but {spelling.dedup_key} is missing"
@@ -438,13 +479,13 @@ def _restore_payload(
     try:
         return RelayMessage(
             dedup_key=dedup_key,
-            key=read(spelling.key),
-            op=op_named(read(spelling.op) or "event"),
+            key=own.get(spelling.key),
+            op=op_named(own.get(spelling.op, "event")),
             payload=body,
-            is_full_refresh=read(spelling.full_refresh) == "true",
-            stream_table=read(spelling.stream_table) or "",
+            is_full_refresh=own.get(spelling.full_refresh) == "true",
+            stream_table=own.get(spelling.stream_table, ""),
             outbox_id=None if outbox_id is None else int(outbox_id),
-            refresh_id=read(spelling.refresh_id),
+            refresh_id=own.get(spelling.refresh_id),
             created_at=None if created_at is None else _moment(created_at),
             headers=others or NO_HEADERS,
         )

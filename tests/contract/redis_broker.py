@@ -98,9 +98,9 @@ class Broker:
     async def feed(self, messages: Sequence[RelayMessage], format_: str = "envelope") -> None:
         """Add messages of ours, in order, to this stream whatever their subject."""
         body_of = wire.body_encoder(format_)
-        encode_headers = wire.headers_encoder(format_, wire.FIELD)
+        pairs_of = wire.pairs_encoder(format_, wire.FIELD)
         packed = [
-            pack(b"XADD", self.stream, b"*", *fields_of(one, body_of(one), encode_headers))
+            pack(b"XADD", self.stream, b"*", *fields_of(one, body_of(one), pairs_of))
             for one in messages
         ]
         options = RedisSinkOptions(type="redis", url=self.server.url)

@@ -31,7 +31,7 @@ def refused(found: Entry) -> Rejected:
 def through(message: RelayMessage, format_: str) -> RelayMessage:
     """The message as it comes back from its fields."""
     body = wire.body_encoder(format_)(message)
-    fields = fields_of(message, body, wire.headers_encoder(format_, wire.FIELD))
+    fields = fields_of(message, body, wire.pairs_encoder(format_, wire.FIELD))
     return read(entry(*(one if isinstance(one, bytes) else one.encode() for one in fields)))
 
 

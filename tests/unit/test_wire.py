@@ -60,6 +60,22 @@ def test_formats_with_few_headers_say_nothing_else_in_them(format_: wire.Format)
     assert headers_of(bare) == headers_of(msgspec.structs.replace(FULL, headers={}))
 
 
+def test_headers_as_pairs_are_those_of_the_message_whatever_came_before() -> None:
+    bare = RelayMessage(dedup_key="2", payload=b"null")
+    other = msgspec.structs.replace(FULL, stream_table="others", dedup_key="3", headers={})
+    later = FULL.created_at and FULL.created_at.replace(microsecond=0)
+    messages = [bare, FULL, other, msgspec.structs.replace(FULL, created_at=later, key="Ä"), bare]
+    for format_ in wire.CONTENT_TYPES:
+        headers_of = wire.headers_encoder(format_, wire.LOWER)
+        pairs_of = wire.pairs_encoder(format_, wire.LOWER)
+        for message in messages:
+            alone = msgspec.structs.replace(message, headers={})
+            expected = {name: text.encode() for name, text in headers_of(alone).items()}
+
+            assert dict(pairs_of(message)) == expected
+            assert len(pairs_of(message)) == len(expected)
+
+
 @pytest.mark.parametrize(
     "body, is_one",
     [

@@ -8,7 +8,7 @@ and its key; without a value (a tombstone) it is the delete of its key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from aiokafka import ConsumerRecord
 from msgspec import structs
@@ -31,34 +31,21 @@ class RecordEncoder:
 
     def __init__(self, format_: str, namespace: str) -> None:
         self.values = wire.bodies_encoder(format_, namespace=namespace)
-        self._headers_of = wire.headers_encoder(format_, wire.LOWER)
-        self._has_few_headers = format_ in wire.FEW_HEADERS
-        # What is the same for all messages of an op and full-refresh mark.
-        self._fixed: dict[tuple[str, bool], list[Header]] = {}
+        self._pairs_of = wire.pairs_encoder(format_, wire.LOWER)
 
     def headers(self, message: RelayMessage) -> list[Header]:
         """The headers. Raises `MessageUndecodable` for a text that has no UTF-8 form."""
-        kind = message.op, message.is_full_refresh
-        fixed = None if message.headers else self._fixed.get(kind)
         try:
-            if fixed is not None:
-                return [*fixed, (_DEDUP_KEY, message.dedup_key.encode())]
+            own = self._pairs_of(message)
             if message.headers:
-                message = _without_our_names(message)
-            made = [(name, text.encode()) for name, text in self._headers_of(message).items()]
+                for name, text in message.headers.items():
+                    # The client encodes the name, too.
+                    name.encode()
+                    if name.lower() not in _OWN:
+                        own.append((name, text.encode()))
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
-        if self._has_few_headers and not message.headers:
-            self._fixed[kind] = [one for one in made if one[0] != _DEDUP_KEY]
-        return made
-
-
-def _without_our_names(message: RelayMessage) -> RelayMessage:
-    """The publisher's headers less those that would pass for ours. Raises `UnicodeEncodeError`."""
-    theirs = {name: text for name, text in message.headers.items() if name.lower() not in _OWN}
-    for name in theirs:
-        name.encode()
-    return structs.replace(message, headers=theirs)
+        return own
 
 
 def decoded(record: ConsumerRecord) -> RelayMessage | Rejected:
@@ -67,10 +54,21 @@ def decoded(record: ConsumerRecord) -> RelayMessage | Rejected:
     if _MARKED_AS_ENVELOPE in headers:
         # The body has everything; the other headers are for those who filter.
         return _of_ours(record, None)
-    texts = {name: text_of(text) for name, text in headers if text is not None}
-    if any(name.lower() == _FORMAT for name in texts):
+    texts = _texts(headers)
+    if _FORMAT in texts or any(name.lower() == _FORMAT for name in texts):
         return _of_ours(record, texts)
     return _of_others(record, texts)
+
+
+def _texts(headers: Sequence[tuple[str, bytes | None]]) -> Mapping[str, str]:
+    """The headers as texts, see `text_of`, which nearly none of them needs."""
+    try:
+        texts = {name: text.decode() for name, text in headers if text is not None}
+        if "\\x" not in "".join(texts.values()):
+            return texts
+    except UnicodeDecodeError:
+        pass
+    return {name: text_of(text) for name, text in headers if text is not None}
 
 
 def _of_ours(record: ConsumerRecord, headers: Mapping[str, str] | None) -> RelayMessage | Rejected:
@@ -85,7 +83,7 @@ def _of_ours(record: ConsumerRecord, headers: Mapping[str, str] | None) -> Relay
             else wire.restore(body, headers, wire.LOWER)
         )
     except MessageUndecodable as error:
-        texts = {name: text_of(text) for name, text in record.headers if text is not None}
+        texts = _texts(record.headers)
         broken = RelayMessage(
             dedup_key=texts.get(_DEDUP_KEY) or _position(record),
             payload=body or b"",

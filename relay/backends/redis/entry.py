@@ -41,17 +41,12 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     size: int = 0
 
 
-def fields_of(
-    message: RelayMessage, body: bytes, encode_headers: wire.EncodeHeaders
-) -> list[bytes | str]:
-    """Names and values in turn."""
-    headers = message.headers
-    # A publisher's header must not pass for our metadata.
-    own = encode_headers(structs.replace(message, headers=NO_HEADERS) if headers else message)
+def fields_of(message: RelayMessage, body: bytes, pairs_of: wire.EncodePairs) -> list[bytes | str]:
+    """Names and values in turn. Raises `UnicodeEncodeError`."""
     fields: list[bytes | str] = [_PAYLOAD, body]
-    for pair in own.items():
+    for pair in pairs_of(message):
         fields += pair
-    for name, value in headers.items():
+    for name, value in message.headers.items():
         fields += (HEADER + name, value)
     return fields
 

@@ -27,7 +27,7 @@ from relay.errors import (
 from relay.message import RelayMessage
 from relay.options import parse_options
 from relay.template import compile_routing
-from relay.wire import FIELD, bodies_encoder, headers_encoder
+from relay.wire import FIELD, bodies_encoder, pairs_encoder
 
 # What is sent in one go; a transaction holds up the other clients of the server.
 _CHUNK_BYTES = 1024 * 1024
@@ -46,7 +46,7 @@ class RedisSink:
             options.stream_key, options.routing, escape=escape, check=check_key
         )
         self._encode_bodies = bodies_encoder(options.format, namespace=namespace)
-        self._encode_headers = headers_encoder(options.format, FIELD)
+        self._pairs_of = pairs_encoder(options.format, FIELD)
         trimming = () if options.maxlen is None else (b"MAXLEN", b"~", b"%d" % options.maxlen)
         self._before_fields = (*trimming, b"*")
         self._longest_value = _LONGEST_VALUE
@@ -171,8 +171,8 @@ class RedisSink:
         if not isinstance(body, bytes):
             raise body
         stream = check_key(message.subject)
-        fields = fields_of(message, body, self._encode_headers)
         try:
+            fields = fields_of(message, body, self._pairs_of)
             command = pack(b"XADD", stream, *self._before_fields, *fields)
         except UnicodeEncodeError:
             raise MessageUndecodable("a text of the message has no UTF-8 form") from None
