@@ -31,28 +31,32 @@ def detail(
     """As many lines as there is to say, the most urgent first."""
     lines = why(line, width)
     status = line.status
+    if status is not None and status.last_error_at is not None and not lines:
+        said = f"last error {clock(status.last_error_at)}: {status.last_error}"
+        lines = wrapped(said, width, "yellow", most=_MOST_OF_AN_ERROR, indent=1)
     if line.dead_letters:
         lines.append(Text(f" {_counted(line)}: r tries all again", "bold"))
         for letter in letters[:_MOST_DEAD_LETTERS]:
             lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR, hanging=9)
+    right: list[str] = []
     if status is None:
-        what = "paused: p resumes it" if not line.is_enabled else "none of these relays runs it"
-        lines.append(Text(f" {line.source} {arrow} {line.sink}"))
-        lines.append(Text(f" {what}; {line.delivered:,} delivered before"))
-        return lines
-    left = [Text(f" {text}") for text in _facts(line, status)]
-    left += [Text(f" {text}", "dim") for text in _settings(status.settings)]
-    right = [Text(text) for text in _outcome(status)]
-    right += [Text(_batch(batch)) for batch in reversed(status.recent_batches)]
-    if status.last_error_at is not None and not line.trouble:
-        said = f"last error {clock(status.last_error_at)}: {status.last_error}"
-        lines += wrapped(said, width, "yellow", most=_MOST_OF_AN_ERROR, indent=1)
-    half = min(max((text.cell_len for text in left), default=0) + 2, width * 2 // 3)
-    for one, other in zip_longest(left, right, fillvalue=Text("")):
-        first = one.copy()
-        first.truncate(half, overflow="ellipsis", pad=True)
-        lines.append(Text.assemble(first, " ", other))
+        left = [f"{line.source} {arrow} {line.sink}", _why_nobody_runs_it(line)]
+    else:
+        left = list(_facts(line, status))
+        right = [*_outcome(status), *map(_batch, reversed(status.recent_batches))]
+    settings = [Text(f" {text}", "dim") for text in _settings(line.settings)]
+    facts = [*(Text(f" {text}") for text in left), *settings]
+    half = min(max(text.cell_len for text in facts) + 2, width * 2 // 3)
+    for one, other in zip_longest(facts, right):
+        row = Text() if one is None else one
+        row.truncate(half, overflow="ellipsis", pad=True)
+        lines.append(Text.assemble(row, " ", other or ""))
     return lines
+
+
+def _why_nobody_runs_it(line: PipelineLine) -> str:
+    what = "none of these relays runs it" if line.is_enabled else "paused: p resumes it"
+    return f"{what}; {line.delivered:,} delivered before"
 
 
 def _counted(line: PipelineLine) -> str:
@@ -97,7 +101,7 @@ def _outcome(status: PipelineStatus) -> Iterator[str]:
             f"latency p50 {latency(status.latency.p50_s)}, p95 {latency(status.latency.p95_s)},"
             f" p99 {latency(status.latency.p99_s)} in the last minute"
         )
-    yield "recent batches" if status.recent_batches else "no batch yet"
+    yield "recent batches, in messages" if status.recent_batches else "no batch yet"
 
 
 def _batch(batch: RecentBatch) -> str:

@@ -15,7 +15,7 @@ from relay.overview import PAUSED, WAITING
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """What each relay says of itself, and every pipeline of the catalog.
+    """What each relay says of itself, and every pipeline of the catalog, all secrets masked.
 
     ``catalog`` also has the pipelines that no relay runs, paused ones above all; ``lags`` and
     ``dead_letters`` are theirs. All three may be older than what the relays say.
@@ -30,9 +30,9 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline of the fleet. ``status`` and ``owner`` are absent where nobody runs it.
 
-    ``trouble`` says why it is not well, and is empty where it is. ``lag_rows`` is None for a
-    reverse pipeline and where it is not known. ``delivered``: by the owner since it started, or by
-    all relays where nobody runs it.
+    ``trouble`` says why it is not well, else it is empty. ``lag_rows`` is None for a reverse
+    pipeline and where it is not known. ``delivered``: by the owner since it started, or by all
+    relays where nobody runs it.
     """
 
     name: str
@@ -41,6 +41,7 @@ class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):
     is_forward: bool
     is_enabled: bool
     state: str
+    settings: Mapping[str, object]
     trouble: str = ""
     owner: str = ""
     status: PipelineStatus | None = None
@@ -157,6 +158,7 @@ def _run_line(status: PipelineStatus, relay: RelayStatus, row: PipelineRow | Non
         is_forward=is_forward,
         is_enabled=row is None or row.enabled,
         state="stalled" if status.is_stalled else status.state.value,
+        settings=status.settings,
         trouble=status.trouble,
         owner=relay.worker_id,
         status=status,
@@ -177,6 +179,7 @@ def _resting_line(row: PipelineRow, fleet: Fleet, trouble: str, now: datetime) -
         is_forward=row.direction == "forward",
         is_enabled=row.enabled,
         state=WAITING if row.enabled else PAUSED,
+        settings=row.config,
         trouble=trouble if row.enabled else "",
         lag_rows=None if lag is None else lag.lag_rows,
         oldest_unsent_age_s=None if since is None else (now - since).total_seconds(),

@@ -10,6 +10,7 @@ from relay.board import Board, RelayStatus
 from relay.catalog import Catalog, DeadLetterSummary
 from relay.overview import report_of
 from relay.postgres import Database
+from relay.secrets import masked
 from relay.status.fleet import Fleet
 
 _LATEST_DEAD_LETTERS = 10
@@ -25,7 +26,10 @@ class _Seen:
 
     async def _read(self, relays: Sequence[RelayStatus]) -> None:
         """See the pipelines of the catalog, and what there is of those that none of these runs."""
-        rows = await self._catalog.pipelines()
+        rows = [
+            msgspec.structs.replace(row, config=masked(row.config))
+            for row in await self._catalog.pipelines()
+        ]
         running = {status.name for relay in relays for status in relay.pipelines}
         resting = [row.name for row in rows if row.name not in running]
         lags = await self._catalog.lag(resting) if resting else []

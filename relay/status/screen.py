@@ -102,18 +102,18 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
     stops_relay: bool = False
 
 
-def visible_lines(fleet: Fleet, view: ViewState, at: datetime) -> list[PipelineLine]:
-    """The pipelines that the view leaves in, the unwell first, and then in its order."""
+def visible_lines(lines: Sequence[PipelineLine], view: ViewState) -> list[PipelineLine]:
+    """Those that the view leaves in, the unwell first, and then in its order."""
     wanted = view.filter.casefold()
-    lines = [
+    visible = [
         line
-        for line in lines_of(fleet, at)
+        for line in lines
         if wanted in f"{line.name} {line.source} {line.sink} {line.state}".casefold()
     ]
     order = ORDERS.get(view.sort)
     if order is not None:
-        lines.sort(key=order)
-    return sorted(lines, key=lambda line: not is_unwell(line))
+        visible.sort(key=order)
+    return sorted(visible, key=lambda line: not is_unwell(line))
 
 
 def selected_line(lines: Sequence[PipelineLine], view: ViewState) -> PipelineLine | None:
@@ -158,7 +158,7 @@ class Renderer:
         heading = self._heading(scene, every, width)
         room = max(0, height - len(heading) - 1)
         is_help = scene.view.mode is Mode.HELP
-        body = self._help(scene) if is_help else self._body(scene, width, room)
+        body = self._help(scene) if is_help else self._body(scene, every, width, room)
         screen = [*heading, *filled(body, room), self._footer(scene, width)]
         return [fitted(line, width) for line in filled(screen, height)]
 
@@ -197,8 +197,11 @@ class Renderer:
         total = delivered(scene.fleet)
         pipelines = f"{count} {'pipeline' if count == 1 else 'pipelines'}"
         second = Text(" ")
+        retrying = len({line.name for line in lines if line.state == "retrying"})
         if unwell:
             second.append(f"{unwell} of {pipelines} unwell", "bold red")
+        elif retrying:
+            second.append(f"{retrying} of {pipelines} retrying", "yellow")
         else:
             second.append(pipelines).append("  all well", "green")
         second.append(
@@ -213,18 +216,23 @@ class Renderer:
             heading += wrapped(text, width, "bold cyan", most=_MOST_BANNER, indent=1)
         return heading
 
-    def _body(self, scene: Scene, width: int, room: int) -> list[Text]:
+    def _body(
+        self, scene: Scene, every: Sequence[PipelineLine], width: int, room: int
+    ) -> list[Text]:
         """Table above, details where open, log below; the table and the log give way."""
-        lines = visible_lines(scene.fleet, scene.view, scene.now)
+        lines = visible_lines(every, scene.view)
         chosen = selected_line(lines, scene.view)
         is_open = scene.view.is_open and chosen is not None
+        # A fleet's relays log elsewhere: this is what the view itself has to say, if anything.
+        has_log = bool(scene.log) or scene.stops_relay
+        rest = room - (_SMALLEST_LOG + 1 if has_log else 0)
         body = table(
             lines,
             chosen,
             sort=scene.view.sort,
             signs=self._signs,
             width=width,
-            rows=max(2, room // 4 if is_open else room - _SMALLEST_LOG - 1),
+            rows=max(2, room // 4 if is_open else rest),
             with_reasons=not is_open,
         )
         if not lines:
@@ -232,9 +240,11 @@ class Renderer:
         if is_open and chosen is not None:
             body.append(self._rule(chosen.name, width))
             details = detail(chosen, scene.dead_letters, width, self._signs.arrow)
-            body += details[: max(0, room - len(body) - _SMALLEST_LOG - 1)]
-        body.append(self._rule("log", width))
-        return body + _log_lines(scene.log, width, room - len(body))
+            body += details[: max(0, rest - len(body))]
+        if has_log:
+            body.append(self._rule("log", width))
+            body += _log_lines(scene.log, width, room - len(body))
+        return body
 
     def _help(self, scene: Scene) -> list[Text]:
         lines = [Text(""), Text(" keys", "bold"), Text("")]

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from relay.status.fleet import PipelineLine
-from relay.status.text import clean, duration, filled, latency, short, wrapped
+from relay.status.text import clean, duration, latency, short, wrapped
 
 _TROUBLED = frozenset({"failed", "suspended", "stalled"})
 _UNSETTLED = frozenset({"starting", "retrying", "stopping", "waiting", "paused"})
@@ -81,11 +81,11 @@ def table(
 ) -> list[Text]:
     """Heading and pipelines in at most so many rows; reasons as far as there is room for them."""
     reasons: Mapping[int, list[Text]] = {}
-    for most in (_MOST_REASON, 1, 0) if with_reasons else (0,):
+    for most in (_MOST_REASON, 1, 0) if with_reasons else ():
         reasons = {
             id(line): why(line, width, most=_MOST_REASON if line is chosen else most)
             for line in lines
-            if with_reasons and (most or line is chosen)
+            if most or line is chosen
         }
         if 1 + len(lines) + sum(map(len, reasons.values())) <= rows:
             break
@@ -95,26 +95,37 @@ def table(
     columns = _columns(lines, title, sort, width - _MARK_CELLS, signs)
     drawn = [Text(" " * _MARK_CELLS, "bold")]
     for column in columns:
-        drawn[0].append_text(_cell(Text(column.title), column))
+        drawn[0].append_text(column.drawn(column.title))
     for line in shown:
         row = Text(signs.mark if line is chosen else " ")
         row.append("!", "bold red") if is_unwell(line) else row.append(" ")
         for column in columns:
-            row.append_text(_cell(column.content(line), column))
+            row.append_text(column.drawn(*column.content(line)))
         if line is chosen:
             row.pad_right(width - row.cell_len)
             row.stylize("reverse")
         drawn += [row, *reasons.get(id(line), ())]
-    return filled(drawn, min(rows, len(drawn)))
+    return drawn[:rows]
+
+
+# A text, and how it is shown.
+_Content = tuple[str, str]
 
 
 class _Column(msgspec.Struct, frozen=True):
     """One column; ``width`` has the space before it."""
 
     title: str
-    content: Callable[[PipelineLine], Text]
-    width: int = 0
-    is_right: bool = False
+    content: Callable[[PipelineLine], _Content]
+    width: int
+    is_right: bool
+
+    def drawn(self, text: str, style: str = "") -> Text:
+        """A text as wide as the column."""
+        cell = Text(text, style)
+        cell.truncate(self.width - 1, overflow="ellipsis")
+        gap = " " * (self.width - 1 - cell.cell_len)
+        return Text.assemble(" ", gap, cell) if self.is_right else Text.assemble(" ", cell, gap)
 
 
 def _columns(
@@ -123,7 +134,7 @@ def _columns(
     """As wide as what they hold; where that is too much, the name is the last to give way."""
 
     def fitted(
-        title: str, content: Callable[[PipelineLine], Text], *, usual: int = 0, least: int = 0
+        title: str, content: Callable[[PipelineLine], _Content], *, usual: int = 0, least: int = 0
     ) -> _Column:
         """Below ``least`` it is left out, without one where it can't be whole.
 
@@ -132,74 +143,70 @@ def _columns(
         nonlocal room
         if title.startswith(sort):
             title = title.replace(sort, f"{sort}*", 1)
-        wanted = max(usual, cell_len(title), *(content(line).cell_len for line in lines), 0) + 1
+        wanted = max(usual, cell_len(title), *(cell_len(content(line)[0]) for line in lines), 0) + 1
         given = min(wanted, room)
         given = given if given >= (least or wanted) else 0
         room -= given
         return _Column(title, content, given, is_right=bool(usual))
 
-    def route_of(line: PipelineLine) -> Text:
-        return Text(clean(f"{line.source}{signs.arrow}{line.sink}"))
+    def route_of(line: PipelineLine) -> _Content:
+        return clean(f"{line.source}{signs.arrow}{line.sink}"), ""
 
-    def trend(line: PipelineLine) -> Text:
-        return Text(_sparkline(line, seconds, signs.sparks))
+    def trend_of(line: PipelineLine) -> _Content:
+        return _sparkline(line, seconds, signs.sparks), ""
 
     # In the order in which they get their room.
     state = fitted("state", _state)
-    name = fitted(name_title, lambda line: Text(clean(line.name)), least=2)
+    name = fitted(name_title, lambda line: (clean(line.name), ""), least=2)
     lag = fitted("lag", _lag, usual=6)
     dead = fitted("dead", _dead_letters, usual=4)
     rate = fitted("rate", _rate, usual=4)
     p95 = fitted("p95", _p95, usual=5)
     errors = fitted("err", _errors, usual=3)
-    route = fitted("route", route_of, least=7)
-    columns = [name, route, state]
+    columns = [name, fitted("route", route_of, least=7), state]
     if len({line.owner for line in lines if line.owner}) > 1:
-        columns.append(fitted("owner", lambda line: Text(clean(line.owner))))
+        columns.append(fitted("owner", lambda line: (clean(line.owner), "")))
     columns.append(rate)
     figures = [lag, p95, errors, dead]
     if room > _TREND_S // 2:
-        figures.append(fitted("total", lambda line: Text(f"{line.delivered:,}"), usual=7))
-    seconds = min(max(0, room - 1), _TREND_S)
-    columns += [fitted("trend", trend, least=7), *figures]
+        figures.append(fitted("total", lambda line: (f"{line.delivered:,}", ""), usual=7))
+    seconds = min(room - 1, _TREND_S)
+    if seconds > len("trend"):
+        columns.append(_Column("trend", trend_of, seconds + 1, is_right=False))
+    columns += figures
     return [column for column in columns if column.width > 0]
 
 
-def _cell(content: Text, column: _Column) -> Text:
-    content.truncate(column.width - 1, overflow="ellipsis")
-    gap = " " * (column.width - 1 - content.cell_len)
-    return Text.assemble(" ", gap, content) if column.is_right else Text.assemble(" ", content, gap)
+def _state(line: PipelineLine) -> _Content:
+    if line.state in _TROUBLED:
+        return line.state, "bold red"
+    return line.state, "yellow" if line.state in _UNSETTLED else "green"
 
 
-def _state(line: PipelineLine) -> Text:
-    style = "bold red" if line.state in _TROUBLED else "yellow" if line.state in _UNSETTLED else ""
-    return Text(line.state, style or "green")
+def _rate(line: PipelineLine) -> _Content:
+    return "-" if line.status is None else short(line.rate_per_s), ""
 
 
-def _rate(line: PipelineLine) -> Text:
-    return Text("-" if line.status is None else short(line.rate_per_s))
+def _p95(line: PipelineLine) -> _Content:
+    return "-" if line.p95_s is None else latency(line.p95_s), ""
 
 
-def _p95(line: PipelineLine) -> Text:
-    return Text("-" if line.p95_s is None else latency(line.p95_s))
+def _errors(line: PipelineLine) -> _Content:
+    return short(line.errors), "yellow" if line.errors else ""
 
 
-def _errors(line: PipelineLine) -> Text:
-    return Text(short(line.errors), "yellow" if line.errors else "")
+def _dead_letters(line: PipelineLine) -> _Content:
+    return short(line.dead_letters), "red" if line.dead_letters else ""
 
 
-def _dead_letters(line: PipelineLine) -> Text:
-    return Text(short(line.dead_letters), "red" if line.dead_letters else "")
-
-
-def _lag(line: PipelineLine) -> Text:
+def _lag(line: PipelineLine) -> _Content:
     """Rows behind and the age of the oldest, as in ``12 3s``."""
     if line.lag_rows is None:
-        return Text("-")
+        return "-", ""
     age_s = line.oldest_unsent_age_s
     if not line.lag_rows or age_s is None:
-        return Text(short(line.lag_rows))
-    return Text(f"{short(line.lag_rows)} {duration(age_s)}")
+        return short(line.lag_rows), ""
+    return f"{short(line.lag_rows)} {duration(age_s)}", ""
 
 
 def _sparkline(line: PipelineLine, seconds: int, sparks: str) -> str:

@@ -11,6 +11,8 @@ from rich.text import Text
 
 def clean(text: str) -> str:
     """Without control characters: no name and no error message can steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 

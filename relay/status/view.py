@@ -21,7 +21,7 @@ import msgspec
 from relay.catalog import DeadLetterSummary
 from relay.errors import RelayError
 from relay.settings import UiSettings
-from relay.status.fleet import LogTail, PipelineLine, Watched
+from relay.status.fleet import LogTail, PipelineLine, Watched, lines_of
 from relay.status.screen import (
     Key,
     Mode,
@@ -137,7 +137,7 @@ class StatusView:
 
     def _scene(self) -> Scene:
         fleet, at = self._watched.fleet(), now()
-        line = selected_line(visible_lines(fleet, self._view, at), self._view)
+        line = selected_line(visible_lines(lines_of(fleet, at), self._view), self._view)
         name, letters = self._dead_letters
         return Scene(
             fleet=fleet,
@@ -317,7 +317,7 @@ class StatusView:
         return line
 
     def _visible(self) -> list[PipelineLine]:
-        return visible_lines(self._watched.fleet(), self._view, now())
+        return visible_lines(lines_of(self._watched.fleet(), now()), self._view)
 
     def _change(self, **fields: object) -> None:
         self._view = msgspec.structs.replace(self._view, **fields)

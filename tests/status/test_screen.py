@@ -276,7 +276,7 @@ def test_what_fails_says_why_before_it_counts_as_unwell(renderer: Renderer) -> N
 
     lines = _drawn_of(renderer, ViewState(), [retrying]).splitlines()
 
-    assert "all well" in lines[1]
+    assert "1 of 1 pipeline retrying" in lines[1]
     assert lines[4].strip() == "Connection refused"
 
 

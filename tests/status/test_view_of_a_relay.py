@@ -37,10 +37,13 @@ def terminal(world: RelayWorld) -> Iterator[Emulator]:
     emulator.close()
 
 
-async def test_details_have_the_latest_dead_letters_and_a_failing_view_does_not_stop_its_relay(
+async def test_details_have_dead_letters_and_no_secret_and_a_failing_view_does_not_stop_its_relay(
     world: RelayWorld, terminal: Emulator
 ) -> None:
     out = await world.to_file("out")
+    secret = {"type": "webhook", "url": "https://u:hunter22@example.com/x"}
+    await world.forward("paused", secret, allow_plaintext_secrets=True)
+    await world.run("select pgtrickle.disable_relay('paused')")
     await world.run(
         "select pgtrickle.relay_dead_letter('test', 'out', 'forward', array['a', 'b'],"
         " array['s', 's'], array['1', '2'], array['insert', 'insert'], array['{}', '{}']::jsonb[],"
@@ -51,6 +54,10 @@ async def test_details_have_the_latest_dead_letters_and_a_failing_view_does_not_
     terminal.type("\r")
     shown = await asyncio.to_thread(terminal.until_shown, "2 dead letters", "too large", "too old")
     assert shown.index("too large") < shown.index("too old")
+    terminal.type("j")
+    shown = await asyncio.to_thread(terminal.until_shown, "paused: p resumes it", "sink.url: ")
+    assert "******" in shown
+    assert b"hunter22" not in terminal.output
 
     (world.directory / "fail").touch()
 
