@@ -151,6 +151,8 @@ class Assembly:
             dedup_namespace=config.dedup_namespace,
             ordering=config.ordering,
             pipeline_options=msgspec.structs.asdict(config),
+            partition=row.partition,
+            partitioning=row.partitioning,
         )
         sink_options = self._options("sink", config.sink_type, config.sink)
         sink = build_sink(config.sink_type, sink_options, context)

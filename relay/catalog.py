@@ -5,7 +5,7 @@ The relay has no rights on the catalog's tables; everything goes through these f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TypeVar
 from uuid import UUID
@@ -16,6 +16,7 @@ import msgspec
 from relay.errors import CatalogError, ConfigurationError
 from relay.events import Direction
 from relay.message import RelayMessage, op_named
+from relay.partition import WHOLE, Partition, key_hash, partitions_of, pipeline_of
 from relay.postgres import Database
 from relay.settings import schema_identifier
 
@@ -30,12 +31,44 @@ _CODECS: Mapping[str, str] = {"UTF8": "utf-8", "LATIN1": "latin-1", "WIN1252": "
 
 
 class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One pipeline as it stands in the catalog."""
+    """One pipeline as it stands in the catalog, or one of its readers (`readers_of`)."""
 
     name: str
     direction: Direction
     enabled: bool
     config: Mapping[str, object]
+    partition: Partition = WHOLE
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline's name, also where this is one of its readers."""
+        return pipeline_of(self.name)
+
+    @property
+    def partitioning(self) -> Mapping[str, object]:
+        """By what keys are dealt to its readers, as `relay_partitioning` has it."""
+        several = partitions_of(self.config)
+        if several == 1:
+            return {}
+        return {"partitions": several, "key_columns": self.config.get("key_columns")}
+
+
+def readers_of(rows: Iterable[PipelineRow]) -> list[PipelineRow]:
+    """What is run, owned and shown of these pipelines: each, or each of its readers."""
+    found: list[PipelineRow] = []
+    for row in rows:
+        several = partitions_of(row.config) if row.direction == "forward" else 1
+        found += (
+            [row]
+            if several == 1
+            else [
+                msgspec.structs.replace(
+                    row, name=f"{row.name}/{number}", partition=Partition(number, several)
+                )
+                for number in range(1, several + 1)
+            ]
+        )
+    return found
 
 
 class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +96,6 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     last_change_id: int
     gap_first_ids: Sequence[int]
     gap_last_ids: Sequence[int]
-    is_new: bool
 
 
 # Before and behind a call of a function that its owner can change at any time; parameters 1 to 3.
@@ -207,6 +239,7 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_transformed: bool = False
     is_shaped: bool = False
     is_escaped: bool = False
+    key_hash: int = 0
 
 
 class Catalog:
@@ -278,17 +311,55 @@ class Catalog:
             )
         return msgspec.convert(dict(row), InboxDescription)
 
-    async def claim(self, pipeline: str, outbox_table: str | None, worker_id: str) -> Claim:
-        """Take ownership of a pipeline's position; whoever had it can't write it any more."""
+    async def claim(
+        self,
+        pipeline: str,
+        outbox_table: str | None,
+        worker_id: str,
+        partitioning: Mapping[str, object] | None = None,
+    ) -> Claim:
+        """Take ownership of a pipeline's position; whoever had it can't write it any more.
+
+        Of one of several readers with its ``partitioning``; raises `OwnershipLost` where the
+        positions are of another.
+        """
         return await self._one(
             Claim,
             "claiming the pipeline",
-            "select * from relay_claim($1, $2, $3, $4)",
+            "select * from relay_claim($1, $2, $3, $4, $5)",
             self._group_id,
             pipeline,
             outbox_table,
             worker_id,
+            msgspec.json.encode(partitioning or {}),
         )
+
+    async def to_repartition(self) -> frozenset[str]:
+        """The pipelines whose positions are of other readers than they have now."""
+        rows = await self._database.fetch(
+            "looking for changed partitions",
+            "select relay_to_repartition($1) as pipeline",
+            self._group_id,
+        )
+        return frozenset(row["pipeline"] for row in rows)
+
+    async def repartition(
+        self, pipeline: str, partitioning: Mapping[str, object], lock_key: int
+    ) -> bool:
+        """Bring the readers of a pipeline to one position, from which those of today start.
+
+        False, and nothing is done, while a session holds ``lock_key``, or where the pipeline is
+        partitioned otherwise by now.
+        """
+        row = await self._database.fetch_row(
+            "bringing readers to one position",
+            "select relay_repartition($1, $2, $3, $4) as done",
+            self._group_id,
+            pipeline,
+            msgspec.json.encode(partitioning),
+            lock_key,
+        )
+        return row is not None and bool(row["done"])
 
     async def commit(
         self,
@@ -790,6 +861,7 @@ def _metadata(message: RelayMessage, letter: DeadLetter, is_escaped: bool) -> by
             is_transformed=letter.is_transformed,
             is_shaped=letter.is_shaped,
             is_escaped=is_escaped,
+            key_hash=key_hash(letter.message.key),
         )
     )
 

@@ -256,11 +256,12 @@ async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
 
         if can_show():
             return EXIT_OK if await watch_fleet(settings) else EXIT_RUNTIME
+    from relay.catalog import readers_of
     from relay.overview import overview, table_of
     from relay.start import opened_catalog
 
     async with opened_catalog(settings, os.environ) as catalog:
-        seen = await overview(catalog, await catalog.pipelines())
+        seen = await overview(catalog, readers_of(await catalog.pipelines()))
     if arguments.json:
         _say(msgspec.json.encode(seen).decode())
     else:

@@ -10,6 +10,7 @@ import msgspec
 
 from relay.catalog import Catalog
 from relay.events import Direction, Event
+from relay.partition import WHOLE, Partition
 from relay.postgres import Database
 from relay.shape import Shape
 
@@ -20,7 +21,9 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
     ``file_roots``: the directories a file backend may touch. ``dedup_namespace``: in front of every
     dedup key and of a CloudEvents source, or empty. ``ordering``: what the pipeline says, or None
     for the backend's own default. ``shape``: for a source that applies it itself, since updates are
-    put together only behind it. Durations in seconds, sizes in bytes.
+    put together only behind it. ``partition``: whose keys the source reads, where ``pipeline`` is
+    one of several readers; ``partitioning`` is what it claims them by. Durations in seconds, sizes
+    in bytes.
     """
 
     pipeline: str
@@ -37,3 +40,5 @@ class BackendContext(msgspec.Struct, frozen=True, kw_only=True):
     ordering: Literal["strict", "pipelined"] | None = None
     shape: Shape | None = None
     pipeline_options: Mapping[str, object] = {}
+    partition: Partition = WHOLE
+    partitioning: Mapping[str, object] = {}

@@ -8,6 +8,10 @@ A pipeline of a consumer group, or with a receiver, *runs everywhere*: every rel
 it, without a lock. It counts in no share and is not handed over; in all else it is started, stopped
 and lost like any other. A drain leaves receivers out: nothing waits for them, and they
 never end by themselves.
+
+A pipeline with partitions is as many readers here, each owned, started and lost like a pipeline.
+Where their number has changed, all of its readers end, in every relay; whoever finds that none is
+left brings them to one position, and only then those of today are taken.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Protocol
 import msgspec
 
 from relay.backoff import Backoff
-from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow
+from relay.catalog import CONFIG_CHANNEL, Catalog, PipelineRow, readers_of
 from relay.errors import ConfigurationError, RelayError
 from relay.events import DatabaseChanged, Event, OwnershipChanged, PipelineState, StateChanged
 from relay.locks import Locks, Members
@@ -114,6 +118,7 @@ class Coordinator:
         self._emit = emit
         self._wanted: dict[str, PipelineRow] = {}
         self._everywhere: frozenset[str] = frozenset()
+        self._repartitioning: frozenset[str] = frozenset()
         self._works: dict[str, _Work] = {}
         self._free_ticks: dict[str, int] = {}
         self._overflow: set[str] = set()
@@ -185,6 +190,7 @@ class Coordinator:
             self._end_what_changed()
             self._end_surplus()
             await self._reap()
+            await self._repartition()
             await self._acquire(limit=self._share())
             self._join_what_runs_everywhere()
             for work in self._works.values():
@@ -210,8 +216,9 @@ class Coordinator:
         with postgres_errors("reading the pipelines"):
             async with asyncio.timeout(_READ_TIMEOUT_S):
                 rows = await self._catalog.pipelines()
+                self._repartitioning = await self._catalog.to_repartition()
         self._read_at = time.monotonic()
-        self._wanted = {row.name: row for row in rows if row.enabled}
+        self._wanted = {row.name: row for row in readers_of(rows) if row.enabled}
         self._everywhere = frozenset(
             name for name, row in self._wanted.items() if self._builder.runs_everywhere(row)
         )
@@ -227,8 +234,32 @@ class Coordinator:
         """Ask what is not wanted any more, or has changed, to end; each on its own."""
         restart_all, self._restart_all = self._restart_all, False
         for name, work in self._works.items():
-            if restart_all or self._wanted.get(name) != work.row:
+            if restart_all or self._wanted.get(name) != work.row or self._is_unsettled(work.row):
                 work.end(self._settings.shutdown_timeout_s)
+
+    def _is_unsettled(self, row: PipelineRow) -> bool:
+        """Whether its position is still to be made out of those of other readers."""
+        return row.pipeline in self._repartitioning and row.name not in self._everywhere
+
+    async def _repartition(self) -> None:
+        """Where the readers of a pipeline are to be others, and none runs anywhere, let them be."""
+        waiting = {row.pipeline: row for row in self._wanted.values() if self._is_unsettled(row)}
+        for pipeline, row in waiting.items():
+            try:
+                with postgres_errors("bringing readers to one position"):
+                    async with asyncio.timeout(_READ_TIMEOUT_S):
+                        is_done = await self._catalog.repartition(
+                            pipeline, row.partitioning, self._locks.key(pipeline)
+                        )
+            except RelayError as error:
+                # That pipeline's trouble: it is tried again whenever the catalog is read.
+                _log.warning("%s", error, extra={"pipeline": pipeline})
+                continue
+            if is_done:
+                self._repartitioning -= {pipeline}
+                _log.info("its readers start from one position", extra={"pipeline": pipeline})
+            else:
+                self._is_stale = True
 
     def _end_surplus(self) -> None:
         """Ask what is above our share to end, so that a relay with room for it can take it.
@@ -269,7 +300,8 @@ class Coordinator:
             self._overflow.discard(name)
             row = self._wanted.get(name)
             is_of_a_kind = work.runs_everywhere == (name in self._everywhere)
-            if row is not None and is_of_a_kind and not work.is_surplus:
+            stays = row is not None and is_of_a_kind and not self._is_unsettled(row)
+            if row is not None and stays and not work.is_surplus:
                 self._works[name] = _Work(row, runs_everywhere=work.runs_everywhere)
                 continue
             self._free_ticks[name] = -_TICKS_BEFORE_OVERFLOW
@@ -293,6 +325,9 @@ class Coordinator:
         missed: list[str] = []
         for name, row in sorted(self._wanted.items()):
             if name in self._works or name in self._everywhere:
+                continue
+            if self._is_unsettled(row):
+                missed.append(name)
                 continue
             is_within_share = self._owned_count() < limit
             if not is_within_share and not self._may_overflow(name):
@@ -431,10 +466,10 @@ class Coordinator:
             notice = msgspec.json.decode(payload, type=_Notice)
         except msgspec.DecodeError:
             notice = _Notice()
-        work = self._works.get(notice.name)
         if notice.event == "RETRY":
-            if work is not None and work.pipeline is not None:
-                work.pipeline.retry_dead_letters()
+            for work in self._works.values():
+                if work.row.pipeline == notice.name and work.pipeline is not None:
+                    work.pipeline.retry_dead_letters()
             return
         self._is_stale = True
         self._wake.set()

@@ -19,7 +19,7 @@ import msgspec
 
 from relay import __version__
 from relay.assembly import Access, Assembly, Sides
-from relay.catalog import Catalog, PipelineRow, Reader
+from relay.catalog import Catalog, PipelineRow, Reader, readers_of
 from relay.contracts import Sink, Source
 from relay.errors import ConfigurationError, DestinationMissing, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
@@ -193,7 +193,7 @@ class _Look:
             self._checks.append(_ok("capture", "nothing is amiss"))
 
     async def _pipelines(self) -> None:
-        rows = {row.name: row for row in await self._catalog.pipelines()}
+        rows = {row.name: row for row in readers_of(await self._catalog.pipelines())}
         seen = await overview(self._catalog, list(rows.values()))
         self._checks.append(self._http(seen))
         tried = {
@@ -211,23 +211,24 @@ class _Look:
         for one, check in zip(seen.pipelines, found, strict=True):
             self._checks.append(check)
             if not one.enabled and one.lag_rows:
-                self._checks.append(self._held(one))
+                self._checks.append(self._held(one, rows[one.name].pipeline))
             if one.dead_letters:
-                error = await self._catalog.oldest_dead_letter_error(one.name)
+                pipeline = rows[one.name].pipeline
+                error = await self._catalog.oldest_dead_letter_error(pipeline)
                 self._checks.append(
                     _bad(
                         f"dead letters of {one.name}",
                         f"{one.dead_letters}, the oldest: {error}",
-                        f"mend the cause, then {self._call('relay_dlq_retry_all', one.name)}",
+                        f"mend the cause, then {self._call('relay_dlq_retry_all', pipeline)}",
                     )
                 )
 
-    def _held(self, one: PipelineOverview) -> Check:
+    def _held(self, one: PipelineOverview, pipeline: str) -> Check:
         held = one.outbox_bytes or 0
         return _bad(
             f"paused pipeline {one.name}",
             f"holds back {one.lag_rows} rows of {one.outbox} ({held // 1024} KiB)",
-            f"{self._call('enable_relay', one.name)}, or {self._call('delete_relay', one.name)}",
+            f"{self._call('enable_relay', pipeline)}, or {self._call('delete_relay', pipeline)}",
         )
 
     def _call(self, function: str, name: str) -> str:

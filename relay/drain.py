@@ -11,7 +11,7 @@ import msgspec
 
 from relay.app import Relay, work
 from relay.board import PipelineStatus
-from relay.catalog import PipelineRow
+from relay.catalog import PipelineRow, readers_of
 from relay.errors import ConfigurationError
 from relay.events import (
     BatchAcknowledged,
@@ -113,7 +113,8 @@ class _Watch:
 
 async def _reported(settings: Settings, watch: _Watch, *, is_complete: bool) -> DrainReport:
     async with opened_catalog(settings, os.environ) as catalog:
-        rows = [row for row in await catalog.pipelines() if row.enabled and not _receives(row)]
+        readers = readers_of(await catalog.pipelines())
+        rows = [row for row in readers if row.enabled and not _receives(row)]
         lags = {lag.pipeline: lag for lag in await catalog.lag([row.name for row in rows])}
     pipelines = []
     for row in sorted(rows, key=lambda row: row.name):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from relay.cancellation import reraise_cancellation
-from relay.catalog import Catalog, PipelineRow
+from relay.catalog import Catalog, PipelineRow, readers_of
 from relay.errors import RelayError
 from relay.events import CatalogObserved, Event, LagObserved, OutboxObserved
 
@@ -83,7 +83,8 @@ class Housekeeping:
     async def _observe_catalog(self) -> None:
         """Tell observers what the outboxes hold, and of the pipelines that no relay runs."""
         owned = self._owned()
-        rows = [row for row in await self._catalog.pipelines() if row.name not in owned]
+        readers = readers_of(await self._catalog.pipelines())
+        rows = [row for row in readers if row.name not in owned]
         unowned = await self._unowned([row.name for row in rows if row.enabled])
         idle = {row.name: row for row in rows if not row.enabled or row.name in unowned}
         found = self._capture_problems

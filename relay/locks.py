@@ -16,6 +16,7 @@ import asyncpg
 import msgspec
 
 from relay.errors import NotConnected, RelayError
+from relay.partition import pipeline_of
 from relay.postgres import Connection, Database, connect, postgres_errors, wandering_session
 from relay.settings import DEFAULT_SCHEMA, PostgresSettings
 
@@ -67,6 +68,15 @@ where held.locktype = 'advisory' and held.objsubid = 1 and held.granted
     )
 """
 
+# The second is null for the only reader. PostgreSQL counts how often a session has a lock.
+_ACQUIRE = """
+select case
+    when $2::bigint is null then pg_try_advisory_lock($1)
+    when not pg_try_advisory_lock_shared($2) then false
+    when pg_try_advisory_lock($1) then true
+    else not pg_advisory_unlock_shared($2)
+end as taken
+"""
 
 _UNOWNED = """
 with advisory as materialized (
@@ -188,10 +198,10 @@ class Locks:
             self._is_full = is_full
 
     async def try_acquire(self, pipeline: str) -> bool:
-        """Take a pipeline if nobody has it. Raises `Outage`."""
+        """Take a pipeline, or one of its readers, if nobody has it. Raises `Outage`."""
         if pipeline in self._held:
             return True
-        row = await self._query("select pg_try_advisory_lock($1) as taken", self._key(pipeline))
+        row = await self._query(_ACQUIRE, self.key(pipeline), self._shared_key(pipeline))
         if row["taken"]:
             self._held.add(pipeline)
         return bool(row["taken"])
@@ -203,9 +213,13 @@ class Locks:
         """
         if not pipelines:
             return {}
-        halves = [_halves(self._key(name)) for name in pipelines]
+        locks = [
+            (name, *_halves(self.key(lock)))
+            for name in pipelines
+            for lock in {name, pipeline_of(name)}
+        ]
         rows = await self._fetch(
-            _STRANGERS, pipelines, *map(list, zip(*halves, strict=True)), *_halves(self._member_key)
+            _STRANGERS, *map(list, zip(*locks, strict=True)), *_halves(self._member_key)
         )
         return {row["name"]: _stranger(row) for row in rows}
 
@@ -213,10 +227,22 @@ class Locks:
         """Let a pipeline go. Raises `Outage`."""
         if pipeline in self._held:
             self._held.discard(pipeline)
-            await self._query("select pg_advisory_unlock($1)", self._key(pipeline))
+            await self._query(
+                "select pg_advisory_unlock($1), pg_advisory_unlock_shared($2)",
+                self.key(pipeline),
+                self._shared_key(pipeline),
+            )
 
-    def _key(self, pipeline: str) -> int:
+    def key(self, pipeline: str) -> int:
+        """The lock of a pipeline, or of one of its readers.
+
+        Who has a reader also has the lock of its pipeline, shared with those who have the others.
+        """
         return _pipeline_key(self._scope, self._group_id, pipeline)
+
+    def _shared_key(self, name: str) -> int | None:
+        pipeline = pipeline_of(name)
+        return None if pipeline == name else self.key(pipeline)
 
     async def _query(self, query: str, *args: object) -> asyncpg.Record:
         """The one row of a query."""

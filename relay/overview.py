@@ -53,14 +53,14 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def overview(catalog: Catalog, rows: Sequence[PipelineRow]) -> Overview:
-    """Ask the database about these pipelines of the catalog. Raises `RelayError`."""
+    """Ask the database about these pipelines, each reader by itself. Raises `RelayError`."""
     fleet = [one for one in await catalog.fleet() if one.is_alive]
     return of_answers(
         catalog.group_id,
         rows,
         fleet,
         await catalog.lag([row.name for row in rows]),
-        await catalog.dead_letter_counts(),
+        await catalog.dead_letter_counts([row.name for row in rows]),
         await catalog.readers(),
         await catalog.outbox_sizes(),
     )
@@ -89,7 +89,7 @@ def of_answers(
             if status.name == row.name
         ]
         lag = lag_of.get(row.name)
-        size = size_of.get(outbox_of.get(row.name) or "")
+        size = size_of.get(outbox_of.get(row.pipeline) or "")
         state, trouble = _state_of(row, [status for _, status in running])
         pipelines.append(
             PipelineOverview(

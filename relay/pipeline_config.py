@@ -78,6 +78,10 @@ class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     on_reset: What to do when the position lies beyond the outbox, which was created again or
         restored.
     parallelism: Workers of a consumer group in each relay; there is no order across workers.
+    partitions: Readers of the outbox, each like a pipeline of its own (`name/1`, `name/2`, …) and
+        spread over the relays. Each publishes the events of its keys, in order: the CRC-32 of the
+        key, modulo `partitions`, says whose it is. An event without a key, `truncate` above all,
+        goes through the first, in no order with the keys of the others.
     visibility_seconds: For how long rows are leased to a worker of a consumer group. It is extended
         while the worker lives; others have the rows of a dead one that much later.
     collapse_updates: Send the delete and the insert of one key in one outbox row as one `update`.
@@ -117,6 +121,7 @@ class PipelineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     start: Annotated[Literal["earliest", "latest"], Key(only="forward")] = "earliest"
     on_reset: Annotated[Literal["earliest", "latest", "fail"], Key(only="forward")] = "fail"
     parallelism: Annotated[int, Key(ge=1, le=64, only="forward")] = 1
+    partitions: Annotated[int, Key(ge=1, le=64, only="forward")] = 1
     visibility_seconds: Annotated[int, Key(ge=1, le=604800, only="forward")] = 30
     collapse_updates: Annotated[bool, Key(only="forward")] = False
     snapshot_markers: Annotated[bool, Key(only="forward")] = False
@@ -153,11 +158,31 @@ def parse_config(direction: Direction, config: Mapping[str, object]) -> Pipeline
             raise ConfigurationError(
                 f"{name} needs a consumer group", remedy="name one in source.consumer_group"
             )
+    if parsed.partitions > 1:
+        _refuse_beside_partitions(parsed)
     if direction == "forward" and parsed.source_type != "outbox":
         raise ConfigurationError("source_type of a forward pipeline must be outbox")
     if direction == "reverse" and parsed.sink_type != "pg-inbox":
         raise ConfigurationError("sink_type of a reverse pipeline must be pg-inbox")
     return parsed
+
+
+def _refuse_beside_partitions(config: PipelineConfig) -> None:
+    if config.source.get("consumer_group") is not None:
+        raise ConfigurationError(
+            "partitions and a consumer group don't go together",
+            remedy="with partitions readers share the keys, in order; workers of a group share the"
+            " rows, without",
+        )
+    if config.snapshot_markers:
+        raise ConfigurationError(
+            "partitions and snapshot_markers don't go together",
+            remedy="the rows between two markers would come from several readers",
+        )
+    if config.sink_type == "file":
+        raise ConfigurationError(
+            "partitions need another sink than file", remedy="a file has one writer"
+        )
 
 
 def pace_of(config: PipelineConfig, defaults: RelaySettings) -> Pace:

@@ -174,13 +174,14 @@ class _Onlooker(Catalog):
         pipeline: str,
         outbox_table: str | None,  # noqa: ARG002 - the catalog's own signature
         worker_id: str,  # noqa: ARG002
+        partitioning: Mapping[str, object] | None = None,  # noqa: ARG002
     ) -> Claim:
         """Where the pipeline stands, for nobody; its pending gaps are left out."""
         lags = [lag for lag in await self.lag([pipeline]) if lag.max_outbox_id is not None]
-        reads_above = sum((lag.max_outbox_id or 0) - (lag.lag_rows or 0) for lag in lags)
-        return Claim(
-            epoch=0, last_change_id=reads_above, gap_first_ids=[], gap_last_ids=[], is_new=False
+        reads_above = min(
+            ((lag.max_outbox_id or 0) - (lag.lag_rows or 0) for lag in lags), default=0
         )
+        return Claim(epoch=0, last_change_id=reads_above, gap_first_ids=[], gap_last_ids=[])
 
     async def commit(
         self,

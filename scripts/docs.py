@@ -107,6 +107,8 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "relay_sleep",
         "relay_sweep_outbox",
         "relay_claim",
+        "relay_to_repartition",
+        "relay_repartition",
         "relay_commit",
         "relay_release",
         "relay_cursor_get",

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from relay.board import Board, RelayStatus
-from relay.catalog import Catalog, DeadLetterSummary
+from relay.catalog import Catalog, DeadLetterSummary, readers_of
 from relay.overview import report_of
+from relay.partition import pipeline_of
 from relay.postgres import Database
 from relay.secrets import masked
 from relay.status.fleet import Fleet
@@ -28,7 +29,7 @@ class _Seen:
         """See the pipelines of the catalog, and what there is of those that none of these runs."""
         rows = [
             msgspec.structs.replace(row, config=masked(row.config))
-            for row in await self._catalog.pipelines()
+            for row in readers_of(await self._catalog.pipelines())
         ]
         running = {status.name for relay in relays for status in relay.pipelines}
         resting = [row.name for row in rows if row.name not in running]
@@ -41,23 +42,27 @@ class _Seen:
         )
 
     async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
-        """The latest of its dead letters, the newest first."""
-        return await self._catalog.latest_dead_letters(pipeline, _LATEST_DEAD_LETTERS)
+        """The latest of its dead letters, a reader of all of its pipeline; the newest first."""
+        return await self._catalog.latest_dead_letters(pipeline_of(pipeline), _LATEST_DEAD_LETTERS)
 
     async def pause(self, pipeline: str) -> None:
-        """Disable it, as any user would."""
-        await self._database.execute("pausing the pipeline", "select disable_relay($1)", pipeline)
+        """Disable it, as any user would; one reader with all others of its pipeline."""
+        await self._database.execute(
+            "pausing the pipeline", "select disable_relay($1)", pipeline_of(pipeline)
+        )
 
     async def resume(self, pipeline: str) -> None:
         """Enable it, as any user would."""
-        await self._database.execute("resuming the pipeline", "select enable_relay($1)", pipeline)
+        await self._database.execute(
+            "resuming the pipeline", "select enable_relay($1)", pipeline_of(pipeline)
+        )
 
     async def retry_dead_letters(self, pipeline: str) -> int:
         """Ask for another try of all its dead letters; gives their number."""
         row = await self._database.fetch_row(
             "retrying dead letters",
             "select relay_dlq_retry_all($1) as requested",
-            pipeline,
+            pipeline_of(pipeline),
         )
         return 0 if row is None else int(row["requested"])
 

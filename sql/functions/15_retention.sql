@@ -14,11 +14,11 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
     select
-        o.relay_group_id, c.name, null::bigint, coalesce(o.last_change_id, c.start_after_id),
+        o.relay_group_id, coalesce(o.pipeline_id, c.name), null::bigint, coalesce(o.last_change_id, c.start_after_id),
         case when o.last_change_id is null then c.start_gaps else '{}' end
     from @schema@.relay_outbox_config as c
     left join @schema@.relay_consumer_offsets as o
-        on o.pipeline_id = c.name and o.outbox_table = c.outbox_table_name
+        on o.pipeline = c.name and o.outbox_table = c.outbox_table_name
     where c.outbox_table_name = p_outbox_table
         and c.config #>> '{source,consumer_group}' is null
     union all
@@ -44,7 +44,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_outbox_readers(text) is
-    'Who reads an outbox, and above which id, its pending gaps aside: pipelines, enabled or not, in each relay group, and consumer groups. One that has not begun stands at its start; a pipeline whose group was dropped, at the first row.';
+    'Who reads an outbox, and above which id, its pending gaps aside: pipelines, enabled or not, each of their readers in each relay group, and consumer groups. One that has not begun stands at its start; a pipeline whose group was dropped, at the first row.';
 
 create or replace function @schema@.relay_sweep_outbox(outbox_table text, max_rows integer default 1000)
 returns bigint

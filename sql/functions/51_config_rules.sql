@@ -167,6 +167,16 @@ begin
         when p_config ?| array['parallelism', 'visibility_seconds'] and p_config #>> '{source,consumer_group}' is null then
             array[case when p_config ? 'parallelism' then 'parallelism' else 'visibility_seconds' end || ' needs a consumer group',
                 'Name one in source.consumer_group; its workers share the rows, without order among them.']
+        when @schema@.relay_partitioning(p_config - 'source') <> '{}' then case
+            when p_config #>> '{source,consumer_group}' is not null then array[
+                'partitions and a consumer group don''t go together',
+                'With partitions readers share the keys, in order; workers of a group share the rows, without.']
+            when (p_config ->> 'snapshot_markers')::boolean then array[
+                'partitions and snapshot_markers don''t go together',
+                'The rows between two markers would come from several readers.']
+            when p_config ->> 'sink_type' = 'file' then array[
+                'partitions need another sink than file', 'A file has one writer.']
+        end
     end);
     if v_problem is not null then
         raise exception using errcode = coalesce(v_problem[3], 'RL010'), message = v_problem[1], hint = v_problem[2];

@@ -116,6 +116,11 @@ begin
             errcode = 'RL010',
             message = 'a pipeline needs a name of 1 to 200 characters',
             hint = format('As in select %I.set_relay_outbox(''orders-out'', ...);', @schema_name@);
+    elsif @schema@.relay_pipeline_of(p_name) <> p_name then
+        raise exception using
+            errcode = 'RL010',
+            message = format('"%s" can be no pipeline''s name', p_name),
+            hint = 'With a slash and a number behind it a name means one reader of a pipeline with partitions.';
     end if;
     if jsonb_typeof(p_config -> 'source') = 'object' then
         v_config := v_config #- '{source,outbox_table}';
@@ -231,7 +236,7 @@ begin
         perform @schema@.relay_group_create(v_group, p_outbox_table, v_start);
         perform @schema@.relay_group_check_pipeline(v_group, p_name);
         if v_former_group is null and exists (
-            select from @schema@.relay_consumer_offsets as o where o.pipeline_id = p_name)
+            select from @schema@.relay_consumer_offsets as o where o.pipeline = p_name)
         then
             raise notice using
                 message = format('pipeline "%s" goes on at the position of consumer group "%s", not at its own', p_name, v_group),
@@ -532,9 +537,7 @@ begin
     v_direction := case when found then 'forward' else 'reverse' end;
     perform @schema@.relay_group_unbind(v_group);
     delete from @schema@.relay_inbox_config as c where c.name = p_name;
-    delete from @schema@.relay_consumer_offsets as o where o.pipeline_id = p_name;
-    get diagnostics v_positions = row_count;
-    delete from @schema@.relay_pending_gaps as g where g.pipeline_id = p_name;
+    v_positions := @schema@.relay_forget_positions(p_name);
     delete from @schema@.relay_cursors as c where c.pipeline_id = p_name;
     if v_positions > 0 then
         raise notice using

@@ -24,6 +24,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    v_pipeline text := @schema@.relay_pipeline_of(p_pipeline);
     v_ids bigint[];
 begin
     if num_nulls(
@@ -52,12 +53,12 @@ begin
     ), written as (
         insert into @schema@.relay_dlq as d (
             relay_group_id, pipeline, direction, dedup_key, subject, message_key, op, headers,
-            payload, metadata, error_kind, error, attempts
+            payload, metadata, key_hash, error_kind, error, attempts
         )
         select
-            p_relay_group_id, p_pipeline, p_direction, l.dedup_key, l.subject, l.message_key, l.op,
-            coalesce(l.headers, '{}'), l.payload, coalesce(l.metadata, '{}'), l.error_kind, l.error,
-            coalesce(l.attempts, 1)
+            p_relay_group_id, v_pipeline, p_direction, l.dedup_key, l.subject, l.message_key, l.op,
+            coalesce(l.headers, '{}'), l.payload, coalesce(l.metadata, '{}'),
+            coalesce((l.metadata ->> 'key_hash')::bigint, 0), l.error_kind, l.error, coalesce(l.attempts, 1)
         from latest as l
         order by l.place
         on conflict (relay_group_id, pipeline, md5(dedup_key)) do update
@@ -70,7 +71,7 @@ begin
     ), not_again as (
         delete from @schema@.relay_dlq_retries as r
         using written as w
-        where r.relay_group_id = p_relay_group_id and r.pipeline = p_pipeline and r.id = w.id
+        where r.relay_group_id = p_relay_group_id and r.pipeline = v_pipeline and r.id = w.id
     )
     select coalesce(array_agg(w.id order by l.place), '{}') into v_ids
     from letters as l
@@ -80,7 +81,7 @@ end
 $$;
 
 comment on function @schema@.relay_dead_letter(text, text, text, text[], text[], text[], text[], jsonb[], bytea[], jsonb[], text[], text[], integer[]) is
-    'Definer, since only functions write dead letters. Store messages that can''t be delivered and return their entries'' ids, in order. A message that is there already gets no second entry: its attempts add up.';
+    'Definer, since only functions write dead letters. Store messages that can''t be delivered and return their entries'' ids, in order. A message that is there already gets no second entry: its attempts add up. Those of a reader (orders/3) are its pipeline''s.';
 
 create or replace function @schema@.relay_dlq_list(
     name text default null,
@@ -240,6 +241,31 @@ $$;
 comment on function @schema@.relay_dlq_purge(text, interval) is
     'Definer, since only functions write dead letters. Delete those of a pipeline, all or those that failed last before a time; returns how many. Works for pipelines that are deleted too.';
 
+create or replace function @schema@.relay_dlq_share(
+    p_reader text,
+    out pipeline text,
+    out readers bigint,
+    out rest bigint
+)
+language sql
+stable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        @schema@.relay_pipeline_of(p_reader),
+        coalesce(
+            (select (@schema@.relay_partitioning(c.config) ->> 'partitions')::bigint
+             from @schema@.relay_outbox_config as c
+             where n.number is not null and c.name = @schema@.relay_pipeline_of(p_reader)),
+            1),
+        coalesce(n.number - 1, 0)
+    from (select substring(p_reader from '/([0-9]{1,9})$')::bigint) as n (number)
+$$;
+
+comment on function @schema@.relay_dlq_share(text) is
+    'Part of relay_dlq_take and relay_dlq_stats: which dead letters are a reader''s, those of the pipeline whose key_hash leaves this rest; all of them where there is one reader.';
+
 create or replace function @schema@.relay_dlq_stats(pipelines text[] default null)
 returns table (
     pipeline text,
@@ -256,6 +282,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     select p.name, d.direction, d.entries, r.requested, d.oldest_failed_at, d.newest_failed_at
     from unnest(coalesce(pipelines, array(select distinct a.pipeline from @schema@.relay_dlq as a))) as p (name)
+    cross join lateral @schema@.relay_dlq_share(p.name) as s
     cross join lateral (
         select
             max(a.direction) as direction,
@@ -263,17 +290,23 @@ as $$
             min(a.first_failed_at) as oldest_failed_at,
             max(a.last_failed_at) as newest_failed_at
         from @schema@.relay_dlq as a
-        where a.pipeline = p.name
+        where a.pipeline = s.pipeline
+            and (s.readers = 1 and s.rest = 0 or exists (
+                select from @schema@.relay_dlq as l where l.id = a.id and l.key_hash % s.readers = s.rest))
     ) as d
     cross join lateral (
-        select count(*) as requested from @schema@.relay_dlq_retries as a where a.pipeline = p.name
+        select count(*) as requested
+        from @schema@.relay_dlq_retries as a
+        where a.pipeline = s.pipeline
+            and (s.readers = 1 and s.rest = 0 or exists (
+                select from @schema@.relay_dlq as l where l.id = a.id and l.key_hash % s.readers = s.rest))
     ) as r
     where d.entries > 0
     order by p.name
 $$;
 
 comment on function @schema@.relay_dlq_stats(text[]) is
-    'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all.';
+    'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all. Of a reader (orders/3) those that it sends again.';
 
 create or replace function @schema@.relay_dlq_take(
     p_relay_group_id text,
@@ -289,18 +322,20 @@ set search_path = pg_catalog, pg_temp
 as $$
     with free as (
         select r.id
-        from @schema@.relay_dlq_retries as r
+        from @schema@.relay_dlq_share(p_pipeline) as s
+        join @schema@.relay_dlq_retries as r using (pipeline)
         where r.relay_group_id = p_relay_group_id
-            and r.pipeline = p_pipeline
+            and (s.readers = 1 and s.rest = 0 or exists (
+                select from @schema@.relay_dlq as l where l.id = r.id and l.key_hash % s.readers = s.rest))
             and (r.taken_until is null or r.taken_until <= clock_timestamp())
         order by r.id
         limit p_max_rows
-        for update skip locked
+        for update of r skip locked
     ), taken as (
         update @schema@.relay_dlq_retries as r
         set taken_until = clock_timestamp() + make_interval(secs => p_seconds)
         from free as f
-        where r.relay_group_id = p_relay_group_id and r.pipeline = p_pipeline and r.id = f.id
+        where r.relay_group_id = p_relay_group_id and r.pipeline = @schema@.relay_pipeline_of(p_pipeline) and r.id = f.id
         returning r.relay_group_id, r.pipeline, r.id
     )
     select d.*

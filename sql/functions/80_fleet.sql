@@ -144,23 +144,31 @@ set search_path = pg_catalog, pg_temp
 as $$
     with positions as materialized (
         select
-            c.name,
+            r.name,
             c.outbox_table_name,
             g.group_id,
             coalesce(g.watermark, o.last_change_id) as last_change_id,
-            coalesce(g.watermark, o.last_change_id, c.start_after_id) as reads_above,
+            coalesce(
+                g.watermark,
+                o.last_change_id,
+                -- Its readers are others now, and begin together.
+                (select min(f.last_change_id)
+                 from @schema@.relay_consumer_offsets as f
+                 where f.pipeline = c.name and f.relay_group_id = relay_lag.relay_group_id),
+                c.start_after_id) as reads_above,
             o.worker_id,
             o.updated_at
         from @schema@.relay_outbox_config as c
+        cross join lateral @schema@.relay_reader_names(c.name, @schema@.relay_partitioning(c.config)) as r (name)
         left join @schema@.relay_consumer_offsets as o
-            on o.pipeline_id = c.name and o.relay_group_id = relay_lag.relay_group_id
+            on o.pipeline_id = r.name and o.relay_group_id = relay_lag.relay_group_id
         left join lateral (
             select f.*
             from @schema@.relay_groups as r
             cross join lateral @schema@.relay_group_find(r.group_name, false) as f
             where r.group_name = c.config #>> '{source,consumer_group}'
         ) as g on true
-        where pipelines is null or c.name = any (pipelines)
+        where pipelines is null or c.name = any (pipelines) or r.name = any (pipelines)
     ), outboxes as materialized (
         select d.outbox_table_name, l.*
         from (
@@ -192,4 +200,4 @@ as $$
 $$;
 
 comment on function @schema@.relay_lag(text, text[]) is
-    'Definer, since only functions read positions. How far these forward pipelines, or all, are behind their outboxes. lag_rows is a distance of ids, null where the outbox is gone; pending gaps are not in it.';
+    'Definer, since only functions read positions. How far the readers of these forward pipelines, these readers, or all, are behind their outboxes: one line for each reader. lag_rows is a distance of ids, null where the outbox is gone; pending gaps are not in it.';

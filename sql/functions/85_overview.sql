@@ -19,7 +19,7 @@ as $$
         o.last_change_id, o.updated_at
     from @schema@.relay_outbox_config as c
     left join @schema@.relay_consumer_offsets as o
-        on o.pipeline_id = c.name and o.outbox_table = c.outbox_table_name
+        on o.pipeline = c.name and o.outbox_table = c.outbox_table_name
     union all
     select null, null, g.group_name, g.outbox_table_name, g.watermark, null
     from @schema@.relay_groups as g
@@ -29,7 +29,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_readers() is
-    'Definer, since only functions read positions. Every pipeline with its position in each relay group that has one, once without where none has; and consumer groups that no pipeline reads. Retention waits for all of them.';
+    'Definer, since only functions read positions. Every pipeline with the position of each reader in each relay group that has one, once without where none has; and consumer groups that no pipeline reads. Retention waits for all of them.';
 
 create or replace function @schema@.relay_outbox_sizes()
 returns table (outbox_table text, stream_table text, estimated_rows bigint, bytes bigint)

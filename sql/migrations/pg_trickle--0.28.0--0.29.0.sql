@@ -9,13 +9,16 @@
 
 create table @schema@.relay_pipeline_names (
     name text primary key
-        check (length(name) between 1 and 200),
+        check (length(name) between 1 and 200)
+        check (name !~ '/[0-9]+$'),
     direction text not null
         check (direction in ('forward', 'reverse'))
 );
 
 comment on table @schema@.relay_pipeline_names is
     'Names of all pipelines. One primary key over both directions keeps names unique under concurrency, which two tables can''t.';
+comment on column @schema@.relay_pipeline_names.name is
+    'None ends like orders/3: that is the third reader of a pipeline with partitions.';
 comment on column @schema@.relay_pipeline_names.direction is
     'forward: outbox to broker (relay_outbox_config); reverse: broker to inbox (relay_inbox_config).';
 
@@ -63,6 +66,9 @@ comment on column @schema@.relay_inbox_config.config is
 create table @schema@.relay_consumer_offsets (
     relay_group_id text not null,
     pipeline_id text not null,
+    pipeline text not null
+        generated always as (regexp_replace(pipeline_id, '/[0-9]+$', '')) stored,
+    partitioning jsonb not null default '{}',
     outbox_table text,
     last_change_id bigint not null default 0,
     epoch bigint not null default 0,
@@ -73,6 +79,12 @@ create table @schema@.relay_consumer_offsets (
 
 comment on table @schema@.relay_consumer_offsets is
     'Position and owner of each pipeline in each relay group. Updated once a batch: the free half of a page keeps those updates in it.';
+comment on column @schema@.relay_consumer_offsets.pipeline_id is
+    'The pipeline, or one reader of a pipeline with partitions: orders/3.';
+comment on column @schema@.relay_consumer_offsets.pipeline is
+    'The pipeline whose reader this is.';
+comment on column @schema@.relay_consumer_offsets.partitioning is
+    'By what the keys were dealt to the readers when these positions were reached; {} for one reader.';
 comment on column @schema@.relay_consumer_offsets.outbox_table is
     'Outbox that the position belongs to; null for reverse pipelines.';
 comment on column @schema@.relay_consumer_offsets.last_change_id is
@@ -123,6 +135,7 @@ create table @schema@.relay_dlq (
     headers jsonb not null default '{}',
     payload bytea,
     metadata jsonb not null default '{}',
+    key_hash bigint not null default 0,
     error_kind text not null,
     error text not null,
     attempts integer not null default 1,
@@ -136,6 +149,9 @@ comment on column @schema@.relay_dlq.payload is
     'Raw bytes: what condemned a message may be that its payload is no valid text.';
 comment on column @schema@.relay_dlq.metadata is
     'stream_table, outbox_id, refresh_id, created_at and is_full_refresh of the message.';
+
+comment on column @schema@.relay_dlq.key_hash is
+    'CRC-32 of the key, 0 without one: says which reader of a pipeline with partitions sends it again.';
 
 -- A digest, since a deduplication key may be longer than an index entry.
 create unique index relay_dlq_message on @schema@.relay_dlq

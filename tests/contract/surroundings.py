@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from relay.catalog import Catalog, Claim
@@ -28,12 +29,10 @@ class RememberedPositions(Catalog):
         pipeline: str,
         outbox_table: str | None,  # noqa: ARG002 - the catalog's signature
         worker_id: str,  # noqa: ARG002 - the catalog's signature
+        partitioning: Mapping[str, object] | None = None,  # noqa: ARG002 - the catalog's signature
     ) -> Claim:
-        is_new = pipeline not in self._epochs
         epoch = self._epochs[pipeline] = self._epochs.get(pipeline, 0) + 1
-        return Claim(
-            epoch=epoch, last_change_id=0, gap_first_ids=(), gap_last_ids=(), is_new=is_new
-        )
+        return Claim(epoch=epoch, last_change_id=0, gap_first_ids=(), gap_last_ids=())
 
     async def release(self, pipeline: str, epoch: int) -> None:
         pass

@@ -58,9 +58,9 @@ def test_after_a_dump_and_restore_groups_and_pipelines_go_on_where_they_were(
             assert poll(db, "g1") == [5, 6, 7]
             assert db.value("select pending_gaps from pgtrickle.consumer_lag('g1')") == 0
             assert db.rows(
-                "select epoch, last_change_id, gap_first_ids, is_new"
+                "select epoch, last_change_id, gap_first_ids"
                 " from pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w')"
-            ) == [(2, 5, [4], False)]
+            ) == [(2, 5, [4])]
             assert {
                 row[0] for row in db.rows("select outbox_table_name from pgtrickle.relay_groups")
             } == {"outbox_events"}

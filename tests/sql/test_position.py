@@ -14,7 +14,7 @@ COMMIT = (
     " %s::bigint[], %s::bigint[], %s::bigint[])"
 )
 CLAIM = (
-    "select epoch, last_change_id, gap_first_ids, gap_last_ids, is_new"
+    "select epoch, last_change_id, gap_first_ids, gap_last_ids"
     " from pgtrickle.relay_claim('default', 'p', %s, %s)"
 )
 
@@ -31,7 +31,7 @@ def publish(db: Session) -> None:
 
 
 def test_a_new_position_starts_at_the_earliest_row(db: Session) -> None:
-    assert db.rows(CLAIM, "outbox_events", "w1") == [(1, 0, [], [], True)]
+    assert db.rows(CLAIM, "outbox_events", "w1") == [(1, 0, [], [])]
 
 
 def test_position_and_gaps_are_committed_together_and_come_back_with_the_next_claim(
@@ -42,7 +42,7 @@ def test_position_and_gaps_are_committed_together_and_come_back_with_the_next_cl
     db.run(COMMIT, 1, 20, [], [3, 7], [5, 7])
     db.run(COMMIT, 1, 30, [3], [4, 25], [4, 28])
 
-    assert db.rows(CLAIM, "outbox_events", "w2") == [(2, 30, [4, 7, 25], [4, 7, 28], False)]
+    assert db.rows(CLAIM, "outbox_events", "w2") == [(2, 30, [4, 7, 25], [4, 7, 28])]
 
 
 def test_a_commit_repeated_after_a_lost_answer_changes_nothing(db: Session) -> None:
@@ -50,7 +50,7 @@ def test_a_commit_repeated_after_a_lost_answer_changes_nothing(db: Session) -> N
     for _ in range(2):
         db.run(COMMIT, 1, 20, [], [3], [5])
 
-    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 20, [3], [5], False)]
+    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 20, [3], [5])]
 
 
 def test_a_position_never_goes_back(db: Session) -> None:
@@ -58,7 +58,7 @@ def test_a_position_never_goes_back(db: Session) -> None:
     db.run(COMMIT, 1, 20, [], [], [])
     db.run(COMMIT, 1, 10, [], [], [])
 
-    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 20, [], [], False)]
+    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 20, [], [])]
 
 
 def test_who_lost_the_pipeline_can_write_nothing(db: Session) -> None:
@@ -73,7 +73,7 @@ def test_who_lost_the_pipeline_can_write_nothing(db: Session) -> None:
     with db.refused("RL020"):
         db.run("select pgtrickle.relay_cursor_set('default', 'p', 1, 'file', '{}')")
     db.run("select pgtrickle.relay_release('default', 'p', 1)")
-    assert db.rows(CLAIM, "outbox_events", "w3") == [(3, 0, [], [], False)]
+    assert db.rows(CLAIM, "outbox_events", "w3") == [(3, 0, [], [])]
     db.run("select pgtrickle.relay_release('default', 'p', 3)")
     assert db.value("select worker_id from pgtrickle.relay_consumer_offsets") is None
 
@@ -82,7 +82,7 @@ def test_another_outbox_starts_a_new_position(db: Session) -> None:
     db.run("select pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w1')")
     db.run(COMMIT, 1, 20, [], [3], [5])
 
-    assert db.rows(CLAIM, "outbox_others", "w1") == [(2, 0, [], [], True)]
+    assert db.rows(CLAIM, "outbox_others", "w1") == [(3, 0, [], [])]
 
 
 def test_reset_moves_anywhere_and_forgets_the_gaps(db: Session) -> None:
@@ -91,7 +91,7 @@ def test_reset_moves_anywhere_and_forgets_the_gaps(db: Session) -> None:
 
     db.run("select pgtrickle.relay_commit('default', 'p', 1, 2, p_is_reset => true)")
 
-    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 2, [], [], False)]
+    assert db.rows(CLAIM, "outbox_events", "w1") == [(2, 2, [], [])]
 
 
 def test_latest_starts_behind_what_is_visible_and_owes_what_is_being_written(
@@ -115,7 +115,7 @@ def test_latest_starts_behind_what_is_visible_and_owes_what_is_being_written(
         """ '{"source": {"outbox": "events"}, "sink": {"type": "stdout"}, "start": "latest"}')"""
     )
 
-    assert db.rows(CLAIM, "outbox_events", "w1") == [(1, 3, [2], [2], True)]
+    assert db.rows(CLAIM, "outbox_events", "w1") == [(1, 3, [2], [2])]
 
 
 def test_each_relay_group_has_its_own_position(db: Session) -> None:
@@ -130,8 +130,8 @@ def test_each_relay_group_has_its_own_position(db: Session) -> None:
 
 
 def test_a_reverse_pipeline_has_an_epoch_and_a_cursor_of_its_source(db: Session) -> None:
-    assert db.rows(CLAIM, None, "w1") == [(1, 0, [], [], True)]
-    assert db.rows(CLAIM, None, "w1") == [(2, 0, [], [], False)]
+    assert db.rows(CLAIM, None, "w1") == [(1, 0, [], [])]
+    assert db.rows(CLAIM, None, "w1") == [(2, 0, [], [])]
     assert db.value("select pgtrickle.relay_cursor_get('default', 'p', 'file')") is None
 
     for offset in (5, 9):

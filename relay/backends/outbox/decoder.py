@@ -11,15 +11,18 @@ A full refresh without rows is a truncation: one message ``truncate`` with paylo
 
 Rows are passed on as the bytes that were read; only the key columns are looked at. A row that
 cannot be looked into costs only itself; a payload that cannot be read costs its outbox row.
+
+One reader of several makes messages of its own keys only; what has no key, or can't be read, is the
+first one's. Of a row that is another's nothing but the key is looked at.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -29,6 +32,7 @@ from relay.backends.outbox.split import array_elements, object_members
 from relay.contracts import Rejected
 from relay.errors import MessageRejected, MessageUndecodable
 from relay.message import NO_HEADERS, Op, RelayMessage
+from relay.partition import WHOLE, Partition
 from relay.shape import Shape
 
 PAYLOAD_VERSION: Final = 1
@@ -38,6 +42,7 @@ ROW_ID: Final = "__pgt_row_id"
 PART_ROWS: Final = 250
 """Rows to decode in one go: as many as stay in the processor's cache meanwhile."""
 
+_Value = TypeVar("_Value")
 _Row = msgspec.Raw | bytes
 # The raw values of the key columns of a decoded row, whose type is made for the columns; empty
 # where missing.
@@ -102,6 +107,7 @@ class OutboxDecoder:
     may name others, after a column was renamed (``follows_renames``); a row that lacks one of them
     has no key. ``collapse_updates`` turns a delete and an insert of one key in
     one outbox row into an ``update`` that has the index of the insert. ``shape`` is applied before.
+    ``partition``: whose keys.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class OutboxDecoder:
         snapshot_markers: bool = False,
         follows_renames: bool = True,
         shape: Shape | None = None,
+        partition: Partition = WHOLE,
     ) -> None:
         self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
         self._stream_table = stream_table
@@ -125,6 +132,8 @@ class OutboxDecoder:
         self._collapses = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
         self._shape = shape
+        self._partition = partition
+        self._has_the_rest = partition.number == 1
         self._payload = msgspec.json.Decoder(_Payload)
         self._array = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -185,7 +194,9 @@ class OutboxDecoder:
                 headers=headers,
                 is_json=True,
             )
-            for index, (row, key) in enumerate(zip(rows, keys, strict=True), first_index)
+            for index, (row, key) in self._own(
+                enumerate(zip(rows, keys, strict=True), first_index), keys
+            )
         ]
         return self._shaped(messages, aside)
 
@@ -222,6 +233,8 @@ class OutboxDecoder:
 
     def truncation(self, event: OutboxEvent, aside: SetAside) -> list[RelayMessage]:
         """The one message of a full refresh without rows."""
+        if not self._has_the_rest:
+            return []
         return self._shaped([self._message(event, "0", "truncate", b"null")], aside)
 
     def refused(self, claim_check: ClaimCheck, error: MessageUndecodable) -> Rejected:
@@ -258,16 +271,24 @@ class OutboxDecoder:
                 headers=NO_HEADERS if headers is None else _headers(headers),
                 is_json=True,
             )
-            for outbox_id, refresh_id, created_at, headers, row, key in zip(
-                rows.ids,
-                rows.refresh_ids or nothing,
-                rows.created_ats or nothing,
-                rows.headers or nothing,
-                inserted,
+            for outbox_id, refresh_id, created_at, headers, row, key in self._own(
+                zip(
+                    rows.ids,
+                    rows.refresh_ids or nothing,
+                    rows.created_ats or nothing,
+                    rows.headers or nothing,
+                    inserted,
+                    keys,
+                    strict=False,
+                ),
                 keys,
-                strict=False,
             )
         ]
+
+    def _own(self, rows: Iterable[_Value], keys: Sequence[str | None]) -> Iterable[_Value]:
+        """Those of these rows whose keys are ours."""
+        partition = self._partition
+        return rows if partition == WHOLE else itertools.compress(rows, partition.has(keys))
 
     def _shaped(self, messages: list[RelayMessage], aside: SetAside) -> list[RelayMessage]:
         if self._shape is None:
@@ -299,7 +320,8 @@ class OutboxDecoder:
         try:
             payload = self._read(body, is_claim_check=bool(is_claim_check))
         except MessageUndecodable as error:
-            decoded.rejected.append(self._refused(event, body or b"null", error))
+            if self._has_the_rest:
+                decoded.rejected.append(self._refused(event, body or b"null", error))
             decoded.rows += 1
             return True
         if payload.full_refresh:
@@ -320,9 +342,13 @@ class OutboxDecoder:
         try:
             key = self._keys_of(event).of(row)
         except MessageUndecodable as error:
-            rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
+            if self._has_the_rest:
+                rejected.append(self._refused(event, bytes(row), error, index=index, op=op))
             return []
-        return [self._message(event, str(index), op, self._told(row), key=key)]
+        return [
+            self._message(event, str(index), op, self._told(row), key=key)
+            for _ in self._own([row], [key])
+        ]
 
     def _keys_of(self, event: OutboxEvent) -> _KeyReader:
         """What reads the keys of an outbox row: it may say that they were renamed."""

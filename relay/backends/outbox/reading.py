@@ -165,6 +165,7 @@ class Unpacker:
             collapse_updates=reading.collapse_updates,
             snapshot_markers=reading.snapshot_markers,
             shape=context.shape,
+            partition=context.partition,
         )
         self._claim_check: ClaimCheckReader | None = None
 

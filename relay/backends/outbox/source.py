@@ -1,4 +1,4 @@
-"""The outbox as a source, one reader per pipeline.
+"""The outbox as a source, one reader per pipeline, or one for each of its partitions.
 
 Guarantees. Loss: no event is skipped, in whatever order transactions commit or roll back and
 however the row was inserted; an event is handed out again until its position is committed. Order:
@@ -8,6 +8,8 @@ primary; anything else is refused, or said here. Dedup key: ``{outbox_table}:{ou
 behind the pipeline's namespace where it has one.
 
 Committing: position and pending gaps together, as changes to what the batch before committed.
+A reader of a partition reads every row, gives the messages of its own keys, and passes the others:
+position, gaps and order are those of an only reader.
 What it does not do: share an outbox between competing workers; that is what groups are for.
 """
 
@@ -286,7 +288,10 @@ class OutboxSource:
         """Claim the position and check it against what the outbox has."""
         self._sessions += 1
         claim = await self._catalog.claim(
-            self._context.pipeline, outbox.outbox_table, self._context.worker_id
+            self._context.pipeline,
+            outbox.outbox_table,
+            self._context.worker_id,
+            self._context.partitioning,
         )
         position = claim.last_change_id
         firsts, lasts = list(claim.gap_first_ids), list(claim.gap_last_ids)
@@ -297,15 +302,7 @@ class OutboxSource:
             position, gaps = await self._reset(outbox, claim)
             firsts, lasts = [first for first, _ in gaps], [last for _, last in gaps]
         elif position < outbox.swept_through:
-            if not claim.is_new:
-                raise self._swept(outbox, position)
-            # Said now, so that it is not taken for a loss when we come back. Transactions that
-            # were open when retention passed them are still read.
-            gap = (position + 1, outbox.swept_through)
-            position = outbox.swept_through
-            firsts.append(gap[0])
-            lasts.append(gap[1])
-            await self._catalog.commit(self._context.pipeline, claim.epoch, position, opened=[gap])
+            raise self._swept(outbox, position)
         reader = CommitOrderReader(
             database=self._database,
             outbox=outbox,
