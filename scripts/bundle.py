@@ -31,6 +31,10 @@ FOR_BUILDING = {".c", ".cpp", ".h", ".pxd", ".pxi", ".pyi", ".pyx"}
 # A queue, and the roles by which a pipeline reaches it.
 AWS_SERVICES = {"sqs", "sts"}
 
+# The language of conditions imports its own command line, which nobody calls: these parse its
+# arguments then, and the lexers of Pygments, below, color its output.
+COMMAND_LINE_OF_CEL = ("pydantic", "pydantic_core")
+
 
 def install(directory: Path, python: str) -> None:
     """The relay and its dependencies, each file checked against its hash."""
@@ -49,12 +53,13 @@ def install(directory: Path, python: str) -> None:
 
 def unread(directory: Path) -> Iterator[Path]:
     """Files and directories that the relay does without."""
-    yield directory / "bin"
-    yield directory / "boto3" / "data"
-    yield directory / "boto3" / "examples"
+    for name in ("bin", "boto3/data", "boto3/examples", *COMMAND_LINE_OF_CEL):
+        yield directory / name
     for path in (directory / "botocore" / "data").iterdir():
         if path.is_dir() and path.name not in AWS_SERVICES:
             yield path
+    for path in (directory / "pygments" / "lexers").glob("[a-z]*.py"):
+        yield path
     for path in directory.rglob("*"):
         if path.suffix in FOR_BUILDING or (path.name == "tests" and path.is_dir()):
             yield path

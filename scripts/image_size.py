@@ -16,6 +16,8 @@ import gzip
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,15 +33,25 @@ BOUND_BYTES = 50_000_000
 # build files list (static, base, cc and python3), as trixie had them in November 2026.
 BASE_BYTES: Mapping[str, int] = {"x86_64": 22_463_768, "aarch64": 22_530_529}
 
+# Files of the checkout, and where the first stage puts them.
+COPIED = re.compile(r"^COPY ((?!--)\S.*) (\S+)$", re.MULTILINE)
+
 # The index of an image also lists what attests it, under this platform.
 NO_PLATFORM = "unknown"
 
 
 def layer(directory: Path, python: str) -> Path:
-    """The layer that the Dockerfile copies into the image, below `directory`."""
-    app = directory / "app"
-    command = [sys.executable, str(ROOT / "scripts" / "bundle.py"), str(app), "--python", python]
-    subprocess.run(command, check=True)
+    """The layer that the Dockerfile copies into the image, of what it copies into its build."""
+    for names, into in COPIED.findall((ROOT / "Dockerfile").read_text(encoding="utf-8")):
+        for name in map(Path, names.split()):
+            target = directory / "build" / (name.name if into == "./" else into)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, target)
+    bundle, app = directory / "build" / "scripts" / "bundle.py", directory / "app"
+    subprocess.run([sys.executable, str(bundle), str(app), "--python", python], check=True)
     return app
 
 

@@ -1,4 +1,4 @@
-"""Imports every backend and makes the clients of Amazon, in the Python that runs this.
+"""Imports every backend, makes the clients of Amazon and compiles a condition, where it runs.
 
 For a place from which something was left out: an image, a directory of `scripts/bundle.py`.
 """
@@ -10,6 +10,7 @@ import importlib
 
 import aioboto3
 
+from relay.condition import Condition
 from relay.registry import SINKS, SOURCES
 
 REGION = "eu-central-1"
@@ -27,6 +28,7 @@ def main() -> None:
     for target in sorted({*SINKS.values(), *SOURCES.values()}):
         print(importlib.import_module(target.partition(":")[0]).__name__)
     asyncio.run(make_clients())
+    print(Condition("op == 'insert'").names_subject)
 
 
 if __name__ == "__main__":
