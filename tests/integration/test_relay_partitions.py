@@ -1,0 +1,102 @@
+"""A pipeline with partitions as it is seen and operated: each reader by itself, all as one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from relay.board import PipelineStatus, RelayStatus
+from relay.partition import key_hash
+from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
+from tests.servers.postgres import Database
+from tests.servers.process import RelayProcess
+
+SINK = {"type": "pg-inbox", "inbox": "arrived"}
+GOOD, REFUSED, LATER = range(1, 31), range(101, 113), range(31, 51)
+
+
+@pytest.fixture
+async def world(
+    migrated_database: Database, tmp_path: Path, relay_process: StartProcess
+) -> AsyncIterator[RelayWorld]:
+    async with relay_world(migrated_database, tmp_path, relay_process) as world:
+        await world.make_orders()
+        await world.run("select pgtrickle.create_inbox('arrived')")
+        yield world
+
+
+def dealt(ids: range, readers: int) -> dict[str, int]:
+    """How many of these are whose."""
+    return dict(Counter(f"p/{key_hash(str(id_)) % readers + 1}" for id_ in ids))
+
+
+async def shown(world: RelayWorld, relay: RelayProcess) -> dict[str, PipelineStatus]:
+    status = msgspec.json.decode(await world.page(relay, "/status"), type=RelayStatus)
+    return {pipeline.name: pipeline for pipeline in status.pipelines}
+
+
+async def until_shown(
+    world: RelayWorld, relay: RelayProcess, what: str, expected: dict[str, int]
+) -> None:
+    """Wait until every reader shows just this."""
+
+    async def is_shown() -> bool:
+        pipelines = await shown(world, relay)
+        return {name: getattr(one, what) for name, one in pipelines.items()} == expected
+
+    await until(is_shown)
+
+
+async def arrived(world: RelayWorld) -> set[int]:
+    rows = await world.owner.fetch("select (payload ->> 'id')::int as id from pgtrickle.arrived")
+    return {row["id"] for row in rows}
+
+
+@pytest.mark.shows("pipeline:partitions")
+async def test_readers_deliver_count_and_retry_their_own_keys_and_change_without_a_repetition(
+    world: RelayWorld,
+) -> None:
+    await world.run(
+        "alter table pgtrickle.arrived add constraint small check ((payload ->> 'id')::int < 100)"
+    )
+    await world.forward("p", SINK, partitions=3)
+    for ids in (GOOD, REFUSED):
+        await world.insert(ids[0], ids[-1])
+    relay = await world.relay()
+
+    await until_shown(world, relay, "published", dealt(GOOD, 3))
+    await until_shown(world, relay, "dead_letters", dealt(REFUSED, 3))
+    assert await arrived(world) == set(GOOD)
+    assert await world.value("select array_agg(distinct pipeline) from pgtrickle.relay_dlq") == [
+        "p"
+    ]
+    health = await world.health(relay)
+    assert {name: one.healthy for name, one in health.pipelines.items()} == {
+        f"p/{number}": True for number in (1, 2, 3)
+    }
+    metrics = await world.page(relay, "/metrics")
+    assert 'pipeline="p/3"' in metrics
+
+    await world.run("alter table pgtrickle.arrived drop constraint small")
+    assert await world.value("select pgtrickle.relay_dlq_retry_all('p')") == len(REFUSED)
+    both = {name: count + dealt(REFUSED, 3)[name] for name, count in dealt(GOOD, 3).items()}
+    await until_shown(world, relay, "published", both)
+    assert await arrived(world) == {*GOOD, *REFUSED}
+    assert "drained" in await world.page(relay, "/health/drained")
+
+    # Level readers owe nothing to those that come after them.
+    since = len(relay.stderr)
+    await world.forward("p", SINK, partitions=2)
+    await relay.wait_for_log("start from one position", since=since)
+    await world.insert(LATER[0], LATER[-1])
+    later = dealt(LATER, 2)
+    await until_shown(world, relay, "published", {name: both[name] + later[name] for name in later})
+    await world.run("select pgtrickle.disable_relay('p')")
+    await until_shown(world, relay, "state", {})
+    await world.run("select pgtrickle.enable_relay('p')")
+    await until_shown(world, relay, "state", dict.fromkeys(later, "running"))
+    assert await arrived(world) == {*GOOD, *REFUSED, *LATER}
