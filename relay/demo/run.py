@@ -171,8 +171,9 @@ class _Demo:
         return msgspec.json.encode(options).decode()
 
     async def _write(self, shop: Shop, rate: float, seconds: float | None) -> None:
-        with _ended_after(seconds, self._closing):
-            await shop.write(rate, self._closing)
+        if seconds is not None:
+            asyncio.get_running_loop().call_later(seconds, self._closing.set)
+        await shop.write(rate, self._closing)
 
     async def _everything_arrived(self, shop: Shop, connection: Connection) -> None:
         """Wait until the inbox has as much as was written, as long as it still grows."""
@@ -363,19 +364,6 @@ def _closing_time() -> Iterator[asyncio.Event]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-@contextlib.contextmanager
-def _ended_after(seconds: float | None, closing: asyncio.Event) -> Iterator[None]:
-    """Sets closing time after so many seconds; None: never."""
-    if seconds is None:
-        yield
-        return
-    timer = asyncio.get_running_loop().call_later(seconds, closing.set)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -125,11 +125,6 @@ def lines_of(fleet: Fleet, now: datetime) -> list[PipelineLine]:
     return sorted(lines, key=lambda line: (line.name, line.owner))
 
 
-def started_at(fleet: Fleet) -> datetime | None:
-    """When the oldest relay started."""
-    return min((relay.started_at for relay in fleet.relays), default=None)
-
-
 def delivered(fleet: Fleet) -> Mapping[str, int]:
     """Messages by direction since the relays started, with those of pipelines that rest now."""
     directions = {row.name: row.direction for row in fleet.catalog}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from enum import StrEnum
 from io import StringIO
 
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from relay.catalog import DeadLetterSummary
 from relay.status.detail import detail
-from relay.status.fleet import Fleet, LogLine, PipelineLine, delivered, lines_of, started_at
+from relay.status.fleet import Fleet, LogLine, PipelineLine, delivered, lines_of
 from relay.status.table import ASCII_SIGNS, ORDERS, Signs, Sort, is_unwell, table
 from relay.status.text import clean, duration, filled, fitted, wrapped
 
@@ -87,16 +87,16 @@ class ViewState(msgspec.Struct, frozen=True, kw_only=True):
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is on the screen.
 
-    ``dead_letters`` are the latest of the selected pipeline. ``banner`` and ``keys`` are what
-    whoever shows the view adds to it. ``stops_relay``: leaving the view stops the relay that it
-    shows.
+    ``dead_letters`` are the latest by pipeline, as far as they were read. ``banner`` and ``keys``
+    are what whoever shows the view adds to it. ``stops_relay``: leaving the view stops the relay
+    that it shows.
     """
 
     fleet: Fleet
     view: ViewState
     now: datetime
     log: Sequence[LogLine] = ()
-    dead_letters: Sequence[DeadLetterSummary] = ()
+    dead_letters: Mapping[str, Sequence[DeadLetterSummary]] = {}
     banner: Sequence[str] = ()
     keys: Sequence[Key] = ()
     stops_relay: bool = False
@@ -180,7 +180,6 @@ class Renderer:
 
     def _heading(self, scene: Scene, lines: Sequence[PipelineLine], width: int) -> list[Text]:
         relays = scene.fleet.relays
-        begun = started_at(scene.fleet)
         members = max([len(relays), *(relay.members for relay in relays)])
         first = Text(" ")
         first.append(f"pgtrickle-relay {relays[0].version if relays else ''}", "bold")
@@ -190,7 +189,7 @@ class Renderer:
             is_connected = all(relay.database_connected for relay in relays)
             first.append("  database ")
             first.append("connected", "green") if is_connected else first.append("lost", "bold red")
-        if begun is not None:
+            begun = min(relay.started_at for relay in relays)
             first.append(f"  up {duration((scene.now - begun).total_seconds())}")
         count = len({line.name for line in lines})
         unwell = len({line.name for line in lines if is_unwell(line)})
@@ -239,7 +238,8 @@ class Renderer:
             body.append(Text(f"  {_why_empty(scene.view)}", "dim"))
         if is_open and chosen is not None:
             body.append(self._rule(chosen.name, width))
-            details = detail(chosen, scene.dead_letters, width, self._signs.arrow)
+            letters = scene.dead_letters.get(chosen.name, ())
+            details = detail(chosen, letters, width, self._signs.arrow)
             body += details[: max(0, rest - len(body))]
         if has_log:
             body.append(self._rule("log", width))
@@ -305,8 +305,3 @@ def _why_empty(view: ViewState) -> str:
     if view.filter:
         return "no pipeline matches the filter"
     return "no pipelines yet: select pgtrickle.set_relay_outbox(...) makes one"
-
-
-def now() -> datetime:
-    """The time of day that a scene is drawn at."""
-    return datetime.now(UTC)

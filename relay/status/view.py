@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -28,7 +29,6 @@ from relay.status.screen import (
     Renderer,
     Scene,
     ViewState,
-    now,
     selected_line,
     visible_lines,
 )
@@ -81,7 +81,7 @@ class StatusView:
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._touched = asyncio.Event()
         self._opened = asyncio.Event()
-        self._dead_letters: tuple[str, Sequence[DeadLetterSummary]] = ("", ())
+        self._dead_letters: Mapping[str, Sequence[DeadLetterSummary]] = {}
         self._running: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -132,23 +132,18 @@ class StatusView:
         while True:
             self._touched.clear()
             if not self._terminal.is_busy:
-                self._terminal.show(partial(self._renderer.render, self._scene()))
+                scene = Scene(
+                    fleet=self._watched.fleet(),
+                    view=self._view,
+                    now=datetime.now(UTC),
+                    log=self._log.entries(),
+                    dead_letters=self._dead_letters,
+                    banner=self._banner(),
+                    keys=list(self._keys),
+                    stops_relay=self._stops_relay,
+                )
+                self._terminal.show(partial(self._renderer.render, scene))
             await _within(self._refresh_s, self._touched)
-
-    def _scene(self) -> Scene:
-        fleet, at = self._watched.fleet(), now()
-        line = selected_line(visible_lines(lines_of(fleet, at), self._view), self._view)
-        name, letters = self._dead_letters
-        return Scene(
-            fleet=fleet,
-            view=self._view,
-            now=at,
-            log=self._log.entries(),
-            dead_letters=letters if line is not None and line.name == name else (),
-            banner=self._banner(),
-            keys=list(self._keys),
-            stops_relay=self._stops_relay,
-        )
 
     async def _refresh(self) -> None:
         while True:
@@ -158,7 +153,7 @@ class StatusView:
                 line = selected_line(self._visible(), self._view)
                 if self._view.is_open and line is not None and line.dead_letters:
                     letters = await self._watched.dead_letters(line.name)
-                    self._dead_letters = (line.name, letters)
+                    self._dead_letters = {line.name: letters}
                     self._touched.set()
             except RelayError as error:
                 _log.debug("the view could not read the catalog", extra={"error": str(error)})
@@ -317,7 +312,7 @@ class StatusView:
         return line
 
     def _visible(self) -> list[PipelineLine]:
-        return visible_lines(lines_of(self._watched.fleet(), now()), self._view)
+        return visible_lines(lines_of(self._watched.fleet(), datetime.now(UTC)), self._view)
 
     def _change(self, **fields: object) -> None:
         self._view = msgspec.structs.replace(self._view, **fields)

@@ -30,7 +30,8 @@ async def main(way: str, report: Path) -> None:
     trigger = report.with_suffix(".raise")
 
     def banner() -> list[str]:
-        return [f"at {time.monotonic_ns() % 10**9}"] if way == "busy" else []
+        # Whole screens that change, so that a few fill what the kernel keeps for a terminal.
+        return [f"{time.monotonic_ns()} " * 9] * 50 if way == "busy" else []
 
     async def shout() -> str:
         watched.told.append("shout")

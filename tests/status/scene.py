@@ -175,7 +175,6 @@ def scene(
     view: ViewState | None = None,
     fleet: Fleet = FLEET,
     banner: Sequence[str] = (),
-    dead_letters: Sequence[DeadLetterSummary] = (),
 ) -> Scene:
     """What is on the screen, at a time that does not pass."""
     return Scene(
@@ -183,7 +182,7 @@ def scene(
         view=view or ViewState(),
         now=NOW,
         log=Log().entries(),
-        dead_letters=dead_letters,
+        dead_letters={TROUBLED.name: DEAD_LETTERS},
         banner=banner,
     )
 
