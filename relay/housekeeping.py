@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
 from relay.cancellation import reraise_cancellation
-from relay.catalog import Catalog, PipelineRow, readers_of
+from relay.catalog import Catalog, OutboxSize, PipelineRow, readers_of
 from relay.errors import RelayError
 from relay.events import CatalogObserved, Event, LagObserved, OutboxObserved
 
@@ -23,8 +24,9 @@ _log = logging.getLogger(__name__)
 _SWEEP_ROWS = 1000
 _RETIRE_TIMEOUT_S = 2.0
 _SNAPSHOT_INTERVAL_S = 2.0
-# It looks at every captured table, and nobody mends a trigger within seconds.
-_CAPTURE_INTERVAL_S = 30.0
+_OUTBOX_INTERVAL_S = 30.0
+# Of hundreds of captured tables it takes seconds of the server's time, in every relay.
+_CAPTURE_REST = 300.0
 
 
 class Housekeeping:
@@ -48,6 +50,7 @@ class Housekeeping:
         self._worker_id = worker_id
         self._owned = owned
         self._unowned = unowned
+        self._sizes: Sequence[OutboxSize] = ()
         self._capture_problems: Counter[str] | None = None
         self._report = report
         self._emit = emit
@@ -59,7 +62,8 @@ class Housekeeping:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_every(lag_interval_s, self.observe_lag))
             tasks.create_task(_every(lag_interval_s, self._observe_catalog))
-            tasks.create_task(_every(_CAPTURE_INTERVAL_S, self._look_at_capture))
+            tasks.create_task(_every(_OUTBOX_INTERVAL_S, self._measure_outboxes))
+            tasks.create_task(_every(_OUTBOX_INTERVAL_S, self._look_at_capture, rest=_CAPTURE_REST))
             tasks.create_task(_every(sweep_interval_s, self._sweep))
             tasks.create_task(_every(report_interval_s, self._report_to_fleet))
             tasks.create_task(_every(_SNAPSHOT_INTERVAL_S, self.write_snapshots))
@@ -95,9 +99,12 @@ class Housekeeping:
                 bytes=size.bytes,
                 capture_problems=None if found is None else found[size.outbox_table],
             )
-            for size in await self._catalog.outbox_sizes()
+            for size in self._sizes
         ]
         self._emit(CatalogObserved(outboxes=outboxes, unowned=unowned, idle=await self._lags(idle)))
+
+    async def _measure_outboxes(self) -> None:
+        self._sizes = await self._catalog.outbox_sizes()
 
     async def _look_at_capture(self) -> None:
         problems = await self._catalog.capture_problems()
@@ -181,10 +188,16 @@ async def _until_done(sweep: Callable[[str, int], Awaitable[int]], relation: str
         swept = await sweep(relation, _SWEEP_ROWS)
 
 
-async def _every(interval_s: float, chore: Callable[[], Awaitable[None]]) -> None:
-    """Do it for ever; of failures in a row the first is logged, and then that they are over."""
+async def _every(
+    interval_s: float, chore: Callable[[], Awaitable[None]], *, rest: float = 0.0
+) -> None:
+    """Do it for ever; of failures in a row the first is logged, and then that they are over.
+
+    ``rest``: the pause is so many times as long as it took, if that is more.
+    """
     is_failing = False
     while True:
+        started_s = time.monotonic()
         try:
             await chore()
         except Exception as error:  # noqa: BLE001 - a chore never disturbs a pipeline
@@ -201,4 +214,4 @@ async def _every(interval_s: float, chore: Callable[[], Awaitable[None]]) -> Non
             if is_failing:
                 _log.info("housekeeping works again")
             is_failing = False
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(max(interval_s, rest * (time.monotonic() - started_s)))
