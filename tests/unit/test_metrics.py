@@ -98,6 +98,7 @@ def _published(
     *,
     messages: int = 10,
     duplicates: int = 0,
+    filtered: int = 0,
     latencies_s: Sequence[float] = (),
 ) -> BatchPublished:
     return BatchPublished(
@@ -108,6 +109,7 @@ def _published(
         dead_lettered=0,
         duration_s=0.02,
         attempts=1,
+        filtered=filtered,
         latencies_s=latencies_s,
     )
 
@@ -194,6 +196,7 @@ EFFECTS: Sequence[Effect] = (
     Effect(
         "messages_consumed_total", _published("rev", "reverse"), {**REV, "backend": "nats"}, 0, 10
     ),
+    Effect("messages_filtered_total", _published(filtered=3), FWD, 0, 3),
     Effect("batches_committed_total", _acknowledged(None), FWD, 0, 1),
     Effect("polls_total", _polled(), FWD, 0, 1),
     Effect("publish_errors_total", _retried("sink"), TO_NATS, 0, 1),
