@@ -60,6 +60,7 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "enable_relay",
         "disable_relay",
         "delete_relay",
+        "relay_seek",
         "get_relay_config",
         "list_relay_configs",
         "relay_validate_config",

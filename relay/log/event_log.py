@@ -110,7 +110,7 @@ class EventLog:
                 self._once(
                     event.pipeline,
                     logging.WARNING,
-                    "a lease ran out, its rows are delivered again",
+                    "a lease ran out or a position was moved, what was in flight is void",
                     {**self._fields(event), "error": event.reason},
                 )
             case DeadLettered():

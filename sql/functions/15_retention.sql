@@ -59,6 +59,7 @@ declare
     v_outbox record;
     v_deleted_rows bigint;
     v_highest_id bigint;
+    v_created_at timestamptz;
 begin
     -- One sweeper at a time; what another one holds is left to it.
     perform
@@ -106,19 +107,20 @@ begin
                             where g.group_id = r.group_id and g.first_id <= a.id
                             order by g.first_id desc
                             limit 1))
-            returning o.id
+            returning o.id, o.created_at
         ), swept_deltas as (
             delete from %2$s as d using swept as s where d.outbox_id = s.id
         )
-        select count(*), max(s.id) from swept as s
+        select count(*), max(s.id), max(s.created_at) from swept as s
         $sweep$, v_outbox.outbox_relation, v_outbox.delta_relation, @schema_name@)
-    into v_deleted_rows, v_highest_id
+    into v_deleted_rows, v_highest_id, v_created_at
     using swept_table, batch_rows, make_interval(hours => v_outbox.retention_hours);
 
     if v_deleted_rows > 0 then
         update @schema@.pgt_outbox_config as c
         set
             swept_through = greatest(c.swept_through, v_highest_id),
+            swept_created_at = greatest(c.swept_created_at, v_created_at),
             last_drained_at = now(),
             last_drained_count = v_deleted_rows
         where c.outbox_table_name = swept_table;

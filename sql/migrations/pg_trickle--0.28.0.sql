@@ -24,6 +24,7 @@ create table @schema@.pgt_outbox_config (
     claim_check_bytes bigint not null,
     retention_hours integer not null,
     swept_through bigint not null,
+    swept_created_at timestamptz,
     snapshot_through bigint not null,
     enabled_at timestamptz not null,
     last_drained_at timestamptz,
@@ -48,6 +49,8 @@ comment on column @schema@.pgt_outbox_config.claim_check_bytes is
     'Above this size the rows go to the delta table; far below the 256 MB where jsonb ends.';
 comment on column @schema@.pgt_outbox_config.swept_through is
     'Highest id that retention has deleted; never goes back.';
+comment on column @schema@.pgt_outbox_config.swept_created_at is
+    'The latest created_at among what retention has deleted.';
 comment on column @schema@.pgt_outbox_config.snapshot_through is
     'Of a stream table of pg_trickle: its newest refresh without triggers that the outbox tells.';
 comment on column @schema@.pgt_outbox_config.last_drained_count is

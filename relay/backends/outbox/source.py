@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -35,10 +35,10 @@ from relay.backends.outbox.reading import (
     answers,
     refuse_unsafe,
 )
-from relay.catalog import Claim, OutboxDescription
+from relay.catalog import CONFIG_CHANNEL, Claim, OutboxDescription
 from relay.context import BackendContext
 from relay.contracts import Batch
-from relay.errors import NotConnected, PositionLost, RelayError
+from relay.errors import LeaseLost, NotConnected, OwnershipLost, PositionLost, RelayError
 from relay.options import parse_options
 
 FLUSH_INTERVAL_S: Final = 1.0
@@ -111,6 +111,8 @@ class OutboxSource:
         self._session: _Session | None = None
         self._sessions = 0
         self._is_stale = False
+        self._unsubscribe: Callable[[], None] | None = None
+        self._may_be_moved = False
         self._flush_at = 0.0
 
     @classmethod
@@ -142,15 +144,20 @@ class OutboxSource:
         self._session = await self._begin_session(outbox)
         self._outbox_table = outbox.outbox_table
         self._watch.begin(outbox.outbox_table)
+        self._unsubscribe = self._database.subscribe(CONFIG_CHANNEL, self._config_changed)
 
     async def poll(self) -> Batch:
         """The next rows in commit order, or the next page of a claim check.
 
-        Raises `NotConnected` before `connect`, `OutboxUnsafe`, `Outage`.
+        Raises `NotConnected` before `connect`, `OutboxUnsafe`, `Outage`, and `LeaseLost` where
+        somebody has moved the position.
         """
         session = self._session
         if session is None:
             raise NotConnected("the outbox source is not connected")
+        if self._may_be_moved:
+            self._may_be_moved = False
+            await self._refuse_moved()
         if self._is_stale:
             await session.aclose()
             session = self._session = await self._begin_session(session.outbox)
@@ -158,19 +165,24 @@ class OutboxSource:
         if session.is_idle and not await self._watch.rest(
             session.outbox.outbox_relation, reader.position
         ):
-            return Batch(is_end_of_backlog=True)
+            return Batch(is_end_of_backlog=not self._may_be_moved)
         batch = await self._watch.first(lambda: self._next(current), lambda: current.has_more)
         session.is_idle = not (
             batch or session.has_more or reader.pending_gaps or reader.has_changes
         )
-        return self._idle(session) if batch is None else batch
+        if batch is None:
+            return Batch() if self._may_be_moved else self._idle(session)
+        return batch
 
     def interrupt(self) -> None:
         """End the wait of a poll, this one or the next."""
         self._watch.interrupt()
 
     async def acknowledge(self, batch: Batch) -> None:
-        """Commit position and gaps of this batch. Raises `OwnershipLost`, `Outage`."""
+        """Commit position and gaps of this batch.
+
+        Raises `OwnershipLost`, `LeaseLost` where somebody has moved the position, `Outage`.
+        """
         token = batch.position
         if not isinstance(token, _Token):
             return
@@ -178,13 +190,17 @@ class OutboxSource:
         if session is None or token.session != session.number:
             raise NotConnected("this batch was handed out before the source reconnected")
         delta = token.delta
-        await self._catalog.commit(
-            self._context.pipeline,
-            session.epoch,
-            delta.position,
-            closed=delta.closed,
-            opened=delta.opened,
-        )
+        try:
+            await self._catalog.commit(
+                self._context.pipeline,
+                session.epoch,
+                delta.position,
+                closed=delta.closed,
+                opened=delta.opened,
+            )
+        except OwnershipLost:
+            await self._refuse_moved()
+            raise
         if token.consumed_claim_check is not None:
             await self._catalog.rows_consumed(self._outbox_table, token.consumed_claim_check)
 
@@ -280,9 +296,25 @@ class OutboxSource:
     async def _end_session(self) -> None:
         """Forget everything, and spare publishers the notification. Raises `Outage`."""
         session, self._session = self._session, None
+        unsubscribe, self._unsubscribe = self._unsubscribe, None
+        if unsubscribe is not None:
+            unsubscribe()
         if session is not None:
             await session.aclose()
         await self._watch.end()
+
+    def _config_changed(self, notice: str) -> None:
+        """What `relay_seek` notifies, or that a notification may have been missed."""
+        if notice and '"SEEK"' not in notice:
+            return
+        self._may_be_moved = True
+        self._watch.interrupt()
+
+    async def _refuse_moved(self) -> None:
+        """Raise `LeaseLost` where nobody owns the position: another relay would own it."""
+        lags = await self._catalog.lag([self._context.pipeline])
+        if lags and lags[0].worker_id is None:
+            raise LeaseLost("relay_seek has moved the position; it goes on from there")
 
     async def _begin_session(self, outbox: OutboxDescription) -> _Session:
         """Claim the position and check it against what the outbox has."""
@@ -363,7 +395,7 @@ class OutboxSource:
         return PositionLost(
             f"the rows {position + 1} to {outbox.swept_through} of {outbox.outbox_relation} were"
             f" swept before pipeline {self._context.pipeline} had read all of them",
-            remedy="delete_relay and set the pipeline again to go on with what is there",
+            remedy="relay_seek to earliest goes on with what is there",
         )
 
 
