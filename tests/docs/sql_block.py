@@ -83,8 +83,5 @@ def _cells(result: psycopg.pq.abc.PGresult, row: int) -> Iterator[str]:
 
 
 def _is_complete(text: str) -> bool:
-    code = re.sub(
-        r"\$\$.*?\$\$", "", re.sub(r"^--.*", "", text, flags=re.MULTILINE), flags=re.DOTALL
-    )
-    bare = re.sub(r"'(?:[^']|'')*'", "''", code)
-    return bare.count("'") % 2 == 0 and "$$" not in bare and bare.rstrip().endswith(";")
+    bare = re.sub(r"'(?:[^']|'')*'", "''", re.sub(r"^--.*", "", text, flags=re.MULTILINE))
+    return bare.count("'") % 2 == 0 and bare.rstrip().endswith(";")
