@@ -115,7 +115,7 @@ def of_answers(
 
 
 def table_of(seen: Overview) -> Iterator[str]:
-    """The overview for people, a line for each pipeline."""
+    """The overview for people, a line for each pipeline, the unwell first."""
     head = ("pipeline", "route", "state", "owner", "lag", "age", "dead", "outbox", "why")
     rows = [
         (
@@ -129,7 +129,7 @@ def table_of(seen: Overview) -> Iterator[str]:
             "-" if one.outbox_bytes is None else f"{one.outbox_bytes // 1024} KiB",
             one.trouble,
         )
-        for one in seen.pipelines
+        for one in sorted(seen.pipelines, key=lambda one: not one.trouble)
     ]
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
     for row in (head, *rows):

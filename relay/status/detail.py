@@ -21,14 +21,13 @@ _NOT_SET_BY_ANYBODY = frozenset(
         "source.outbox_table",
     }
 )  # fmt: skip
-_MOST_DEAD_LETTERS = 5
 _MOST_OF_AN_ERROR = 2
 
 
 def detail(
-    line: PipelineLine, letters: Sequence[DeadLetterSummary], width: int, arrow: str
+    line: PipelineLine, letters: Sequence[DeadLetterSummary], width: int, rows: int, arrow: str
 ) -> list[Text]:
-    """As many lines as there is to say, the most urgent first."""
+    """The most urgent first, in at most so many rows; dead letters leave half of them."""
     lines = why(line, width)
     status = line.status
     if status is not None and status.last_error_at is not None and not lines:
@@ -36,7 +35,7 @@ def detail(
         lines = wrapped(said, width, "yellow", most=_MOST_OF_AN_ERROR, indent=1)
     if line.dead_letters:
         lines.append(Text(f" {_counted(line)}: r tries all again", "bold"))
-        for letter in letters[:_MOST_DEAD_LETTERS]:
+        for letter in letters[: max(1, rows // 2 // _MOST_OF_AN_ERROR)]:
             lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR, hanging=9)
     right: list[str] = []
     if status is None:
@@ -51,7 +50,7 @@ def detail(
         row = Text() if one is None else one
         row.truncate(half, overflow="ellipsis", pad=True)
         lines.append(Text.assemble(row, " ", other or ""))
-    return lines
+    return lines[:rows]
 
 
 def _why_nobody_runs_it(line: PipelineLine) -> str:
@@ -67,10 +66,9 @@ def _counted(line: PipelineLine) -> str:
 def _dead_letter(letter: DeadLetterSummary) -> str:
     again = ", is tried again" if letter.is_retry_requested else ""
     times = "" if letter.attempts == 1 else f", {letter.attempts} attempts"
-    return (
-        f"{clock(letter.last_failed_at)} id {letter.id} {letter.subject or ''}"
-        f" ({letter.error_kind}{times}{again}): {letter.error}"
-    )
+    of = "" if letter.subject is None else f" of {letter.subject}"
+    when, kind = clock(letter.last_failed_at), letter.error_kind
+    return f"{when} id {letter.id}{of} ({kind}{times}{again}): {letter.error}"
 
 
 def _facts(line: PipelineLine, status: PipelineStatus) -> Iterator[str]:

@@ -239,8 +239,8 @@ class Renderer:
         if is_open and chosen is not None:
             body.append(self._rule(chosen.name, width))
             letters = scene.dead_letters.get(chosen.name, ())
-            details = detail(chosen, letters, width, self._signs.arrow)
-            body += details[: max(0, rest - len(body))]
+            rows = max(0, rest - len(body))
+            body += detail(chosen, letters, width, rows, self._signs.arrow)
         if has_log:
             body.append(self._rule("log", width))
             body += _log_lines(scene.log, width, room - len(body))

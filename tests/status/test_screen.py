@@ -15,6 +15,7 @@ from relay.status.screen import Key, Mode, Renderer, ViewState
 from relay.status.table import Signs, Sort
 from tests.status.recorded import SCENES, SIZES, recorded, shown
 from tests.status.scene import (
+    DEAD_LETTERS,
     FLEET,
     HEALTHY,
     NOW,
@@ -330,6 +331,21 @@ def test_details_show_what_was_set_and_not_what_was_filled_in(renderer: Renderer
         "sink.create_stream: true",
         "ordering: key",
     ]
+
+
+@pytest.mark.parametrize("height,shown_letters", [(24, 3), (36, 6), (50, 9)])
+def test_dead_letters_leave_room_for_the_facts(
+    renderer: Renderer, height: int, shown_letters: int
+) -> None:
+    letters = [msgspec.structs.replace(DEAD_LETTERS[0], id=n, error="why " * 60) for n in range(10)]
+    crowded = msgspec.structs.replace(
+        scene(ViewState(is_open=True)), dead_letters={TROUBLED.name: letters}
+    )
+
+    drawn = "\n".join(line.plain for line in renderer.draw(crowded, 80, height))
+
+    assert drawn.count(" id ") == shown_letters
+    assert "99 delivered" in drawn
 
 
 @pytest.mark.parametrize(
