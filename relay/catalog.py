@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TypeVar
+from typing import Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -199,6 +199,36 @@ class OutboxSize(msgspec.Struct, frozen=True, kw_only=True):
     stream_table: str
     estimated_rows: int | None
     bytes: int | None
+
+
+class Backfill(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the rows that a table had before its outbox are sent; ``pipeline`` None: to all.
+
+    ``estimated_rows``: what the table had when it began, as PostgreSQL estimated it; None before.
+    """
+
+    stream_table: str
+    outbox_table: str
+    pipeline: str | None
+    is_filtered: bool
+    state: Literal["running", "interrupted", "finished"]
+    sent_rows: int
+    estimated_rows: int | None
+    started_at: datetime
+    updated_at: datetime
+
+    @property
+    def told(self) -> str:
+        """The progress in words."""
+        of_about = (
+            ""
+            if self.is_filtered or not self.estimated_rows
+            else f" of about {self.estimated_rows}"
+        )
+        return (
+            f"backfill of {self.stream_table} to {self.pipeline or 'all'}: {self.state},"
+            f" {self.sent_rows} rows sent{of_about}"
+        )
 
 
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -695,6 +725,17 @@ class Catalog:
             "measuring the outboxes", "select * from relay_outbox_sizes()"
         )
         return [OutboxSize(**dict(row)) for row in rows]
+
+    async def backfills(self) -> list[Backfill]:
+        """Backfills that run or were interrupted, and those that ended in the last hour."""
+        rows = await self._database.fetch(
+            "looking at backfills",
+            "select stream_table, outbox_table, pipeline, is_filtered, state, sent_rows,"
+            " estimated_rows, started_at, updated_at from backfill_progress"
+            " where finished_at is null or finished_at > pg_catalog.now() - interval '1 hour'"
+            " order by started_at",
+        )
+        return [Backfill(**dict(row)) for row in rows]
 
     async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
         """The relays of this group, or of all, those that were killed for a day besides."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from relay.board import PipelineStatus, RelayStatus
-from relay.catalog import Catalog, FleetRow, Lag, OutboxSize, PipelineRow, Reader
+from relay.catalog import Backfill, Catalog, FleetRow, Lag, OutboxSize, PipelineRow, Reader
 from relay.events import Direction
 
 # Where none of the relays says anything of a pipeline.
@@ -45,6 +45,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     group_id: str
     relays: Sequence[str]
     pipelines: Sequence[PipelineOverview]
+    backfills: Sequence[Backfill] = ()
 
     @property
     def is_well(self) -> bool:
@@ -63,6 +64,7 @@ async def overview(catalog: Catalog, rows: Sequence[PipelineRow]) -> Overview:
         await catalog.dead_letter_counts([row.name for row in rows]),
         await catalog.readers(),
         await catalog.outbox_sizes(),
+        await catalog.backfills(),
     )
 
 
@@ -74,6 +76,7 @@ def of_answers(
     dead_letters: Mapping[str, int],
     readers: Sequence[Reader],
     sizes: Sequence[OutboxSize],
+    backfills: Sequence[Backfill] = (),
 ) -> Overview:
     """What the answers of the catalog come to."""
     reports = [report for one in fleet if (report := report_of(one)) is not None]
@@ -110,12 +113,15 @@ def of_answers(
             )
         )
     return Overview(
-        group_id=group_id, relays=[report.worker_id for report in reports], pipelines=pipelines
+        group_id=group_id,
+        relays=[report.worker_id for report in reports],
+        pipelines=pipelines,
+        backfills=backfills,
     )
 
 
 def table_of(seen: Overview) -> Iterator[str]:
-    """The overview for people, a line for each pipeline, the unwell first."""
+    """For people: a line for each pipeline, the unwell first, and one for each backfill."""
     head = ("pipeline", "route", "state", "owner", "lag", "age", "dead", "outbox", "why")
     rows = [
         (
@@ -134,6 +140,7 @@ def table_of(seen: Overview) -> Iterator[str]:
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
     for row in (head, *rows):
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    yield from (backfill.told for backfill in seen.backfills)
 
 
 def report_of(row: FleetRow) -> RelayStatus | None:

@@ -281,7 +281,7 @@ begin
             'outbox_table', outbox_table,
             'captured_table', @schema@.relay_captured_table(outbox_table)::regclass)
         || to_jsonb(@schema@.relay_settings(outbox_table))
-        - '{outbox_table_name, delta_table_name, sleep_sequence_name, pgt_id, capture_schema, capture_function, snapshot_through}'::text[];
+        - '{outbox_table_name, delta_table_name, sleep_sequence_name, pgt_id, capture_schema, capture_function, snapshot_through, had_rows}'::text[];
 end
 $$;
 

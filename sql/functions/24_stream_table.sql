@@ -222,19 +222,22 @@ comment on function @schema@.relay_snapshot_source(@schema@.pgt_outbox_config, o
 
 create or replace function @schema@.relay_source(settings @schema@.pgt_outbox_config, relation oid, kind text)
 returns text
-language sql
+language plpgsql
 stable
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-    select case kind
+begin
+    return case kind
         when 'capture' then @schema@.relay_capture_source(settings, relation)
         when 'snapshot' then @schema@.relay_snapshot_source(settings, relation)
-    end
+        when 'backfill' then @schema@.relay_backfill_source(settings)
+    end;
+end
 $$;
 
 comment on function @schema@.relay_source(@schema@.pgt_outbox_config, oid, text) is
-    'Source of the capture or snapshot function of a table with these settings.';
+    'Source of the capture, snapshot or backfill function of a table with these settings; null where it has none of the kind.';
 
 create or replace function @schema@.relay_due_snapshots(to_write text default null)
 returns table (outbox_table text, refresh_id bigint, function text, version text)

@@ -48,6 +48,24 @@ $$;
 comment on function @schema@.relay_capture_settings() is
     'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told; and that its statements are planned once in a session, not six times.';
 
+create or replace function @schema@.relay_function_shape(kind text, out arguments text, out result regtype)
+language sql
+immutable
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+    select s.arguments, s.result
+    from (values
+        ('capture', '', 'trigger'::regtype),
+        ('snapshot', '', 'bigint'),
+        ('backfill', 'pipeline text, filter text, after_key text[], chunk_rows integer', 'jsonb')
+    ) as s (kind, arguments, result)
+    where s.kind = relay_function_shape.kind
+$$;
+
+comment on function @schema@.relay_function_shape(text) is
+    'Arguments and result of a function beside a table.';
+
 create or replace function @schema@.relay_function_of(outbox_table text, kind text)
 returns oid
 language plpgsql
@@ -83,7 +101,7 @@ begin
     return (
         select p.oid
         from pg_proc as c
-        join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner and p.pronargs = 0
+        join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner
         where c.oid = capture_id
             and starts_with(p.prosrc, format(E'\n-- pgtrickle-relay %s', kind))
             and position(format('%I.relay_captured_table(%L)', @schema_name@, outbox_table) in p.prosrc) > 0
@@ -93,7 +111,7 @@ end
 $$;
 
 comment on function @schema@.relay_function_of(text, text) is
-    'The capture or snapshot function of an outbox. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
+    'The capture, snapshot or backfill function of an outbox. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
 
 create or replace function @schema@.relay_make_function(
     settings @schema@.pgt_outbox_config,
@@ -107,6 +125,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    shape constant record := @schema@.relay_function_shape(kind);
     place record;
     function_name text;
     function_id oid;
@@ -131,11 +150,12 @@ begin
     function_name := coalesce(place.made_before, @schema@.relay_free_name(
         place.nspname, format('pgtrickle_%s_%s', kind, place.relname), settings.outbox_table_name));
     execute format(
-        'create %s function %I.%I() returns %s language plpgsql volatile security definer %s as %L',
+        'create %s function %I.%I(%s) returns %s language plpgsql volatile security definer %s as %L',
         case when place.made_before is null then '' else 'or replace' end,
         place.nspname,
         function_name,
-        case kind when 'capture' then 'trigger' else 'bigint' end,
+        shape.arguments,
+        shape.result,
         (
             select string_agg(format('set %s to %s', split_part(c, '=', 1), case
                 when starts_with(c, 'search_path') then split_part(c, '=', 2)
@@ -145,7 +165,13 @@ begin
         ),
         @schema@.relay_source(settings, relation, kind)
     );
-    function_id := to_regprocedure(format('%I.%I()', place.nspname, function_name));
+    function_id := (
+        select p.oid
+        from pg_proc as p
+        join pg_namespace as n on n.oid = p.pronamespace
+        where n.nspname = place.nspname
+            and p.proname = function_name
+            and pg_get_function_identity_arguments(p.oid) = shape.arguments);
     if (select p.proowner <> place.relowner from pg_proc as p where p.oid = function_id) then
         execute format('alter function %s owner to %s', function_id::regprocedure, place.owner);
     end if;
@@ -163,7 +189,7 @@ end
 $$;
 
 comment on function @schema@.relay_make_function(@schema@.pgt_outbox_config, oid, text) is
-    'Makes the capture or snapshot function beside a table, or makes it again, as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
+    'Makes the capture, snapshot or backfill function beside a table, or makes it again, as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
 
 create or replace function @schema@.relay_claim_function(function_id oid, operation text default null)
 returns void
@@ -230,14 +256,15 @@ as $$
             p.prosecdef
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
-            and p.prorettype = case kind when 'capture' then 'trigger'::regtype else 'bigint'::regtype end
+            and p.prorettype = (@schema@.relay_function_shape(kind)).result
+            and pg_get_function_identity_arguments(p.oid) = (@schema@.relay_function_shape(kind)).arguments
             and p.proconfig is not distinct from @schema@.relay_capture_settings()
         ) then format('the %s function runs with other settings than those that the relay gives it', kind)
         when p.proacl is null or exists (
             select
             from aclexplode(p.proacl) as a
             where a.grantee <> p.proowner
-                and (kind = 'capture' or a.grantee is distinct from to_regrole('pgtrickle_relay'))
+                and (kind <> 'snapshot' or a.grantee is distinct from to_regrole('pgtrickle_relay'))
         ) then format('the %s function may be executed by others than its owner', kind)
     end
     from (select) as one
@@ -246,7 +273,7 @@ as $$
 $$;
 
 comment on function @schema@.relay_function_problem(oid, oid, @schema@.pgt_outbox_config, text) is
-    'What is wrong with a capture or snapshot function; null where it stands as the relay makes it.';
+    'What is wrong with a capture, snapshot or backfill function; null where it stands as the relay makes it.';
 
 create or replace function @schema@.relay_trigger_problems(outbox_table text, relation oid, mode text, function_id oid)
 returns table (phase integer, target oid, problem text, step text)
@@ -577,6 +604,8 @@ begin
     wanted.pgt_id := gen_random_uuid();
     wanted.swept_through := 0;
     wanted.snapshot_through := 0;
+    wanted.had_rows := exists (
+        select from @schema@.relay_family(relation) as f where pg_relation_size(f.member) > 0);
     wanted.enabled_at := now();
     wanted.last_drained_at := null;
     wanted.last_drained_count := 0;
@@ -733,6 +762,7 @@ begin
     outbox_table := @schema@.relay_register_outbox(plan, relation, function_id);
     perform @schema@.relay_claim_function(function_id);
     perform @schema@.relay_repair(outbox_table, relation);
+    perform @schema@.relay_say_rows(outbox_table);
     return outbox_table;
 exception
     when others then
@@ -842,6 +872,7 @@ declare
     made_before oid;
     function_id oid;
     step text;
+    kind text;
     steps integer := 0;
     v_detail text;
     v_hint text;
@@ -885,12 +916,14 @@ begin
         end loop;
     end loop;
     perform set_config('lock_timeout', waits, true);
-    if @schema@.relay_snapshot_source(settings, captured) is not null and @schema@.relay_function_problem(
-        @schema@.relay_function_of(outbox_table, 'snapshot'), captured, settings, 'snapshot') is not null
-    then
-        perform @schema@.relay_make_function(settings, captured, 'snapshot');
-        steps := steps + 1;
-    end if;
+    foreach kind in array array['snapshot', 'backfill'] loop
+        if @schema@.relay_source(settings, captured, kind) is not null and @schema@.relay_function_problem(
+            @schema@.relay_function_of(outbox_table, kind), captured, settings, kind) is not null
+        then
+            perform @schema@.relay_make_function(settings, captured, kind);
+            steps := steps + 1;
+        end if;
+    end loop;
     return steps;
 exception
     when lock_not_available then
@@ -949,6 +982,7 @@ begin
     delete from @schema@.pgt_outbox_config as c
     where c.outbox_table_name = outbox_table
     returning c.* into settings;
+    delete from @schema@.relay_backfills as b where b.pgt_id = settings.pgt_id;
     if to_regclass(outbox_relation) is not null then
         execute format('lock table %s in access exclusive mode', outbox_relation);
         select coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
@@ -1020,14 +1054,15 @@ as $$
 declare
     waits constant text := current_setting('lock_timeout');
     function_id oid;
-    snapshot_id oid;
+    others oid[];
     step text;
 begin
     if outbox_table is null then
         return;
     end if;
     function_id := @schema@.relay_function_of(outbox_table, 'capture');
-    snapshot_id := @schema@.relay_function_of(outbox_table, 'snapshot');
+    others := array[
+        @schema@.relay_function_of(outbox_table, 'snapshot'), @schema@.relay_function_of(outbox_table, 'backfill')];
     if waits = '0' then
         perform set_config('lock_timeout', '5s', true);
     end if;
@@ -1044,7 +1079,7 @@ begin
         perform @schema@.relay_claim_function(function_id, 'disable ' || outbox_table);
         perform @schema@.relay_drop_outbox(outbox_table, function_id);
         for step in
-            select format('drop function %s', p.oid::regprocedure) from pg_proc as p where p.oid in (function_id, snapshot_id)
+            select format('drop function %s', p.oid::regprocedure) from pg_proc as p where p.oid = function_id or p.oid = any (others)
         loop
             execute step;
         end loop;
@@ -1107,6 +1142,10 @@ as $$
         union all
         select o.captured, @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture'), null
         where o.captured is not null
+        union all
+        select o.captured, 'its rows can''t be backfilled: ' || @schema@.relay_function_problem(
+            @schema@.relay_function_of(c.outbox_table_name, 'backfill'), o.captured, c, 'backfill'), null
+        where @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture') is null
         union all
         select t.target, t.problem, null
         from @schema@.relay_trigger_problems(

@@ -379,9 +379,14 @@ begin
     return query execute format(
         $query$
         select
-            o.id, o.pgt_id, o.created_at, o.inserted_count::bigint, o.deleted_count::bigint,
-            o.is_claim_check, o.payload, $1, o.refresh_id, o.headers
+            o.id, o.pgt_id, o.created_at,
+            case when f.is_so then 0 else o.inserted_count::bigint end, o.deleted_count::bigint,
+            o.is_claim_check and not f.is_so,
+            case when f.is_so then '{"v": 1, "deleted": [], "inserted": []}' else o.payload end,
+            $1, o.refresh_id, o.headers
         from %s as o
+        -- A backfill for one pipeline is nothing to others, who settle the row.
+        cross join lateral (select jsonb_typeof(o.payload -> 'backfill') is not distinct from 'string') as f (is_so)
         where o.id = any ($2)
         order by o.id
         $query$, v_poll.outbox_relation)

@@ -229,6 +229,16 @@ begin
         start_after_id = excluded.start_after_id,
         start_gaps = excluded.start_gaps,
         updated_at = now();
+    if exists (
+        select from @schema@.relay_outbox_config as c where c.name = p_name and c.created_at = now()
+    ) and not exists (
+        select
+        from @schema@.relay_backfills as b
+        join @schema@.pgt_outbox_config as o using (pgt_id)
+        where o.outbox_table_name = p_outbox_table and b.pipeline is null and b.finished_at is not null
+    ) then
+        perform @schema@.relay_say_rows(p_outbox_table);
+    end if;
     if v_former_group <> coalesce(v_group, '') then
         perform @schema@.relay_group_unbind(v_former_group);
     end if;

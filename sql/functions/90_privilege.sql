@@ -13,8 +13,11 @@ declare
         'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
         'relay_capture_settings', 'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
         'relay_snapshot_source', 'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table',
+        'backfill', 'relay_begin_backfill', 'relay_backfill_chunk', 'relay_backfill_function', 'relay_backfill_key',
+        'relay_backfill_source', 'relay_function_shape', 'relay_say_rows',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
         'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
+        'relay_register_backfill', 'relay_lock_backfill', 'relay_note_backfill',
         -- What capture functions call, as the owner of their table.
         'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_is_quick', 'relay_current_rows',
         -- What reads or writes an outbox with its caller's own rights on it.
@@ -68,15 +71,15 @@ begin
             -- Those of single inboxes have grants of their own.
             and p.proname !~ '^(receive|count|sweep)_'
     loop
-        execute format('revoke all on function %s from %s', found.signature, concat_ws(', ', 'public', found.others));
+        execute format('revoke all on routine %s from %s', found.signature, concat_ws(', ', 'public', found.others));
         if found.name = any (public_functions) then
-            execute format('grant execute on function %s to public', found.signature);
+            execute format('grant execute on routine %s to public', found.signature);
         end if;
         if found.name = any (publisher_functions) and to_regrole('pgtrickle_publisher') is not null then
-            execute format('grant execute on function %s to pgtrickle_publisher', found.signature);
+            execute format('grant execute on routine %s to pgtrickle_publisher', found.signature);
         end if;
         if found.name = any (relay_functions) and to_regrole('pgtrickle_relay') is not null then
-            execute format('grant execute on function %s to pgtrickle_relay', found.signature);
+            execute format('grant execute on routine %s to pgtrickle_relay', found.signature);
         end if;
     end loop;
 end

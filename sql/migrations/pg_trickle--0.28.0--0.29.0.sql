@@ -119,6 +119,43 @@ comment on table @schema@.relay_cursors is
     'Positions that a source without a broker''s memory keeps, such as byte offsets of a file.';
 
 -- ---------------------------------------------------------------------------
+-- Backfills
+-- ---------------------------------------------------------------------------
+
+create table @schema@.relay_backfills (
+    backfill_id bigint generated always as identity primary key,
+    outbox_table_name text not null,
+    pgt_id uuid not null,
+    pipeline text,
+    filter_digest text,
+    key_columns text[] not null,
+    through_key text[],
+    call_token uuid not null unique,
+    sent_rows bigint not null default 0,
+    estimated_rows bigint,
+    started_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    finished_at timestamptz
+) with (fillfactor = 50);
+
+comment on table @schema@.relay_backfills is
+    'Runs of backfill and how far each has come. Seen through the view backfill_progress.';
+comment on column @schema@.relay_backfills.pgt_id is
+    'Identity of the outbox: what was sent to a former one does not count.';
+comment on column @schema@.relay_backfills.pipeline is
+    'Who gets the rows; null: all pipelines and groups.';
+comment on column @schema@.relay_backfills.filter_digest is
+    'Whether a call has the same filter. Not the filter: values of rows may stand in it.';
+comment on column @schema@.relay_backfills.through_key is
+    'Key of the last row that was looked at, in the text form of its types; null before the first.';
+comment on column @schema@.relay_backfills.call_token is
+    'Known to the call that is at it alone; the next call gets another.';
+
+create index relay_backfills_of_outbox on @schema@.relay_backfills (pgt_id);
+comment on index @schema@.relay_backfills_of_outbox is
+    'Serves relay_register_backfill and backfill_progress: the runs of one outbox.';
+
+-- ---------------------------------------------------------------------------
 -- Dead letters
 -- ---------------------------------------------------------------------------
 

@@ -24,11 +24,12 @@ create table @schema@.pgt_outbox_config (
     claim_check_bytes bigint not null,
     retention_hours integer not null,
     swept_through bigint not null,
-    swept_created_at timestamptz,
     snapshot_through bigint not null,
     enabled_at timestamptz not null,
     last_drained_at timestamptz,
-    last_drained_count bigint not null
+    last_drained_count bigint not null,
+    swept_created_at timestamptz,
+    had_rows boolean not null default false
 );
 
 comment on table @schema@.pgt_outbox_config is
@@ -55,6 +56,8 @@ comment on column @schema@.pgt_outbox_config.snapshot_through is
     'Of a stream table of pg_trickle: its newest refresh without triggers that the outbox tells.';
 comment on column @schema@.pgt_outbox_config.last_drained_count is
     'Rows that the last sweep deleted.';
+comment on column @schema@.pgt_outbox_config.had_rows is
+    'The table had rows when the outbox was enabled, which have no event until they are backfilled.';
 
 create table @schema@.relay_outbox_high_water (
     outbox_table_name text primary key,

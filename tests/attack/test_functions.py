@@ -27,7 +27,7 @@ WITHOUT_SEARCH_PATH = {
     "outbox_publish", "enable_outbox", "repair_outbox", "disable_outbox", "set_relay_outbox",
     "create_consumer_group", "enable_inbox_tracking", "set_relay_inbox", "create_inbox",
     "disable_inbox_tracking", "drop_inbox", "get_relay_config", "enable_relay", "disable_relay",
-    "delete_relay", "relay_dlq_retry_all",
+    "delete_relay", "relay_dlq_retry_all", "backfill",
 }  # fmt: skip
 
 # The triggers of the marked table find what they name, as in a statement of the caller's.
@@ -93,6 +93,9 @@ def test_tables_of_the_catalog_are_closed_and_outboxes_open_to_few(scene: Scene)
         " 'pgtrickle'::regnamespace and a.grantee <> c.relowner and relkind <> 'S' group by 1, 2"
     )
     assert sorted(open_to) == [
+        # Shows what its reader may read the outbox of.
+        ("backfill_progress", "-", "SELECT"),
+    ] + [
         (table, role, right)
         for table in ("outbox_delta_rows_orders", "outbox_orders")
         for role, right in (

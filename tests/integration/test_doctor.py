@@ -146,6 +146,8 @@ async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
         )
     )
 
+    await world.run("call pgtrickle.backfill('orders')")
+
     doctor = await asked(world, "doctor", "--json")
     status = await asked(world, "status")
 
@@ -159,6 +161,8 @@ async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
     assert "running in first" in checks["pipeline out"]
     assert "postgres.url from PGTRICKLE_RELAY_POSTGRES_URL" in checks["settings"]
     assert status.returncode == 0, status.output
+    rows = await world.value("select count(*) from orders")
+    assert status.stdout[-1].startswith(f"backfill of orders to all: finished, {rows} rows sent")
 
 
 async def test_what_pauses_or_is_not_run_keeps_its_lag_in_status(world: RelayWorld) -> None:

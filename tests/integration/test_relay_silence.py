@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,23 @@ async def test_an_outage_is_said_once_by_each_chore_and_then_that_it_is_over(
     await relay.wait_for_log("housekeeping works again")
 
     told = [line.partition("failed")[2] for line in relay.stderr if "housekeeping failed" in line]
-    assert len(told) == len(set(told)) <= 3
+    assert len(told) == len(set(told)) <= 5
+
+
+def chores(
+    database: postgres.Database, rows: Mapping[str, PipelineRow], emit: Callable[[Event], None]
+) -> Housekeeping:
+    async def nobody(_: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    return Housekeeping(
+        catalog=Catalog(database, "default"),
+        worker_id="w",
+        owned=lambda: rows,
+        unowned=nobody,
+        report=lambda: b"{}",
+        emit=emit,
+    )
 
 
 async def test_of_a_pipeline_without_a_position_no_lag_is_told(world: RelayWorld) -> None:
@@ -140,15 +156,35 @@ async def test_of_a_pipeline_without_a_position_no_lag_is_told(world: RelayWorld
         name: PipelineRow(name=name, direction=direction, enabled=True, config={})
         for name, direction in _DIRECTIONS.items()
     }
-    housekeeping = Housekeeping(
-        catalog=Catalog(database, "default"),
-        worker_id="w",
-        owned=lambda: rows,
-        report=lambda: b"{}",
-        emit=events.append,
-    )
+    housekeeping = chores(database, rows, events.append)
 
     await housekeeping.observe_lag()
 
     assert [event.pipeline for event in events if isinstance(event, LagObserved)] == ["in"]
+    await database.aclose()
+
+
+async def test_a_backfill_is_logged_while_it_goes_on_and_when_it_ends(
+    world: RelayWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = postgres.Database(PostgresSettings(url=world.database.dsn))
+    await database.open()
+    config = {"source": {"outbox_table": "outbox_orders"}}
+    rows = {"out": PipelineRow(name="out", direction="forward", enabled=True, config=config)}
+    housekeeping = chores(database, rows, lambda _: None)
+    caplog.set_level("INFO", "relay.housekeeping")
+
+    await housekeeping.log_backfills()
+    assert caplog.messages == []
+    await world.run("call pgtrickle.backfill('orders')")
+    await housekeeping.log_backfills()
+    await housekeeping.log_backfills()
+    assert caplog.messages == ["backfill of orders to all: finished, 0 rows sent"]
+    await world.run(
+        "update pgtrickle.relay_backfills"
+        " set finished_at = null, updated_at = now() - '1 min'::interval"
+    )
+    await housekeeping.log_backfills()
+    assert caplog.messages[1:] == ["backfill of orders to all: interrupted, 0 rows sent"]
+    assert caplog.records[-1].levelname == "WARNING"
     await database.aclose()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import asyncpg
@@ -102,12 +102,17 @@ async def relay_database(beside: Session) -> AsyncIterator[postgres.Database]:
     await database.aclose()
 
 
+async def nobody(_: Sequence[str]) -> Sequence[str]:
+    return ()
+
+
 @pytest.fixture
 def relay(relay_database: postgres.Database) -> Housekeeping:
     return Housekeeping(
         catalog=Catalog(relay_database, "default"),
         worker_id="w",
         owned=dict,
+        unowned=nobody,
         report=lambda: b"{}",
         emit=lambda _: None,
     )

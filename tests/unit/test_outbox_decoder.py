@@ -27,6 +27,7 @@ def decoder(
     return OutboxDecoder(
         outbox_table="outbox_orders",
         stream_table="orders",
+        pipeline="own",
         key_columns=key_columns,
         namespace=namespace,
         collapse_updates=collapse_updates,
@@ -320,3 +321,18 @@ def test_the_row_id_of_a_stream_table_is_its_key_and_stays_out_of_the_event() ->
     assert shown(decode(payload, by=decoder(key_columns=("__pgt_row_id",)))) == [
         ("0", "insert", "17", b'{"n":"a"}')
     ]
+
+
+def test_rows_of_a_backfill_are_for_all_pipelines_or_for_the_one_that_is_named() -> None:
+    payload = b'{"v": 1, "backfill": %s, "inserted": [{"id": 1}], "full_refresh": true}'
+    claim_check = b'{"v": 1, "backfill": "other", "full_refresh": true, "claim_check": true}'
+    by = decoder(snapshot_markers=True)
+    for addressee in (b"true", b'"own"'):
+        decoded = decode(payload % addressee, by=by)
+        # It is a part of the table: no marker says that what is missing is gone.
+        assert [message.op for message in decoded.messages] == ["upsert"]
+        assert decoded.messages[0].is_full_refresh
+    for skipped in (payload % b'"other"', claim_check):
+        decoded = decode(skipped, by=by, is_claim_check=skipped is claim_check)
+        assert (decoded.rows, decoded.messages, decoded.rejected) == (1, [], [])
+        assert decoded.claim_check is None

@@ -7,7 +7,9 @@ inserted rows first and then the deleted ones, so that a key never changes.
 
 A full refresh without rows is a truncation: one message ``truncate`` with payload ``null``. With
 ``snapshot_markers`` a full refresh is framed by ``snapshot_begin`` and ``snapshot_end``, payload
-``null``, whose dedup keys end in ``:begin`` and ``:end``.
+``null``, whose dedup keys end in ``:begin`` and ``:end``; not one with ``backfill``, which is a
+part of a table. Where that names a pipeline, the rows are for that one alone: for others the outbox
+row has no messages.
 
 Rows are passed on as the bytes that were read; only the key columns are looked at. A row that
 cannot be looked into costs only itself; a payload that cannot be read costs its outbox row.
@@ -58,6 +60,7 @@ class _Payload(msgspec.Struct, frozen=True, gc=False):
     deleted: list[msgspec.Raw] | None = None
     full_refresh: bool | None = False
     claim_check: bool | None = False
+    backfill: bool | str | None = False
     inserted_count: int | None = None
     deleted_count: int | None = None
 
@@ -70,6 +73,7 @@ class OutboxEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     created_at: datetime | None
     headers: Mapping[str, str]
     is_full_refresh: bool
+    is_backfill: bool = False
     key_columns: tuple[str, ...] | None = None
 
 
@@ -103,11 +107,11 @@ class Decoded(SetAside, kw_only=True):
 class OutboxDecoder:
     """Decodes the rows of one outbox. Without state: the same row always gives the same messages.
 
-    ``namespace`` goes in front of every dedup key. ``key_columns`` name the entity; an outbox row
-    may name others, after a column was renamed (``follows_renames``); a row that lacks one of them
-    has no key. ``collapse_updates`` turns a delete and an insert of one key in
-    one outbox row into an ``update`` that has the index of the insert. ``shape`` is applied before.
-    ``partition``: whose keys.
+    ``namespace`` goes in front of every dedup key. ``pipeline`` is who reads. ``key_columns`` name
+    the entity; an outbox row may name others, after a column was renamed (``follows_renames``); a
+    row that lacks one of them has no key. ``collapse_updates`` turns a delete and an insert of one
+    key in one outbox row into an ``update`` that has the index of the insert. ``shape`` is applied
+    before. ``partition``: whose keys.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class OutboxDecoder:
         *,
         outbox_table: str,
         stream_table: str,
+        pipeline: str = "",
         key_columns: Sequence[str] = (),
         namespace: str = "",
         collapse_updates: bool = False,
@@ -125,6 +130,7 @@ class OutboxDecoder:
     ) -> None:
         self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
         self._stream_table = stream_table
+        self._pipeline = pipeline
         self._keys = _KeyReader(tuple(key_columns))
         self._follows_renames = follows_renames
         self._renamed_keys: dict[tuple[str, ...], _KeyReader] = {}
@@ -324,8 +330,13 @@ class OutboxDecoder:
                 decoded.rejected.append(self._refused(event, body or b"null", error))
             decoded.rows += 1
             return True
+        if isinstance(payload.backfill, str) and payload.backfill != self._pipeline:
+            decoded.rows += 1
+            return True
         if payload.full_refresh:
-            event = msgspec.structs.replace(event, is_full_refresh=True)
+            event = msgspec.structs.replace(
+                event, is_full_refresh=True, is_backfill=bool(payload.backfill)
+            )
         if not payload.claim_check and not is_claim_check:
             self._decode_inline(event, payload, decoded)
             decoded.rows += 1
@@ -411,7 +422,7 @@ class OutboxDecoder:
         return payload
 
     def _marker(self, event: OutboxEvent, op: Op, suffix: str) -> list[RelayMessage]:
-        if not self._marks_snapshots or not event.is_full_refresh:
+        if not self._marks_snapshots or not event.is_full_refresh or event.is_backfill:
             return []
         return [self._message(event, suffix, op, b"null")]
 

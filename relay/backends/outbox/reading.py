@@ -24,6 +24,7 @@ from relay.context import BackendContext
 from relay.contracts import Batch
 from relay.errors import NotConnected, OutboxUnsafe, RelayError
 from relay.events import ClaimCheckFetched
+from relay.partition import pipeline_of
 from relay.postgres import Database
 
 POLL_WAIT_S: Final = 1.0
@@ -159,6 +160,7 @@ class Unpacker:
         self._decoder = OutboxDecoder(
             outbox_table=outbox.outbox_table,
             stream_table=outbox.stream_table,
+            pipeline=pipeline_of(context.pipeline),
             key_columns=key_columns,
             follows_renames=reading.key_columns is None,
             namespace=context.dedup_namespace,
