@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from scripts.benchmark.backends import SINKS, SOURCES, ServerMissing
+from scripts.benchmark.backfill import backfill
 from scripts.benchmark.capture import capture
 from scripts.benchmark.fleet import claim_check, fleet, idle
 from scripts.benchmark.forward import forward
@@ -42,6 +43,9 @@ ROWS: dict[str, Measure] = {
         events=options.events, runs=options.runs, seconds=options.seconds, say=say
     ),
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
+    "backfill": lambda options, say: backfill(
+        events=options.events, seconds=options.seconds, runs=options.runs, say=say
+    ),
     "latency": lambda options, say: latency(seconds=4 * options.seconds, say=say),
     "latency-reverse": lambda options, say: latency_reverse(seconds=4 * options.seconds, say=say),
     "claim-check": lambda _, say: claim_check(say=say),

