@@ -203,9 +203,15 @@ class Pipeline:
     async def _observe_lag(self, source: Measuring, is_over: asyncio.Event) -> None:
         while not is_over.is_set():
             messages = None
-            # What is wrong with the broker a poll finds out, and says.
-            with contextlib.suppress(RelayError):
+            try:
                 messages = await source.lag()
+            except RelayError as error:
+                # What is wrong with the broker a poll finds out, and says.
+                reraise_cancellation(error)
+            except Exception as error:  # noqa: BLE001 - a figure never disturbs the delivery
+                reraise_cancellation(error)
+                _log.exception("the lag of a source can't be told", extra=self._events.labels)
+                return
             self._events.emit(SourceLagObserved(**self._events.labels, messages=messages))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAG_INTERVAL_S):

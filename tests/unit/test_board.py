@@ -339,12 +339,14 @@ def test_what_no_relay_takes_for_a_while_is_not_healthy_and_what_is_paused_is(
     stage.clock_s = 14.0
     stage.board(seen)
     at_once = stage.board.snapshot()
-    stage.board(OwnershipChanged(pipelines=[], members=2))
     stage.clock_s = 15.0
+    while_held = stage.board.snapshot()
+    stage.board(OwnershipChanged(pipelines=[], members=2))
     later = stage.board.snapshot()
     stage.board(CatalogObserved(outboxes=[], unowned=[], idle=idle[2:]))
 
     assert (at_once.unowned, at_once.paused) == ([], {"off": 7})
+    assert while_held.unowned == ["free"]
     assert later.unowned == ["free", "held"]
     assert later.trouble == "no relay of the group runs: free, held"
     assert stage.board.snapshot().is_healthy

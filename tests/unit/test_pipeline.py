@@ -19,12 +19,34 @@ from relay.events import (
     PipelineState,
     Polled,
     Retried,
+    SourceLagObserved,
     StateChanged,
 )
 from relay.message import RelayMessage
 from relay.pipeline import Ending
 from tests.servers.memory import MemoryChannel, MemorySink, MemorySource
 from tests.unit.in_memory import BOUND_S, Line, message
+
+
+class Measured(MemorySource):
+    """Tells its lag when the test lets it."""
+
+    def __init__(self, channel: MemoryChannel) -> None:
+        super().__init__(channel)
+        self.answers: asyncio.Queue[int | Exception] = asyncio.Queue()
+        self.asked = asyncio.Event()
+        self.was_cancelled = False
+
+    async def lag(self) -> int | None:
+        self.asked.set()
+        try:
+            answer = await self.answers.get()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class Watched(MemorySource):
@@ -527,3 +549,43 @@ async def test_a_batch_that_waited_too_long_is_not_published_before_it_is_known_
 
     assert line.received == ["0"]
     assert len(line.heard.of(LeaseExpired)) == 1
+
+
+async def test_a_stop_waits_for_the_answer_to_how_much_there_is() -> None:
+    line = Line(source=Measured)
+    source = line.source
+    assert isinstance(source, Measured)
+
+    async with line.running() as task:
+        await source.asked.wait()
+        line.pipeline.stop()
+        await line.heard.until(lambda: bool(line.heard.of(Polled)))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not task.done()
+        source.answers.put_nowait(7)
+
+    assert task.result() is Ending.STOPPED
+    assert not source.was_cancelled
+    assert [one.messages for one in line.heard.of(SourceLagObserved)] == [7]
+
+
+@pytest.mark.parametrize("error", [Outage("away"), ValueError("a bug")])
+async def test_a_lag_that_can_not_be_told_disturbs_no_delivery(error: Exception) -> None:
+    line = Line(source=Measured)
+    source = line.source
+    assert isinstance(source, Measured)
+    source.answers.put_nowait(error)
+
+    async with line.running():
+        await source.asked.wait()
+        line.write(message("a"))
+        await line.heard.until(lambda: line.acknowledged == 1)
+
+    assert line.received == ["a"]
+    assert line.heard.states == [
+        PipelineState.STARTING,
+        PipelineState.RUNNING,
+        PipelineState.STOPPING,
+        PipelineState.STOPPED,
+    ]
