@@ -50,19 +50,15 @@ _TEXTS: Mapping[str, str] = {
 
 
 class Encoder:
-    """Makes the body and the properties of a message. ``frame_max`` is the connection's."""
+    """Makes the body and the properties of a message.
+
+    ``body``: see `relay.wire.body_encoder`. ``frame_max`` is the connection's.
+    """
 
     def __init__(self, format_: wire.Format, *, namespace: str) -> None:
-        self._encode_body = wire.body_encoder(format_, namespace=namespace)
+        self.body = wire.body_encoder(format_, namespace=namespace)
         self._headers_of = wire.headers_encoder(format_, wire.TITLE)
         self._content_type = wire.CONTENT_TYPES[format_]
-
-    def body(self, message: RelayMessage) -> bytes:
-        """The body. Raises `MessageUndecodable` for one that the format can't hold."""
-        try:
-            return self._encode_body(message)
-        except UnicodeEncodeError:
-            raise _not_unicode() from None
 
     def properties(self, message: RelayMessage, frame_max: int) -> spec.Basic.Properties:
         """The properties. Raises `MessageRejected` for headers that AMQP can't carry."""
@@ -73,7 +69,7 @@ class Encoder:
             headers |= {_wire_name(name): text for name, text in message.headers.items()}
             texts = "".join((*headers, *headers.values(), message_id, content_type)).encode()
         except UnicodeEncodeError:
-            raise _not_unicode() from None
+            raise MessageUndecodable("a text of the message has no UTF-8 form") from None
         size = len(texts) + _BYTES_OF_A_FIELD * len(headers) + _BYTES_OF_A_FRAME
         if size > frame_max:
             raise MessageTooLarge(
@@ -161,10 +157,6 @@ def _as_text(value: object) -> str:
         return msgspec.json.encode(value, enc_hook=str).decode()
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
         return str(value)
-
-
-def _not_unicode() -> MessageUndecodable:
-    return MessageUndecodable("a text of the message has no UTF-8 form")
 
 
 @lru_cache(maxsize=4096)
