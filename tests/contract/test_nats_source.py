@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
+from msgspec import structs
 
 from relay.contracts import Source
 from relay.message import RelayMessage
@@ -36,8 +37,11 @@ class NatsSourceHarness(NatsHarness, SourceHarness):
         sink = sink_of(self.broker.server.url)
         await sink.connect()
         try:
-            result = await sink.publish(messages)
-            assert not result.failures
+            addressed = [
+                one if one.subject else structs.replace(one, subject=sink.subject_of(one))
+                for one in messages
+            ]
+            assert not (await sink.publish(addressed)).failures
         finally:
             await sink.aclose()
 

@@ -97,7 +97,7 @@ async def test_closing_is_bounded_in_the_middle_of_something(
     end = make(proxy.url(broker.server.url), STREAM)
     await used(end, broker)
     proxy.stall()
-    large = RelayMessage(dedup_key="large", payload=b'"%b"' % (b"x" * 20_000_000))
+    large = RelayMessage(dedup_key="large", payload=b'"%b"' % (b"x" * 20_000_000), subject=STREAM)
     working = asyncio.create_task(
         end.publish([large]) if isinstance(end, RedisSink) else end.keep_alive(Batch())
     )
