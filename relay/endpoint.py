@@ -52,7 +52,7 @@ def endpoint_of(
         host, port = parts.hostname, parts.port
     except ValueError:
         raise wrong from None
-    if parts.scheme not in ports or not host or not url.isprintable():
+    if parts.scheme not in ports or not host or port == 0 or not url.isprintable():
         raise wrong
     plain, secure = ports
     is_tls = parts.scheme == secure or (tls is not None and is_wanted(tls))

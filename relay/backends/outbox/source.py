@@ -37,7 +37,7 @@ from relay.backends.outbox.reading import (
 )
 from relay.catalog import CONFIG_CHANNEL, Claim, OutboxDescription
 from relay.context import BackendContext
-from relay.contracts import Batch
+from relay.contracts import Batch, NothingExpires
 from relay.errors import LeaseLost, NotConnected, OwnershipLost, PositionLost, RelayError
 from relay.options import parse_options
 
@@ -93,10 +93,8 @@ class _Session(msgspec.Struct, kw_only=True):
             await asyncio.gather(ahead, return_exceptions=True)
 
 
-class OutboxSource:
+class OutboxSource(NothingExpires):
     """One reader of one outbox."""
-
-    keep_alive_interval_s: float | None = None
 
     def __init__(
         self, options: OutboxSourceOptions, reading: OutboxReading, context: BackendContext
@@ -203,9 +201,6 @@ class OutboxSource:
             raise
         if token.consumed_claim_check is not None:
             await self._catalog.rows_consumed(self._outbox_table, token.consumed_claim_check)
-
-    async def keep_alive(self, batch: Batch) -> None:
-        """Nothing to do: rows of an outbox are not on loan."""
 
     async def reject(self, batch: Batch) -> None:  # noqa: ARG002 - all that is unacknowledged comes again
         """The next poll starts again from what was acknowledged."""

@@ -72,10 +72,7 @@ class _More(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] = {}
 
 
-MakeEntry = Callable[[RelayMessage], Entry]
-
-
-def entry_maker(format_: str, *, namespace: str = "") -> MakeEntry:
+def entry_maker(format_: str, *, namespace: str = "") -> Callable[[RelayMessage], Entry]:
     """The function that makes the entries of one format. Raises `ConfigurationError`.
 
     The function itself raises `MessageUndecodable` for a message that SQS can't carry.

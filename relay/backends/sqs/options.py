@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from relay.endpoint import endpoint_of
 from relay.errors import ConfigurationError
 from relay.options import (
     Connecting,
@@ -25,7 +26,8 @@ DEFAULT_GROUP = "{key}"
 
 # The service's own limit for one message and for all of a call together.
 MOST_BYTES = 1024 * 1024
-_SCHEMES = ("http", "https")
+_PORTS = {"http": 80, "https": 443}
+_EXAMPLE = "write https://sqs.<region>.amazonaws.com/<account>/<queue>"
 _LONGEST_WAIT_S = 20
 _LONGEST_VISIBILITY_S = 12 * 60 * 60
 
@@ -54,9 +56,9 @@ class SqsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     """
 
     type: str
-    queue_url: Annotated[str, Key(schemes=_SCHEMES, connection=True)]
+    queue_url: Annotated[str, Key(schemes=tuple(_PORTS), connection=True)]
     region: Connecting = None
-    endpoint_url: Annotated[str | None, Key(schemes=_SCHEMES, connection=True)] = None
+    endpoint_url: Annotated[str | None, Key(schemes=tuple(_PORTS), connection=True)] = None
     access_key_id: Annotated[
         str | None, Key(secret=True, connection=True, needs="secret_access_key")
     ] = None
@@ -124,38 +126,26 @@ class Target(msgspec.Struct, frozen=True):
 
 def target_of(options: SqsConnectionOptions, path: str) -> Target:
     """The queue that the keys name. Raises `ConfigurationError`."""
-    scheme, host, way = _taken_apart(options.queue_url, f"{path}.queue_url")
-    name = way.rpartition("/")[2]
+    parts = _parts(options.queue_url, f"{path}.queue_url")
+    name = parts.path.rstrip("/").rpartition("/")[2]
     if not name:
-        raise ConfigurationError(
-            f"{path}.queue_url names no queue",
-            remedy="write https://sqs.<region>.amazonaws.com/<account>/<queue>",
-        )
-    endpoint_url = f"{scheme}://{host}"
+        raise ConfigurationError(f"{path}.queue_url names no queue", remedy=_EXAMPLE)
+    endpoint_url, host = f"{parts.scheme}://{parts.netloc}", parts.netloc
     if options.endpoint_url is not None:
         endpoint_url = options.endpoint_url
-        _, host, _ = _taken_apart(endpoint_url, f"{path}.endpoint_url")
+        host = _parts(endpoint_url, f"{path}.endpoint_url").netloc
     region = options.region or _region_in(options.queue_url)
     return Target(options.queue_url, name, endpoint_url, host, region)
 
 
-def _taken_apart(url: str, path: str) -> tuple[str, str, str]:
-    """Scheme, host with port, and path. Raises `ConfigurationError`, which never has the URL."""
-    try:
-        parts = urlsplit(url)
-        is_address = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        is_address = False
-    if not is_address or parts.scheme not in _SCHEMES or not url.isprintable():
-        raise ConfigurationError(
-            f"{path} is not an HTTP address",
-            remedy="write https://sqs.<region>.amazonaws.com/<account>/<queue>",
-        )
-    if "@" in parts.netloc:
+def _parts(url: str, path: str) -> SplitResult:
+    """The parts of a URL. Raises `ConfigurationError`, which never has it."""
+    wrong = ConfigurationError(f"{path} is not an HTTP address", remedy=_EXAMPLE)
+    if endpoint_of(url, _PORTS, wrong).username is not None:
         raise ConfigurationError(
             f"{path} has credentials in it", remedy="set access_key_id and secret_access_key"
         )
-    return parts.scheme, parts.netloc, parts.path.rstrip("/")
+    return urlsplit(url)
 
 
 def _region_in(url: str) -> str | None:
