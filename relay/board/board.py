@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from relay import __version__
-from relay.board.membership import Membership
-from relay.board.stats import PipelineStats
+from relay.board.stats import AT_REST, PipelineStats
 from relay.board.status import RelayStatus
 from relay.events import (
     CatalogObserved,
@@ -17,14 +16,21 @@ from relay.events import (
     OwnershipChanged,
     PipelineDescribed,
     PipelineEvent,
+    PipelineState,
+    StateChanged,
 )
 
 # Between two owners, and at a start, a pipeline has none for some seconds.
 _UNOWNED_GRACE_S = 15.0
+# An event of this state is the first of a pipeline.
+_BEGINNINGS = frozenset({PipelineState.STARTING, PipelineState.FAILED})
 
 
 class Board:
     """An observer that keeps `PipelineStats`; ask it for a `snapshot` in the event loop's thread.
+
+    A pipeline comes with its description or with its first state, and goes when the relay owns it
+    no longer. What it says afterwards, while its connections close, does not bring it back.
 
     ``mask`` takes secrets out of error texts. ``clock`` is monotonic and in seconds, ``now`` the
     time of day with zone: a clock that jumps changes what is shown, never what is judged.
@@ -48,8 +54,7 @@ class Board:
         self._now = now
         self._started_at = now()
         self._database_reason = ""
-        self._is_coordinated = False
-        self._membership = Membership()
+        self._owned: frozenset[str] | None = None
         self._delivered_before: Counter[str] = Counter()
         self.pipelines: dict[str, PipelineStats] = {}
         self.is_database_connected = False
@@ -61,13 +66,12 @@ class Board:
 
     def __call__(self, event: Event) -> None:
         """Take one event into account."""
-        for name in self._membership.observe(event):
-            self._forget(name)
         if isinstance(event, PipelineEvent):
-            if event.pipeline in self._membership:
-                self._stats(event).observe(event)
+            self._observe(event)
         elif isinstance(event, OwnershipChanged):
-            self._is_coordinated = True
+            self._owned = frozenset(event.pipelines)
+            for name in self.pipelines.keys() - self._owned:
+                self._forget(name)
             self.owned = len(event.pipelines) - len(event.everywhere)
             self.members = event.members
             self._blocked = event.blocked
@@ -89,7 +93,7 @@ class Board:
             taken_at=self._now(),
             database_connected=self.is_database_connected,
             database_reason=self._database_reason,
-            is_coordinated=self._is_coordinated,
+            is_coordinated=self._owned is not None,
             members=self.members,
             blocked=self._blocked,
             unowned=self._unowned(),
@@ -110,6 +114,16 @@ class Board:
             for name, since_s in self._unowned_since_s.items()
             if since_s <= too_early_s and name not in self._blocked and name not in self.pipelines
         ]
+
+    def _observe(self, event: PipelineEvent) -> None:
+        state = event.state if isinstance(event, StateChanged) else None
+        is_known = event.pipeline in self.pipelines
+        is_ours = self._owned is None or event.pipeline in self._owned
+        if state in AT_REST and not is_ours:
+            if is_known:
+                self._forget(event.pipeline)
+        elif is_known or state in _BEGINNINGS or isinstance(event, PipelineDescribed):
+            self._stats(event).observe(event)
 
     def _stats(self, event: PipelineEvent) -> PipelineStats:
         """Those of the event's pipeline; fresh ones where it connects something else now."""

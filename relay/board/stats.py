@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from relay.board.membership import AT_REST
 from relay.board.status import PipelineStatus, RecentBatch, WorkerStatus
 from relay.board.window import Histogram, LatencyWindow, RateWindow
 from relay.errors import ErrorKind
@@ -37,6 +36,7 @@ from relay.events import (
     StateChanged,
 )
 
+AT_REST = frozenset({PipelineState.STOPPED, PipelineState.COMPLETED})
 RECENT_BATCHES = 20
 
 _RATE_AVERAGED_OVER_S = 5
