@@ -86,8 +86,11 @@ class StatusView:
         self._is_over = False
 
     async def __aenter__(self) -> Self:
-        self._terminal.open()
-        self._running = asyncio.create_task(self._run(), name="status view")
+        try:
+            self._terminal.open()
+            self._running = asyncio.create_task(self._run(), name="status view")
+        except Exception as error:  # noqa: BLE001 - the relay goes on without its view
+            self._lost(error)
         return self
 
     async def __aexit__(

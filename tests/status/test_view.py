@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.status.emulator import BOUND_S, Emulator
+from tests.status.emulator import BOUND_S, REPOSITORY, Emulator
 
 Start = Callable[..., Emulator]
 
@@ -249,6 +251,20 @@ def test_an_exception_gives_the_terminal_back(start: Start, report: Path) -> Non
     assert terminal.wait() == 1
     _assert_restored(terminal)
     assert b"RuntimeError: as asked" in terminal.output.rpartition(b"\x1b[?1049l")[2]
+
+
+def test_a_view_that_can_not_begin_ends_alone(report: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.status.program", "quit", str(report)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=REPOSITORY,
+        timeout=BOUND_S,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"the status view failed") == 1
 
 
 def test_a_stalled_terminal_costs_frames_and_nothing_else(start: Start, report: Path) -> None:
