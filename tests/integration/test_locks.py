@@ -221,6 +221,38 @@ def test_keys_of_different_names_differ_also_where_their_texts_join_alike() -> N
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
+async def test_readers_of_one_pipeline_have_an_owner_each_and_exclude_its_only_reader(
+    join: Join, database: Database
+) -> None:
+    one, two = await join(), await join()
+    with psycopg.connect(database.dsn, autocommit=True) as third:
+
+        def is_free() -> bool:
+            query = "select pg_try_advisory_xact_lock(%s)"
+            row = third.execute(query, (one.key("p"),)).fetchone()
+            return row is not None and bool(row[0])
+
+        assert await one.try_acquire("p")
+        assert not await two.try_acquire("p/1")
+        assert not is_free()
+        await one.release("p")
+        assert is_free()
+
+        assert await one.try_acquire("p/1")
+        assert await one.try_acquire("p/2")
+        assert not await two.try_acquire("p/2")
+        assert await two.try_acquire("p/3")
+        assert not await two.try_acquire("p")
+        for locks, reader in ((one, "p/1"), (two, "p/3"), (one, "p/2")):
+            assert not is_free()
+            await locks.release(reader)
+        # What a reader could not have is no lock that stays behind.
+        assert is_free()
+        third.execute("select pg_advisory_lock(%s)", (one.key("p"),))
+        assert not await one.try_acquire("p/1")
+        assert list(await one.strangers(["p/1"])) == ["p/1"]
+
+
 async def test_a_stranger_who_holds_the_lock_of_a_pipeline_is_named_and_members_are_not(
     join: Join, database: Database, pool: Pool
 ) -> None:
