@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import signal
 from collections import defaultdict
 from collections.abc import AsyncIterator
 
@@ -29,6 +30,7 @@ CUSTOMERS = 40
 FORGETFUL_S = 0.1
 BETWEEN_BLOWS = 120
 BOUND_S = 60.0
+BEGINS = "its readers start from one position"
 SEED = 13
 
 
@@ -54,6 +56,15 @@ class Writers:
 
     def stop(self) -> None:
         self._is_over.set()
+
+    async def until_written(self, more: int) -> None:
+        """Wait until so many more events are committed."""
+        count = sum(self.written.values()) + more
+
+        async def is_written() -> bool:
+            return sum(self.written.values()) >= count
+
+        await until(is_written, timeout_s=BOUND_S)
 
     async def _write(self, number: int) -> None:
         chance = random.Random(SEED + number)
@@ -158,7 +169,15 @@ class TestPartitions(Proof):
         writing = asyncio.create_task(writers.run())
 
         await until_more(stream)
+        # Nothing begins as long as a reader of before is only held up.
+        since = len(first.stderr)
+        second.send_signal(signal.SIGSTOP)
         await deal(world, stream, 2)
+        await first.wait_for_log("gave up", since=since)
+        await writers.until_written(BETWEEN_BLOWS)
+        assert not any(BEGINS in line for line in first.stderr)
+        second.send_signal(signal.SIGCONT)
+        await until_spread(world, 2, 2)
         await until_more(stream)
         await first.kill()
         await until_more(stream)

@@ -95,6 +95,14 @@ async def test_readers_deliver_count_and_retry_their_own_keys_and_change_without
     await world.insert(LATER[0], LATER[-1])
     later = dealt(LATER, 2)
     await until_shown(world, relay, "published", {name: both[name] + later[name] for name in later})
+    # As for a relay that slept through two changes, and finds the number that it knows.
+    since = len(relay.stderr)
+    await world.run(
+        "update pgtrickle.relay_consumer_offsets set partitioning = '{\"partitions\": 7}'"
+    )
+    await world.run("select pg_notify('pgtrickle_relay_config', '{}')")
+    await relay.wait_for_log("start from one position", since=since)
+    await until_shown(world, relay, "state", dict.fromkeys(later, "running"))
     await world.run("select pgtrickle.disable_relay('p')")
     await until_shown(world, relay, "state", {})
     await world.run("select pgtrickle.enable_relay('p')")
