@@ -179,36 +179,8 @@ class Renderer:
         )
 
     def _heading(self, scene: Scene, lines: Sequence[PipelineLine], width: int) -> list[Text]:
-        relays = scene.fleet.relays
-        members = max([len(relays), *(relay.members for relay in relays)])
-        first = Text(" ")
-        first.append(f"pgtrickle-relay {relays[0].version if relays else ''}", "bold")
-        first.append(f"  group {clean(relays[0].group_id)}" if relays else "")
-        first.append(f"  {members} {'relay' if members == 1 else 'relays'}")
-        if relays:
-            is_connected = all(relay.database_connected for relay in relays)
-            first.append("  database ")
-            first.append("connected", "green") if is_connected else first.append("lost", "bold red")
-            begun = min(relay.started_at for relay in relays)
-            first.append(f"  up {duration((scene.now - begun).total_seconds())}")
-        count = len({line.name for line in lines})
-        unwell = len({line.name for line in lines if is_unwell(line)})
-        total = delivered(scene.fleet)
-        pipelines = f"{count} {'pipeline' if count == 1 else 'pipelines'}"
-        second = Text(" ")
-        retrying = len({line.name for line in lines if line.state == "retrying"})
-        if unwell:
-            second.append(f"{unwell} of {pipelines} unwell", "bold red")
-        elif retrying:
-            second.append(f"{retrying} of {pipelines} retrying", "yellow")
-        else:
-            second.append(pipelines).append("  all well", "green")
-        second.append(
-            f"  {sum(line.rate_per_s for line in lines):,.0f}/s"
-            f"  published {total.get('forward', 0):,}  consumed {total.get('reverse', 0):,}"
-        )
-        heading = [first, second]
-        for relay in relays:
+        heading = [_about(scene), _summary(scene.fleet, lines)]
+        for relay in scene.fleet.relays:
             if relay.blocked or not relay.database_connected:
                 heading += wrapped(relay.trouble, width, "bold red", most=_MOST_TROUBLE)
         for text in scene.banner:
@@ -285,6 +257,43 @@ class Renderer:
         start = Text(f"{dash} {clean(title)} ", "dim")
         start.truncate(width, overflow="ellipsis")
         return start.append(dash * (width - start.cell_len))
+
+
+def _about(scene: Scene) -> Text:
+    """Who is looked at."""
+    relays = scene.fleet.relays
+    members = max([len(relays), *(relay.members for relay in relays)])
+    about = Text(" ")
+    about.append(f"pgtrickle-relay {relays[0].version if relays else ''}", "bold")
+    about.append(f"  group {clean(relays[0].group_id)}" if relays else "")
+    about.append(f"  {members} {'relay' if members == 1 else 'relays'}")
+    if relays:
+        is_connected = all(relay.database_connected for relay in relays)
+        about.append("  database ")
+        about.append("connected", "green") if is_connected else about.append("lost", "bold red")
+        begun = min(relay.started_at for relay in relays)
+        about.append(f"  up {duration((scene.now - begun).total_seconds())}")
+    return about
+
+
+def _summary(fleet: Fleet, lines: Sequence[PipelineLine]) -> Text:
+    """Whether all is well, and how much is done."""
+    count = len({line.name for line in lines})
+    unwell = len({line.name for line in lines if is_unwell(line)})
+    retrying = len({line.name for line in lines if line.state == "retrying"})
+    pipelines = f"{count} {'pipeline' if count == 1 else 'pipelines'}"
+    summary = Text(" ")
+    if unwell:
+        summary.append(f"{unwell} of {pipelines} unwell", "bold red")
+    elif retrying:
+        summary.append(f"{retrying} of {pipelines} retrying", "yellow")
+    else:
+        summary.append(pipelines).append("  all well", "green")
+    total = delivered(fleet)
+    return summary.append(
+        f"  {sum(line.rate_per_s for line in lines):,.0f}/s"
+        f"  published {total.get('forward', 0):,}  consumed {total.get('reverse', 0):,}"
+    )
 
 
 def _log_lines(log: Sequence[LogLine], width: int, rows: int) -> list[Text]:
