@@ -93,7 +93,7 @@ def _facts(line: PipelineLine, status: PipelineStatus) -> Iterator[str]:
 
 def _outcome(status: PipelineStatus) -> Iterator[str]:
     if status.latency is None:
-        yield "latency: nothing delivered in the last minute"
+        yield "latency: none in the last minute"
     else:
         yield (
             f"latency p50 {latency(status.latency.p50_s)}, p95 {latency(status.latency.p95_s)},"
