@@ -490,6 +490,52 @@ async def test_heartbeats_keep_an_idle_connection_and_find_a_silent_broker(
     await source.aclose()
 
 
+async def test_a_broker_that_needs_longer_than_the_timeout_is_given_more_each_time(
+    broker: Broker, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*broker.server.address)
+    source = source_of(proxy.url(broker.server.url), broker.queue, timeout_ms=500)
+    await source.connect()
+
+    for number in range(2):
+        await broker.feed(numbered(1, start=number))
+        batch = (await collect(source, 1))[0]
+        proxy.stall()
+        with pytest.raises(TimedOut):
+            await source.acknowledge(batch)
+        await proxy.restore()
+        await reconnect(source.connect)
+    await broker.feed(numbered(1, start=2))
+    batch = (await collect(source, 1))[0]
+    proxy.stall()
+    acknowledging = asyncio.create_task(source.acknowledge(batch))
+    # Time is what is tested: more than it had the last time.
+    await asyncio.sleep(1.1)
+    await proxy.restore()
+    await acknowledging
+
+    await source.aclose()
+
+
+async def test_a_late_answer_about_the_lag_costs_nothing(
+    broker: Broker, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*broker.server.address)
+    await broker.feed(numbered(3))
+    source = source_of(proxy.url(broker.server.url), broker.queue, timeout_ms=500)
+    await source.connect()
+    (batch,) = await collect(source, 3)
+    assert await source.lag() == 3
+
+    proxy.stall()
+    assert await source.lag() is None
+    await proxy.restore()
+
+    await source.acknowledge(batch)
+    assert await source.lag() == 0
+    await source.aclose()
+
+
 async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
     broker: Broker, tcp_proxy: Proxies
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -434,6 +435,33 @@ async def test_a_connection_that_breaks_in_the_middle_of_a_batch_stores_a_beginn
     arrived = first_occurrences(await until(broker.restored, 900))
     assert dedup_keys(arrived) == dedup_keys(messages)
     await sink.aclose()
+
+
+async def test_who_is_cancelled_while_the_connection_breaks_leaves_no_error_unread(
+    broker: Broker, tcp_proxy: Proxies
+) -> None:
+    proxy = await tcp_proxy(*broker.server.address)
+    unread: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: unread.append(context["message"])
+    )
+    for steps in range(0, 60, 3):
+        await proxy.restore()
+        sink = sink_of(proxy.url(broker.server.url), broker.exchange, ordering="pipelined")
+        await sink.connect()
+        proxy.swallow("to_client")
+        publishing = asyncio.create_task(sink.publish(numbered(200)))
+        await asyncio.sleep(0)
+        await proxy.reset_connections()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        del publishing
+        await sink.aclose()
+    gc.collect()
+
+    assert not unread
 
 
 async def test_a_broker_that_stops_answering_is_given_up_after_the_timeout(

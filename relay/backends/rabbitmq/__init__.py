@@ -17,7 +17,10 @@ Order is the queue's, also across a lost connection: a classic queue's consumer 
 quorum queue with ``x-single-active-consumer``. A stream is refused. The dedup key is ours where the
 message is ours, else its ``message-id``, else a new UUID. A broker takes back what is not
 acknowledged within its ``consumer_timeout``, and a quorum queue drops or dead-letters what came
-back more often than its ``delivery-limit``: raise both where writing may stand still for long.
+back more often than its ``delivery-limit``: raise both where writing may stand still for long. An
+answer that does not come within ``timeout_ms`` costs the connection, and what it held is delivered
+again; the next one waits twice as long, until an acknowledgement has been answered, so that a
+broker that is behind is not sent the same messages back for ever.
 
 For RabbitMQ 3.8 and newer, 4.x included. Neither reconnects by itself, binds queues, or changes an
 exchange or a queue that exists.

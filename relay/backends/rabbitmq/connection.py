@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aio_pika
 from aiormq import Channel, ChannelInvalidStateError
@@ -27,7 +27,7 @@ HEARTBEAT_S = 10
 """How often each side shows a sign of life; a broker ends a connection after two without one."""
 
 _CLOSE_TIMEOUT_S = 2.0
-_HEALTH_TIMEOUT_S = 2.0
+_PROMPT_S = 2.0
 _GUEST = "guest"
 
 T = TypeVar("T")
@@ -47,8 +47,15 @@ class Connection:
     channel: Channel
 
     def __init__(
-        self, options: RabbitConnectionOptions, name: str, path: str, *, is_careful: bool = False
+        self,
+        options: RabbitConnectionOptions,
+        name: str,
+        path: str,
+        *,
+        timeout_s: float | None = None,
+        is_careful: bool = False,
     ) -> None:
+        """``timeout_s``: how long an answer may take, instead of what the options say."""
         endpoint, vhost = endpoint_of(options, path)
         is_external = endpoint.username is None and options.tls_cert is not None
         self.address = endpoint.address
@@ -56,7 +63,7 @@ class Connection:
         self.wake = asyncio.Event()
         self.loss: RelayError | None = None
         self._vhost = vhost
-        self._timeout_s = options.timeout_ms / 1000
+        self._timeout_s = timeout_s or options.timeout_ms / 1000
         self._frames = Frames(is_careful=is_careful)
         context = context_of(options, path) if endpoint.is_tls else None
         self._transport = Transport(endpoint, context, self._frames, self._timeout_s)
@@ -76,7 +83,7 @@ class Connection:
         self._is_aborted = False
         self._is_held = False
         self._calls = 0
-        self._ping: asyncio.Task[bool] | None = None
+        self._questions: dict[str, asyncio.Task[Any]] = {}
 
     @property
     def version(self) -> str:
@@ -107,22 +114,24 @@ class Connection:
         self.channel = await self.new_channel(confirms=confirms)
         self.channel.closing.add_done_callback(self._on_closing)
 
-    async def new_channel(self, *, confirms: bool) -> Channel:
+    async def new_channel(self, *, confirms: bool, is_bounded: bool = True) -> Channel:
         """A channel, on which with ``confirms`` a message that comes back raises."""
         above = self._client.channel(publisher_confirms=confirms, on_return_raises=confirms)
-        await self.call(self.doing, above.initialize())
+        await self.call(self.doing, above.initialize(), is_bounded=is_bounded)
         channel = await above.get_underlay_channel()
         assert isinstance(channel, Channel)  # noqa: S101 - for the type checker
         return channel
 
-    async def call(self, doing: str, answer: Awaitable[T]) -> T:
+    async def call(self, doing: str, answer: Awaitable[T], *, is_bounded: bool = True) -> T:
         """The broker's answer. Raises what it says, and `Outage`.
 
         An answer that is late costs the connection: only to stop waiting would cost the channel.
+        Without a bound it costs nothing, and may have to wait until what was sent before is taken.
         """
         late = TimedOut(f"{doing}: no answer within {self._timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, self.abort, late)
-        self._calls += 1
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._timeout_s, self.abort, late) if is_bounded else None
+        self._calls += is_bounded
         self._hold_or_not()
         try:
             return await answer
@@ -136,9 +145,21 @@ class Connection:
                 raise
             raise ours from None
         finally:
-            timer.cancel()
-            self._calls -= 1
+            if timer is not None:
+                timer.cancel()
+            self._calls -= is_bounded
             self._hold_or_not()
+
+    async def ask(self, what: str, question: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """The answer to what nobody depends on; None where it takes seconds, or is refused.
+
+        One that is late is waited for again by whoever asks the same next.
+        """
+        asked = self._questions.get(what)
+        if asked is None or asked.done():
+            asked = self._questions[what] = asyncio.create_task(_answer(question))
+        await asyncio.wait([asked], timeout=_PROMPT_S)
+        return asked.result() if asked.done() and not asked.cancelled() else None
 
     def error_of(self, error: BaseException, doing: str) -> RelayError | None:
         """The relay's error for what the client raised; None for a mistake of ours."""
@@ -157,12 +178,7 @@ class Connection:
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds."""
-        if self.loss is not None:
-            return False
-        if self._ping is None or self._ping.done():
-            self._ping = asyncio.create_task(self._answers())
-        await asyncio.wait([self._ping], timeout=_HEALTH_TIMEOUT_S)
-        return self._ping.done() and not self._ping.cancelled() and self._ping.result()
+        return self.loss is None and await self.ask("answers", self._answers) is True
 
     def hold(self, *, is_held: bool) -> None:
         """Stop or go on taking what the broker sends, as long as no answer is awaited."""
@@ -186,14 +202,13 @@ class Connection:
         finally:
             timer.cancel()
             await self._transport.aclose()
-            if self._ping is not None:
-                await asyncio.wait([self._ping], timeout=_CLOSE_TIMEOUT_S)
+            if self._questions:
+                await asyncio.wait(self._questions.values(), timeout=_CLOSE_TIMEOUT_S)
 
     async def _answers(self) -> bool:
-        with suppress(RelayError):
-            await self.call(f"asking RabbitMQ at {self.address}", self.channel.flow(active=True))
-            return True
-        return False
+        doing = f"asking RabbitMQ at {self.address}"
+        await self.call(doing, self.channel.flow(active=True), is_bounded=False)
+        return True
 
     def _on_closing(self, closing: asyncio.Future[object]) -> None:
         error = None if closing.cancelled() else closing.exception()
@@ -210,3 +225,9 @@ class Connection:
 
     def _hold_or_not(self) -> None:
         self._frames.hold(is_held=self._is_held and not self._calls and self.loss is None)
+
+
+async def _answer(question: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+    with suppress(RelayError):
+        return await question()
+    return None

@@ -128,6 +128,10 @@ class RabbitSink:
                 for call in left:
                     call.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
+                # Who is cancelled here settles nothing, and would leave errors unread.
+                for call in calls:
+                    if not call.cancelled():
+                        call.exception()
             self._settle(flight, connection, calls)
         return PublishResult(failures=flight.failures())
 

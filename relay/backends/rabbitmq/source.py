@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Self
 
 import msgspec
@@ -22,12 +22,14 @@ from relay.backends.rabbitmq.options import (
 )
 from relay.context import BackendContext
 from relay.contracts import Batch, NothingExpires, sorted_out
-from relay.errors import ConfigurationError, NotConnected
+from relay.errors import ConfigurationError, NotConnected, TimedOut
 from relay.options import parse_options
 
 MAX_WAIT_S = 1.0
 _BATCHES_AHEAD = 4
 _LEAST_PREFETCH = 1000
+# A broker that is behind needs longer each time that we go away with what it has sent.
+_MOST_TIMEOUT_S = 300.0
 _OFFSET = "x-stream-offset"
 
 
@@ -60,6 +62,7 @@ class RabbitSource(NothingExpires):
         )
         self._name = f"pgtrickle-relay {context.pipeline}"
         self._consumer: _Consumer | None = None
+        self._timeout_s = options.timeout_ms / 1000
         self._is_released = False
         self._is_interrupted = False
 
@@ -82,11 +85,18 @@ class RabbitSource(NothingExpires):
         before = self._consumer
         is_careful = before is not None and isinstance(before.connection.loss, Unreadable)
         await self.aclose()
-        connection = Connection(self._options, self._name, "source", is_careful=is_careful)
+        connection = Connection(
+            self._options,
+            self._name,
+            "source",
+            timeout_s=self._timeout_s,
+            is_careful=is_careful,
+        )
         consumer = _Consumer(connection, self._options, _BATCHES_AHEAD * self._batch_bytes)
         try:
-            await connection.open(confirms=False)
-            await consumer.open(self._prefetch)
+            with self._more_patience_next_time():
+                await connection.open(confirms=False)
+                await consumer.open(self._prefetch)
         except BaseException:
             await connection.aclose()
             raise
@@ -147,7 +157,9 @@ class RabbitSource(NothingExpires):
             return
         if position.consumer is not consumer:
             raise NotConnected("this batch was handed out before the source was opened again")
-        await consumer.acknowledge(position)
+        with self._more_patience_next_time():
+            await consumer.acknowledge(position)
+        self._timeout_s = self._options.timeout_ms / 1000
 
     async def reject(self, batch: Batch) -> None:
         """Release everything that is not acknowledged, in order: the next poll opens again.
@@ -162,7 +174,8 @@ class RabbitSource(NothingExpires):
     async def lag(self) -> int | None:
         """What is ready in the queue, and what was delivered here and is not acknowledged."""
         consumer = self._open()
-        return await consumer.ready() + len(consumer.waiting) + consumer.handed_out
+        ready = await consumer.connection.ask("ready", consumer.ready)
+        return None if ready is None else ready + len(consumer.waiting) + consumer.handed_out
 
     async def is_healthy(self) -> bool:
         """True when the broker answers within seconds."""
@@ -173,6 +186,18 @@ class RabbitSource(NothingExpires):
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             await consumer.connection.aclose()
+
+    @contextmanager
+    def _more_patience_next_time(self) -> Iterator[None]:
+        """Double the time for an answer that did not come in time, until an acknowledgement has.
+
+        Else a broker that needs longer would be sent its messages back for ever.
+        """
+        try:
+            yield
+        except TimedOut:
+            self._timeout_s = min(2 * self._timeout_s, _MOST_TIMEOUT_S)
+            raise
 
     def _open(self) -> _Consumer:
         if self._consumer is None:
@@ -226,12 +251,13 @@ class _Consumer:
         """How many messages the queue has that were not delivered to anybody."""
         connection, doing = self.connection, f"asking what {self._queue!r} holds"
         # A refusal costs the channel.
-        other = await connection.new_channel(confirms=False)
+        other = await connection.new_channel(confirms=False, is_bounded=False)
         try:
             declaring = other.queue_declare(self._queue, passive=True)
-            return (await connection.call(doing, declaring)).message_count or 0
+            declared = await connection.call(doing, declaring, is_bounded=False)
+            return declared.message_count or 0
         finally:
-            await connection.call(doing, other.close())
+            await connection.call(doing, other.close(), is_bounded=False)
 
     def take(self, most: int, most_bytes: int) -> tuple[_Position, list[DeliveredMessage]]:
         """Hand out so many messages, or so many bytes and the message that reaches them."""
