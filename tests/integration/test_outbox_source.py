@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from relay.backends.outbox import OutboxSource, reading
@@ -237,6 +238,36 @@ async def test_a_claim_check_that_lacks_rows_is_refused_as_a_whole_with_the_coun
     assert place_of(rejected.message) == "outbox_orders:1:0"
     assert ops(batches) == [("insert", "9")]
     await source.aclose()
+
+
+async def test_a_backfill_for_one_pipeline_is_read_by_its_readers_and_passed_by_others(
+    world: OutboxWorld,
+) -> None:
+    await enable_orders(world.publisher, ", claim_check_rows => 2")
+    await world.publisher.execute(
+        "set session_replication_role = replica; insert into orders values (1), (2), (3);"
+        "reset session_replication_role;"
+        """select pgtrickle.set_relay_outbox('one', '{"source": {"outbox": "orders"},
+            "sink": {"type": "stdout"}, "partitions": 2}')"""
+    )
+    await world.publisher.execute("call pgtrickle.backfill('orders', 'one', chunk_rows => 3)")
+    await world.publisher.execute("call pgtrickle.backfill('orders', 'one', 'id = 1')")
+    await world.publisher.execute("insert into orders values (4)")
+
+    shared = {"partitions": 2, "key_columns": None}
+    for pipeline, partitioning, expected in (("one/2", shared, "1 2 3 1 4"), ("other", {}, "4")):
+        context = world.context(pipeline=pipeline)
+        source = world.source(context=msgspec.structs.replace(context, partitioning=partitioning))
+        await source.connect()
+        messages = messages_of(await rest_of(source))
+        assert " ".join(str(message.key) for message in messages) == expected
+        assert [message.op for message in messages[:-1]] == ["upsert"] * (len(messages) - 1)
+        await source.aclose()
+        position = await world.publisher.fetchval(
+            "select last_change_id from pgtrickle.relay_consumer_offsets where pipeline_id = $1",
+            pipeline,
+        )
+        assert position == 3
 
 
 async def test_a_commit_wakes_a_sleeping_source_within_milliseconds(world: OutboxWorld) -> None:
