@@ -117,7 +117,7 @@ async def test_an_outage_is_said_once_by_each_chore_and_then_that_it_is_over(
     relay = await world.relay(dsn=proxy.url(world.member_dsn))
     await proxy.cut()
     await relay.wait_for_log("housekeeping failed.*reporting to the fleet")
-    await relay.wait_for_log("housekeeping failed.*dead letters")
+    await relay.wait_for_log("housekeeping failed.*reading the pipelines")
 
     async def are_more_turns_over() -> bool:
         # Five reports a second are due.
