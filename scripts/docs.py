@@ -129,6 +129,8 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
 _RAISED_BY_TRIGGERS = {"set_relay_outbox": {"RL012"}, "set_relay_inbox": {"RL012"}}
 # Raised below for other callers, or caught on the way up.
 _CAUGHT = {
+    "repair_outbox": {"RL002"},
+    "disable_outbox": {"RL001", "RL002", "RL005"},
     "relay_lag": {"RL003", "RL005", "RL022"},
     "set_relay_outbox": {"RL004", "RL031", "RL032"},
     "set_relay_inbox": {"RL003", "RL005", "RL022", "RL023"},

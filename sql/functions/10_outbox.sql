@@ -1,9 +1,8 @@
 -- Outboxes: finding them, reading them, waking their readers, publishing to them.
 --
--- A caller's name is looked up once, as PostgreSQL looks up any name: by functions without a
+-- A caller's name is looked up once, and means what it means to the caller: by functions without a
 -- search_path of their own. Everything behind them takes the name of the outbox table.
 
--- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.relay_relation(relation_name text)
 returns oid
 language plpgsql
@@ -148,7 +147,6 @@ $$;
 comment on function @schema@.relay_find_outbox(text, oid, boolean) is
     'The outbox table of a stream table or outbox named so; null, or RL003 where it is required, if there is none. Definer: who asks may not read the catalog.';
 
--- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.relay_outbox_named(outbox text)
 returns text
 language sql
@@ -239,7 +237,6 @@ $$;
 comment on function @schema@.relay_note_drained(text) is
     'Notes when an outbox was last read to the end of a claim check. Definer: readers may not write the catalog.';
 
--- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.outbox_rows_consumed(stream_table text, outbox_id bigint)
 returns void
 language sql
@@ -288,7 +285,6 @@ $$;
 comment on function @schema@.relay_status(text) is
     'Part of outbox_status: settings and counts, with the caller''s own rights.';
 
--- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.outbox_status(stream_table text)
 returns jsonb
 language sql
@@ -453,7 +449,6 @@ $$;
 comment on function @schema@.relay_publish(text, jsonb, jsonb, jsonb) is
     'Writes one row to an outbox with the caller''s own rights, see outbox_publish.';
 
--- No search_path of its own: the name means what it means to the caller.
 create or replace function @schema@.outbox_publish(
     stream_table text,
     inserted jsonb,

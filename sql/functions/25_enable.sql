@@ -3,6 +3,8 @@
 -- What is made beside somebody's table is made by the caller, as ordinary DDL. Who acts for an
 -- outbox shows it by what only an owner can do: a comment on the capture function that names the
 -- operation and the transaction. An outbox belongs to the role that may grant inserting into it.
+--
+-- What people call has no search_path of its own: a name means what it means to the caller.
 
 create or replace function @schema@.relay_free_name(schema_name text, wanted text, seed text)
 returns text
@@ -724,13 +726,10 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    plan @schema@.pgt_outbox_config;
+    plan constant @schema@.pgt_outbox_config := @schema@.relay_outbox_plan(wanted, relation);
     outbox_table text := @schema@.relay_find_outbox(null, relation);
     function_id oid;
-    v_detail text;
-    v_hint text;
 begin
-    plan := @schema@.relay_outbox_plan(wanted, relation);
     if relation is null then
         return @schema@.relay_create_stream(plan, publishers);
     end if;
@@ -740,7 +739,6 @@ begin
             message = format('%s is captured: its events are written by its triggers alone', wanted.stream_table),
             hint = 'Leave publishers out, or enable a stream of another name with capture => ''none''.';
     end if;
-    perform @schema@.relay_check_event_triggers();
     if outbox_table is not null then
         -- A table that was dropped and made again goes on in its outbox.
         if plan.capture = 'none' or @schema@.relay_captured_table(outbox_table) is not null
@@ -764,52 +762,11 @@ begin
     perform @schema@.relay_repair(outbox_table, relation);
     perform @schema@.relay_say_rows(outbox_table);
     return outbox_table;
-exception
-    when others then
-        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
-        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
-        if sqlstate = '42501' and v_hint = '' then
-            v_hint := 'It is made with your own rights: let the owner of the table call enable_outbox.';
-        end if;
-        if v_hint = '' then
-            raise;
-        elsif v_detail = '' then
-            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
-        end if;
-        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
 
 comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, name[]) is
-    'The caller''s half of enable_outbox: what it makes is ordinary DDL.';
-
--- No search_path of its own: the name means what it means to the caller.
-create or replace function @schema@.enable_outbox(
-    stream_table text,
-    retention_hours integer default 24,
-    capture text default 'auto',
-    notify boolean default true,
-    key_columns text[] default null,
-    claim_check_rows integer default 1000,
-    claim_check_bytes bigint default 1048576,
-    publishers name[] default '{}'
-)
-returns text
-language sql
-volatile
-security invoker
-as $$
-    select @schema@.relay_enable(
-        pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
-            'stream_table', stream_table, 'retention_hours', retention_hours, 'capture', capture,
-            'notify', notify, 'key_columns', key_columns,
-            'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
-        @schema@.relay_relation(stream_table),
-        publishers)
-$$;
-
-comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint, name[]) is
-    'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. RL002 where it has one.';
+    'Part of relay_change_outbox: what it makes is ordinary DDL of the caller.';
 
 -- ---------------------------------------------------------------------------
 -- Repairing
@@ -857,7 +814,7 @@ $$;
 comment on function @schema@.relay_transfer_outbox(text, oid, oid) is
     'The catalog''s half of repair_outbox: gives an outbox to the owner of its table. Definer: nobody has rights on the catalog; it acts for who has claimed the new capture function, of the owner of the table that is captured already or that has the name and the rights.';
 
-create or replace function @schema@.relay_repair(outbox_table text, relation oid, called text default null)
+create or replace function @schema@.relay_repair(outbox_table text, relation oid)
 returns integer
 language plpgsql
 volatile
@@ -865,28 +822,15 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    waits constant text := current_setting('lock_timeout');
-    settings @schema@.pgt_outbox_config;
-    captured oid;
-    mode text;
-    made_before oid;
-    function_id oid;
+    settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
+    captured constant oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
+    mode constant text := @schema@.relay_capture_mode(settings.capture, captured);
+    made_before constant oid := @schema@.relay_function_of(outbox_table, 'capture');
+    function_id oid := made_before;
     step text;
     kind text;
     steps integer := 0;
-    v_detail text;
-    v_hint text;
 begin
-    if relation is null then
-        perform @schema@.relay_check_stream(called, null, null);
-    end if;
-    outbox_table := coalesce(outbox_table, @schema@.relay_find_outbox(called, relation, true));
-    settings := @schema@.relay_settings(outbox_table);
-    captured := coalesce(@schema@.relay_captured_table(outbox_table), relation);
-    mode := @schema@.relay_capture_mode(settings.capture, captured);
-    made_before := @schema@.relay_function_of(outbox_table, 'capture');
-    function_id := made_before;
-    perform @schema@.relay_check_event_triggers();
     if @schema@.relay_function_problem(function_id, captured, settings, 'capture') is not null then
         function_id := @schema@.relay_make_function(settings, captured, 'capture');
         if function_id is distinct from made_before then
@@ -900,7 +844,7 @@ begin
         end if;
         steps := 1;
     end if;
-    if waits = '0' then
+    if current_setting('lock_timeout') = '0' then
         -- A trigger that waits for its lock makes every later writer wait behind it.
         perform set_config('lock_timeout', '5s', true);
     end if;
@@ -915,7 +859,6 @@ begin
             steps := steps + 1;
         end loop;
     end loop;
-    perform set_config('lock_timeout', waits, true);
     foreach kind in array array['snapshot', 'backfill'] loop
         if @schema@.relay_source(settings, captured, kind) is not null and @schema@.relay_function_problem(
             @schema@.relay_function_of(outbox_table, kind), captured, settings, kind) is not null
@@ -925,42 +868,11 @@ begin
         end if;
     end loop;
     return steps;
-exception
-    when lock_not_available then
-        raise exception using
-            errcode = 'lock_not_available',
-            message = format('the tables of outbox %I are in use: their triggers could not be created', outbox_table),
-            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
-    when others then
-        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
-        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
-        if sqlstate = '42501' and v_hint = '' then
-            v_hint := 'It is mended with your own rights: let the owner of the table call repair_outbox.';
-        end if;
-        if v_hint = '' then
-            raise;
-        elsif v_detail = '' then
-            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
-        end if;
-        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
 
-comment on function @schema@.relay_repair(text, oid, text) is
-    'The caller''s half of repair_outbox: what it makes and drops is ordinary DDL, until function and triggers are those that are wanted. Returns how many steps that took. The outbox is that of the relation where it is not named.';
-
--- No search_path of its own: the name means what it means to the caller.
-create or replace function @schema@.repair_outbox(stream_table text)
-returns integer
-language sql
-volatile
-security invoker
-as $$
-    select @schema@.relay_repair(null, @schema@.relay_relation(stream_table), stream_table)
-$$;
-
-comment on function @schema@.repair_outbox(text) is
-    'Makes the capture function and the triggers of a table and its partitions what they should be, and returns how many steps that took; 0: nothing was wrong.';
+comment on function @schema@.relay_repair(text, oid) is
+    'Part of relay_change_outbox: what it makes and drops is ordinary DDL of the caller, until function and triggers are those that are wanted. Returns how many steps that took.';
 
 -- ---------------------------------------------------------------------------
 -- Disabling
@@ -1052,21 +964,14 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    waits constant text := current_setting('lock_timeout');
-    function_id oid;
-    others oid[];
+    function_id constant oid := @schema@.relay_function_of(outbox_table, 'capture');
+    others constant oid[] := array[
+        @schema@.relay_function_of(outbox_table, 'snapshot'), @schema@.relay_function_of(outbox_table, 'backfill')];
     step text;
 begin
-    if outbox_table is null then
-        return;
-    end if;
-    function_id := @schema@.relay_function_of(outbox_table, 'capture');
-    others := array[
-        @schema@.relay_function_of(outbox_table, 'snapshot'), @schema@.relay_function_of(outbox_table, 'backfill')];
-    if waits = '0' then
+    if current_setting('lock_timeout') = '0' then
         perform set_config('lock_timeout', '5s', true);
     end if;
-    perform @schema@.relay_check_event_triggers();
     if function_id is not null then
         -- Triggers first: a writer holds its table before it waits for the outbox.
         for step in
@@ -1094,22 +999,133 @@ begin
             detail = 'It is what shows to whom an outbox belongs.',
             hint = 'let a superuser call disable_outbox';
     end if;
-    perform set_config('lock_timeout', waits, true);
 end
 $$;
 
 comment on function @schema@.relay_disable(text) is
-    'The caller''s half of disable_outbox: what it drops beside the table is ordinary DDL.';
+    'Part of relay_change_outbox: what it drops beside the table is ordinary DDL of the caller.';
 
--- No search_path of its own: the name means what it means to the caller.
+-- ---------------------------------------------------------------------------
+-- What people call
+-- ---------------------------------------------------------------------------
+
+create or replace function @schema@.relay_change_outbox(
+    operation text,
+    called text,
+    relation oid,
+    wanted @schema@.pgt_outbox_config default null,
+    publishers name[] default '{}',
+    if_exists boolean default false
+)
+returns text
+language plpgsql
+volatile
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    waits constant text := current_setting('lock_timeout');
+    outbox_table text;
+    answer text;
+    v_detail text;
+    v_hint text;
+begin
+    if operation = 'repair' and relation is null then
+        perform @schema@.relay_check_stream(called, null, null);
+    elsif operation <> 'enable' then
+        outbox_table := @schema@.relay_find_outbox(called, relation, if_exists is not true);
+    end if;
+    if outbox_table is not null or operation = 'enable' and relation is not null then
+        perform @schema@.relay_check_event_triggers();
+    end if;
+    if operation = 'enable' then
+        answer := @schema@.relay_enable(wanted, relation, publishers);
+    elsif operation = 'repair' then
+        answer := @schema@.relay_repair(outbox_table, relation);
+    elsif outbox_table is not null then
+        perform @schema@.relay_disable(outbox_table);
+    end if;
+    perform set_config('lock_timeout', waits, true);
+    return answer;
+exception
+    when lock_not_available then
+        raise exception using
+            errcode = 'lock_not_available',
+            message = format('the tables of the outbox of %s are in use: its triggers could not be changed', called),
+            hint = 'try again when no long transaction writes them, or set lock_timeout to wait longer';
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+        if sqlstate = '42501' and v_hint = '' then
+            v_hint := case
+                when relation is null then 'It takes membership in pgtrickle_relay or pgtrickle_publisher.'
+                else format('It is done with your own rights: let the owner of the table call %s_outbox.', operation)
+            end;
+        end if;
+        if v_hint = '' then
+            raise;
+        elsif v_detail = '' then
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
+end
+$$;
+
+comment on function @schema@.relay_change_outbox(text, text, oid, @schema@.pgt_outbox_config, name[], boolean) is
+    'The caller''s half of enable_outbox, repair_outbox and disable_outbox: gives lock_timeout back, and says briefly what is wrong.';
+
+create or replace function @schema@.enable_outbox(
+    stream_table text,
+    retention_hours integer default 24,
+    capture text default 'auto',
+    notify boolean default true,
+    key_columns text[] default null,
+    claim_check_rows integer default 1000,
+    claim_check_bytes bigint default 1048576,
+    publishers name[] default '{}'
+)
+returns text
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_change_outbox(
+        'enable', stream_table, @schema@.relay_relation(stream_table),
+        pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
+            'stream_table', stream_table, 'retention_hours', retention_hours, 'capture', capture,
+            'notify', notify, 'key_columns', key_columns,
+            'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
+        publishers)
+$$;
+
+comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint, name[]) is
+    'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. RL002 where it has one.';
+
+create or replace function @schema@.repair_outbox(stream_table text)
+returns integer
+language sql
+volatile
+security invoker
+as $$
+    select @schema@.relay_change_outbox(
+        'repair', stream_table, @schema@.relay_relation(stream_table))::pg_catalog.int4
+$$;
+
+comment on function @schema@.repair_outbox(text) is
+    'Makes the capture function and the triggers of a table and its partitions what they should be, and returns how many steps that took; 0: nothing was wrong.';
+
 create or replace function @schema@.disable_outbox(stream_table text, if_exists boolean default false)
 returns void
 language sql
 volatile
 security invoker
 as $$
-    select @schema@.relay_disable(@schema@.relay_find_outbox(
-        stream_table, @schema@.relay_relation(stream_table), if_exists is not true))
+    -- Of type void, like the function, so that PostgreSQL puts it in the place of the call.
+    select case
+        when @schema@.relay_change_outbox(
+            'disable', stream_table, @schema@.relay_relation(stream_table), if_exists => if_exists) is null
+        then null::pg_catalog.void
+    end
 $$;
 
 comment on function @schema@.disable_outbox(text, boolean) is

@@ -182,26 +182,21 @@ begin
         from pg_attribute as a
         where a.attrelid = t.oid and a.attnum > 0 and not a.attisdropped
     ), wanted as (
-        select f.field, f.is_required, f.is_written, f.types, p_inbox.columns ->> f.field as name
+        select f.field, k.types::regtype[] as types, p_inbox.columns ->> f.field as name
         from (values
-            ('event_id', true, true, array['text', 'varchar']::regtype[]),
-            ('event_type', false, true, array['text', 'varchar']::regtype[]),
-            ('source', false, true, array['text', 'varchar']::regtype[]),
-            ('aggregate_id', false, true, array['text', 'varchar']::regtype[]),
-            ('payload', true, true, array['jsonb', 'json', 'text', 'bytea']::regtype[]),
-            ('headers', false, true, array['jsonb']::regtype[]),
-            ('received_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
-            ('processed_at', false, false, array['timestamptz', 'timestamp']::regtype[]),
-            ('error', false, false, array['text', 'varchar']::regtype[]),
-            ('retry_count', false, false, array['int4', 'int8', 'int2']::regtype[]),
-            ('trace_id', false, true, array['text', 'varchar']::regtype[])
-        ) as f (field, is_required, is_written, types)
+            ('{event_id,event_type,source,aggregate_id,trace_id,error}', '{text,varchar}'),
+            ('{payload}', '{jsonb,json,text,bytea}'),
+            ('{headers}', '{jsonb}'),
+            ('{received_at,processed_at}', '{timestamptz,timestamp}'),
+            ('{retry_count}', '{int4,int8,int2}')
+        ) as k (fields, types)
+        cross join unnest(k.fields::text[]) as f (field)
     )
     (select p.problem
     from wanted as w
     left join actual as a on a.attname = w.name
     cross join lateral (values
-        (1, w.is_required and w.name is null, format('field %s has no column', w.field)),
+        (1, w.field in ('event_id', 'payload') and w.name is null, format('field %s has no column', w.field)),
         (2, w.name is not null and a.attname is null,
             format('column %s for %s does not exist', quote_ident(w.name), w.field)),
         (3, a.type <> all (w.types::oid[]),
@@ -225,7 +220,9 @@ begin
     select format('column %I is not null without a default, and nothing is written to it', a.attname)
     from actual as a
     where a.needs_value
-        and not exists (select from wanted as w where w.name = a.attname and w.is_written)
+        and not exists (
+            select from wanted as w
+            where w.name = a.attname and w.field not in ('received_at', 'processed_at', 'error', 'retry_count'))
     union all
     select format('column %I stands for more than one field: %s', w.name, string_agg(w.field, ', '))
     from wanted as w

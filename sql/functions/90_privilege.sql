@@ -8,7 +8,8 @@ declare
         'relay_bound_triggers', 'relay_family', 'relay_free_name', 'relay_outbox_plan', 'relay_primary_key',
         'relay_channel',
         -- What the owner of a table calls: each makes ordinary DDL as its caller.
-        'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_enable', 'relay_repair', 'relay_disable',
+        'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_change_outbox', 'relay_enable', 'relay_repair',
+        'relay_disable',
         'relay_make_function', 'relay_claim_function', 'relay_check_stream', 'relay_capture_mode', 'relay_first_by',
         'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
         'relay_capture_settings', 'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',

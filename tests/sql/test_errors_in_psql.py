@@ -43,6 +43,9 @@ SLIPS = {
     "set role slips; select pgtrickle.enable_outbox('public.bad')": 3,
     "select pgtrickle.repair_outbox('nowhere')": 4,
     "select pgtrickle.repair_outbox('public.bad')": 3,
+    "select pgtrickle.disable_outbox('nowhere')": 3,
+    "set role slips; select pgtrickle.disable_outbox('public.captured')": 3,
+    "set role slips; select pgtrickle.enable_outbox('x', capture => 'none')": 3,
     "select pgtrickle.inbox_mark_processed('nowhere', 'a')": 3,
     "select pgtrickle.inbox_mark_failed('nowhere', 'a', 'e')": 3,
     "select * from pgtrickle.inbox_status('nowhere')": 3,
@@ -63,7 +66,9 @@ def db(any_migrated_database: Database) -> Iterator[Session]:
             "select pgtrickle.enable_outbox('others', capture => 'none');"
             "select pgtrickle.create_consumer_group('taken', 'others');"
             "select pgtrickle.set_relay_inbox('in', 'received', '{\"type\": \"stdin\"}');"
-            "create table public.bad (event_id text primary key)"
+            "create table public.bad (event_id text primary key);"
+            "create table public.captured (id int primary key);"
+            "select pgtrickle.enable_outbox('public.captured')"
         )
         opened.new_role("slips")
         yield opened
