@@ -48,9 +48,12 @@ OPTIONAL_PLACES = (
     ("deploy/kubernetes/deployment.yaml", r"app\.kubernetes\.io/version: (\S+)"),
 )
 
-# Where the image, the archives and the job that migrates are named with their version.
+# Where the image, the archives, the distribution, a release's files and the job that migrates are
+# named with their version.
 PLACES_WITH_NAMES = ("README.md", "docs/**/*.md", "docker-compose.yaml", "deploy/**/*.yaml")
-NAME = re.compile(r"pgtrickle[-_]relay(?:-migrate)?[:-](\d+[.-]\d+[.-]\d+)")
+NAME = re.compile(
+    r"pgtrickle[-_]relay(?:(?:-migrate)?[:-]|==|/(?:releases/download/)?v)(\d+[.-]\d+[.-]\d+)"
+)
 
 
 def disagreements(root: Path) -> list[str]:
