@@ -28,7 +28,7 @@ from tests.servers.process import REPOSITORY
 pytestmark = pytest.mark.slow
 
 COMMAND_TIMEOUT_S = 120.0
-EXTRA_NAMES = {"nats", "webhook", "kafka", "redis", "sqs", "rabbitmq", "demo", "all"}
+EXTRA_NAMES = {"nats", "webhook", "kafka", "redis", "sqs", "rabbitmq", "filter", "demo", "all"}
 
 # The least that the catalog accepts, for each backend whose extra brings a driver.
 SINKS_WITH_DRIVER: Mapping[str, Mapping[str, str]] = {
@@ -90,16 +90,14 @@ def _extras() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """The project's wheel, installed as anybody would, without extras."""
+    """The project's wheel, installed without extras."""
     place = tmp_path_factory.mktemp("installed")
     python = place / "venv" / "bin" / "python"
-    for command in (
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", place, REPOSITORY],
-        [sys.executable, "-m", "venv", place / "venv"],
-    ):
-        _done(command)
+    uv = [sys.executable, "-m", "uv", "--quiet"]
+    _done([*uv, "build", "--wheel", "--out-dir", place, REPOSITORY])
+    _done([*uv, "venv", "--python", sys.executable, place / "venv"])
     (wheel,) = place.glob("pgtrickle_relay-*.whl")
-    _done([python, "-m", "pip", "install", "-q", "--no-compile", wheel])
+    _done([*uv, "pip", "install", "--python", python, wheel])
     directory = place / "work"
     directory.mkdir()
     return Installation(python.parent, directory)
@@ -176,6 +174,23 @@ async def test_a_backend_without_its_extra_fails_with_one_line_that_names_it(
             line for line in lines if f"pip install 'pgtrickle-relay[{EXTRAS[type_]}]'" in line
         ]
         assert len(named) == 1, said
+
+
+async def test_the_wheel_states_its_license_and_brings_its_types(
+    installation: Installation,
+) -> None:
+    code, said = await installation.run(
+        "python",
+        "-c",
+        "from importlib.metadata import files, metadata\n"
+        "print(metadata('pgtrickle-relay')['License-Expression'])\n"
+        "print(*(path.name for path in files('pgtrickle-relay')))",
+    )
+
+    license_, _, names = said.partition("\n")
+    assert code == 0, said
+    assert license_ == "Apache-2.0"
+    assert {"LICENSE", "py.typed"} <= set(names.split())
 
 
 async def test_the_wheel_offers_every_extra(installation: Installation) -> None:
