@@ -19,6 +19,7 @@ from scripts.benchmark.group import group
 from scripts.benchmark.latency import latency, latency_reverse
 from scripts.benchmark.report import print_table, write_results
 from scripts.benchmark.row import Row
+from scripts.benchmark.shape import shape
 from scripts.benchmark.sinks import TARGET_OF_FLOOR, to_destination
 from scripts.benchmark.sources import from_origin
 
@@ -42,6 +43,7 @@ ROWS: dict[str, Measure] = {
     "group": lambda options, say: group(
         events=options.events, runs=options.runs, seconds=options.seconds, say=say
     ),
+    "shape": lambda options, say: shape(events=options.events, runs=options.runs, say=say),
     "capture": lambda options, say: capture(seconds=options.seconds, runs=options.runs, say=say),
     "backfill": lambda options, say: backfill(
         events=options.events, seconds=options.seconds, runs=options.runs, say=say

@@ -55,7 +55,9 @@ begin
             errcode = '22023',
             message = format('%L is no place in outbox "%s"', coalesce(p_to, p_id::text, p_time::text), p_outbox_table),
             hint = format('It is earliest, latest, an id from 1 to %s, or a time.', v_outbox.last_id + 1);
-    elsif v_id <= v_outbox.swept_through or v_time <= v_swept.swept_created_at then
+    elsif v_id <= v_outbox.swept_through
+        or v_time <= coalesce(v_swept.swept_created_at, case when v_outbox.swept_through > 0 then 'infinity'::timestamptz end)
+    then
         raise exception using
             errcode = 'RL006',
             message = format('retention has swept rows %s to %s of outbox "%s", the last of %s',
@@ -191,6 +193,7 @@ returns bigint
 language sql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
     select @schema@.relay_seek_to(pipeline, "to", relay_group)
 $$;
@@ -203,6 +206,7 @@ returns bigint
 language sql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_id => outbox_id)
 $$;
@@ -215,6 +219,7 @@ returns bigint
 language sql
 volatile
 security invoker
+set search_path = pg_catalog, pg_temp
 as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_time => since)
 $$;

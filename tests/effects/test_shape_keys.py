@@ -161,7 +161,10 @@ async def test_a_dead_letter_is_shaped_once_and_one_that_is_left_out_now_stays(
         )
         await relay.until_acknowledged(1, "p")
         await catalog.forward(
-            "p", sink | {"subject_template": "orders"}, where="payload.id != 4", **keys
+            "p",
+            sink | {"subject_template": "orders"},
+            where="payload.id != 4 && has(payload.note)",
+            **keys,
         )
         await relay.heard.until(lambda: relay.states("p").count(PipelineState.RUNNING) >= 2)
         await catalog.run("select pgtrickle.relay_dlq_retry_all('p')")

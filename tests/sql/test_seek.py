@@ -90,6 +90,22 @@ def test_where_retention_has_swept_only_what_is_left_can_be_sent(db: Session) ->
     assert db.value(SEEK, after) == 1
 
 
+def test_nothing_is_swept_while_a_position_is_being_put_before_it(db: Session) -> None:
+    publish(db, 3)
+    db.run("update pgtrickle.outbox_events set created_at = now() - interval '2 days'")
+    db.run("select pgtrickle.relay_seek('p', 'latest')")
+    with session(db.dsn) as other:
+        other.run("begin")
+        assert other.value("select pgtrickle.relay_seek('p', 'earliest')") == 3
+        assert db.value("select pgtrickle.relay_sweep_outbox('outbox_events')") == 0
+        other.run("commit")
+    assert db.value("select pgtrickle.relay_sweep_outbox('outbox_events')") == 0
+    db.run("select pgtrickle.relay_seek('p', 'latest')")
+    assert db.value("select pgtrickle.relay_sweep_outbox('outbox_events')") == 3
+    with db.refused("RL006"):
+        db.run("select pgtrickle.relay_seek('p', now() - interval '3 days')")
+
+
 def test_a_place_that_there_is_not_is_refused(db: Session) -> None:
     publish(db, 2)
     for to in ("0", "4", "soon", "", "99999999999999999999", None):

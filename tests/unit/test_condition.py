@@ -177,6 +177,7 @@ def test_only_the_fields_that_are_named_are_converted() -> None:
         "op == 'payload.a'": set(),
         '"payload.x" == payload.y // payload.z': {"y"},
         r"""r"\" == payload.a && payload.b == '\'payload.c'""": {"a", "b"},
+        r'r"\" == payload.a && "x" == payload.b': {"a", "b"},
         "'''payload.x''' == payload.a": {"a"},
         "payload.items.map(i, i.payload)": None,
         "payload.size() > 1": None,

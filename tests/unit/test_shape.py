@@ -17,6 +17,7 @@ from relay.errors import ConfigurationError, MessageUndecodable
 from relay.events import Direction
 from relay.message import Op, RelayMessage
 from relay.pipeline_config import parse_config
+from relay.secrets import MASK, masked
 from relay.shape import REDACTED, Shape, shape_of
 
 ROW = {"id": 7, "status": "paid", "email": "ann@example.org", "phone": "+43 664 1234567"}
@@ -201,6 +202,12 @@ def test_what_a_rule_of_a_reverse_pipeline_reads_has_to_be_there() -> None:
     with pytest.raises(ConfigurationError, match=r"columns.aggregate_id needs the column email"):
         shape("reverse", **columns, exclude=["email"])
     assert shape("reverse", **columns, mask={"email": "redact"})
+
+
+def test_a_secret_of_a_mask_is_not_shown_with_the_settings() -> None:
+    shown = masked({"mask": {"e.mail": {"hash": "pepper"}, "a": {"keep_last": 4}}})
+
+    assert shown == {"mask": {"e.mail": {"hash": MASK}, "a": {"keep_last": 4}}}
 
 
 # Rows of an outbox
