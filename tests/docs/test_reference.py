@@ -148,7 +148,7 @@ def test_every_function_that_people_may_call_is_in_the_reference(
             name
             for (name,) in connection.execute(
                 "select distinct p.proname::text from pg_proc as p"
-                " where p.pronamespace = 'pgtrickle'::regnamespace"
+                " where p.pronamespace = 'pgtrickle'::regnamespace and p.prokind = 'f'"
                 " and p.proname not like 'relay\\_%' and p.proname not like '%\\_of'"
                 " and has_function_privilege('pgtrickle_relay', p.oid, 'execute')"
             )
@@ -168,7 +168,8 @@ def test_the_reference_says_of_each_function_what_the_database_says(
             for name, arguments, comment, is_definer in connection.execute(
                 "select p.proname::text, pg_get_function_identity_arguments(p.oid),"
                 " obj_description(p.oid, 'pg_proc'), p.prosecdef"
-                " from pg_proc as p where p.pronamespace = 'pgtrickle'::regnamespace"
+                " from pg_proc as p"
+                " where p.pronamespace = 'pgtrickle'::regnamespace and p.prokind = 'f'"
             )
         }
 
