@@ -68,8 +68,10 @@ def test_a_filter_runs_as_the_owner_of_the_table_even_for_a_superuser(scene: Sce
 
 
 def test_a_backfill_function_that_its_owner_changed_is_not_called(scene: Scene) -> None:
+    # With the marks by which it is found.
     body = (
-        "language plpgsql security {} as $$ begin perform m.steal();"
+        "language plpgsql security {} as $$\n-- pgtrickle-relay backfill, layout 1\n"
+        "-- pgtrickle.relay_captured_table('outbox_own')\nbegin perform m.steal();"
         " return '{{\"rows\": 0}}'::jsonb; end $$"
     )
     arguments = "pipeline text, filter text, after_key text[], chunk_rows integer"
