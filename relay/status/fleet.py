@@ -12,6 +12,7 @@ import msgspec
 from relay.board import PipelineStatus, RelayStatus
 from relay.catalog import DeadLetterSummary, Lag, PipelineRow
 from relay.overview import PAUSED, WAITING
+from relay.partition import pipeline_of
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,14 +128,15 @@ def lines_of(fleet: Fleet, now: datetime) -> list[PipelineLine]:
 
 def delivered(fleet: Fleet) -> Mapping[str, int]:
     """Messages by direction since the relays started, with those of pipelines that rest now."""
-    directions = {row.name: row.direction for row in fleet.catalog}
+    # By pipeline: a reader of it may be gone, where it has fewer now.
+    directions = {row.pipeline: row.direction for row in fleet.catalog}
     total: Counter[str] = Counter()
     for relay in fleet.relays:
         for status in relay.pipelines:
-            directions[status.name] = status.direction
+            directions[pipeline_of(status.name)] = status.direction
             total[status.direction] += status.published + status.consumed
         for name, count in relay.delivered_before.items():
-            total[directions.get(name, "")] += count
+            total[directions.get(pipeline_of(name), "")] += count
     return total
 
 
