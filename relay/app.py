@@ -91,6 +91,7 @@ class Relay:
             board=self.board,
             render_metrics=self._metrics.render,
             measure_lag=self._housekeeping.observe_lag,
+            find_delivery=self.catalog.delivered,
         )
         self.events.subscribe(self.board)
 

@@ -178,6 +178,13 @@ class Lag(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str | None
 
 
+class Delivered(msgspec.Struct, frozen=True):
+    """Whether a pipeline is done with a row, and how many dead letters of it there are."""
+
+    is_settled: bool
+    dead_letters: int
+
+
 class Reader(msgspec.Struct, frozen=True, kw_only=True):
     """Who reads an outbox: a pipeline in a relay group, or a consumer group of an application.
 
@@ -711,6 +718,17 @@ class Catalog:
             list(pipelines),
         )
         return [Lag(**dict(row)) for row in rows]
+
+    async def delivered(self, pipeline: str, outbox_id: int) -> Delivered | None:
+        """What became of a row of an outbox; None where there is no such forward pipeline."""
+        row = await self._database.fetch_row(
+            "looking for a delivery",
+            "select is_settled, dead_letters from relay_delivered($1, $2, $3)",
+            self._group_id,
+            pipeline,
+            outbox_id,
+        )
+        return None if row is None else Delivered(**dict(row))
 
     async def readers(self) -> list[Reader]:
         """Who reads which outbox, in all relay groups, and how far each has come."""

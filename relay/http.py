@@ -6,6 +6,7 @@
 `/livez`           200 as long as the event loop answers
 `/readyz`          200 once the database is connected and it was decided what runs here
 `/health/drained`  200 when everything is delivered, 202 with what is not
+`/wait`            200 when a row of an outbox was delivered, 408 when not in time
 `/status`          the whole board
 =================  ==================================================================
 
@@ -26,6 +27,7 @@ import msgspec
 from aiohttp import web
 
 from relay.board import Board, RelayStatus
+from relay.catalog import Delivered
 from relay.errors import ConfigurationError, RelayError
 from relay.settings import MetricsSettings, parse_address
 
@@ -35,6 +37,13 @@ _log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 1.0
 _MEASURE_S = 5.0
+_WAIT_MS = 10_000
+_MOST_WAIT_MS = 600_000
+_MOST_ID = 2**63 - 1
+_MOST_DIGITS = 20
+# Between two looks at a delivery: short for who has just committed, and never many a second.
+_FIRST_PAUSE_S = 0.02
+_MOST_PAUSE_S = 0.5
 
 
 class HttpServer:
@@ -43,6 +52,8 @@ class HttpServer:
     ``render_metrics`` takes an Accept header and gives the exposition with its content type.
     ``measure_lag`` brings the board's lag up to date and is awaited before `/health/drained` is
     answered, so that the answer is not older than the question; it may raise `RelayError`.
+    ``find_delivery`` takes a pipeline and an outbox id, gives None for an unknown pipeline, and may
+    raise `RelayError`.
     """
 
     def __init__(
@@ -52,11 +63,13 @@ class HttpServer:
         board: Board,
         render_metrics: Render,
         measure_lag: Callable[[], Awaitable[None]],
+        find_delivery: Callable[[str, int], Awaitable[Delivered | None]],
     ) -> None:
         self._settings = settings
         self._board = board
         self._render_metrics = render_metrics
         self._measure_lag = measure_lag
+        self._find_delivery = find_delivery
         self._runner: web.AppRunner | None = None
         self._address: tuple[str, int] | None = None
 
@@ -110,6 +123,7 @@ class HttpServer:
         application.router.add_get("/livez", self._livez)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/health/drained", self._drained)
+        application.router.add_get("/wait", self._wait)
         application.router.add_get("/status", self._status)
         return application
 
@@ -156,8 +170,42 @@ class HttpServer:
             return _json({"status": "drained"})
         return _json({"status": "draining", "reason": reason, "pipelines": lagging}, 202)
 
+    async def _wait(self, request: web.Request) -> web.Response:
+        pipeline = request.query.get("pipeline", "")
+        outbox_id = _whole(request.query.get("outbox_id", ""), 1, _MOST_ID)
+        timeout_ms = _whole(request.query.get("timeout_ms", str(_WAIT_MS)), 0, _MOST_WAIT_MS)
+        if not pipeline or outbox_id is None or timeout_ms is None:
+            usage = f"/wait?pipeline=NAME&outbox_id=ID&timeout_ms=0 to {_MOST_WAIT_MS}"
+            return _json({"error": "bad request", "usage": usage}, 400)
+        asked = {"pipeline": pipeline, "outbox_id": outbox_id}
+        loop, pause_s, reason = asyncio.get_running_loop(), _FIRST_PAUSE_S, ""
+        ends_at = loop.time() + timeout_ms / 1000
+        while True:
+            try:
+                delivery = await self._find_delivery(pipeline, outbox_id)
+            except RelayError as error:
+                reason = str(error)
+            else:
+                reason = ""
+                if delivery is None:
+                    return _json({"error": "there is no such forward pipeline", **asked}, 404)
+                if delivery.is_settled:
+                    done = {"status": "delivered", "dead_letters": delivery.dead_letters}
+                    return _json({**done, **asked})
+            left_s = ends_at - loop.time()
+            if left_s <= 0:
+                return _json({"status": "not delivered yet", "reason": reason, **asked}, 408)
+            await asyncio.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _MOST_PAUSE_S)
+
     async def _status(self, _: web.Request) -> web.Response:
         return web.Response(body=self._board.snapshot().to_json(), content_type="application/json")
+
+
+def _whole(text: str, least: int, most: int) -> int | None:
+    """The number that a query parameter spells; None where it spells none from least to most."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS else -1
+    return number if least <= number <= most else None
 
 
 def _why(error: OSError) -> str:

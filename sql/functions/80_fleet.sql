@@ -201,3 +201,45 @@ $$;
 
 comment on function @schema@.relay_lag(text, text[]) is
     'Definer, since only functions read positions. How far the readers of these forward pipelines, these readers, or all, are behind their outboxes: one line for each reader. lag_rows is a distance of ids, null where the outbox is gone; pending gaps are not in it.';
+
+create or replace function @schema@.relay_delivered(relay_group_id text, pipeline text, outbox_id bigint)
+returns table (is_settled boolean, dead_letters bigint)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        bool_and(case
+            when g.group_id is null then
+                coalesce(o.last_change_id >= relay_delivered.outbox_id, false)
+                and not exists (
+                    select from @schema@.relay_pending_gaps as a
+                    where a.relay_group_id = o.relay_group_id and a.pipeline_id = o.pipeline_id
+                        and relay_delivered.outbox_id between a.first_id and a.last_id)
+            else
+                g.frontier >= relay_delivered.outbox_id
+                and not exists (
+                    select from @schema@.relay_group_gaps as a
+                    where a.group_id = g.group_id and relay_delivered.outbox_id between a.first_id and a.last_id)
+                and not exists (
+                    select from @schema@.relay_group_leases as a
+                    where a.group_id = g.group_id and relay_delivered.outbox_id = any (a.outbox_ids))
+                and not exists (
+                    select from @schema@.relay_group_returned as a
+                    where a.group_id = g.group_id and a.outbox_id = relay_delivered.outbox_id)
+        end),
+        (select count(*) from @schema@.relay_dlq as d
+         where d.relay_group_id = relay_delivered.relay_group_id and d.pipeline = c.name
+            and d.metadata ->> 'outbox_id' = relay_delivered.outbox_id::text)
+    from @schema@.relay_outbox_config as c
+    cross join lateral @schema@.relay_reader_names(c.name, @schema@.relay_partitioning(c.config)) as r (name)
+    left join @schema@.relay_consumer_offsets as o
+        on o.pipeline_id = r.name and o.relay_group_id = relay_delivered.relay_group_id
+    left join @schema@.relay_groups as g on g.group_name = c.config #>> '{source,consumer_group}'
+    where c.name = relay_delivered.pipeline
+    group by c.name
+$$;
+
+comment on function @schema@.relay_delivered(text, text, bigint) is
+    'Definer, since only functions read positions. Whether all readers of a forward pipeline are done with a row of its outbox, and how many dead letters of that row there are; nothing where there is no such pipeline. An id that holds no row is done with as soon as it is known that none comes.';

@@ -81,12 +81,16 @@ async def test_readers_deliver_count_and_retry_their_own_keys_and_change_without
     metrics = await world.page(relay, "/metrics")
     assert 'pipeline="p/3"' in metrics
 
+    refused = f"/wait?pipeline=p&outbox_id={len(GOOD) + len(REFUSED)}"
+    assert '"dead_letters":1,' in await world.page(relay, refused)
+
     await world.run("alter table pgtrickle.arrived drop constraint small")
     assert await world.value("select pgtrickle.relay_dlq_retry_all('p')") == len(REFUSED)
     both = {name: count + dealt(REFUSED, 3)[name] for name, count in dealt(GOOD, 3).items()}
     await until_shown(world, relay, "published", both)
     assert await arrived(world) == {*GOOD, *REFUSED}
     assert "drained" in await world.page(relay, "/health/drained")
+    assert '"dead_letters":0,' in await world.page(relay, refused)
 
     # Level readers owe nothing to those that come after them.
     since = len(relay.stderr)

@@ -183,6 +183,54 @@ def test_lag_counts_from_the_position_and_names_the_oldest_unsent_row(db: Sessio
     assert rows == [("grouped", 0, 3, 3, 0, None, True), ("p", 2, 3, 1, 1, "w1", True)]
 
 
+def test_a_row_is_delivered_when_all_readers_are_behind_it_and_it_is_no_gap(db: Session) -> None:
+    for _ in range(3):
+        publish(db)
+    sink = '"sink": {"type": "stdout"}'
+    for name, source, more in (
+        ("p", '"outbox": "events"', ""),
+        ("parted", '"outbox": "events"', ', "partitions": 2'),
+        ("grouped", '"outbox": "events", "consumer_group": "g"', ""),
+    ):
+        db.run(
+            "select pgtrickle.set_relay_outbox(%s, %s::jsonb)",
+            name,
+            f'{{"source": {{{source}}}, {sink}{more}}}',
+        )
+
+    def settled(name: str) -> list[tuple[object, ...]]:
+        return [
+            db.rows(
+                "select is_settled, dead_letters from pgtrickle.relay_delivered('default', %s, %s)",
+                name,
+                number,
+            )
+            for number in (1, 2, 3)
+        ]
+
+    assert settled("nobody") == [[], [], []]
+    assert settled("p") == [[(False, 0)]] * 3
+    db.run("select pgtrickle.relay_claim('default', 'p', 'outbox_events', 'w1')")
+    db.run(COMMIT, 1, 2, [], [1], [1])
+    assert settled("p") == [[(False, 0)], [(True, 0)], [(False, 0)]]
+
+    for reader in ("parted/1", "parted/2"):
+        db.run(
+            "insert into pgtrickle.relay_consumer_offsets"
+            " (relay_group_id, pipeline_id, last_change_id) values ('default', %s, %s)",
+            reader,
+            int(reader[-1]),
+        )
+    assert settled("parted") == [[(True, 0)], [(False, 0)], [(False, 0)]]
+
+    polled = db.rows("select lease_token from pgtrickle.poll_outbox('g', 'c', 2)")
+    assert settled("grouped") == [[(False, 0)]] * 3
+    db.run("select pgtrickle.commit_offset('g', 'c', 1, %s)", polled[0][0])
+    assert settled("grouped") == [[(True, 0)], [(False, 0)], [(False, 0)]]
+    db.run("select pgtrickle.relay_group_release('g', %s)", polled[0][0])
+    assert settled("grouped") == [[(True, 0)], [(False, 0)], [(False, 0)]]
+
+
 def test_a_pipeline_whose_outbox_is_gone_hides_no_other_lag(db: Session) -> None:
     db.run(
         "insert into pgtrickle.relay_outbox_config (name, config)"

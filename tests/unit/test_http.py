@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from relay.board import Board
+from relay.catalog import Delivered
 from relay.errors import ConfigurationError, Outage
 from relay.events import (
     CatalogObserved,
@@ -37,12 +38,22 @@ class Site:
         self.metrics = Metrics(self.board)
         self.session = session
         self.lag: int | Exception = 0
+        # What each look at a delivery finds, the last one again and again.
+        self.deliveries: list[Delivered | Exception | None] = [None]
         self.server = HttpServer(
             LOOPBACK,
             board=self.board,
             render_metrics=self.metrics.render,
             measure_lag=self.measure_lag,
+            find_delivery=self.find_delivery,
         )
+
+    async def find_delivery(self, pipeline: str, outbox_id: int) -> Delivered | None:
+        assert (pipeline, outbox_id) == ("p", 7)
+        found = self.deliveries.pop(0) if len(self.deliveries) > 1 else self.deliveries[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def measure_lag(self) -> None:
         if isinstance(self.lag, Exception):
@@ -214,6 +225,52 @@ async def test_drained_is_202_before_it_is_known_what_runs_here(site: Site) -> N
     assert (status, body["reason"]) == (202, "not ready")
 
 
+async def test_wait_is_200_as_soon_as_the_row_is_settled(site: Site) -> None:
+    site.deliveries = [
+        Delivered(is_settled=False, dead_letters=0),
+        Outage("connection refused"),
+        Delivered(is_settled=True, dead_letters=1),
+    ]
+
+    assert await site.get("/wait?pipeline=p&outbox_id=7") == (
+        200,
+        {"status": "delivered", "dead_letters": 1, "pipeline": "p", "outbox_id": 7},
+    )
+
+
+async def test_wait_is_408_when_the_time_is_over_and_says_what_keeps_it_from_looking(
+    site: Site,
+) -> None:
+    site.deliveries = [Delivered(is_settled=False, dead_letters=0)]
+    assert await site.get("/wait?pipeline=p&outbox_id=7&timeout_ms=1") == (
+        408,
+        {"status": "not delivered yet", "reason": "", "pipeline": "p", "outbox_id": 7},
+    )
+
+    site.deliveries = [Outage("connection refused")]
+    status, body = await site.get("/wait?pipeline=p&outbox_id=7&timeout_ms=0")
+    assert (status, body["reason"]) == (408, "connection refused")
+
+
+async def test_wait_is_404_for_an_unknown_pipeline_and_400_for_what_it_can_not_read(
+    site: Site,
+) -> None:
+    assert (await site.get("/wait?pipeline=p&outbox_id=7"))[0] == 404
+    for query in (
+        "",
+        "pipeline=p",
+        "outbox_id=7",
+        "pipeline=p&outbox_id=x",
+        "pipeline=p&outbox_id=0",
+        "pipeline=p&outbox_id=9223372036854775808",
+        "pipeline=p&outbox_id=7&timeout_ms=600001",
+        "pipeline=p&outbox_id=7&timeout_ms=-1",
+    ):
+        status, body = await site.get(f"/wait?{query}")
+        assert (status, body["error"]) == (400, "bad request"), query
+        assert str(body["usage"]).startswith("/wait?pipeline=NAME&outbox_id=ID")
+
+
 async def test_status_is_the_board(site: Site) -> None:
     site.run_a_pipeline()
 
@@ -290,7 +347,11 @@ async def test_disabled_metrics_open_no_port() -> None:
     settings = MetricsSettings(enabled=False, addr="127.0.0.1:0")
 
     async with HttpServer(
-        settings, board=board, render_metrics=metrics.render, measure_lag=_nothing_to_measure
+        settings,
+        board=board,
+        render_metrics=metrics.render,
+        measure_lag=_nothing_to_measure,
+        find_delivery=_nothing_delivered,
     ) as server:
         assert server.address is None
 
@@ -308,6 +369,7 @@ async def test_an_address_in_use_is_an_error_that_names_the_setting() -> None:
             board=board,
             render_metrics=metrics.render,
             measure_lag=_nothing_to_measure,
+            find_delivery=_nothing_delivered,
         )
 
         with pytest.raises(ConfigurationError) as raised:
@@ -333,6 +395,10 @@ def test_an_address_is_host_and_port(addr: str, expected: tuple[str | None, int]
 def test_another_address_is_an_error_that_names_the_setting(addr: str) -> None:
     with pytest.raises(ConfigurationError, match=r"metrics\.addr"):
         parse_address(addr)
+
+
+async def _nothing_delivered(_: str, __: int) -> None:
+    return None
 
 
 async def _nothing_to_measure() -> None:

@@ -56,6 +56,7 @@ def test_values_are_escaped_as_documented(value: str, escaped: str) -> None:
     assert escape(value) == escaped
 
 
+@pytest.mark.shows("error:NameInvalid")
 @pytest.mark.parametrize(
     "subject", ["", "a..b", ".a", "a.", "a b", "a.*", "a.>.b", "a\r\nPUB b", "a\tb", "a\x00"]
 )
