@@ -42,8 +42,6 @@ LEFT_OUT = {
         "kafka-topics.sh --bootstrap-server broker:9092 --create --topic orders --pa",
     ),
     ("docs/RELAY.md", "usage: pgtrickle-relay [command] [flags] [key=value | +group=option ...]"),
-    ("docs/OPERATIONS.md", "# /etc/systemd/system/pgtrickle-relay.service"),
-    ("docs/OPERATIONS.md", "docker build -t grove/pgtrickle-relay:0.29.0 ."),
 }
 
 ALL_BLOCKS = [block for page in EXECUTED_PAGES for block in blocks(page)]
