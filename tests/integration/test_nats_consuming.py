@@ -216,6 +216,29 @@ async def test_rejecting_releases_in_order_what_is_waiting_too(broker: Broker) -
     await source.aclose()
 
 
+async def test_what_waits_at_the_server_to_come_again_does_not_overtake_what_is_released(
+    broker: Broker, tcp_proxy: Proxies
+) -> None:
+    await feed(broker, numbered(200))
+    proxy = await tcp_proxy(*port_of(broker.server.url))
+    source = source_of(proxy.url(broker.server.url), batch_size=20)
+    await source.connect()
+    held = [await source.poll() for _ in range(4)]
+    await source.reject(held[0])
+
+    # Each time the first of them come again, and the rest is still waiting.
+    (part, *_) = await collect(source, 1)
+    await source.reject(part)
+    (part, *_) = await collect(source, 1)
+    await proxy.reset_connections()
+    await reconnect(source.connect)
+
+    assert dedup_keys(messages_of([part]))[0] == "m:0"
+    again = await collect(source, 200, timeout_s=AT_ONCE_S)
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(200))
+    await source.aclose()
+
+
 async def test_what_is_on_its_way_while_requests_end_comes_again_in_order(
     broker: Broker,
 ) -> None:

@@ -51,6 +51,9 @@ _CHUNK_MESSAGES = 4096
 
 _ACK = b"+ACK"
 _NAK = b"-NAK"
+# Takes a message off the server's redelivery queue until the time is over, in ns. A message that is
+# on the queue already keeps its place at a nack without a delay.
+_UNQUEUE = b'-NAK {"delay": 1000000000}'
 _PROGRESS = b"+WPI"
 
 _NO_RESPONDERS = "503"
@@ -320,7 +323,7 @@ class NatsSource:
             wait_s = self._options.ack_wait_seconds + _EXPIRY_MARGIN_S
             self._pull_from_s = time.monotonic() + wait_s
         else:
-            await self._settle(connection, replies, _NAK)
+            await self._settle(connection, replies, _UNQUEUE, _NAK)
 
     def _replies_to_all(self, consumer: ConsumerInfo) -> Sequence[str] | None:
         """Where to answer all unacknowledged deliveries; None where they lie too far apart."""
@@ -377,7 +380,7 @@ class NatsSource:
         if consumer is not None and (consumer.num_ack_pending or 0) > len(replies):
             # Something was on its way to the subscription when it ended.
             replies = self._replies_to_all(consumer) or replies
-        await self._settle(connection, replies, _NAK)
+        await self._settle(connection, replies, _UNQUEUE, _NAK)
 
     async def _on_message(self, message: Received) -> None:
         if not message.reply.startswith("$JS.ACK."):
@@ -456,15 +459,17 @@ class NatsSource:
         )
         return plain if error is None else Rejected(plain, error)
 
-    async def _settle(self, connection: Connection, replies: Sequence[str], verb: bytes) -> None:
-        """Answer all deliveries and wait until the server confirms each. Raises `Outage`."""
+    async def _settle(
+        self, connection: Connection, replies: Sequence[str], *answers: bytes
+    ) -> None:
+        """Answer each delivery and wait until the server confirms all. Raises `Outage`."""
         for start in range(0, len(replies), _CHUNK_MESSAGES):
             chunk = replies[start : start + _CHUNK_MESSAGES]
             self._count_settled += 1
             shared = f"{self._confirmations}.{self._count_settled}"
-            settling = self._settling[shared] = _Settling(left=len(chunk))
+            settling = self._settling[shared] = _Settling(left=len(chunk) * len(answers))
             try:
-                lines = (_published(reply, verb, shared) for reply in chunk)
+                lines = (_published(one, body, shared) for one in chunk for body in answers)
                 await connection.send(lines, timeout_s=_ANSWER_TIMEOUT_S)
                 await connection.ask(settling.is_over.wait(), "acknowledging")
             finally:
