@@ -397,6 +397,21 @@ async def test_messages_larger_than_a_batch_are_handed_out_one_at_a_time(
     await source.aclose()
 
 
+async def test_messages_of_any_size_come_again_in_order(broker: Broker) -> None:
+    count = 12
+    for number in range(count):
+        body = b'"%s"' % (b"x" * (900_000, 300_000)[number % 2])
+        await broker.put("orders.theirs", body, {"Nats-Msg-Id": f"m:{number}"})
+    source = await connected(broker, batch_bytes=1000)
+    held = await collect(source, count // 2)
+    await source.reject(held[0])
+
+    again = await collect(source, count, timeout_s=AT_ONCE_S)
+
+    assert dedup_keys(messages_of(again)) == dedup_keys(numbered(count))
+    await source.aclose()
+
+
 async def test_a_silent_server_is_an_outage_within_seconds(
     broker: Broker, tcp_proxy: Proxies
 ) -> None:

@@ -98,6 +98,8 @@ class NatsSource:
         self._expected = 0
         self._request_ends_s = 0.0
         self._is_next_single = False
+        # How many of the messages that were nacked have not come again.
+        self._redeliveries = 0
         # By the monotonic clock, before when nothing is asked for.
         self._pull_from_s = 0.0
         # With their stream sequence.
@@ -314,7 +316,8 @@ class NatsSource:
         works on them. The server ignores answers to what is not pending.
         """
         self._pull_from_s = 0.0
-        if not consumer.num_ack_pending:
+        self._redeliveries = consumer.num_ack_pending or 0
+        if not self._redeliveries:
             return
         replies = self._replies_to_all(consumer)
         if replies is None:
@@ -349,8 +352,14 @@ class NatsSource:
         if len(self._buffer) + self._expected > self._batch_size // 2:
             return
         wanted = 1 if self._is_next_single else self._batch_size
+        if self._redeliveries:
+            # The server puts a redelivery that max_bytes leaves no room for behind all others. They
+            # were in memory together once, so no more than them is asked for, whatever their size.
+            wanted = min(self._batch_size, self._redeliveries - self._expected)
+            if wanted <= 0:
+                return
         request = {"batch": wanted, "expires": int(POLL_WAIT_S * 10**9)}
-        if not self._is_next_single:
+        if not (self._is_next_single or self._redeliveries):
             request["max_bytes"] = max(self._batch_bytes, 2 * connection.client.max_payload)
         self._is_next_single = False
         self._expected += wanted
@@ -377,9 +386,11 @@ class NatsSource:
         # What is nacked may be here again before all nacks are confirmed.
         self._held.clear()
         self._buffer.clear()
-        if consumer is not None and (consumer.num_ack_pending or 0) > len(replies):
-            # Something was on its way to the subscription when it ended.
-            replies = self._replies_to_all(consumer) or replies
+        if consumer is not None:
+            self._redeliveries = consumer.num_ack_pending or 0
+            if self._redeliveries > len(replies):
+                # Something was on its way to the subscription when it ended.
+                replies = self._replies_to_all(consumer) or replies
         await self._settle(connection, replies, _UNQUEUE, _NAK)
 
     async def _on_message(self, message: Received) -> None:
@@ -391,6 +402,7 @@ class NatsSource:
         is_copy = sequence in self._held
         self._held[sequence] = message.reply
         if not is_copy:
+            self._redeliveries = max(0, self._redeliveries - 1)
             self._buffer.append((sequence, message))
             self._wake.set()
 
