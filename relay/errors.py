@@ -20,6 +20,7 @@ RelayError
 │   └── LeaseLost             the lease on these outbox rows ran out
 ├── MessageRejected           kind message: this one message, for good
 │   ├── MessageTooLarge       found before sending; names the limit
+│   ├── NameInvalid           found before sending; no name of the broker can be like that
 │   └── MessageUndecodable    what was read is not what the format promises
 └── EndOfInput                not a failure: the source has nothing more, ever
 ```

@@ -199,7 +199,7 @@ def test_pages_speak_of_the_version_of_this_program() -> None:
 
     named = {
         found
-        for page in ("README.md", "docs/OPERATIONS.md")
+        for page in ("README.md", "docs/INSTALL.md")
         for found in re.findall(
             r"pgtrickle-relay:(\d+\.\d+\.\d+)", Path(REPOSITORY, page).read_text()
         )

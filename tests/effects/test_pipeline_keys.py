@@ -253,7 +253,10 @@ async def test_the_types_say_what_is_connected_and_each_is_said_once(
     )
     wrong = {
         "sink.type": {"source": {"outbox": "orders"}, "sink": {"type": "pg-inbox", "inbox": "a"}},
-        "source.type": {"source": {"outbox": "orders", "type": "nats"}, "sink": {"type": "nats"}},
+        "source.type": {
+            "source": {"outbox": "orders", "type": "nats"},
+            "sink": {"type": "nats", "url": "nats://127.0.0.1:1"},
+        },
     }
     for key, config in wrong.items():
         # The functions refuse this; a row may still be edited by hand.

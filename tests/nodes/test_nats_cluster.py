@@ -17,6 +17,7 @@ from relay.errors import ErrorKind
 from relay.message import RelayMessage
 from tests.contract.nats_broker import sink_of
 from tests.integration.relay_surroundings import (
+    Event,
     NatsWorld,
     RelayWorld,
     assert_each_once_or_repeated_with_its_key,
@@ -109,13 +110,14 @@ async def test_what_was_confirmed_survives_leaders_that_die(
             await cluster.leader(stream.stream)
             await asyncio.to_thread(leader.start)
 
-    async def is_all_there() -> bool:
+    async def all_events() -> list[Event] | None:
+        # While there is no leader nobody answers.
         with contextlib.suppress(Error, TimeoutError):
-            return await stream.count() >= ROWS
-        return False
+            if await stream.count() >= ROWS:
+                return await stream.events()
+        return None
 
-    await until(is_all_there, timeout_s=ELECTION_S)
-    events = await stream.events()
+    events = await until(all_events, timeout_s=ELECTION_S)
     assert_each_once_or_repeated_with_its_key(events, range(1, ROWS + 1))
     assert_first_occurrences_are_in_order(events)
 
