@@ -131,16 +131,16 @@ class Shape:
             ) from None
         if self._select is not None:
             row = {name: row[name] for name in (*self._select, _OMITTED) if name in row}
-        told: dict[str, object] = {}
+        columns: dict[str, object] = {}
         for name, value in row.items():
             if name in self._exclude:
                 continue
             new_name = self._rename.get(name, name)
-            if new_name in told:
+            if new_name in columns:
                 raise MessageUndecodable(f"rename gives two columns the name {new_name}")
             mask = self._masks.get(name)
-            told[new_name] = value if mask is None else _masked(mask, bytes(value))
-        return msgspec.structs.replace(message, payload=msgspec.json.encode(told))
+            columns[new_name] = value if mask is None else _masked(mask, bytes(value))
+        return msgspec.structs.replace(message, payload=msgspec.json.encode(columns))
 
 
 def shape_of(

@@ -108,6 +108,36 @@ async def drain(
     }, stored
 
 
+async def in_turns(
+    around: Surroundings,
+    row: str,
+    *,
+    plain: str,
+    other: str,
+    events: int,
+    runs: int,
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, float]], int]:
+    """The same backlog by a pipeline that has what the row is about, and by a plain one.
+
+    A result of each turn, named after the plain one, and how many events arrived in all.
+    """
+    results: list[dict[str, float]] = []
+    received = 0
+    for run in range(1, runs + 1):
+        await fill(around, events)
+        without, stored = await drain(around, plain, events)
+        received += len(stored)
+        measured, stored = await drain(around, other, events)
+        received += len(stored)
+        per_s, plain_per_s = measured["per_s"], without["per_s"]
+        results.append(
+            {"per_s": per_s, f"{plain}_per_s": plain_per_s, f"of_{plain}": per_s / plain_per_s}
+        )
+        say(f"{row} {run}/{runs}: {per_s:,.0f}/s, without a {row} {plain_per_s:,.0f}/s")
+    return results, received
+
+
 def _message_id(message: StoredMessage) -> bytes:
     return message.block.partition(_MESSAGE_ID)[2].partition(b"\r\n")[0]
 

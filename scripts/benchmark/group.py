@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from scripts.benchmark.forward import drain, fill
+from scripts.benchmark.forward import in_turns
 from scripts.benchmark.orders import make_table
 from scripts.benchmark.row import Row, Target
 from scripts.benchmark.surroundings import Surroundings, surroundings
@@ -32,30 +32,15 @@ async def group(*, events: int, runs: int, seconds: float, say: Callable[[str], 
 
     Then so many workers poll and commit at once, without a relay, for so many seconds.
     """
-    results: list[dict[str, float]] = []
-    received = 0
     async with surroundings() as around:
         await make_table(around.postgres, "orders")
         await around.postgres.execute("select pgtrickle.enable_outbox('orders')")
         await around.set_pipeline(_ALONE, "orders", is_enabled=False)
         await around.set_pipeline(_GROUPED, "orders", group=_GROUPED, is_enabled=False)
         async with around.relay():
-            for run in range(1, runs + 1):
-                await fill(around, events)
-                alone, stored = await drain(around, _ALONE, events)
-                received += len(stored)
-                grouped, stored = await drain(around, _GROUPED, events)
-                received += len(stored)
-                result = {
-                    "per_s": grouped["per_s"],
-                    "alone_per_s": alone["per_s"],
-                    "of_alone": grouped["per_s"] / alone["per_s"],
-                }
-                results.append(result)
-                say(
-                    f"group {run}/{runs}: {result['per_s']:,.0f}/s,"
-                    f" without a group {result['alone_per_s']:,.0f}/s"
-                )
+            results, received = await in_turns(
+                around, "group", plain=_ALONE, other=_GROUPED, events=events, runs=runs, say=say
+            )
         commits_ms, bare_ms = await _commits_ms(around, seconds)
     figures = {name: median(result[name] for result in results) for name in results[0]}
     figures["commit_p50_ms"] = median(commits_ms)

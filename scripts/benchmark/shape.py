@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from scripts.benchmark.forward import drain, fill
+from scripts.benchmark.forward import in_turns
 from scripts.benchmark.orders import make_table
 from scripts.benchmark.row import Row, Target
 from scripts.benchmark.surroundings import surroundings
@@ -23,8 +23,6 @@ _KEYS: Final = {"where": 'payload.status == "new" && payload.total > 10', "exclu
 
 async def shape(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
     """The same backlog by a pipeline without a shape and by one with a condition, in turns."""
-    results: list[dict[str, float]] = []
-    received = 0
     async with surroundings() as around:
         await make_table(around.postgres, "orders")
         await around.postgres.execute("select pgtrickle.enable_outbox('orders')")
@@ -36,22 +34,9 @@ async def shape(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
             *(_SHAPED, msgspec.json.encode(_KEYS).decode()),
         )
         async with around.relay():
-            for run in range(1, runs + 1):
-                await fill(around, events)
-                whole, stored = await drain(around, _WHOLE, events)
-                received += len(stored)
-                shaped, stored = await drain(around, _SHAPED, events)
-                received += len(stored)
-                result = {
-                    "per_s": shaped["per_s"],
-                    "whole_per_s": whole["per_s"],
-                    "of_whole": shaped["per_s"] / whole["per_s"],
-                }
-                results.append(result)
-                say(
-                    f"shape {run}/{runs}: {result['per_s']:,.0f}/s,"
-                    f" without a shape {result['whole_per_s']:,.0f}/s"
-                )
+            results, received = await in_turns(
+                around, "shape", plain=_WHOLE, other=_SHAPED, events=events, runs=runs, say=say
+            )
     figures = {name: median(result[name] for result in results) for name in results[0]}
     return Row(
         name="shape",

@@ -195,10 +195,10 @@ class ClaimCheckReader:
                 and key == decoder.key_of(event, twin)
                 and decoder.goes_out(event, "insert" if is_deleted else "delete", twin)
             )
-            told = decoder.rows_of(event, op, [row or b"null"], index, aside)
+            made = decoder.rows_of(event, op, [row or b"null"], index, aside)
             if has_twin:
-                told = [] if is_deleted else [msgspec.structs.replace(m, op="update") for m in told]
-            messages += told
+                made = [] if is_deleted else [msgspec.structs.replace(m, op="update") for m in made]
+            messages += made
         return decoder.updated(messages, aside)
 
     def _twin_distance(self, contents: _Contents) -> int | None:
