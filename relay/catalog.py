@@ -225,8 +225,8 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime
 
     @property
-    def told(self) -> str:
-        """The progress in words."""
+    def progress(self) -> str:
+        """How far it is, in words."""
         of_about = (
             ""
             if self.is_filtered or not self.estimated_rows

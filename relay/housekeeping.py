@@ -165,7 +165,7 @@ class Housekeeping:
             is_news = backfill.state != "finished" if before is None else backfill not in before
             if is_news and backfill.outbox_table in outboxes:
                 level = logging.WARNING if backfill.state == "interrupted" else logging.INFO
-                _log.log(level, "%s", backfill.told)
+                _log.log(level, "%s", backfill.progress)
 
     async def _report_to_fleet(self) -> None:
         await self._catalog.report(self._worker_id, self._report())

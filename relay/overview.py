@@ -140,7 +140,7 @@ def table_of(seen: Overview) -> Iterator[str]:
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
     for row in (head, *rows):
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-    yield from (backfill.told for backfill in seen.backfills)
+    yield from (backfill.progress for backfill in seen.backfills)
 
 
 def report_of(row: FleetRow) -> RelayStatus | None:

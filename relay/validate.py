@@ -123,10 +123,10 @@ async def validate(
             try:
                 sides = assembly.sides(row)
                 if samples and row.direction == "forward" and not wrong:
-                    found, told = await _samples(row, sides, samples)
+                    found, summary = await _samples(row, sides, samples)
                     shown += found
-                    if told:
-                        left_out[row.name] = told
+                    if summary:
+                        left_out[row.name] = summary
             except RelayError as error:
                 if str(error) not in [f"{one.problem}{_aside(one.remedy)}" for one in wrong]:
                     findings.append(_finding(where, error))
@@ -153,8 +153,8 @@ def lines_of(validation: Validation) -> Iterator[str]:
         for header, text in sample.headers.items():
             yield f"  {header}: {text}"
         yield f"  {sample.body}"
-    for name, told in validation.left_out.items():
-        yield f"{name}: {told}"
+    for name, summary in validation.left_out.items():
+        yield f"{name}: {summary}"
     if validation.is_valid:
         names = ", ".join(validation.pipelines) or "no pipeline yet"
         yield f"valid: settings, {names}"
@@ -308,8 +308,8 @@ async def _samples(row: PipelineRow, sides: Sides, most: int) -> tuple[list[Samp
                     found.append(_sample(row, out, encoded.headers, body, ""))
             if batch.is_end_of_backlog or not events:
                 break
-    told = f"ops and where leave out {left_out} of {looked_at} events" if left_out else ""
-    return found[:most], told
+    summary = f"ops and where leave out {left_out} of {looked_at} events" if left_out else ""
+    return found[:most], summary
 
 
 @asynccontextmanager
