@@ -3,12 +3,8 @@
 -- A caller's name is looked up once, and means what it means to the caller: by functions without a
 -- search_path of their own. Everything behind them takes the name of the outbox table.
 
-create or replace function @schema@.relay_relation(relation_name text)
-returns oid
-language plpgsql
-stable
-security invoker
-as $$
+create or replace function @schema@.relay_relation(relation_name text) returns oid
+language plpgsql stable security invoker as $$
 begin
     return pg_catalog.to_regclass(relation_name);
 exception
@@ -18,24 +14,15 @@ exception
         return null;
 end
 $$;
-
 comment on function @schema@.relay_relation(text) is
     'The relation that this text names to the caller; null if none, whatever the text.';
 
 create or replace function @schema@.relay_bound_triggers(outbox_table text)
 returns table (
-    target oid,
-    trigger_name name,
-    trigger_type integer,
-    function_id oid,
-    argument text,
+    target oid, trigger_name name, trigger_type integer, function_id oid, argument text,
     is_owned boolean
 )
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select
         t.tgrelid, t.tgname, t.tgtype::integer, t.tgfoid,
         convert_from(substring(t.tgargs from 1 for greatest(position(decode('00', 'hex') in t.tgargs) - 1, 0)), 'SQL_ASCII'),
@@ -48,34 +35,24 @@ as $$
         and d.refobjid = to_regclass(format('%I.%I', @schema_name@, outbox_table))
         and t.tgrelid <> d.refobjid
 $$;
-
 comment on function @schema@.relay_bound_triggers(text) is
     'The triggers tied to an outbox. PostgreSQL itself keeps the link, through the condition of each trigger: it follows renames and a dump; the clones of a row trigger in partitions are not tied. Anybody may name an outbox in a trigger: it is owned where its function belongs to who may grant inserting into the outbox.';
 
-create or replace function @schema@.relay_captured_table(outbox_table text)
-returns oid
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_captured_table(outbox_table text) returns oid
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     -- Only the stream table itself has a truncate trigger, never one of its partitions.
     select t.target
     from @schema@.relay_bound_triggers(outbox_table) as t
     where t.is_owned and t.trigger_type & 32 <> 0
     limit 1
 $$;
-
 comment on function @schema@.relay_captured_table(text) is
     'The table that an outbox captures now, whatever it is called; null where there is none.';
 
-create or replace function @schema@.relay_find_outbox(outbox text, relation oid, is_required boolean default false)
-returns text
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_find_outbox(
+    outbox text, relation oid, is_required boolean default false
+) returns text
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
     words text[];
     found_names text[];
@@ -143,54 +120,31 @@ begin
     return found_names[1];
 end
 $$;
-
 comment on function @schema@.relay_find_outbox(text, oid, boolean) is
     'The outbox table of a stream table or outbox named so; null, or RL003 where it is required, if there is none. Definer: who asks may not read the catalog.';
 
-create or replace function @schema@.relay_outbox_named(outbox text)
-returns text
-language sql
-stable
-security invoker
-as $$
+create or replace function @schema@.relay_outbox_named(outbox text) returns text
+language sql stable security invoker as $$
     select @schema@.relay_find_outbox(outbox, @schema@.relay_relation(outbox), true)
 $$;
-
 comment on function @schema@.relay_outbox_named(text) is
     'The outbox table of a stream table or outbox that this text names to the caller; RL003 if there is none.';
 
 create or replace function @schema@.relay_settings(outbox_table text)
 returns @schema@.pgt_outbox_config
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select c from @schema@.pgt_outbox_config as c where c.outbox_table_name = outbox_table
 $$;
-
 comment on function @schema@.relay_settings(text) is
     'The settings of an outbox; null if there is none. Definer: who asks may not read the catalog; it shows no event.';
 
 create or replace function @schema@.relay_outbox_of(outbox_table text)
 returns table (
-    outbox_relation text,
-    outbox_oid oid,
-    stream_table text,
-    delta_relation text,
-    key_columns text[],
-    pgt_id uuid,
-    retention_hours integer,
-    sequence_cache bigint,
-    last_id bigint,
-    max_id bigint,
-    swept_through bigint
+    outbox_relation text, outbox_oid oid, stream_table text, delta_relation text,
+    key_columns text[], pgt_id uuid, retention_hours integer, sequence_cache bigint, last_id bigint,
+    max_id bigint, swept_through bigint
 )
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
     outbox_relation := format('%I.%I', @schema_name@, relay_outbox_of.outbox_table);
@@ -218,44 +172,28 @@ begin
     return next;
 end
 $$;
-
 comment on function @schema@.relay_outbox_of(text) is
     'What a reader of an outbox must know; relations are quoted for use in SQL text. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none. Definer: readers may not see the catalog.';
 
-create or replace function @schema@.relay_note_drained(outbox_table text)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_note_drained(outbox_table text) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     update @schema@.pgt_outbox_config as c
     set last_drained_at = now()
     where c.outbox_table_name = outbox_table
 $$;
-
 comment on function @schema@.relay_note_drained(text) is
     'Notes when an outbox was last read to the end of a claim check. Definer: readers may not write the catalog.';
 
 create or replace function @schema@.outbox_rows_consumed(stream_table text, outbox_id bigint)
 returns void
-language sql
-volatile
-security invoker
-as $$
+language sql volatile security invoker as $$
     select @schema@.relay_note_drained(@schema@.relay_outbox_named(stream_table))
 $$;
-
 comment on function @schema@.outbox_rows_consumed(text, bigint) is
     'A reader is through with the rows of a claim check. They stay, since other pipelines may still need them, until retention sweeps them with their outbox row.';
 
-create or replace function @schema@.relay_status(outbox_table text)
-returns jsonb
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_status(outbox_table text) returns jsonb
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     counts jsonb;
 begin
@@ -281,19 +219,13 @@ begin
         - '{outbox_table_name, delta_table_name, sleep_sequence_name, pgt_id, capture_schema, capture_function, snapshot_through, had_rows}'::text[];
 end
 $$;
-
 comment on function @schema@.relay_status(text) is
     'Part of outbox_status: settings and counts, with the caller''s own rights.';
 
-create or replace function @schema@.outbox_status(stream_table text)
-returns jsonb
-language sql
-stable
-security invoker
-as $$
+create or replace function @schema@.outbox_status(stream_table text) returns jsonb
+language sql stable security invoker as $$
     select @schema@.relay_status(@schema@.relay_outbox_named(stream_table))
 $$;
-
 comment on function @schema@.outbox_status(text) is
     'State of an outbox as JSON, for relays and the owner of the table; counts its rows, so it reads the whole outbox.';
 
@@ -301,13 +233,10 @@ comment on function @schema@.outbox_status(text) is
 -- Waking
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_sleep(outbox_table text, sleeper text, seconds integer default null)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_sleep(
+    outbox_table text, sleeper text, seconds integer default null
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     -- One after the other, so that each sees all sleepers: what it sets is not undone by another.
     perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':sleep ' || outbox_table, 0));
@@ -337,36 +266,23 @@ begin
     where c.outbox_table_name = outbox_table;
 end
 $$;
-
 comment on function @schema@.relay_sleep(text, text, integer) is
     'Says that a relay sleeps on an outbox for so long, so that publishers notify meanwhile; null: it is awake. Definer: the flags are no business of others.';
 
-create or replace function @schema@.relay_wake(channel text, outbox_table text)
-returns uuid
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_wake(channel text, outbox_table text) returns uuid
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     perform pg_notify(channel, outbox_table);
     return gen_random_uuid();
 end
 $$;
-
 comment on function @schema@.relay_wake(text, text) is
     'Wakes relays that sleep on an outbox, once the transaction commits. Called by the default of a column, which costs a third of a trigger, and returns a value for it.';
 
-create or replace function @schema@.relay_channel(base text)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_channel(base text) returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select base || case @schema_name@ when 'pgtrickle' then '' else '_' || left(md5(@schema_name@), 8) end
 $$;
-
 comment on function @schema@.relay_channel(text) is
     'Name of a notification channel: in another schema than the default one with a digest of its name.';
 
@@ -375,17 +291,9 @@ comment on function @schema@.relay_channel(text) is
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_publish(
-    outbox_table text,
-    inserted jsonb,
-    deleted jsonb,
-    headers jsonb
-)
-returns bigint
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    outbox_table text, inserted jsonb, deleted jsonb, headers jsonb
+) returns bigint
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     inserted_rows bigint;
@@ -445,24 +353,15 @@ begin
     return published_id;
 end
 $$;
-
 comment on function @schema@.relay_publish(text, jsonb, jsonb, jsonb) is
     'Writes one row to an outbox with the caller''s own rights, see outbox_publish.';
 
 create or replace function @schema@.outbox_publish(
-    stream_table text,
-    inserted jsonb,
-    deleted jsonb default '[]',
-    headers jsonb default '{}'
-)
-returns bigint
-language sql
-volatile
-security invoker
-as $$
+    stream_table text, inserted jsonb, deleted jsonb default '[]', headers jsonb default '{}'
+) returns bigint
+language sql volatile security invoker as $$
     select @schema@.relay_publish(@schema@.relay_outbox_named(stream_table), inserted, deleted, headers)
 $$;
-
 comment on function @schema@.outbox_publish(text, jsonb, jsonb, jsonb) is
     'Publishes rows in the current transaction and returns the outbox id; null when both arrays are empty. Headers travel to the broker. The right to insert into the outbox table is the check.';
 

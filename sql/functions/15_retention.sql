@@ -2,17 +2,10 @@
 
 create or replace function @schema@.relay_outbox_readers(p_outbox_table text)
 returns table (
-    relay_group_id text,
-    pipeline_id text,
-    group_id bigint,
-    reads_above bigint,
+    relay_group_id text, pipeline_id text, group_id bigint, reads_above bigint,
     start_gaps int8multirange
 )
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select
         o.relay_group_id, coalesce(o.pipeline_id, c.name), null::bigint, coalesce(o.last_change_id, c.start_after_id),
         case when o.last_change_id is null then c.start_gaps else '{}' end
@@ -42,17 +35,13 @@ as $$
             select from @schema@.relay_groups as g
             where g.group_name = c.config #>> '{source,consumer_group}')
 $$;
-
 comment on function @schema@.relay_outbox_readers(text) is
     'Who reads an outbox, and above which id, its pending gaps aside: pipelines, enabled or not, each of their readers in each relay group, and consumer groups. One that has not begun stands at its start; a pipeline whose group was dropped, at the first row.';
 
-create or replace function @schema@.relay_sweep_outbox(outbox_table text, max_rows integer default 1000)
-returns bigint
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_sweep_outbox(
+    outbox_table text, max_rows integer default 1000
+) returns bigint
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     swept_table text not null := relay_sweep_outbox.outbox_table;
     batch_rows integer not null := relay_sweep_outbox.max_rows;
@@ -128,19 +117,12 @@ begin
     return v_deleted_rows;
 end
 $$;
-
 comment on function @schema@.relay_sweep_outbox(text, integer) is
     'Definer, since readers may not delete. Deletes up to max_rows rows, with their delta rows, that are past retention and behind every reader, and returns how many; 0 while another relay sweeps.';
 
-create or replace function @schema@.relay_swept_outboxes()
-returns setof text
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_swept_outboxes() returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select c.outbox_table_name::text from @schema@.pgt_outbox_config as c order by 1
 $$;
-
 comment on function @schema@.relay_swept_outboxes() is
     'Definer, since relays may not read the settings. The outboxes that relays sweep, whoever reads them.';

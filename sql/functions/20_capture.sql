@@ -6,11 +6,7 @@
 
 create or replace function @schema@.relay_family(relation oid)
 returns table (member oid, kind "char", is_child boolean)
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     with recursive family as (
         select relation as id, false as is_child
         union
@@ -22,19 +18,15 @@ as $$
     from family as f
     join pg_class as c on c.oid = f.id
 $$;
-
 comment on function @schema@.relay_family(oid) is
     'A table, its partitions and children: a statement fires the triggers of the table that it names only.';
 
-create or replace function @schema@.relay_is_plain(column_types oid[], relation oid, is_pinned boolean default false)
-returns boolean
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
--- Guesses about the recursion are high enough that PostgreSQL would compile it, for a tenth of a second.
-set jit = off
-as $$
+-- jit: guesses about the recursion are high enough that PostgreSQL would compile it, for a tenth of
+-- a second.
+create or replace function @schema@.relay_is_plain(
+    column_types oid[], relation oid, is_pinned boolean default false
+) returns boolean
+language sql stable security invoker set search_path = pg_catalog, pg_temp set jit = off as $$
     with recursive part as (
         select unnest(column_types) as id
         union
@@ -77,17 +69,12 @@ as $$
     cross join pg_class as c
     where c.oid = relation
 $$;
-
 comment on function @schema@.relay_is_plain(oid[], oid, boolean) is
     'Whether to_jsonb may be called on columns of these types as the owner of the table: it calls casts to json of other types, which must be the owner''s own or the system''s.';
 
 create or replace function @schema@.relay_row_expression(relation oid, is_guarded boolean)
 returns text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     field record;
     object text := $literal$'{}'::jsonb$literal$;
@@ -130,19 +117,14 @@ begin
     return object;
 end
 $$;
-
 comment on function @schema@.relay_row_expression(oid, boolean) is
     'SQL text that makes the event of a row r of a table; guarded: each value by itself, so that one that can''t be told is left out and named.';
 
-create or replace function @schema@.relay_put(object jsonb, field text, value anyelement, is_plain boolean)
-returns jsonb
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-set lc_monetary = 'C'
-set quote_all_identifiers = off
-as $$
+create or replace function @schema@.relay_put(
+    object jsonb, field text, value anyelement, is_plain boolean
+) returns jsonb
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp set lc_monetary = 'C'
+set quote_all_identifiers = off as $$
 declare
     reason text := 'owner';
 begin
@@ -170,17 +152,11 @@ begin
     );
 end
 $$;
-
 comment on function @schema@.relay_put(jsonb, text, anyelement, boolean) is
     'Part of relay_row_expression: the object with one more field, or with its name among what is omitted, and why: the SQLSTATE, or owner where is_plain is null.';
 
-create or replace function @schema@.relay_primary_key(relation oid)
-returns text[]
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_primary_key(relation oid) returns text[]
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select coalesce(
         (
             select array_agg(a.attname::text order by k.position)
@@ -199,17 +175,12 @@ as $$
         )
     )
 $$;
-
 comment on function @schema@.relay_primary_key(oid) is
     'Columns of the primary key in its order; of a stream table of pg_trickle its row id; null without either.';
 
 create or replace function @schema@.relay_is_quick(outbox_table text, relation oid default null)
 returns boolean
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select coalesce(
         not bool_or(a.attgenerated = 'v' or starts_with(a.attname, '__pgt_'))
         and array_agg(a.attname::text) @> coalesce((@schema@.relay_settings(outbox_table)).key_columns, '{}')
@@ -224,17 +195,13 @@ as $$
     ) as f
     join pg_attribute as a on a.attrelid = f.member and a.attnum > 0 and not a.attisdropped
 $$;
-
 comment on function @schema@.relay_is_quick(text, oid) is
     'Whether the rows of a captured table may be told by relay_capture_quick: plain columns, and the key among them. Without a relation, for all of the family and as long as no column changes: immutable as far as a plan goes, since PostgreSQL plans a statement on the transition table again whenever the table is altered. With one, at this moment.';
 
-create or replace function @schema@.relay_capture_quick(settings @schema@.pgt_outbox_config, operation text)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_capture_quick(
+    settings @schema@.pgt_outbox_config, operation text
+) returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select format(
         $piece$
             insert into %1$I.%2$I (inserted_count, deleted_count, payload)
@@ -265,17 +232,11 @@ as $$
     from (values ('i', 'new_rows', 'DELETE'), ('d', 'old_rows', 'INSERT')) as s (alias, rows, without)
     where s.without <> operation
 $$;
-
 comment on function @schema@.relay_capture_quick(@schema@.pgt_outbox_config, text) is
     'Part of a capture function: few rows whose values are plain are written in one statement, in half the time that the rest of the function takes for them.';
 
-create or replace function @schema@.relay_capture_first(first_by text[])
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_capture_first(first_by text[]) returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select case when cardinality(first_by) > 0 then format(
         $piece$
     if tg_argv[0] = 'first' then
@@ -323,17 +284,11 @@ as $$
     ) else '' end
     from unnest(first_by) as k
 $$;
-
 comment on function @schema@.relay_capture_first(text[]) is
     'Part of a capture function in front of row triggers of others: the first row of a statement, known by its primary key, tells all of them, so that what other triggers do comes behind.';
 
-create or replace function @schema@.relay_capture_mode(capture text, relation oid)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_capture_mode(capture text, relation oid) returns text
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     with recursive changed as (
         select f.member, false as is_changed_in_turn from @schema@.relay_family(relation) as f
         union
@@ -359,17 +314,11 @@ as $$
         else 'statement'
     end
 $$;
-
 comment on function @schema@.relay_capture_mode(text, oid) is
     'How a table is captured: what was asked for; for auto, row where triggers after each row, or what foreign keys change in turn, could change it before the statement is told.';
 
-create or replace function @schema@.relay_first_by(relation oid, mode text)
-returns text[]
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_first_by(relation oid, mode text) returns text[]
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select @schema@.relay_primary_key(relation)
     where exists (select from pg_index as i where i.indrelid = relation and i.indisprimary and i.indimmediate)
         and not exists (select from pg_inherits as i where relation in (i.inhrelid, i.inhparent))
@@ -383,17 +332,11 @@ as $$
                 and not starts_with(t.tgname, '!pgtrickle_')
         ))
 $$;
-
 comment on function @schema@.relay_first_by(oid, text) is
     'The primary key of a table that triggers of others may change before a statement is told as a whole; null where none does, or it has no such key.';
 
-create or replace function @schema@.relay_current_rows(relation oid, operation text)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_current_rows(relation oid, operation text) returns text
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select format(
         '(select t.* from only %s as t where (%s) in (%s))',
         relation::regclass,
@@ -409,17 +352,13 @@ as $$
         and not row_security_active(relation)
     having count(*) > 0
 $$;
-
 comment on function @schema@.relay_current_rows(oid, text) is
     'SQL text for the rows of a statement as they are now: one that makes several kinds of change is told in parts, and triggers of others may have changed its rows in between.';
 
-create or replace function @schema@.relay_capture_source(settings @schema@.pgt_outbox_config, relation oid)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_capture_source(
+    settings @schema@.pgt_outbox_config, relation oid
+) returns text
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select format(
         $source$
 -- pgtrickle-relay capture, layout 2
@@ -585,6 +524,5 @@ $quick$,
     from (select @schema@.relay_capture_mode(settings.capture, relation) as mode) as m
     cross join lateral (select @schema@.relay_first_by(relation, m.mode) as first_by) as f
 $$;
-
 comment on function @schema@.relay_capture_source(@schema@.pgt_outbox_config, oid) is
     'Source of the capture function of a table with these settings, made by format alone. What it evaluates of a row is conversion to JSON; the rest are its own names, which can''t meet a column''s.';

@@ -4,13 +4,8 @@
 -- it happened; then the relay has a snapshot of the table written into its outbox, by a function
 -- that stands beside the table and belongs to the table's owner.
 
-create or replace function @schema@.relay_extension_table(table_name text)
-returns oid
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_extension_table(table_name text) returns oid
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select c.oid
     from pg_extension as e
     join pg_depend as d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
@@ -22,17 +17,12 @@ as $$
         and not c.relrowsecurity
         and not exists (select from pg_attribute as a where a.attrelid = c.oid and a.atttypid >= 16384)
 $$;
-
 comment on function @schema@.relay_extension_table(text) is
     'A table of the catalog of pg_trickle, whatever its schema; null where there is none.';
 
 create or replace function @schema@.relay_missing_grant(reader regrole, table_names text[])
 returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select format('grant usage on schema %1$s to %2$s; grant select on %3$s to %2$s',
         min(c.relnamespace::regnamespace::text), reader, string_agg(c.oid::regclass::text, ', ' order by c.relname))
     from unnest(table_names) as t (name)
@@ -41,17 +31,11 @@ as $$
         or not has_table_privilege(reader, c.oid, 'select')
     having count(*) > 0
 $$;
-
 comment on function @schema@.relay_missing_grant(regrole, text[]) is
     'What a role lacks to read these tables of pg_trickle, as SQL; null: nothing.';
 
-create or replace function @schema@.relay_check_event_triggers()
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_check_event_triggers() returns void
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     remedy text;
 begin
@@ -78,24 +62,15 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_check_event_triggers() is
     'Says which grant is missing before the event triggers of pg_trickle fail without a word about it.';
 
 create or replace function @schema@.relay_refreshes(relation oid)
 returns table (
-    is_stream boolean,
-    refresh_mode text,
-    newest bigint,
-    last_id bigint,
-    has_triggers boolean,
+    is_stream boolean, refresh_mode text, newest bigint, last_id bigint, has_triggers boolean,
     missing_grant text
 )
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
     streams regclass := @schema@.relay_extension_table('pgt_stream_tables');
     history regclass := @schema@.relay_extension_table('pgt_refresh_history');
@@ -151,17 +126,13 @@ begin
     return next;
 end
 $$;
-
 comment on function @schema@.relay_refreshes(oid) is
     'Whether a table is a stream table, its newest refresh that no trigger saw, and the last one of all. missing_grant: what keeps us from reading that, or the relay from writing a snapshot. Definer: reads the catalog of pg_trickle, whose owner it trusts.';
 
-create or replace function @schema@.relay_snapshot_source(settings @schema@.pgt_outbox_config, relation oid)
-returns text
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_snapshot_source(
+    settings @schema@.pgt_outbox_config, relation oid
+) returns text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select format(
         $source$
 -- pgtrickle-relay snapshot, layout 1
@@ -216,17 +187,13 @@ $source$,
     from @schema@.relay_refreshes(relation) as r
     where r.is_stream
 $$;
-
 comment on function @schema@.relay_snapshot_source(@schema@.pgt_outbox_config, oid) is
     'Source of the snapshot function of a stream table with these settings; null for any other table. Definer: who enables an outbox may not read the extension''s catalog; it says whether the table is in it.';
 
-create or replace function @schema@.relay_source(settings @schema@.pgt_outbox_config, relation oid, kind text)
-returns text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_source(
+    settings @schema@.pgt_outbox_config, relation oid, kind text
+) returns text
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     return case kind
         when 'capture' then @schema@.relay_capture_source(settings, relation)
@@ -235,17 +202,12 @@ begin
     end;
 end
 $$;
-
 comment on function @schema@.relay_source(@schema@.pgt_outbox_config, oid, text) is
     'Source of the capture, snapshot or backfill function of a table with these settings; null where it has none of the kind.';
 
 create or replace function @schema@.relay_due_snapshots(to_write text default null)
 returns table (outbox_table text, refresh_id bigint, function text, version text)
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     if @schema@.relay_extension_table('pgt_refresh_history') is null
         or not pg_try_advisory_xact_lock(hashtextextended(@schema_name@ || ':snapshot ' || to_write, 0))
@@ -277,17 +239,12 @@ begin
     where @schema@.relay_function_problem(p.oid, d.relation, d.settings, 'snapshot') is null;
 end
 $$;
-
 comment on function @schema@.relay_due_snapshots(text) is
     'The outboxes whose stream table was refreshed in full since the last look, each with the function that writes the snapshot. Of one that is to be written, nothing where another relay writes it. Definer: the relay may see neither the catalog nor that of pg_trickle.';
 
 create or replace function @schema@.relay_snapshot_is_intact(outbox_table text, version text)
 returns boolean
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     if not exists (
         select
@@ -304,21 +261,15 @@ begin
     return true;
 end
 $$;
-
 comment on function @schema@.relay_snapshot_is_intact(text, text) is
     'Before and behind a call of a snapshot function, which its owner can change at any time: RL034 unless it is the one that was looked at.';
 
 create or replace function @schema@.relay_end_snapshot(outbox_table text, refresh_id bigint)
 returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     update @schema@.pgt_outbox_config as c
     set snapshot_through = refresh_id
     where c.outbox_table_name = outbox_table
 $$;
-
 comment on function @schema@.relay_end_snapshot(text, bigint) is
     'Notes, in the transaction that writes a snapshot, which refresh it tells. Definer: the relay may not write the catalog.';

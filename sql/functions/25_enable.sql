@@ -8,11 +8,7 @@
 
 create or replace function @schema@.relay_free_name(schema_name text, wanted text, seed text)
 returns text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     schema_id oid := (select n.oid from pg_namespace as n where n.nspname = schema_name);
     -- The type cuts to 63 bytes, never half a character.
@@ -30,32 +26,23 @@ begin
     return free_name;
 end
 $$;
-
 comment on function @schema@.relay_free_name(text, text, text) is
     'A name that nothing has in a schema: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
 
-create or replace function @schema@.relay_capture_settings()
-returns text[]
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_capture_settings() returns text[]
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select array[
         'search_path=pg_catalog, pg_temp', 'TimeZone=UTC', 'DateStyle=ISO', 'IntervalStyle=postgres',
         'bytea_output=hex', 'extra_float_digits=1', 'plan_cache_mode=force_generic_plan'
     ]
 $$;
-
 comment on function @schema@.relay_capture_settings() is
     'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told; and that its statements are planned once in a session, not six times.';
 
-create or replace function @schema@.relay_function_shape(kind text, out arguments text, out result regtype)
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_function_shape(
+    kind text, out arguments text, out result regtype
+)
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select s.arguments, s.result
     from (values
         ('capture', '', 'trigger'::regtype),
@@ -64,17 +51,11 @@ as $$
     ) as s (kind, arguments, result)
     where s.kind = relay_function_shape.kind
 $$;
-
 comment on function @schema@.relay_function_shape(text) is
     'Arguments and result of a function beside a table.';
 
-create or replace function @schema@.relay_function_of(outbox_table text, kind text)
-returns oid
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_function_of(outbox_table text, kind text) returns oid
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     capture_id oid;
@@ -111,21 +92,13 @@ begin
     );
 end
 $$;
-
 comment on function @schema@.relay_function_of(text, text) is
     'The capture, snapshot or backfill function of an outbox. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
 
 create or replace function @schema@.relay_make_function(
-    settings @schema@.pgt_outbox_config,
-    relation oid,
-    kind text
-)
-returns oid
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    settings @schema@.pgt_outbox_config, relation oid, kind text
+) returns oid
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     shape constant record := @schema@.relay_function_shape(kind);
     place record;
@@ -189,17 +162,13 @@ begin
     return function_id;
 end
 $$;
-
 comment on function @schema@.relay_make_function(@schema@.pgt_outbox_config, oid, text) is
     'Makes the capture, snapshot or backfill function beside a table, or makes it again, as ordinary DDL of the caller: it belongs to the table''s owner, who alone may execute it; snapshots are called by the relay, too.';
 
-create or replace function @schema@.relay_claim_function(function_id oid, operation text default null)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_claim_function(
+    function_id oid, operation text default null
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     execute format('comment on function %s is %L', function_id::regprocedure, case
         when operation is null then 'Captures the changes of its table for pgtrickle-relay. Definer: who writes the table needs no right on the outbox.'
@@ -207,17 +176,12 @@ begin
     end);
 end
 $$;
-
 comment on function @schema@.relay_claim_function(oid, text) is
     'Shows by a comment, which only its owner can make, that the caller acts for the owner of a capture function in this operation and transaction; null ends that.';
 
 create or replace function @schema@.relay_require_claim(function_id oid, operation text)
 returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     if obj_description(function_id, 'pg_proc')
         is distinct from format('pgtrickle-relay: %s in transaction %s', operation, pg_current_xact_id())
@@ -229,22 +193,13 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_require_claim(oid, text) is
     'RL004 unless relay_claim_function was called for this operation in this transaction.';
 
 create or replace function @schema@.relay_function_problem(
-    function_id oid,
-    relation oid,
-    settings @schema@.pgt_outbox_config,
-    kind text
-)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    function_id oid, relation oid, settings @schema@.pgt_outbox_config, kind text
+) returns text
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select case
         when c.oid is null then 'the table is gone'
         when p.oid is null then format('the %s function is missing', kind)
@@ -273,17 +228,13 @@ as $$
     left join pg_class as c on c.oid = relation
     left join pg_proc as p on p.oid = function_id
 $$;
-
 comment on function @schema@.relay_function_problem(oid, oid, @schema@.pgt_outbox_config, text) is
     'What is wrong with a capture, snapshot or backfill function; null where it stands as the relay makes it.';
 
-create or replace function @schema@.relay_trigger_problems(outbox_table text, relation oid, mode text, function_id oid)
-returns table (phase integer, target oid, problem text, step text)
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_trigger_problems(
+    outbox_table text, relation oid, mode text, function_id oid
+) returns table (phase integer, target oid, problem text, step text)
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     with family as materialized (
         select f.* from @schema@.relay_family(relation) as f
     ), wanted as materialized (
@@ -366,17 +317,13 @@ as $$
     join pg_trigger as t on t.tgrelid = f.member and t.tgenabled not in ('O', 'A')
     where t.tgname in (select w.trigger_name from wanted as w)
 $$;
-
 comment on function @schema@.relay_trigger_problems(text, oid, text, oid) is
     'What is wrong with the triggers that capture a table and its partitions into an outbox, each with the DDL that mends it; phase by phase, since one makes room for the next.';
 
-create or replace function @schema@.relay_check_stream(stream_table text, relation oid, key_columns text[])
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_check_stream(
+    stream_table text, relation oid, key_columns text[]
+) returns void
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     obstacle record;
     unknown_column text;
@@ -439,17 +386,12 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_check_stream(text, oid, text[]) is
     'What can keep a table from having an outbox: RL001, RL005, or a key column that is not there.';
 
 create or replace function @schema@.relay_take_outbox(outbox_table text, function_id oid)
 returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     owner_role regrole := quote_ident(current_user)::regrole;
@@ -489,17 +431,13 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_take_outbox(text, oid) is
     'Gives an outbox to the owner of its capture function, without asking, and takes it from who had it: they may insert into it and let others do so. Definer: nobody has rights on the catalog; only the catalog''s owner, whose outbox it is where no function captures, may execute it.';
 
-create or replace function @schema@.relay_create_outbox(settings @schema@.pgt_outbox_config, function_id oid)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_create_outbox(
+    settings @schema@.pgt_outbox_config, function_id oid
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     first_id bigint := 1 + coalesce(
         (
@@ -565,17 +503,13 @@ begin
     perform @schema@.relay_take_outbox(settings.outbox_table_name, function_id);
 end
 $$;
-
 comment on function @schema@.relay_create_outbox(@schema@.pgt_outbox_config, oid) is
     'The tables of one outbox; ids continue where a disabled outbox of this name ended.';
 
-create or replace function @schema@.relay_outbox_plan(wanted @schema@.pgt_outbox_config, relation oid)
-returns @schema@.pgt_outbox_config
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_outbox_plan(
+    wanted @schema@.pgt_outbox_config, relation oid
+) returns @schema@.pgt_outbox_config
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     seed text := wanted.stream_table;
 begin
@@ -614,21 +548,13 @@ begin
     return wanted;
 end
 $$;
-
 comment on function @schema@.relay_outbox_plan(@schema@.pgt_outbox_config, oid) is
     'The settings of a new outbox, completed: how its tables will be called, and its key. RL001, RL005 or an error about an argument where it can''t be.';
 
 create or replace function @schema@.relay_register_outbox(
-    wanted @schema@.pgt_outbox_config,
-    relation oid,
-    function_id oid
-)
-returns text
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    wanted @schema@.pgt_outbox_config, relation oid, function_id oid
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     plan @schema@.pgt_outbox_config;
     problem text;
@@ -671,17 +597,13 @@ begin
     return plan.outbox_table_name;
 end
 $$;
-
 comment on function @schema@.relay_register_outbox(@schema@.pgt_outbox_config, oid, oid) is
     'The catalog''s half of enable_outbox. Definer: table owners may not create in the schema; it acts for who has made the capture function of the table''s owner in this transaction, and compares that function with what the generator makes.';
 
-create or replace function @schema@.relay_create_stream(wanted @schema@.pgt_outbox_config, publishers name[])
-returns text
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_create_stream(
+    wanted @schema@.pgt_outbox_config, publishers name[]
+) returns text
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     plan @schema@.pgt_outbox_config;
     publisher name;
@@ -714,17 +636,13 @@ begin
     return plan.outbox_table_name;
 end
 $$;
-
 comment on function @schema@.relay_create_stream(@schema@.pgt_outbox_config, name[]) is
     'Makes the outbox of a stream without a table, for members of pgtrickle_relay and pgtrickle_publisher; the publishers named may publish to it, all members of pgtrickle_publisher where none is. Definer: they may not create in the schema.';
 
-create or replace function @schema@.relay_enable(wanted @schema@.pgt_outbox_config, relation oid, publishers name[])
-returns text
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_enable(
+    wanted @schema@.pgt_outbox_config, relation oid, publishers name[]
+) returns text
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     plan constant @schema@.pgt_outbox_config := @schema@.relay_outbox_plan(wanted, relation);
     outbox_table text := @schema@.relay_find_outbox(null, relation);
@@ -764,7 +682,6 @@ begin
     return outbox_table;
 end
 $$;
-
 comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, name[]) is
     'Part of relay_change_outbox: what it makes is ordinary DDL of the caller.';
 
@@ -772,13 +689,10 @@ comment on function @schema@.relay_enable(@schema@.pgt_outbox_config, oid, name[
 -- Repairing
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_transfer_outbox(outbox_table text, relation oid, function_id oid)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_transfer_outbox(
+    outbox_table text, relation oid, function_id oid
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     captured oid := @schema@.relay_captured_table(outbox_table);
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
@@ -810,17 +724,11 @@ begin
     perform @schema@.relay_take_outbox(outbox_table, function_id);
 end
 $$;
-
 comment on function @schema@.relay_transfer_outbox(text, oid, oid) is
     'The catalog''s half of repair_outbox: gives an outbox to the owner of its table. Definer: nobody has rights on the catalog; it acts for who has claimed the new capture function, of the owner of the table that is captured already or that has the name and the rights.';
 
-create or replace function @schema@.relay_repair(outbox_table text, relation oid)
-returns integer
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_repair(outbox_table text, relation oid) returns integer
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     captured constant oid := coalesce(@schema@.relay_captured_table(outbox_table), relation);
@@ -870,7 +778,6 @@ begin
     return steps;
 end
 $$;
-
 comment on function @schema@.relay_repair(text, oid) is
     'Part of relay_change_outbox: what it makes and drops is ordinary DDL of the caller, until function and triggers are those that are wanted. Returns how many steps that took.';
 
@@ -878,14 +785,9 @@ comment on function @schema@.relay_repair(text, oid) is
 -- Disabling
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_remove_outbox(outbox_table text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set client_min_messages = warning
-as $$
+create or replace function @schema@.relay_remove_outbox(outbox_table text) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
+set client_min_messages = warning as $$
 declare
     settings @schema@.pgt_outbox_config;
     outbox_relation text := format('%I.%I', @schema_name@, outbox_table);
@@ -911,17 +813,12 @@ begin
     execute format('drop sequence if exists %I.%I', @schema_name@, settings.sleep_sequence_name);
 end
 $$;
-
 comment on function @schema@.relay_remove_outbox(text) is
     'Drops the tables of an outbox, without asking, and keeps its highest id. Definer: they belong to the catalog''s owner, who alone may execute it.';
 
 create or replace function @schema@.relay_drop_outbox(outbox_table text, function_id oid)
 returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     perform @schema@.relay_require_claim(function_id, 'disable ' || outbox_table);
     if function_id is distinct from @schema@.relay_function_of(outbox_table, 'capture') then
@@ -932,17 +829,11 @@ begin
     perform @schema@.relay_remove_outbox(outbox_table);
 end
 $$;
-
 comment on function @schema@.relay_drop_outbox(text, oid) is
     'The catalog''s half of disable_outbox. Definer: the tables belong to the catalog''s owner; it acts for who has claimed the capture function of the outbox.';
 
-create or replace function @schema@.relay_drop_stream(outbox_table text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_drop_stream(outbox_table text) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     if exists (
         select from @schema@.pgt_outbox_config as c
@@ -952,17 +843,11 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_drop_stream(text) is
     'Drops the outbox of a stream without a table, for members of pgtrickle_relay and pgtrickle_publisher. Definer: it belongs to the catalog''s owner.';
 
-create or replace function @schema@.relay_disable(outbox_table text)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_disable(outbox_table text) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     function_id constant oid := @schema@.relay_function_of(outbox_table, 'capture');
     others constant oid[] := array[
@@ -1001,7 +886,6 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_disable(text) is
     'Part of relay_change_outbox: what it drops beside the table is ordinary DDL of the caller.';
 
@@ -1010,19 +894,10 @@ comment on function @schema@.relay_disable(text) is
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_change_outbox(
-    operation text,
-    called text,
-    relation oid,
-    wanted @schema@.pgt_outbox_config default null,
-    publishers name[] default '{}',
-    if_exists boolean default false
-)
-returns text
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    operation text, called text, relation oid, wanted @schema@.pgt_outbox_config default null,
+    publishers name[] default '{}', if_exists boolean default false
+) returns text
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     waits constant text := current_setting('lock_timeout');
     outbox_table text;
@@ -1070,25 +945,16 @@ exception
         raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
-
 comment on function @schema@.relay_change_outbox(text, text, oid, @schema@.pgt_outbox_config, name[], boolean) is
     'The caller''s half of enable_outbox, repair_outbox and disable_outbox: gives lock_timeout back, and says briefly what is wrong.';
 
 create or replace function @schema@.enable_outbox(
-    stream_table text,
-    retention_hours integer default 24,
-    capture text default 'auto',
-    notify boolean default true,
-    key_columns text[] default null,
-    claim_check_rows integer default 1000,
-    claim_check_bytes bigint default 1048576,
+    stream_table text, retention_hours integer default 24, capture text default 'auto',
+    notify boolean default true, key_columns text[] default null,
+    claim_check_rows integer default 1000, claim_check_bytes bigint default 1048576,
     publishers name[] default '{}'
-)
-returns text
-language sql
-volatile
-security invoker
-as $$
+) returns text
+language sql volatile security invoker as $$
     select @schema@.relay_change_outbox(
         'enable', stream_table, @schema@.relay_relation(stream_table),
         pg_catalog.jsonb_populate_record(null::@schema@.pgt_outbox_config, pg_catalog.jsonb_build_object(
@@ -1097,29 +963,21 @@ as $$
             'claim_check_rows', claim_check_rows, 'claim_check_bytes', claim_check_bytes)),
         publishers)
 $$;
-
 comment on function @schema@.enable_outbox(text, integer, text, boolean, text[], integer, bigint, name[]) is
     'Gives a table an outbox, captures its changes from now on, and returns the name of the outbox table. RL002 where it has one.';
 
-create or replace function @schema@.repair_outbox(stream_table text)
-returns integer
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.repair_outbox(stream_table text) returns integer
+language sql volatile security invoker as $$
     select @schema@.relay_change_outbox(
         'repair', stream_table, @schema@.relay_relation(stream_table))::pg_catalog.int4
 $$;
-
 comment on function @schema@.repair_outbox(text) is
     'Makes the capture function and the triggers of a table and its partitions what they should be, and returns how many steps that took; 0: nothing was wrong.';
 
-create or replace function @schema@.disable_outbox(stream_table text, if_exists boolean default false)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.disable_outbox(
+    stream_table text, if_exists boolean default false
+) returns void
+language sql volatile security invoker as $$
     -- Of type void, like the function, so that PostgreSQL puts it in the place of the call.
     select case
         when @schema@.relay_change_outbox(
@@ -1127,7 +985,6 @@ as $$
         then null::pg_catalog.void
     end
 $$;
-
 comment on function @schema@.disable_outbox(text, boolean) is
     'Stops capturing and drops the outbox with what was not delivered yet. Its highest id is kept: a later outbox of this name continues above it.';
 
@@ -1137,12 +994,8 @@ comment on function @schema@.disable_outbox(text, boolean) is
 
 create or replace function @schema@.relay_capture_problems()
 returns table (outbox_table text, stream_table text, relation text, problem text, remedy text)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set standard_conforming_strings = on
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set standard_conforming_strings = on as $$
     select c.outbox_table_name, c.stream_table,
         coalesce(p.target::regclass::text, format('%I.%I', c.stream_schema, c.stream_table)), p.problem,
         coalesce(p.remedy, format('select %I.repair_outbox(%L)', @schema_name@,
@@ -1213,6 +1066,5 @@ as $$
     where c.stream_schema is not null and c.capture <> 'none' and p.problem is not null
     order by 1, 3, 4
 $$;
-
 comment on function @schema@.relay_capture_problems() is
     'What is wrong with capture, and how to mend it. Definer: the relay may not see the catalog.';

@@ -24,15 +24,9 @@
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.create_consumer_group(
-    name text,
-    outbox text,
-    auto_offset_reset text default 'latest'
-)
-returns void
-language plpgsql
-volatile
-security invoker
-as $$
+    name text, outbox text, auto_offset_reset text default 'latest'
+) returns void
+language plpgsql volatile security invoker as $$
 begin
     if not @schema@.relay_group_create(
         name, @schema@.relay_outbox_named(outbox), auto_offset_reset)
@@ -45,21 +39,13 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.create_consumer_group(text, text, text) is
     'Make a consumer group; the outbox is named like a table in a query, or by its own name, and stays the group''s under whatever name. From ''latest'' it delivers what is not visible now, transactions in progress included.';
 
 create or replace function @schema@.relay_group_create(
-    p_group text,
-    p_outbox_table text,
-    p_start text default 'earliest'
-)
-returns boolean
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group text, p_outbox_table text, p_start text default 'earliest'
+) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_outbox record;
     v_is_new boolean;
@@ -99,17 +85,11 @@ begin
     return v_is_new;
 end
 $$;
-
 comment on function @schema@.relay_group_create(text, text, text) is
     'Definer, since only functions write groups. Make a consumer group on an outbox table; false where it exists and reads the same one.';
 
-create or replace function @schema@.relay_group_to_end(p_group @schema@.relay_groups)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_group_to_end(p_group @schema@.relay_groups) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_end record;
 begin
@@ -120,20 +100,13 @@ begin
     where r.group_id = p_group.group_id;
 end
 $$;
-
 comment on function @schema@.relay_group_to_end(@schema@.relay_groups) is
     'Put a group that has nothing yet behind what is visible now.';
 
 create or replace function @schema@.relay_outbox_end(
-    p_outbox text,
-    out after_id bigint,
-    out gaps int8multirange
+    p_outbox text, out after_id bigint, out gaps int8multirange
 )
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_outbox record;
 begin
@@ -155,17 +128,12 @@ begin
     using v_outbox.swept_through;
 end
 $$;
-
 comment on function @schema@.relay_outbox_end(text) is
     'Highest visible id of an outbox and the ids missing below it, seen in one snapshot: who starts at the end still owes what is being written at this moment.';
 
 create or replace function @schema@.relay_group_find(p_group text, p_lock boolean)
 returns @schema@.relay_groups
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_isolation text := current_setting('transaction_isolation');
     g @schema@.relay_groups;
@@ -213,17 +181,12 @@ begin
     return g;
 end
 $$;
-
 comment on function @schema@.relay_group_find(text, boolean) is
     'A group with its watermark as it is now; RL022 where there is none. Locked until the transaction ends where asked, so that polls of one group go one after another.';
 
 create or replace function @schema@.relay_group_check_pipeline(p_group text, p_pipeline text)
 returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_other text;
 begin
@@ -239,24 +202,14 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_group_check_pipeline(text, text) is
     'RL023 where another pipeline reads this group. Whoever holds the group''s lock sees every other one.';
 
 create or replace function @schema@.relay_group_join(
-    p_group text,
-    p_pipeline text,
-    p_relay_group_id text,
-    p_outbox_table text,
-    p_consumer text,
+    p_group text, p_pipeline text, p_relay_group_id text, p_outbox_table text, p_consumer text,
     p_on_reset text
-)
-returns boolean
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     pipeline text not null := p_pipeline;
     relay_group_id text not null := p_relay_group_id;
@@ -290,17 +243,11 @@ begin
     return v_is_reset;
 end
 $$;
-
 comment on function @schema@.relay_group_join(text, text, text, text, text, text) is
     'Definer, since only functions write groups. A worker of a pipeline becomes a consumer; true where the group stood beyond its outbox and was put where on_reset says. RL023 where the group belongs to another pipeline, outbox or relay group: the first that joins has it.';
 
-create or replace function @schema@.relay_group_unbind(p_group text)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_group_unbind(p_group text) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     update @schema@.relay_groups as r set relay_group_id = null where r.group_name = p_group;
     if found then
@@ -311,17 +258,12 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_group_unbind(text) is
     'A pipeline does not read this group any more: the next one may.';
 
 create or replace function @schema@.drop_consumer_group(name text, if_exists boolean default false)
 returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_group_id bigint;
     g @schema@.relay_groups;
@@ -340,7 +282,6 @@ begin
     delete from @schema@.relay_group_consumers as c where c.group_id = v_group_id;
 end
 $$;
-
 comment on function @schema@.drop_consumer_group(text, boolean) is
     'Definer, since only functions write groups. Drop a consumer group with its position and leases.';
 
@@ -349,29 +290,14 @@ comment on function @schema@.drop_consumer_group(text, boolean) is
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.poll_outbox(
-    "group" text,
-    consumer text,
-    batch_size integer default 100,
-    visibility_seconds integer default 30,
-    max_bytes bigint default 16777216
-)
-returns table (
-    outbox_id bigint,
-    pgt_id uuid,
-    created_at timestamptz,
-    inserted_count bigint,
-    deleted_count bigint,
-    is_claim_check boolean,
-    payload jsonb,
-    lease_token uuid,
-    refresh_id uuid,
+    "group" text, consumer text, batch_size integer default 100,
+    visibility_seconds integer default 30, max_bytes bigint default 16777216
+) returns table (
+    outbox_id bigint, pgt_id uuid, created_at timestamptz, inserted_count bigint,
+    deleted_count bigint, is_claim_check boolean, payload jsonb, lease_token uuid, refresh_id uuid,
     headers jsonb
 )
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_poll record;
 begin
@@ -393,28 +319,15 @@ begin
     using v_poll.lease_token, v_poll.outbox_ids;
 end
 $$;
-
 comment on function @schema@.poll_outbox(text, text, integer, integer, bigint) is
     'Definer, since only functions write groups. Lease the next rows of a group, in id order: returned ones first, then new ones; at least one, then as many as batch size and bytes (as stored) allow. All rows of a poll carry its lease token.';
 
 create or replace function @schema@.relay_group_poll(
-    p_group text,
-    p_consumer text,
-    p_batch_size integer,
-    p_seconds integer,
-    p_max_bytes bigint,
-    p_max_messages integer default null,
-    p_lease_token uuid default null,
-    out lease_token uuid,
-    out outbox_ids bigint[],
-    out is_settled boolean,
-    out outbox_relation text
+    p_group text, p_consumer text, p_batch_size integer, p_seconds integer, p_max_bytes bigint,
+    p_max_messages integer default null, p_lease_token uuid default null, out lease_token uuid,
+    out outbox_ids bigint[], out is_settled boolean, out outbox_relation text
 )
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     consumer text not null := p_consumer;
     batch_size integer not null := p_batch_size;
@@ -516,23 +429,13 @@ begin
     outbox_relation := v_outbox.outbox_relation;
 end
 $$;
-
 comment on function @schema@.relay_group_poll(text, text, integer, integer, bigint, integer, uuid) is
     'Definer, since only functions write groups. What poll_outbox does, giving the ids of the rows alone, bounded also by how many messages they make, under a token that the caller may choose; then the commit does not wait for the disk. Settled: there is nothing to lease, and nobody holds anything. RL005 where the group stands beyond its outbox.';
 
 create or replace function @schema@.relay_group_read_gaps(
-    p_group_id bigint,
-    p_relation text,
-    p_holders text[],
-    p_limit integer,
-    p_is_idle boolean
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group_id bigint, p_relation text, p_holders text[], p_limit integer, p_is_idle boolean
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     c_slice constant integer := 1000;
     v_until timestamptz := clock_timestamp() + interval '300 milliseconds';
@@ -619,21 +522,13 @@ begin
     end loop;
 end
 $$;
-
 comment on function @schema@.relay_group_read_gaps(bigint, text, text[], integer, boolean) is
     'Step 3 of a poll: read gaps again of which a holder has ended. Rows that have become visible are returned rows from now on, what is still missing joins the cohort of the holders that live.';
 
 create or replace function @schema@.relay_group_note_gaps(
-    p_group_id bigint,
-    p_gaps int8multirange,
-    p_holders text[]
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group_id bigint, p_gaps int8multirange, p_holders text[]
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_cohort_id bigint;
 begin
@@ -653,24 +548,14 @@ begin
     from unnest(p_gaps) as r (gap);
 end
 $$;
-
 comment on function @schema@.relay_group_note_gaps(bigint, int8multirange, text[]) is
     'Step 4 of a poll: remember missing ids with the transactions that may still show them.';
 
 create or replace function @schema@.relay_group_pick(
-    p_group @schema@.relay_groups,
-    p_relation text,
-    p_new bigint[],
-    p_batch_size integer,
-    p_max_bytes bigint,
-    p_max_messages integer
-)
-returns bigint[]
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group @schema@.relay_groups, p_relation text, p_new bigint[], p_batch_size integer,
+    p_max_bytes bigint, p_max_messages integer
+) returns bigint[]
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_returned bigint[];
     v_existing bigint[];
@@ -736,24 +621,14 @@ begin
     return v_picked;
 end
 $$;
-
 comment on function @schema@.relay_group_pick(@schema@.relay_groups, text, bigint[], integer, bigint, integer) is
     'The rows of this poll: lowest ids first, within batch size, bytes and messages, those of leases that ran out among them. Returned rows that were deleted meanwhile are dropped.';
 
 create or replace function @schema@.relay_group_lease(
-    p_group @schema@.relay_groups,
-    p_consumer text,
-    p_ids bigint[],
-    p_frontier bigint,
-    p_seconds integer,
-    p_lease_token uuid
-)
-returns uuid
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group @schema@.relay_groups, p_consumer text, p_ids bigint[], p_frontier bigint,
+    p_seconds integer, p_lease_token uuid
+) returns uuid
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_expires_at timestamptz := v_now + make_interval(secs => p_seconds);
@@ -788,7 +663,6 @@ begin
     return v_token;
 end
 $$;
-
 comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigint[], bigint, integer, uuid) is
     'Write down who holds the rows of this poll, and the group''s position; null where there are none.';
 
@@ -800,17 +674,9 @@ comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigi
 -- out and is delivered again.
 
 create or replace function @schema@.relay_group_find_lease(
-    p_group text,
-    p_consumer text,
-    p_lease_token uuid,
-    p_last_offset bigint default null
-)
-returns @schema@.relay_group_leases
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_group text, p_consumer text, p_lease_token uuid, p_last_offset bigint default null
+) returns @schema@.relay_group_leases
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_lease @schema@.relay_group_leases;
     v_token uuid := nullif(p_lease_token, '00000000-0000-0000-0000-000000000000');
@@ -843,22 +709,14 @@ begin
         hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
 end
 $$;
-
 comment on function @schema@.relay_group_find_lease(text, text, uuid, bigint) is
     'The lease of this token, locked; null where nothing is leased and all up to the offset is settled; RL021 where it is lost, RL022 where the group itself is missing.';
 
 create or replace function @schema@.commit_offset(
-    "group" text,
-    consumer text,
-    last_offset bigint,
+    "group" text, consumer text, last_offset bigint,
     lease_token uuid default '00000000-0000-0000-0000-000000000000'
-)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     "group" text not null := commit_offset."group";
     consumer text not null := commit_offset.consumer;
@@ -886,22 +744,14 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.commit_offset(text, text, bigint, uuid) is
     'Definer, since only functions write leases. Settle what the poll of this token returned, without one the newest poll under this name, up to an id: never rows of another poll. RL021 where that lease is lost. By name a finished commit may be repeated. Does not lock the group.';
 
 create or replace function @schema@.extend_lease(
-    "group" text,
-    consumer text,
-    extension_seconds integer default 30,
+    "group" text, consumer text, extension_seconds integer default 30,
     lease_token uuid default '00000000-0000-0000-0000-000000000000'
-)
-returns timestamptz
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns timestamptz
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     consumer text not null := extend_lease.consumer;
     extension_seconds integer not null := extend_lease.extension_seconds;
@@ -924,17 +774,12 @@ begin
     return v_lease.expires_at;
 end
 $$;
-
 comment on function @schema@.extend_lease(text, text, integer, uuid) is
     'Definer, since only functions write leases. Keep the rows of the poll of this token, without one of the newest poll under this name, for so many seconds from now; never shortens. A heartbeat too. RL021 where they are lost.';
 
 create or replace function @schema@.relay_group_release(p_group text, p_lease_token uuid)
 returns boolean
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     with gone as (
         delete from @schema@.relay_group_leases as l
         using @schema@.relay_groups as g
@@ -951,34 +796,23 @@ as $$
     )
     select exists (select from gone)
 $$;
-
 comment on function @schema@.relay_group_release(text, uuid) is
     'Definer, since only functions write leases. Give the rows of a lease back at once; false when it was lost already.';
 
-create or replace function @schema@.relay_group_leave(p_group text, p_consumer text)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_group_leave(p_group text, p_consumer text) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     delete from @schema@.relay_group_consumers as c
     using @schema@.relay_groups as g
     where c.consumer_id = p_consumer
         and g.group_id = c.group_id
         and g.group_name = p_group
 $$;
-
 comment on function @schema@.relay_group_leave(text, text) is
     'Definer, since only functions write consumers. Forget a consumer that is gone for good. Leases it still has run out.';
 
 create or replace function @schema@.seek_offset("group" text, consumer text, new_offset bigint)
 returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     new_offset bigint not null := seek_offset.new_offset;
     g @schema@.relay_groups := @schema@.relay_group_find("group", true);
@@ -1014,17 +848,11 @@ begin
     perform @schema@.consumer_heartbeat("group", consumer);
 end
 $$;
-
 comment on function @schema@.seek_offset(text, text, bigint) is
     'Definer, since only functions write groups. Put the whole group at a new_offset, forward or back: a group has one, the consumer only says who asks. Rows above are delivered (again), rows up to it are not, all leases are lost.';
 
-create or replace function @schema@.consumer_heartbeat("group" text, consumer text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.consumer_heartbeat("group" text, consumer text) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     g @schema@.relay_groups;
 begin
@@ -1039,27 +867,16 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.consumer_heartbeat(text, text) is
     'Definer, since only functions write consumers. Say that a consumer lives; consumer_lag shows it. Leases are kept by extend_lease only.';
 
 create or replace function @schema@.consumer_lag("group" text)
 returns table (
-    consumer_id text,
-    committed_offset bigint,
-    max_outbox_id bigint,
-    lag bigint,
-    last_heartbeat_at timestamptz,
-    is_alive boolean,
-    leased_rows bigint,
-    pending_gaps bigint,
+    consumer_id text, committed_offset bigint, max_outbox_id bigint, lag bigint,
+    last_heartbeat_at timestamptz, is_alive boolean, leased_rows bigint, pending_gaps bigint,
     returned_rows bigint
 )
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
     g @schema@.relay_groups := @schema@.relay_group_find("group", false);
@@ -1083,6 +900,5 @@ begin
     order by c.consumer_id;
 end
 $$;
-
 comment on function @schema@.consumer_lag(text) is
     'Definer, since only functions read groups. Each consumer of a group with the position that they share, the rows in its hands, and what else keeps the position down. The lag is a distance of ids. Alive: seen within 30 seconds, three heartbeats of the relay.';

@@ -5,13 +5,8 @@
 -- rights, never with the relay's or the catalog's. Who makes or removes them proves by PostgreSQL's
 -- own DDL that they may; definer functions here touch nothing but the catalog and our own schema.
 
-create or replace function @schema@.relay_base_type(p_type oid)
-returns oid
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_base_type(p_type oid) returns oid
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     with recursive base (type) as (
         select p_type
         union all
@@ -21,7 +16,6 @@ as $$
     )
     select b.type from base as b join pg_type as t on t.oid = b.type where t.typtype <> 'd'
 $$;
-
 comment on function @schema@.relay_base_type(oid) is
     'Runs as its caller. The type below all domains.';
 
@@ -31,21 +25,10 @@ comment on function @schema@.relay_base_type(oid) is
 
 create or replace function @schema@.relay_inbox_parts(p_inbox @schema@.relay_inboxes)
 returns table (
-    purpose text,
-    kind text,
-    part_name text,
-    arguments text,
-    result text,
-    part_language text,
-    source text,
-    fields text[],
-    types text[]
+    purpose text, kind text, part_name text, arguments text, result text, part_language text,
+    source text, fields text[], types text[]
 )
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
     v_id text := quote_ident(p_inbox.columns ->> 'event_id');
@@ -143,17 +126,12 @@ $code$, v_type, v_pending, v_waits, v_dead, v_received, v_table))
     where w.is_wanted;
 end
 $$;
-
 comment on function @schema@.relay_inbox_parts(@schema@.relay_inboxes) is
     'Runs as its caller. The functions and views beside the table of an inbox, as they are made and as they are compared.';
 
 create or replace function @schema@.relay_inbox_problems(p_inbox @schema@.relay_inboxes)
 returns setof text
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_table text := format('%I.%I', p_inbox.inbox_schema, p_inbox.inbox_table);
     t record;
@@ -272,17 +250,13 @@ begin
             or p.proconfig is distinct from array['search_path=pg_catalog, pg_temp']);
 end
 $$;
-
 comment on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) is
     'Runs as its caller. Why a table does not fit as an inbox, or does so no longer: its kind, columns, types, key, policies, and the functions beside it.';
 
-create or replace function @schema@.relay_inbox_is_intact(p_table oid, p_function oid, p_version text)
-returns boolean
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_inbox_is_intact(
+    p_table oid, p_function oid, p_version text
+) returns boolean
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     if not exists (
         select from pg_class as c
@@ -329,7 +303,6 @@ begin
     return true;
 end
 $$;
-
 comment on function @schema@.relay_inbox_is_intact(oid, oid, text) is
     'Runs as its caller. RL034 unless the function beside an inbox is the one that relay_inbox looked at, and nothing that this transaction wrote waits for the commit to run with the caller''s rights.';
 
@@ -337,13 +310,10 @@ comment on function @schema@.relay_inbox_is_intact(oid, oid, text) is
 -- Making
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.relay_build_inbox(p_inbox @schema@.relay_inboxes, p_readers name[])
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_build_inbox(
+    p_inbox @schema@.relay_inboxes, p_readers name[]
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     i @schema@.relay_inboxes := p_inbox;
     v_before @schema@.relay_inboxes := @schema@.relay_find_inbox(i.inbox_name, null, false);
@@ -474,17 +444,12 @@ exception
         raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
-
 comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, name[]) is
     'Runs as its caller, whose DDL is the proof that they may. Make the functions and views beside the table of an inbox, and register it.';
 
 create or replace function @schema@.relay_register_inbox(p_inbox @schema@.relay_inboxes)
 returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     i @schema@.relay_inboxes := p_inbox;
     v_schema oid := to_regnamespace(quote_ident(i.inbox_schema));
@@ -568,7 +533,6 @@ exception
             hint = 'max_retries is 0 or more, retention_hours more than 0 or null, policies enforced or bypassed.';
 end
 $$;
-
 comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes) is
     'Definer, since nobody but the catalog''s owner writes the catalog. Registers an inbox after comparing all that stands beside its table, for whoever proves with a comment on its function to be the owner.';
 
@@ -577,16 +541,9 @@ comment on function @schema@.relay_register_inbox(@schema@.relay_inboxes) is
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_find_inbox(
-    p_inbox text,
-    p_schema text default null,
-    p_must_exist boolean default true
-)
-returns @schema@.relay_inboxes
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_inbox text, p_schema text default null, p_must_exist boolean default true
+) returns @schema@.relay_inboxes
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
     i @schema@.relay_inboxes;
 begin
@@ -603,35 +560,17 @@ begin
     return i;
 end
 $$;
-
 comment on function @schema@.relay_find_inbox(text, text, boolean) is
     'Definer, since nobody but the catalog''s owner reads the catalog. The inbox of this name; where there is none RL030, or null if it need not exist.';
 
 create or replace function @schema@.relay_inbox(inbox text default null, schema text default null)
 returns table (
-    inbox_name text,
-    inbox_schema name,
-    inbox_table name,
-    adopted boolean,
-    max_retries integer,
-    retention_hours integer,
-    created_at timestamptz,
-    fields text[],
-    types text[],
-    receive_function text,
-    count_function text,
-    sweep_function text,
-    table_id oid,
-    function_id oid,
-    version text,
-    is_foreign boolean,
-    problem text
+    inbox_name text, inbox_schema name, inbox_table name, adopted boolean, max_retries integer,
+    retention_hours integer, created_at timestamptz, fields text[], types text[],
+    receive_function text, count_function text, sweep_function text, table_id oid, function_id oid,
+    version text, is_foreign boolean, problem text
 )
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
     if inbox is not null then
@@ -660,7 +599,6 @@ begin
     order by i.inbox_name;
 end
 $$;
-
 comment on function @schema@.relay_inbox(text, text) is
     'Definer, since nobody but the catalog''s owner reads the catalog. How to write one inbox, or each: the functions beside its table, the fields they take in their order, and what is wrong with it, null where nothing is. RL030 where there is none.';
 
@@ -669,16 +607,9 @@ comment on function @schema@.relay_inbox(text, text) is
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_drop_inbox_parts(
-    p_inbox @schema@.relay_inboxes,
-    p_with_table boolean,
-    p_cascade boolean
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_inbox @schema@.relay_inboxes, p_with_table boolean, p_cascade boolean
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_part text := format('Part of inbox %s, made by pgtrickle-relay.', p_inbox.inbox_name);
     v_schema oid := to_regnamespace(quote_ident(p_inbox.inbox_schema));
@@ -711,17 +642,11 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_drop_inbox_parts(@schema@.relay_inboxes, boolean, boolean) is
     'Runs as its caller. Drop the functions and views beside an inbox, and its table if so asked.';
 
-create or replace function @schema@.relay_forget_inbox(p_inbox text, p_cascade boolean)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_forget_inbox(p_inbox text, p_cascade boolean) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     i @schema@.relay_inboxes := @schema@.relay_find_inbox(p_inbox);
     v_receive text := format('%I.%I(%s)', i.inbox_schema, i.parts ->> 'receive', i.parts ->> 'arguments');
@@ -751,21 +676,13 @@ begin
     delete from @schema@.relay_inboxes as r where r.inbox_name = i.inbox_name;
 end
 $$;
-
 comment on function @schema@.relay_forget_inbox(text, boolean) is
     'Definer, since nobody but the catalog''s owner writes the catalog. Takes an inbox out of it: one in our schema with its table, one of others when its owner, and nobody else can, has dropped its function.';
 
 create or replace function @schema@.relay_remove_inbox(
-    p_inbox @schema@.relay_inboxes,
-    p_with_table boolean,
-    p_cascade boolean
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_inbox @schema@.relay_inboxes, p_with_table boolean, p_cascade boolean
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     if p_inbox is null then
         return;
@@ -786,7 +703,6 @@ begin
     perform @schema@.relay_forget_inbox(p_inbox.inbox_name, p_cascade);
 end
 $$;
-
 comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, boolean, boolean) is
     'Runs as its caller, whose DDL is the proof that they may. Drop what stands beside an inbox, with its table or without, and forget it.';
 
@@ -799,11 +715,7 @@ comment on function @schema@.relay_remove_inbox(@schema@.relay_inboxes, boolean,
 
 create or replace function @schema@.relay_new_inbox(p_inbox @schema@.relay_inboxes)
 returns @schema@.relay_inboxes
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     i @schema@.relay_inboxes := p_inbox;
     v_table text := quote_ident(i.inbox_schema) || '.' || quote_ident(i.inbox_name);
@@ -866,42 +778,29 @@ begin
     return i;
 end
 $$;
-
 comment on function @schema@.relay_new_inbox(@schema@.relay_inboxes) is
     'Runs as its caller, whose DDL is the proof that they may. Part of create_inbox: make the table, and say how it is to be registered.';
 
-create or replace function @schema@.relay_create_inbox(p_inbox @schema@.relay_inboxes, p_readers name[])
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_create_inbox(
+    p_inbox @schema@.relay_inboxes, p_readers name[]
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     p_inbox.inbox_schema := @schema_name@;
     p_inbox.adopted := false;
     perform @schema@.relay_build_inbox(p_inbox, p_readers);
 end
 $$;
-
 comment on function @schema@.relay_create_inbox(@schema@.relay_inboxes, name[]) is
     'Definer, since nobody but the catalog''s owner creates in our schema. create_inbox there: table, functions and views are new and belong to the catalog''s owner.';
 
 create or replace function @schema@.create_inbox(
-    inbox_name text,
-    schema text default @schema_name@,
-    max_retries integer default 5,
-    schedule text default '1s',
-    with_dead_letter boolean default true,
-    with_stats boolean default true,
-    retention_hours integer default null,
+    inbox_name text, schema text default @schema_name@, max_retries integer default 5,
+    schedule text default '1s', with_dead_letter boolean default true,
+    with_stats boolean default true, retention_hours integer default null,
     readers name[] default '{}'
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_build_inbox(
         pg_catalog.jsonb_populate_record(null::@schema@.relay_inboxes, pg_catalog.jsonb_build_object(
             'inbox_name', inbox_name, 'inbox_schema', schema, 'adopted', false, 'max_retries', max_retries,
@@ -909,17 +808,13 @@ as $$
             'retention_hours', retention_hours)),
         readers)
 $$;
-
 comment on function @schema@.create_inbox(text, text, integer, text, boolean, boolean, integer, name[]) is
     'Runs as its caller. Create an inbox table with its functions and views. In our schema it belongs to the catalog''s owner, elsewhere to the caller. readers are roles that may read it and mark its messages.';
 
-create or replace function @schema@.relay_adopted_inbox(p_inbox @schema@.relay_inboxes, p_called text, p_table oid)
-returns @schema@.relay_inboxes
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_adopted_inbox(
+    p_inbox @schema@.relay_inboxes, p_called text, p_table oid
+) returns @schema@.relay_inboxes
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     if p_table is null or p_inbox.inbox_name is null then
         raise exception using
@@ -941,33 +836,20 @@ begin
     return p_inbox;
 end
 $$;
-
 comment on function @schema@.relay_adopted_inbox(@schema@.relay_inboxes, text, oid) is
     'Runs as its caller. Part of enable_inbox_tracking: how a table is to be registered as an inbox.';
 
 create or replace function @schema@.enable_inbox_tracking(
-    inbox_name text,
-    table_name text,
-    event_id_column text default 'event_id',
-    event_type_column text default 'event_type',
-    source_column text default 'source',
-    aggregate_id_column text default 'aggregate_id',
-    payload_column text default 'payload',
-    headers_column text default 'headers',
-    received_at_column text default 'received_at',
-    processed_at_column text default 'processed_at',
-    error_column text default 'error',
-    retry_count_column text default 'retry_count',
-    trace_id_column text default 'trace_id',
-    max_retries integer default 5,
-    retention_hours integer default null,
+    inbox_name text, table_name text, event_id_column text default 'event_id',
+    event_type_column text default 'event_type', source_column text default 'source',
+    aggregate_id_column text default 'aggregate_id', payload_column text default 'payload',
+    headers_column text default 'headers', received_at_column text default 'received_at',
+    processed_at_column text default 'processed_at', error_column text default 'error',
+    retry_count_column text default 'retry_count', trace_id_column text default 'trace_id',
+    max_retries integer default 5, retention_hours integer default null,
     policies text default 'enforced'
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_build_inbox(
         @schema@.relay_adopted_inbox(
             pg_catalog.jsonb_populate_record(null::@schema@.relay_inboxes, pg_catalog.jsonb_build_object(
@@ -981,61 +863,34 @@ as $$
             table_name, @schema@.relay_relation(table_name)),
         '{}')
 $$;
-
 comment on function @schema@.enable_inbox_tracking(text, text, text, text, text, text, text, text, text, text, text, text, text, integer, integer, text) is
     'Runs as its caller. Make a table of the caller an inbox, with columns of other names where said; again after the table was changed. RL032 lists all that does not fit. The table stays the caller''s: it is never dropped.';
 
-create or replace function @schema@.disable_inbox_tracking(inbox_name text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.disable_inbox_tracking(inbox_name text) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_remove_inbox(@schema@.relay_find_inbox(inbox_name), false, false)
 $$;
-
 comment on function @schema@.disable_inbox_tracking(text) is
     'Runs as its caller. Forget an inbox and drop the functions and views beside it; the table and its messages stay.';
 
 create or replace function @schema@.drop_inbox(
-    inbox_name text,
-    if_exists boolean default false,
-    "cascade" boolean default false
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+    inbox_name text, if_exists boolean default false, "cascade" boolean default false
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_remove_inbox(
         @schema@.relay_find_inbox(inbox_name, null, if_exists is not true), true, "cascade" is true)
 $$;
-
 comment on function @schema@.drop_inbox(text, boolean, boolean) is
     'Runs as its caller. Drop an inbox with its messages, functions and views; never an adopted table (RL033).';
 
 create or replace function @schema@.inbox_status(name text default null)
 returns table (
-    inbox_name text,
-    inbox_schema text,
-    inbox_table text,
-    status text,
-    total_messages bigint,
-    pending_messages bigint,
-    dlq_messages bigint,
-    processed_messages bigint,
-    oldest_pending_at timestamptz,
-    max_retries integer,
-    retention_hours integer,
-    adopted boolean,
-    created_at timestamptz,
-    problem text
+    inbox_name text, inbox_schema text, inbox_table text, status text, total_messages bigint,
+    pending_messages bigint, dlq_messages bigint, processed_messages bigint,
+    oldest_pending_at timestamptz, max_retries integer, retention_hours integer, adopted boolean,
+    created_at timestamptz, problem text
 )
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     i record;
     v_counts jsonb;
@@ -1067,35 +922,21 @@ exception
         raise exception using errcode = 'RL030', message = sqlerrm, hint = v_hint;
 end
 $$;
-
 comment on function @schema@.inbox_status(text) is
     'Runs as its caller. State of one inbox, or of all: healthy, degraded (there are dead letters) or broken, with the reason. Counts their messages.';
 
-create or replace function @schema@.inbox_health(name text)
-returns jsonb
-language sql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.inbox_health(name text) returns jsonb
+language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
     select to_jsonb(s) from @schema@.inbox_status(coalesce(name, '')) as s
 $$;
-
 comment on function @schema@.inbox_health(text) is
     'Runs as its caller. The row of inbox_status as one object.';
 
 -- No search_path of its own: triggers of the table see the caller's.
 create or replace function @schema@.relay_mark_inbox(
-    p_inbox @schema@.relay_inboxes,
-    p_event_ids text[],
-    p_mark text,
-    p_error text default null
-)
-returns integer
-language plpgsql
-volatile
-security invoker
-as $$
+    p_inbox @schema@.relay_inboxes, p_event_ids text[], p_mark text, p_error text default null
+) returns integer
+language plpgsql volatile security invoker as $$
 declare
     v_retries text := pg_catalog.quote_ident(p_inbox.columns ->> 'retry_count');
     v_set text;
@@ -1124,55 +965,37 @@ begin
     return v_marked;
 end
 $$;
-
 comment on function @schema@.relay_mark_inbox(@schema@.relay_inboxes, text[], text, text) is
     'Runs as its caller, with nothing but the caller''s own rights on the table. Makes messages processed, failed or pending; returns how many.';
 
 create or replace function @schema@.replay_inbox_messages(name text, event_ids text[])
 returns integer
-language sql
-volatile
-security invoker
-as $$
+language sql volatile security invoker as $$
     select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), event_ids, 'pending')
 $$;
-
 comment on function @schema@.replay_inbox_messages(text, text[]) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Make messages pending again, processed or dead; returns how many.';
 
 create or replace function @schema@.inbox_mark_processed(name text, event_ids text[])
 returns integer
-language sql
-volatile
-security invoker
-as $$
+language sql volatile security invoker as $$
     select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), event_ids, 'processed')
 $$;
-
 comment on function @schema@.inbox_mark_processed(text, text[]) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Messages were processed; returns how many there were.';
 
-create or replace function @schema@.inbox_mark_processed(name text, event_id text)
-returns boolean
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.inbox_mark_processed(name text, event_id text) returns boolean
+language sql volatile security invoker as $$
     select @schema@.inbox_mark_processed(name, array[event_id]) operator(pg_catalog.>) 0
 $$;
-
 comment on function @schema@.inbox_mark_processed(text, text) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. One message was processed; false where there is none of this id.';
 
 create or replace function @schema@.inbox_mark_failed(name text, event_id text, error text)
 returns boolean
-language sql
-volatile
-security invoker
-as $$
+language sql volatile security invoker as $$
     select @schema@.relay_mark_inbox(@schema@.relay_find_inbox(name), array[event_id], 'failed', error)
         operator(pg_catalog.>) 0
 $$;
-
 comment on function @schema@.inbox_mark_failed(text, text, text) is
     'Runs as its caller, who needs UPDATE on the marking columns of the table. Processing a message failed: counts a retry and keeps the error. After max_retries it is in the dead-letter view instead of the pending one.';

@@ -1,12 +1,9 @@
 -- Applies relay_key_rules to a pipeline. Checks return what is wrong: message, hint, error code.
 
-create or replace function @schema@.relay_check_value(p_path text, p_rule jsonb, p_value jsonb, p_plaintext boolean)
-returns text[]
-language plpgsql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_check_value(
+    p_path text, p_rule jsonb, p_value jsonb, p_plaintext boolean
+) returns text[]
+language plpgsql immutable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_rules constant jsonb := @schema@.relay_key_rules();
     v_rule constant jsonb := (v_rules #> array['types', p_rule ->> 'is']) || p_rule;
@@ -61,17 +58,13 @@ begin
     end;
 end
 $$;
-
 comment on function @schema@.relay_check_value(text, jsonb, jsonb, boolean) is
     'What is wrong with a value, or inside it. Shows it only where it can be no secret.';
 
-create or replace function @schema@.relay_check_keys(p_role text, p_places text[], p_options jsonb, p_plaintext boolean)
-returns text[]
-language plpgsql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_check_keys(
+    p_role text, p_places text[], p_options jsonb, p_plaintext boolean
+) returns text[]
+language plpgsql immutable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_prefix text := case when p_role in ('source', 'sink') then p_role || '.' else '' end;
     v_rules jsonb := (
@@ -122,17 +115,12 @@ begin
     return v_problem;
 end
 $$;
-
 comment on function @schema@.relay_check_keys(text, text[], jsonb, boolean) is
     'What is wrong with the keys of a source or sink object, or of the pipeline itself, by the rules of these places; of a source or sink its type comes first.';
 
 create or replace function @schema@.relay_validate_config(p_direction text, p_config jsonb)
 returns void
-language plpgsql
-immutable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql immutable security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_roles constant jsonb := @schema@.relay_key_rules() -> 'roles';
     v_plaintext constant boolean := lower(p_config ->> 'allow_plaintext_secrets') = 'true';
@@ -183,6 +171,5 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_validate_config(text, jsonb) is
     'Check a pipeline''s configuration by itself, forward or reverse: keys, types, templates (RL010) and plaintext secrets (RL013). What it refers to is not looked up. Definer: reads nothing but its arguments and our own rules.';

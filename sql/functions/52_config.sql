@@ -4,13 +4,8 @@
 -- What people call is one expression, which PostgreSQL puts in the place of the call: an error then
 -- comes with the one line that says where it was raised, and a name means what it means to the caller.
 
-create or replace function @schema@.relay_config_notify()
-returns trigger
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_config_notify() returns trigger
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     changed record := coalesce(new, old);
     v_direction text := case tg_table_name when 'relay_outbox_config' then 'forward' else 'reverse' end;
@@ -43,7 +38,6 @@ begin
     return null;
 end
 $$;
-
 comment on function @schema@.relay_config_notify() is
     'Runs as whoever writes the catalog. Keep names unique over both directions, also for rows written by hand, and tell the relays at commit which pipeline has changed.';
 
@@ -64,13 +58,8 @@ comment on trigger relay_config_notify on @schema@.relay_inbox_config is
 -- ---------------------------------------------------------------------------
 
 -- Not immutable: PostgreSQL would call it while it plans, and say so in the error.
-create or replace function @schema@.relay_object(key text, document text)
-returns jsonb
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_object(key text, document text) returns jsonb
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 begin
     return document::jsonb;
 exception
@@ -81,27 +70,16 @@ exception
             hint = 'As in {"type": "nats", ...}.';
 end
 $$;
-
 comment on function @schema@.relay_object(text, text) is
     'Runs as its caller. The document in this text; RL010 where it is none.';
 
 create or replace function @schema@.relay_set_pipeline(
-    p_direction text,
-    p_name text,
-    p_config jsonb,
-    p_enabled boolean,
-    p_outbox_table text default null,
-    p_retention_hours integer default null,
-    p_max_retries integer default 5,
-    p_schedule text default '1s',
+    p_direction text, p_name text, p_config jsonb, p_enabled boolean,
+    p_outbox_table text default null, p_retention_hours integer default null,
+    p_max_retries integer default 5, p_schedule text default '1s',
     p_with_dead_letter boolean default true
-)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_config jsonb := '{"config_version": 1}' || p_config;
     v_role text;
@@ -170,23 +148,13 @@ exception
         raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
 end
 $$;
-
 comment on function @schema@.relay_set_pipeline(text, text, jsonb, boolean, text, integer, integer, text, boolean) is
     'Definer, since callers have no right on the catalog. Complete, check and write a pipeline; the outbox of a forward one by its own name.';
 
 create or replace function @schema@.relay_set_forward(
-    p_name text,
-    p_config jsonb,
-    p_enabled boolean,
-    p_outbox_table text,
-    p_retention_hours integer
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_name text, p_config jsonb, p_enabled boolean, p_outbox_table text, p_retention_hours integer
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_start text := coalesce(p_config ->> 'start', 'earliest');
     v_group text := p_config #>> '{source,consumer_group}';
@@ -259,23 +227,14 @@ begin
     where o.outbox_table_name = p_outbox_table and o.retention_hours < p_retention_hours;
 end
 $$;
-
 comment on function @schema@.relay_set_forward(text, jsonb, boolean, text, integer) is
     'Part of relay_set_pipeline: write a pipeline that reads an outbox; its consumer group is made.';
 
 create or replace function @schema@.set_relay_outbox(
-    name text,
-    outbox text,
-    consumer_group text,
-    sink jsonb,
-    retention_hours integer default 24,
+    name text, outbox text, consumer_group text, sink jsonb, retention_hours integer default 24,
     enabled boolean default true
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_set_pipeline(
         'forward', name,
         pg_catalog.jsonb_build_object(
@@ -284,44 +243,28 @@ as $$
             'sink', sink),
         enabled, @schema@.relay_outbox_named(outbox), retention_hours)
 $$;
-
 comment on function @schema@.set_relay_outbox(text, text, text, jsonb, integer, boolean) is
     'Make or change a pipeline from an outbox to a sink; without a consumer group it reads in id order by itself. Which outbox the name means is settled now. The outbox keeps delivered rows at least so many hours. The position survives changes, delete_relay removes it.';
 
 create or replace function @schema@.set_relay_outbox(name text, outbox text, sink jsonb)
 returns void
-language sql
-volatile
-security invoker
-as $$
+language sql volatile security invoker as $$
     select @schema@.set_relay_outbox(name, outbox, null, sink)
 $$;
-
 comment on function @schema@.set_relay_outbox(text, text, jsonb) is
     'The same without a consumer group.';
 
-create or replace function @schema@.set_relay_outbox(name text, outbox text, sink text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.set_relay_outbox(name text, outbox text, sink text) returns void
+language sql volatile security invoker as $$
     select @schema@.set_relay_outbox(name, outbox, null, @schema@.relay_object('sink', sink))
 $$;
-
 comment on function @schema@.set_relay_outbox(text, text, text) is
     'The same with the sink as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the sink from the config form''s boolean.';
 
 create or replace function @schema@.set_relay_outbox(
-    name text,
-    config jsonb,
-    enabled boolean default true
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+    name text, config jsonb, enabled boolean default true
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_set_pipeline(
         'forward', name, config, enabled,
         case
@@ -329,25 +272,15 @@ as $$
             then @schema@.relay_outbox_named(config operator(pg_catalog.#>>) '{source,outbox}')
         end)
 $$;
-
 comment on function @schema@.set_relay_outbox(text, jsonb, boolean) is
     'Make or change a pipeline from an outbox to a sink: {"source": {"outbox": ...}, "sink": {"type": ...}, ...} with any keys of a pipeline.';
 
 create or replace function @schema@.set_relay_inbox(
-    name text,
-    inbox text,
-    source jsonb,
-    max_retries integer default 5,
-    schedule text default '1s',
-    with_dead_letter boolean default true,
-    retention_hours integer default null,
+    name text, inbox text, source jsonb, max_retries integer default 5, schedule text default '1s',
+    with_dead_letter boolean default true, retention_hours integer default null,
     enabled boolean default true
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_set_pipeline(
         'reverse', name,
         pg_catalog.jsonb_build_object(
@@ -355,35 +288,22 @@ as $$
             'sink', pg_catalog.jsonb_build_object('type', 'pg-inbox', 'inbox', inbox)),
         enabled, null, retention_hours, max_retries, schedule, with_dead_letter)
 $$;
-
 comment on function @schema@.set_relay_inbox(text, text, jsonb, integer, text, boolean, integer, boolean) is
     'Make or change a pipeline from a source to an inbox. A missing inbox is created with the settings given; one that is there keeps its own.';
 
-create or replace function @schema@.set_relay_inbox(name text, inbox text, source text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.set_relay_inbox(name text, inbox text, source text) returns void
+language sql volatile security invoker as $$
     select @schema@.set_relay_inbox(name, inbox, @schema@.relay_object('source', source))
 $$;
-
 comment on function @schema@.set_relay_inbox(text, text, text) is
     'The same with the source as text. Without it a call with three plain literals would be ambiguous: PostgreSQL can''t tell the source from the config form''s boolean.';
 
 create or replace function @schema@.set_relay_inbox(
-    name text,
-    config jsonb,
-    enabled boolean default true
-)
-returns void
-language sql
-volatile
-security invoker
-as $$
+    name text, config jsonb, enabled boolean default true
+) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_set_pipeline('reverse', name, config, enabled)
 $$;
-
 comment on function @schema@.set_relay_inbox(text, jsonb, boolean) is
     'Make or change a pipeline from a source to an inbox: {"source": {"type": ...}, "sink": {"inbox": ...}, ...} with any keys of a pipeline. A missing inbox is created.';
 
@@ -393,11 +313,7 @@ comment on function @schema@.set_relay_inbox(text, jsonb, boolean) is
 
 create or replace function @schema@.list_relay_configs()
 returns table (name text, direction text, enabled boolean, config jsonb)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select c.name, 'forward', c.enabled,
         case
             when jsonb_typeof(c.config -> 'source') = 'object' and c.outbox_table_name is not null
@@ -409,17 +325,11 @@ as $$
     select c.name, 'reverse', c.enabled, c.config from @schema@.relay_inbox_config as c
     order by 1
 $$;
-
 comment on function @schema@.list_relay_configs() is
     'All pipelines, forward and reverse; source.outbox_table is the outbox that a forward one reads. Definer: callers have no right on the catalog.';
 
-create or replace function @schema@.relay_nearest(p_word text, p_candidates text[])
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_nearest(p_word text, p_candidates text[]) returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select c.word
     from unnest(p_candidates) as c (word)
     cross join lateral (
@@ -434,20 +344,13 @@ as $$
     order by s.share desc, c.word
     limit 1
 $$;
-
 comment on function @schema@.relay_nearest(text, text[]) is
     'The candidate that a mistyped word may have meant, by the pairs of letters they share; null where none is near.';
 
 create or replace function @schema@.relay_find_pipeline(
-    p_name text,
-    out name text,
-    out config jsonb
+    p_name text, out name text, out config jsonb
 )
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_near text;
 begin
@@ -465,29 +368,18 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_find_pipeline(text) is
     'Definer, since callers have no right on the catalog. A pipeline as list_relay_configs has it; RL011 where there is none of this name.';
 
-create or replace function @schema@.get_relay_config(name text)
-returns jsonb
-language sql
-stable
-security invoker
-as $$
+create or replace function @schema@.get_relay_config(name text) returns jsonb
+language sql stable security invoker as $$
     select (@schema@.relay_find_pipeline(name)).config
 $$;
-
 comment on function @schema@.get_relay_config(text) is
     'Configuration of a pipeline; secrets in it are references.';
 
-create or replace function @schema@.relay_switch(p_name text, p_enabled boolean)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_switch(p_name text, p_enabled boolean) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
     if p_enabled then
         perform @schema@.relay_validate_config('forward', c.config) from @schema@.relay_outbox_config as c where c.name = p_name;
@@ -501,41 +393,25 @@ begin
     where c.name = p_name and c.enabled <> p_enabled;
 end
 $$;
-
 comment on function @schema@.relay_switch(text, boolean) is
     'Definer, since callers have no right on the catalog. Enable a pipeline, if its configuration is sound, or disable it; writes only where that changes something.';
 
-create or replace function @schema@.enable_relay(name text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.enable_relay(name text) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_switch((@schema@.relay_find_pipeline(name)).name, true)
 $$;
-
 comment on function @schema@.enable_relay(text) is
     'Start a pipeline where it stopped, or where it was set to start.';
 
-create or replace function @schema@.disable_relay(name text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.disable_relay(name text) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_switch((@schema@.relay_find_pipeline(name)).name, false)
 $$;
-
 comment on function @schema@.disable_relay(text) is
     'Stop a pipeline; its position stays, and its outbox keeps what it has not delivered.';
 
-create or replace function @schema@.relay_delete_pipeline(p_name text)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_delete_pipeline(p_name text) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_direction text;
     v_group text;
@@ -556,18 +432,12 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_delete_pipeline(text) is
     'Definer, since callers have no right on the catalog. Delete what the catalog has of a pipeline.';
 
-create or replace function @schema@.delete_relay(name text)
-returns void
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.delete_relay(name text) returns void
+language sql volatile security invoker as $$
     select @schema@.relay_delete_pipeline((@schema@.relay_find_pipeline(name)).name)
 $$;
-
 comment on function @schema@.delete_relay(text) is
     'Delete a pipeline and its position in all relay groups; its dead letters and its consumer group stay.';

@@ -3,11 +3,7 @@
 
 create or replace function @schema@.relay_check_shape(p_config jsonb, p_outbox_table text)
 returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_rename constant jsonb := coalesce(nullif(p_config -> 'rename', 'null'), '{}');
     v_mask constant jsonb := coalesce(nullif(p_config -> 'mask', 'null'), '{}');
@@ -99,6 +95,5 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_check_shape(jsonb, text) is
     'Runs as its caller, which is relay_set_pipeline. RL010 where a pipeline names a column that the captured table does not have, or hides one that its key, a rule or a template needs.';

@@ -3,26 +3,15 @@
 -- Each claim raises the epoch. A worker that lost its pipeline still has the old one, so that
 -- whatever it writes late is refused (RL020) instead of moving the position under the new owner.
 
-create or replace function @schema@.relay_pipeline_of(p_reader text)
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_pipeline_of(p_reader text) returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select regexp_replace(p_reader, '/[0-9]+$', '')
 $$;
-
 comment on function @schema@.relay_pipeline_of(text) is
     'Runs as its caller. The pipeline whose reader this is: orders of orders/3; the name itself where it is the only reader.';
 
-create or replace function @schema@.relay_partitioning(p_config jsonb)
-returns jsonb
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_partitioning(p_config jsonb) returns jsonb
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select case
         when p_config #>> '{source,consumer_group}' is null
             and p_config ->> 'partitions' ~ '^([2-9]|[1-5][0-9]|6[0-4])$'
@@ -31,38 +20,24 @@ as $$
         else '{}'
     end
 $$;
-
 comment on function @schema@.relay_partitioning(jsonb) is
     'Runs as its caller. By what a pipeline deals keys to its readers: their number, and the columns that make the key; {} for one reader. Where two configurations differ in it, a key may have another reader.';
 
 create or replace function @schema@.relay_reader_names(p_pipeline text, p_partitioning jsonb)
 returns setof text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select p_pipeline where p_partitioning = '{}'
     union all
     select p_pipeline || '/' || n.number
     from generate_series(1, (p_partitioning ->> 'partitions')::integer) as n (number)
 $$;
-
 comment on function @schema@.relay_reader_names(text, jsonb) is
     'Runs as its caller. What the readers of a pipeline are called, by its partitioning.';
 
 create or replace function @schema@.relay_place(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_outbox_table text,
-    p_partitioning jsonb
-)
-returns void
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_outbox_table text, p_partitioning jsonb
+) returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_readers text[];
     v_after_id bigint;
@@ -105,28 +80,14 @@ begin
     cross join unnest(v_gaps) as g (gap);
 end
 $$;
-
 comment on function @schema@.relay_place(text, text, text, jsonb) is
     'Part of relay_claim: give every reader of a pipeline that has no position, or one in another outbox, the start of its pipeline, or what retention has left. All of them, since retention waits for each position that there is.';
 
 create or replace function @schema@.relay_claim(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_outbox_table text,
-    p_worker_id text,
+    p_relay_group_id text, p_pipeline text, p_outbox_table text, p_worker_id text,
     p_partitioning jsonb default '{}'
-)
-returns table (
-    epoch bigint,
-    last_change_id bigint,
-    gap_first_ids bigint[],
-    gap_last_ids bigint[]
-)
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns table (epoch bigint, last_change_id bigint, gap_first_ids bigint[], gap_last_ids bigint[])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
     worker_id text not null := p_worker_id;
@@ -175,39 +136,24 @@ begin
     return next;
 end
 $$;
-
 comment on function @schema@.relay_claim(text, text, text, text, jsonb) is
     'Definer, since only functions write positions. Take the position of a pipeline, or of one of its readers: raises its epoch, so that the owner before can''t write it any more, and returns it with its pending gaps. Without an outbox (reverse pipelines) only the epoch counts. RL020 where the pipeline is bound to another outbox, or its positions are of another partitioning.';
 
-create or replace function @schema@.relay_to_repartition(p_relay_group_id text)
-returns setof text
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_to_repartition(p_relay_group_id text) returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select distinct c.name
     from @schema@.relay_outbox_config as c
     join @schema@.relay_consumer_offsets as o on o.pipeline = c.name
     where o.relay_group_id = p_relay_group_id
         and o.partitioning <> @schema@.relay_partitioning(c.config)
 $$;
-
 comment on function @schema@.relay_to_repartition(text) is
     'Definer, since only functions read positions. The pipelines whose positions are of other readers than they have now.';
 
 create or replace function @schema@.relay_repartition(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_partitioning jsonb,
-    p_lock bigint
-)
-returns boolean
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_partitioning jsonb, p_lock bigint
+) returns boolean
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_former record;
     v_gaps int8multirange;
@@ -256,17 +202,13 @@ begin
     return true;
 end
 $$;
-
 comment on function @schema@.relay_repartition(text, text, jsonb, bigint) is
     'Definer, since only functions write positions. Bring the readers of a pipeline to one position, below which none has anything left but in gaps, and give it to those of this partitioning, with epochs above all former ones. False, and nothing is done, while a relay holds the lock, or where the pipeline is partitioned otherwise by now.';
 
-create or replace function @schema@.relay_forget_positions(p_pipeline text, p_relay_group_id text default null)
-returns bigint
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_forget_positions(
+    p_pipeline text, p_relay_group_id text default null
+) returns bigint
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_positions bigint;
 begin
@@ -283,26 +225,15 @@ begin
     return v_positions;
 end
 $$;
-
 comment on function @schema@.relay_forget_positions(text, text) is
     'Runs as its caller. Remove the positions and gaps of a pipeline, in one relay group or in all; returns how many positions it had.';
 
 create or replace function @schema@.relay_commit(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_epoch bigint,
-    p_last_change_id bigint,
-    p_closed_first_ids bigint[] default '{}',
-    p_opened_first_ids bigint[] default '{}',
-    p_opened_last_ids bigint[] default '{}',
-    p_is_reset boolean default false
-)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_epoch bigint, p_last_change_id bigint,
+    p_closed_first_ids bigint[] default '{}', p_opened_first_ids bigint[] default '{}',
+    p_opened_last_ids bigint[] default '{}', p_is_reset boolean default false
+) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     last_change_id bigint not null := p_last_change_id;
     closed_first_ids bigint[] not null := p_closed_first_ids;
@@ -357,38 +288,24 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_commit(text, text, bigint, bigint, bigint[], bigint[], bigint[], boolean) is
     'Definer, since only functions write positions. Write position and gaps together: the position never goes back, gaps that begin at the closed ids go, the opened ranges come. A reset puts the position anywhere, also back, and removes all other gaps: the outbox was made again. RL020 where the epoch has moved on.';
 
 create or replace function @schema@.relay_release(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_epoch bigint
-)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_epoch bigint
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     update @schema@.relay_consumer_offsets as o
     set worker_id = null, updated_at = now()
     where o.relay_group_id = p_relay_group_id
         and o.pipeline_id = p_pipeline
         and o.epoch = p_epoch
 $$;
-
 comment on function @schema@.relay_release(text, text, bigint) is
     'Definer, since only functions write positions. Give up ownership; does nothing where it is lost already.';
 
-create or replace function @schema@.relay_forget_group(relay_group_id text)
-returns bigint
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_forget_group(relay_group_id text) returns bigint
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     relay_group_id text not null := relay_forget_group.relay_group_id;
     v_positions bigint;
@@ -415,44 +332,26 @@ begin
     return v_positions;
 end
 $$;
-
 comment on function @schema@.relay_forget_group(text) is
     'Definer, since only functions write positions. Remove positions, gaps and cursors of a relay group that is gone, so that it holds back no retention, and return how many positions it had. Its consumer groups and dead letters stay, the former for another relay group. RL024 while one of its relays lives.';
 
 create or replace function @schema@.relay_cursor_get(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_cursor_key text
-)
-returns jsonb
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_cursor_key text
+) returns jsonb
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select c.position
     from @schema@.relay_cursors as c
     where c.relay_group_id = p_relay_group_id
         and c.pipeline_id = p_pipeline
         and c.cursor_key = p_cursor_key
 $$;
-
 comment on function @schema@.relay_cursor_get(text, text, text) is
     'Definer, since only functions read positions. Position that a source keeps for itself; null where there is none.';
 
 create or replace function @schema@.relay_cursor_set(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_epoch bigint,
-    p_cursor_key text,
-    p_cursor jsonb
-)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_epoch bigint, p_cursor_key text, p_cursor jsonb
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     -- Refused where ownership is lost; else a claim waits until the cursor is written.
     select @schema@.relay_commit(p_relay_group_id, p_pipeline, p_epoch, 0);
     insert into @schema@.relay_cursors as c (relay_group_id, pipeline_id, cursor_key, position)
@@ -460,6 +359,5 @@ as $$
     on conflict (relay_group_id, pipeline_id, cursor_key) do update
     set position = excluded.position, updated_at = now()
 $$;
-
 comment on function @schema@.relay_cursor_set(text, text, bigint, text, jsonb) is
     'Definer, since only functions write positions. Write a position that a source keeps for itself. RL020 where the epoch has moved on.';

@@ -1,29 +1,15 @@
 -- What the fleet of relays shows about itself.
 
-create or replace function @schema@.relay_schema_version()
-returns text
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_schema_version() returns text
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
     select '0.29.0'
 $$;
-
-comment on function @schema@.relay_schema_version() is
-    'Version of the relay catalog.';
+comment on function @schema@.relay_schema_version() is 'Version of the relay catalog.';
 
 create or replace function @schema@.relay_report(
-    p_relay_group_id text,
-    p_worker_id text,
-    p_report jsonb
-)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_worker_id text, p_report jsonb
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     insert into @schema@.relay_workers as w
         (relay_group_id, worker_id, host, pid, version, report)
     values (
@@ -49,41 +35,24 @@ as $$
             select from @schema@.relay_group_leases as l
             where l.group_id = c.group_id and l.consumer_id = c.consumer_id)
 $$;
-
 comment on function @schema@.relay_report(text, text, jsonb) is
     'Definer, since only functions write the fleet. Heartbeat of one relay; host, pid and version are read from the report.';
 
 create or replace function @schema@.relay_retire(p_relay_group_id text, p_worker_id text)
 returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     delete from @schema@.relay_workers as w
     where w.relay_group_id = p_relay_group_id and w.worker_id = p_worker_id
 $$;
-
 comment on function @schema@.relay_retire(text, text) is
     'Definer, since only functions write the fleet. A relay leaves it.';
 
 create or replace function @schema@.relay_fleet(p_relay_group_id text default null)
 returns table (
-    relay_group_id text,
-    worker_id text,
-    host text,
-    pid integer,
-    version text,
-    started_at timestamptz,
-    last_seen_at timestamptz,
-    is_alive boolean,
-    report jsonb
+    relay_group_id text, worker_id text, host text, pid integer, version text,
+    started_at timestamptz, last_seen_at timestamptz, is_alive boolean, report jsonb
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         w.relay_group_id, w.worker_id, w.host, w.pid, w.version, w.started_at, w.last_seen_at,
         w.last_seen_at > now() - interval '15 seconds', w.report
@@ -92,17 +61,12 @@ as $$
         or w.relay_group_id = p_relay_group_id
     order by w.relay_group_id, w.worker_id
 $$;
-
 comment on function @schema@.relay_fleet(text) is
     'Definer, since only functions read the fleet. Relays, when they were last seen and what they report; alive: within 15 seconds. A webhook receiver is in the report of every relay, with what it did there.';
 
 create or replace function @schema@.relay_outbox_lag(p_outbox_table text, p_positions bigint[])
 returns table (reads_above bigint, max_id bigint, oldest_unsent_at timestamptz)
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_outbox record;
 begin
@@ -122,26 +86,15 @@ exception
         return;
 end
 $$;
-
 comment on function @schema@.relay_outbox_lag(text, bigint[]) is
     'Highest visible id of an outbox and the age of the first row above each position; nothing where it is gone.';
 
 create or replace function @schema@.relay_lag(relay_group_id text, pipelines text[] default null)
 returns table (
-    pipeline text,
-    last_change_id bigint,
-    max_outbox_id bigint,
-    lag_rows bigint,
-    oldest_unsent_at timestamptz,
-    pending_gaps bigint,
-    worker_id text,
-    updated_at timestamptz
+    pipeline text, last_change_id bigint, max_outbox_id bigint, lag_rows bigint,
+    oldest_unsent_at timestamptz, pending_gaps bigint, worker_id text, updated_at timestamptz
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     with positions as materialized (
         select
             r.name,
@@ -198,17 +151,13 @@ as $$
     left join outboxes as l using (outbox_table_name, reads_above)
     order by p.name
 $$;
-
 comment on function @schema@.relay_lag(text, text[]) is
     'Definer, since only functions read positions. How far the readers of these forward pipelines, these readers, or all, are behind their outboxes: one line for each reader. lag_rows is a distance of ids, null where the outbox is gone; pending gaps are not in it.';
 
-create or replace function @schema@.relay_delivered(relay_group_id text, pipeline text, outbox_id bigint)
-returns table (is_settled boolean, dead_letters bigint)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_delivered(
+    relay_group_id text, pipeline text, outbox_id bigint
+) returns table (is_settled boolean, dead_letters bigint)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         bool_and(case
             when g.group_id is null then
@@ -240,6 +189,5 @@ as $$
     where c.name = relay_delivered.pipeline
     group by c.name
 $$;
-
 comment on function @schema@.relay_delivered(text, text, bigint) is
     'Definer, since only functions read positions. Whether all readers of a forward pipeline are done with a row of its outbox, and how many dead letters of that row there are; nothing where there is no such pipeline. An id that holds no row is done with as soon as it is known that none comes.';

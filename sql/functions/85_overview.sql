@@ -2,18 +2,10 @@
 
 create or replace function @schema@.relay_readers()
 returns table (
-    relay_group_id text,
-    pipeline text,
-    consumer_group text,
-    outbox_table text,
-    last_change_id bigint,
-    updated_at timestamptz
+    relay_group_id text, pipeline text, consumer_group text, outbox_table text,
+    last_change_id bigint, updated_at timestamptz
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         o.relay_group_id, c.name, c.config #>> '{source,consumer_group}', c.outbox_table_name,
         o.last_change_id, o.updated_at
@@ -27,17 +19,12 @@ as $$
         select from @schema@.relay_outbox_config as c
         where c.config #>> '{source,consumer_group}' = g.group_name)
 $$;
-
 comment on function @schema@.relay_readers() is
     'Definer, since only functions read positions. Every pipeline with the position of each reader in each relay group that has one, once without where none has; and consumer groups that no pipeline reads. Retention waits for all of them.';
 
 create or replace function @schema@.relay_outbox_sizes()
 returns table (outbox_table text, stream_table text, estimated_rows bigint, bytes bigint)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         c.outbox_table_name,
         c.stream_table,
@@ -50,6 +37,5 @@ as $$
             to_regclass(format('%I.%I', @schema_name@, c.delta_table_name)) as delta
     ) as r
 $$;
-
 comment on function @schema@.relay_outbox_sizes() is
     'Definer, since only functions read the catalog. How much each outbox holds on disk, rows of claim checks and indexes included; rows as PostgreSQL estimated them when it last looked, null before.';
