@@ -7,8 +7,10 @@ made for every metric: whoever adds one gets it. What an alert asks for must exi
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -17,7 +19,8 @@ from relay.metrics import METRICS, PREFIX, MetricSpec
 
 DASHBOARD = "docs/monitoring/dashboard.json"
 ALERTS = "docs/monitoring/alerts.yaml"
-RUNBOOKS = "docs/OPERATIONS.md"
+_PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+RUNBOOKS = f"{_PROJECT['urls']['Source']}/blob/main/docs/OPERATIONS.md"
 
 _SPECS: Mapping[str, MetricSpec] = {spec.name: spec for spec in METRICS}
 
