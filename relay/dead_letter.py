@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
+
+import msgspec
 
 from relay.cancellation import reraise_cancellation
 from relay.catalog import DeadLetter, StoredDeadLetter
@@ -18,8 +21,9 @@ from relay.pipeline_events import PipelineEvents
 # These, in order, without those that the pipeline leaves out. Raises `MessageRejected` where one of
 # them is refused; asked for one at a time it then shows which.
 Transform = Callable[[Sequence[RelayMessage]], list[RelayMessage]]
-# One attempt; None where the sink must not be tried now.
-Attempt = Callable[[Sequence[RelayMessage]], Awaitable[Sequence[Failure] | None]]
+Take = Callable[[], Awaitable[Sequence[RelayMessage]]]
+# One attempt with what is then taken; None where the sink must not be tried now.
+Attempt = Callable[[Take], Awaitable[Sequence[Failure] | None]]
 
 _RETRY_ROWS = 100
 
@@ -47,6 +51,13 @@ class DeadLetters(Protocol):
 
     async def put_back(self, ids: Sequence[int]) -> None:
         """Ask for a retry of these."""
+
+
+class _Retry(msgspec.Struct):
+    """Dead letters that were taken: those to publish, and those that can't be any more."""
+
+    tried: list[StoredDeadLetter] = msgspec.field(default_factory=list)
+    rejected: list[tuple[StoredDeadLetter, RelayError]] = msgspec.field(default_factory=list)
 
 
 class DeadLetterQueue:
@@ -133,7 +144,8 @@ class DeadLetterQueue:
                 async with asyncio.timeout(self._look_again_s):
                     await self._retry_wanted.wait()
             except TimeoutError:
-                if not is_any_left:
+                # Nobody tells that another relay has died with some that it had taken.
+                if not is_any_left and not self._lease_s:
                     continue
             self._retry_wanted.clear()
             is_any_left = True
@@ -145,32 +157,39 @@ class DeadLetterQueue:
 
     async def _publish_requested(self, attempt: Attempt) -> bool:
         """True when no request is left."""
-        pipeline = self._events.labels["pipeline"]
-        while letters := await self._dead_letters.take_dead_letters(
-            pipeline, _RETRY_ROWS, self._lease_s
-        ):
-            if not await self._publish(letters, attempt):
+        is_settled = True
+        while is_settled:
+            retry = _Retry()
+            failures = await attempt(partial(self._take, retry))
+            if failures is None:
                 return False
-        return True
+            if not (retry.tried or retry.rejected):
+                break
+            is_settled = await self._settle(retry, failures)
+        return is_settled
 
-    async def _publish(self, letters: Sequence[StoredDeadLetter], attempt: Attempt) -> bool:
-        """True when all were settled one way or the other; an outage leaves them requested."""
-        tried: list[StoredDeadLetter] = []
+    async def _take(self, retry: _Retry) -> Sequence[RelayMessage]:
+        """Take some of what was requested, and do what is left to be done with it."""
         messages: list[RelayMessage] = []
-        rejected: list[tuple[StoredDeadLetter, RelayError]] = []
-        for letter in letters:
+        for letter in await self._dead_letters.take_dead_letters(
+            self._events.labels["pipeline"], _RETRY_ROWS, self._lease_s
+        ):
             try:
                 messages += self._transformed(letter)
-                tried.append(letter)
+                retry.tried.append(letter)
             except MessageRejected as error:
-                rejected.append((letter, error))
-        failures = await attempt(messages)
-        if failures is None:
-            return False
+                retry.rejected.append((letter, error))
+        return messages
+
+    async def _settle(self, retry: _Retry, failures: Sequence[Failure]) -> bool:
+        """True when all were settled one way or the other; an outage leaves them requested."""
         failed = {failure.index for failure in failures}
-        delivered = [letter.id for index, letter in enumerate(tried) if index not in failed]
+        delivered = [letter.id for index, letter in enumerate(retry.tried) if index not in failed]
         refused = [failure for failure in failures if failure.error.kind is ErrorKind.MESSAGE]
-        rejected += [(tried[failure.index], failure.error) for failure in refused]
+        rejected = [
+            *retry.rejected,
+            *((retry.tried[failure.index], failure.error) for failure in refused),
+        ]
         if delivered:
             await self._dead_letters.settle_dead_letters(delivered)
         if rejected:

@@ -24,7 +24,7 @@ import msgspec
 from relay.backoff import LONGEST_ASKED_WAIT_S, Backoff
 from relay.cancellation import reraise_cancellation
 from relay.contracts import Batch, Failure, Sink
-from relay.dead_letter import DeadLetterQueue, Transform, is_sinks_verdict
+from relay.dead_letter import DeadLetterQueue, Take, Transform, is_sinks_verdict
 from relay.errors import (
     ConfigurationError,
     ErrorKind,
@@ -173,13 +173,17 @@ class Delivery:
         self._events.state(PipelineState.RUNNING)
         self._emit(work, started)
 
-    async def attempt(self, messages: Sequence[RelayMessage]) -> Sequence[Failure] | None:
-        """Publish once, beside the batches; None where the sink must not be tried now."""
+    async def attempt(self, take: Take) -> Sequence[Failure] | None:
+        """Publish once, beside the batches; None where the sink must not be tried now.
+
+        What to publish is taken when it is its turn: what has waited behind a suspended batch may
+        have been purged meanwhile, or be another relay's.
+        """
         async with self._publishing:
             # A suspended batch releases the sink when the pipeline stops, no better than it was.
             if self._stop.is_set() or self._back_off_s() > 0:
                 return None
-            return await self._publish_once(_Settlement(pending=[]), messages)
+            return await self._publish_once(_Settlement(pending=[]), await take())
 
     def _emit(self, work: _Settlement, started: float) -> None:
         self._events.emit(

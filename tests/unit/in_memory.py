@@ -135,6 +135,7 @@ class Line:
         source: Callable[[MemoryChannel], Source] | None = None,
         sink: Sink | None = None,
         letters: KeptLetters | None = None,
+        dead_letter_lease_s: int = 0,
     ) -> None:
         self.here = MemoryChannel()
         self.there = MemoryChannel()
@@ -155,6 +156,7 @@ class Line:
             policy=policy,
             prefetch=prefetch,
             failed_retry_s=failed_retry_s,
+            dead_letter_lease_s=dead_letter_lease_s,
         )
 
     def write(self, *messages: RelayMessage) -> None:

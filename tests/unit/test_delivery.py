@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -490,6 +491,39 @@ async def test_a_stop_while_suspended_leaves_the_suspects_requested() -> None:
 
     assert line.letters.keys == ["0", "1"]
     assert line.letters.requested == [1, 2]
+
+
+async def test_what_is_purged_while_the_sink_is_suspended_is_not_sent() -> None:
+    line = Line(policy=RetryPolicy(initial_s=0.001, max_s=0.002, breaker_threshold=3), batch_size=2)
+    keys = ["0", "1", "2", "3"]
+    line.write(*(message(key) for key in keys))
+    line.faults.refused |= dict.fromkeys(keys, POISON)
+
+    async with line.running():
+        await line.heard.until(lambda: PipelineState.SUSPENDED in line.heard.states)
+        # Whoever wants to send them has had every chance to take them.
+        for _ in range(100):
+            await asyncio.sleep(0)
+        line.letters.letters.clear()
+        line.letters.requested.clear()
+        line.faults.refused.clear()
+        await line.heard.until(lambda: line.acknowledged == 4)
+
+    assert line.received == ["2", "3"]
+
+
+async def test_what_another_relay_had_taken_when_it_died_is_found_without_being_told() -> None:
+    line = Line(dead_letter_lease_s=60)
+    line.write(message("0"))
+    line.faults.refused["0"] = POISON
+
+    async with line.running():
+        await line.heard.until(lambda: line.acknowledged == 1)
+        line.faults.refused.clear()
+        line.letters.requested = list(line.letters.letters)
+        await line.heard.until(lambda: bool(line.heard.of(DeadLettersRetried)))
+
+    assert line.received == ["0"]
 
 
 async def test_what_a_batch_had_come_to_is_told_when_a_stop_interrupts_it() -> None:
