@@ -444,11 +444,12 @@ class Coordinator:
 
     @staticmethod
     async def _cut(tasks: Iterable[asyncio.Task[Ending]]) -> None:
-        tasks = [task for task in tasks if not task.done()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        """Cancel these; what does not close in time is cancelled again, each side of it."""
+        pending = {task for task in tasks if not task.done()}
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=_CLOSING_S)
 
     def _tell_ownership(self) -> None:
         told = OwnershipChanged(
@@ -466,13 +467,15 @@ class Coordinator:
             notice = msgspec.json.decode(payload, type=_Notice)
         except msgspec.DecodeError:
             notice = _Notice()
-        if notice.event == "RETRY":
-            for work in self._works.values():
-                if work.row.pipeline == notice.name and work.pipeline is not None:
-                    work.pipeline.retry_dead_letters()
-            return
-        self._is_stale = True
-        self._wake.set()
+        is_retry = notice.event == "RETRY"
+        for work in self._works.values():
+            # Without a payload any notification may have been missed.
+            is_meant = not payload or (is_retry and work.row.pipeline == notice.name)
+            if is_meant and work.pipeline is not None:
+                work.pipeline.retry_dead_letters()
+        if not is_retry:
+            self._is_stale = True
+            self._wake.set()
 
     async def _rest(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

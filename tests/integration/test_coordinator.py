@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
+import pytest
+
+from relay import coordinator
 from relay.catalog import Catalog, PipelineRow
 from relay.contracts import PublishResult
 from relay.coordinator import Coordinator
@@ -47,11 +50,16 @@ class Stuck(MemorySink):
     def __init__(self) -> None:
         super().__init__(MemoryChannel())
         self.reached = asyncio.Event()
+        self.is_closed = False
 
     async def publish(self, messages: Sequence[RelayMessage]) -> PublishResult:
         self.reached.set()
         await asyncio.Event().wait()
         return await super().publish(messages)
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+        await super().aclose()
 
 
 class SlowToClose(MemorySource):
@@ -86,32 +94,61 @@ class OneLine:
         return self._line.pipeline
 
 
-async def test_what_is_cut_off_is_not_cut_off_again_while_it_closes(
-    migrated_database: ServerDatabase,
-) -> None:
+class Cut:
+    """A coordinator whose one pipeline does not end in time, with the batch in its hands."""
+
+    def __init__(self, database: Database, settings: PostgresSettings) -> None:
+        self.sink = Stuck()
+        self.line = Line(source=SlowToClose, sink=self.sink)
+        self.line.write(message("0"))
+        self.catalog, self.locks = OneRow(database, "default"), CountedLocks(settings, "default")
+        self.coordinator = Coordinator(
+            settings=RelaySettings(shutdown_timeout_s=0.05, coordinate_interval_s=0.02),
+            database=database,
+            catalog=self.catalog,
+            locks=self.locks,
+            builder=OneLine(self.line),
+            emit=self.line.heard,
+        )
+
+    @property
+    def source(self) -> SlowToClose:
+        assert isinstance(self.line.source, SlowToClose)
+        return self.line.source
+
+
+@pytest.fixture
+async def cut(migrated_database: ServerDatabase) -> AsyncIterator[Cut]:
     settings = PostgresSettings(url=migrated_database.dsn)
     database = Database(settings)
     await database.open()
-    sink = Stuck()
-    line = Line(source=SlowToClose, sink=sink)
-    line.write(message("0"))
-    source = line.source
-    assert isinstance(source, SlowToClose)
-    catalog, locks = OneRow(database, "default"), CountedLocks(settings, "default")
-    coordinator = Coordinator(
-        settings=RelaySettings(shutdown_timeout_s=0.05, coordinate_interval_s=0.02),
-        database=database,
-        catalog=catalog,
-        locks=locks,
-        builder=OneLine(line),
-        emit=line.heard,
-    )
-    run = asyncio.create_task(coordinator.run())
+    yield Cut(database, settings)
+    await database.aclose()
+
+
+async def test_a_pipeline_that_never_closes_does_not_keep_the_relay_from_ending(
+    cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "_CLOSING_S", 0.05)
+    run = asyncio.create_task(cut.coordinator.run())
+
+    async with asyncio.timeout(BOUND_S):
+        await cut.sink.reached.wait()
+        cut.coordinator.stop()
+        assert not await run
+
+    assert cut.source.closing.is_set()
+    assert cut.sink.is_closed
+
+
+async def test_what_is_cut_off_is_not_cut_off_again_while_it_closes(cut: Cut) -> None:
+    source, catalog, locks = cut.source, cut.catalog, cut.locks
+    run = asyncio.create_task(cut.coordinator.run())
     try:
         async with asyncio.timeout(BOUND_S):
-            await sink.reached.wait()
+            await cut.sink.reached.wait()
             catalog.rows = ()
-            coordinator.reload()
+            cut.coordinator.reload()
             await source.closing.wait()
             for _ in range(3):
                 locks.round.clear()
@@ -120,6 +157,5 @@ async def test_what_is_cut_off_is_not_cut_off_again_while_it_closes(
 
             await source.closed.wait()
     finally:
-        coordinator.stop()
+        cut.coordinator.stop()
         await run
-        await database.aclose()

@@ -188,5 +188,31 @@ async def test_a_reverse_message_without_its_key_is_kept_and_transformed_when_tr
     assert await world.value("select event_type from pgtrickle.arrived") == "arrived"
 
 
+async def test_a_request_whose_notification_was_missed_is_found_when_the_relay_listens_again(
+    world: RelayWorld, stream: NatsWorld
+) -> None:
+    await world.make_orders()
+    by_note = f"{stream.stream}.{{payload.note}}"
+    await world.forward("out", {**stream.sink(), "subject_template": by_note})
+    await world.insert(1, 1)
+    await world.relay()
+    await _until_letters(world, 1)
+
+    await world.run(
+        "insert into pgtrickle.relay_dlq_retries (relay_group_id, pipeline, id)"
+        " select relay_group_id, pipeline, id from pgtrickle.relay_dlq"
+    )
+    await world.run(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where application_name like '%relay listen'"
+    )
+
+    async def was_tried_again() -> bool:
+        (letter,) = await _letters(world)
+        return letter.attempts == 2
+
+    await until(was_tried_again)
+
+
 def _subject_end(event: Event) -> str:
     return event.subject.partition(".")[2]
