@@ -159,7 +159,7 @@ class GroupSource:
             await self._catalog.settle_lease(
                 self._group, self._consumer, token.lease_token, token.through_id
             )
-        except Outage:
+        except (Outage, asyncio.CancelledError):
             self._held.add(token.lease_token)
             raise
         self._debug("settled", token.lease_token, str(token.through_id))
