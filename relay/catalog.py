@@ -24,6 +24,7 @@ CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
 # Server encodings that Python knows by these names. What is not listed is taken for ASCII, which
 # all of them contain.
@@ -163,7 +164,7 @@ class DeadLetterSummary(msgspec.Struct, frozen=True, kw_only=True):
     error: str
     attempts: int
     last_failed_at: datetime
-    is_retry_requested: bool
+    retry_requested_at: datetime | None
 
 
 class Lag(msgspec.Struct, frozen=True, kw_only=True):
@@ -295,50 +296,26 @@ class Catalog:
 
     async def version(self) -> str:
         """The catalog's version. Raises `CatalogMissing` where there is none."""
-        row = await self._database.fetch_row(
-            "reading the catalog's version", "select relay_schema_version() as version"
-        )
-        return "" if row is None else str(row["version"])
+        return await self._value(str, "reading the catalog's version", "relay_schema_version")
 
     async def pipelines(self) -> list[PipelineRow]:
         """All pipelines, enabled or not."""
-        rows = await self._database.fetch(
-            "reading the pipelines",
-            "select name, direction, enabled, config from list_relay_configs()",
-        )
-        return [
-            PipelineRow(
-                name=row["name"],
-                direction=row["direction"],
-                enabled=row["enabled"],
-                config=_object(row["config"]),
-            )
-            for row in rows
-        ]
+        columns = "name, direction, enabled, config"
+        rows = await self._rows("reading the pipelines", "list_relay_configs", columns=columns)
+        return [PipelineRow(**{**dict(row), "config": _object(row["config"])}) for row in rows]
 
     async def outbox(self, outbox_table: str) -> OutboxDescription:
         """An outbox by its own name. Raises `ConfigurationError` where it is gone."""
-        return await self._one(
-            OutboxDescription,
-            "looking up the outbox",
-            "select $1::text as outbox_table, o.* from relay_outbox_of($1) as o",
-            outbox_table,
-        )
+        row = await self._row("looking up the outbox", "relay_outbox_of", outbox_table)
+        return msgspec.convert({**dict(row), "outbox_table": outbox_table}, OutboxDescription)
 
     async def outbox_named(self, name: str) -> str:
         """The outbox of a stream table. Raises `ConfigurationError` where it is not enabled."""
-        row = await self._database.fetch_row(
-            "looking up the outbox", "select relay_outbox_named($1) as outbox_table", name
-        )
-        return "" if row is None else str(row["outbox_table"])
+        return await self._value(str, "looking up the outbox", "relay_outbox_named", name)
 
     async def inbox(self, name: str, schema: str | None = None) -> InboxDescription:
         """An inbox. Raises `ConfigurationError` where there is none, or where it is broken."""
-        row = await self._database.fetch_row(
-            "looking up the inbox", "select * from relay_inbox($1, $2)", name, schema
-        )
-        if row is None:
-            raise CatalogError(f"the catalog does not know the inbox {name}")
+        row = await self._row("looking up the inbox", "relay_inbox", name, schema)
         if row["problem"] is not None:
             raise ConfigurationError(
                 f"inbox {name} is broken: {row['problem']}",
@@ -360,25 +337,22 @@ class Catalog:
         Of one of several readers with its ``partitioning``; raises `OwnershipLost` where the
         positions are of another.
         """
-        return await self._one(
-            Claim,
+        row = await self._row(
             "claiming the pipeline",
-            "select * from relay_claim($1, $2, $3, $4, $5)",
+            "relay_claim",
             self._group_id,
             pipeline,
             outbox_table,
             worker_id,
             msgspec.json.encode(partitioning or {}),
         )
+        return msgspec.convert(dict(row), Claim)
 
     async def to_repartition(self) -> frozenset[str]:
         """The pipelines whose positions are of other readers than they have now."""
-        rows = await self._database.fetch(
-            "looking for changed partitions",
-            "select relay_to_repartition($1) as pipeline",
-            self._group_id,
-        )
-        return frozenset(row["pipeline"] for row in rows)
+        doing = "looking for changed partitions"
+        rows = await self._rows(doing, "relay_to_repartition", self._group_id)
+        return frozenset(row[0] for row in rows)
 
     async def repartition(
         self, pipeline: str, partitioning: Mapping[str, object], lock_key: int
@@ -388,15 +362,15 @@ class Catalog:
         False, and nothing is done, while a session holds ``lock_key``, or where the pipeline is
         partitioned otherwise by now.
         """
-        row = await self._database.fetch_row(
+        return await self._value(
+            bool,
             "bringing readers to one position",
-            "select relay_repartition($1, $2, $3, $4) as done",
+            "relay_repartition",
             self._group_id,
             pipeline,
             msgspec.json.encode(partitioning),
             lock_key,
         )
-        return row is not None and bool(row["done"])
 
     async def commit(
         self,
@@ -411,38 +385,36 @@ class Catalog:
 
         ``closed`` are the first ids of gaps that are no more, ``opened`` new ranges.
         """
-        await self._database.execute(
+        firsts, lasts = [first for first, _ in opened], [last for _, last in opened]
+        gaps = [list(closed), firsts, lasts]
+        await self._do(
             "committing the offset",
-            "select relay_commit($1, $2, $3, $4, $5, $6, $7)",
+            "relay_commit",
             self._group_id,
             pipeline,
             epoch,
             last_change_id,
-            list(closed),
-            [first for first, _ in opened],
-            [last for _, last in opened],
+            *gaps,
         )
 
     async def reset_offset(self, pipeline: str, epoch: int, last_change_id: int) -> None:
         """Set the position anywhere and remove the gaps: the outbox was made again."""
-        await self._database.execute(
+        await self._do(
             "resetting the offset",
-            "select relay_commit($1, $2, $3, $4, p_is_reset => true)",
+            "relay_commit",
             self._group_id,
             pipeline,
             epoch,
             last_change_id,
+            [],
+            [],
+            [],
+            True,
         )
 
     async def release(self, pipeline: str, epoch: int) -> None:
         """Give up ownership; harmless when it was lost already."""
-        await self._database.execute(
-            "releasing the pipeline",
-            "select relay_release($1, $2, $3)",
-            self._group_id,
-            pipeline,
-            epoch,
-        )
+        await self._do("releasing the pipeline", "relay_release", self._group_id, pipeline, epoch)
 
     async def join_group(
         self, group: str, pipeline: str, outbox_table: str, consumer: str, on_reset: str
@@ -451,9 +423,10 @@ class Catalog:
 
         Raises `ConfigurationError` where the group is gone, or another's.
         """
-        row = await self._database.fetch_row(
+        return await self._value(
+            bool,
             "joining the consumer group",
-            "select relay_group_join($1, $2, $3, $4, $5, $6) as was_reset",
+            "relay_group_join",
             group,
             pipeline,
             self._group_id,
@@ -461,7 +434,6 @@ class Catalog:
             consumer,
             on_reset,
         )
-        return row is not None and bool(row["was_reset"])
 
     async def lease(
         self,
@@ -474,72 +446,52 @@ class Catalog:
         seconds: int,
     ) -> Lease:
         """The next rows of a group: about so many messages and bytes, for so long."""
-        return await self._one(
-            Lease,
+        row = await self._row(
             "leasing rows",
-            "select outbox_ids, is_settled from relay_group_poll($1, $2, $3, $4, $5, $3, $6)",
+            "relay_group_poll",
             group,
             consumer,
             max_messages,
             seconds,
             max_bytes,
+            max_messages,
             lease_token,
         )
+        return msgspec.convert(dict(row), Lease)
 
     async def extend_lease(
         self, group: str, consumer: str, lease_token: UUID, seconds: int
     ) -> None:
         """Keep the rows of a lease, for so long from now. Raises `LeaseLost`."""
-        await self._database.execute(
-            "extending the lease",
-            "select extend_lease($1, $2, $3, $4)",
-            group,
-            consumer,
-            seconds,
-            lease_token,
-        )
+        doing = "extending the lease"
+        await self._do(doing, "extend_lease", group, consumer, seconds, lease_token)
 
     async def settle_lease(
         self, group: str, consumer: str, lease_token: UUID, through_id: int
     ) -> None:
         """The rows of a lease up to this id are delivered. Raises `LeaseLost`."""
-        await self._database.execute(
-            "committing the offset",
-            "select commit_offset($1, $2, $3, $4)",
-            group,
-            consumer,
-            through_id,
-            lease_token,
-        )
+        doing = "committing the offset"
+        await self._do(doing, "commit_offset", group, consumer, through_id, lease_token)
 
     async def release_lease(self, group: str, lease_token: UUID) -> None:
         """Give the rest of a lease back at once; harmless when it was lost already."""
-        await self._database.execute(
-            "releasing the lease", "select relay_group_release($1, $2)", group, lease_token
-        )
+        await self._do("releasing the lease", "relay_group_release", group, lease_token)
 
     async def leave_group(self, group: str, consumer: str) -> None:
         """Be a consumer of this group no longer."""
-        await self._database.execute(
-            "leaving the consumer group", "select relay_group_leave($1, $2)", group, consumer
-        )
+        await self._do("leaving the consumer group", "relay_group_leave", group, consumer)
 
     async def cursor(self, pipeline: str, cursor_key: str) -> bytes | None:
         """A source's own remembered position, as JSON."""
-        row = await self._database.fetch_row(
-            "reading the cursor",
-            "select relay_cursor_get($1, $2, $3) as cursor",
-            self._group_id,
-            pipeline,
-            cursor_key,
-        )
-        return None if row is None else row["cursor"]
+        doing = "reading the cursor"
+        row = await self._row(doing, "relay_cursor_get", self._group_id, pipeline, cursor_key)
+        return None if row[0] is None else bytes(row[0])
 
     async def set_cursor(self, pipeline: str, epoch: int, cursor_key: str, cursor: bytes) -> None:
         """Remember a source's own position. Raises `OwnershipLost`."""
-        await self._database.execute(
+        await self._do(
             "committing the cursor",
-            "select relay_cursor_set($1, $2, $3, $4, $5)",
+            "relay_cursor_set",
             self._group_id,
             pipeline,
             epoch,
@@ -549,45 +501,26 @@ class Catalog:
 
     async def sleep(self, outbox_table: str, sleeper: str, seconds: int) -> None:
         """Ask publishers to notify: this relay is idle on that outbox, for so long at most."""
-        await self._database.execute(
-            "going to sleep",
-            "select relay_sleep($1, $2, $3)",
-            outbox_table,
-            sleeper,
-            seconds,
-        )
+        await self._do("going to sleep", "relay_sleep", outbox_table, sleeper, seconds)
 
     async def wake(self, outbox_table: str, sleeper: str) -> None:
         """Spare publishers the notification: this relay is polling by itself."""
-        await self._database.execute(
-            "waking up", "select relay_sleep($1, $2)", outbox_table, sleeper
-        )
+        await self._do("waking up", "relay_sleep", outbox_table, sleeper)
 
     async def rows_consumed(self, outbox_table: str, outbox_id: int) -> None:
         """Tell the outbox that a claim check was fetched completely."""
-        await self._database.execute(
-            "reporting a consumed claim check",
-            "select outbox_rows_consumed($1, $2)",
-            outbox_table,
-            outbox_id,
-        )
+        doing = "reporting a consumed claim check"
+        await self._do(doing, "outbox_rows_consumed", outbox_table, outbox_id)
 
     async def swept_outboxes(self) -> list[str]:
         """The outboxes that relays have to sweep, whoever reads them."""
-        rows = await self._database.fetch(
-            "listing the outboxes", "select relay_swept_outboxes() as outbox_table"
-        )
-        return [row["outbox_table"] for row in rows]
+        rows = await self._rows("listing the outboxes", "relay_swept_outboxes")
+        return [row[0] for row in rows]
 
     async def sweep(self, outbox_table: str, max_rows: int) -> int:
         """Remove rows that are past retention and delivered; returns how many."""
-        row = await self._database.fetch_row(
-            "sweeping the outbox",
-            "select relay_sweep_outbox($1, $2) as swept",
-            outbox_table,
-            max_rows,
-        )
-        return 0 if row is None else int(row["swept"])
+        doing = "sweeping the outbox"
+        return await self._value(int, doing, "relay_sweep_outbox", outbox_table, max_rows)
 
     async def sweep_inbox(self, name: str, max_rows: int) -> int:
         """Remove processed inbox rows that are past retention; returns how many."""
@@ -610,9 +543,7 @@ class Catalog:
 
     async def due_snapshots(self) -> list[str]:
         """Outboxes whose stream table was refreshed without triggers since the last snapshot."""
-        rows = await self._database.fetch(
-            "looking for full refreshes", "select outbox_table from relay_due_snapshots()"
-        )
+        rows = await self._rows("looking for full refreshes", "relay_due_snapshots")
         return [row["outbox_table"] for row in rows]
 
     async def snapshot(self, outbox_table: str) -> None:
@@ -647,9 +578,10 @@ class Catalog:
         text = await self._database_text()
         stored = [text.storable(letter.message) for letter in letters]
         messages = [message for message, _ in stored]
-        row = await self._database.fetch_row(
+        return await self._value(
+            list[int],
             "writing dead letters",
-            "select relay_dead_letter($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13) as ids",
+            "relay_dead_letter",
             self._group_id,
             pipeline,
             direction,
@@ -667,36 +599,29 @@ class Catalog:
             [text.printable(letter.error) for letter in letters],
             [letter.attempts for letter in letters],
         )
-        return [] if row is None else list(row["ids"])
 
     async def take_dead_letters(
         self, pipeline: str, max_rows: int, lease_s: int = 0
     ) -> list[StoredDeadLetter]:
         """Dead letters of a pipeline for which a retry was asked; nobody else's for so long."""
-        rows = await self._database.fetch(
-            "taking dead letters",
-            "select * from relay_dlq_take($1, $2, $3, $4)",
-            self._group_id,
-            pipeline,
-            max_rows,
-            lease_s,
-        )
-        return [_stored(row) for row in rows]
+        asked = self._group_id, pipeline, max_rows, lease_s
+        return [
+            _stored(row)
+            for row in await self._rows("taking dead letters", "relay_dlq_take", *asked)
+        ]
 
     async def settle_dead_letters(self, ids: Sequence[int]) -> None:
         """These were delivered: remove them."""
-        await self._database.execute(
-            "settling dead letters", "select relay_dlq_settle($1)", list(ids)
-        )
+        await self._do("settling dead letters", "relay_dlq_settle", list(ids))
 
     async def fail_dead_letters(
         self, letters: Sequence[StoredDeadLetter], errors: Sequence[str]
     ) -> None:
         """Record failed retries, unless the row changed since it was taken."""
         text = await self._database_text()
-        await self._database.execute(
+        await self._do(
             "recording failed retries",
-            "select relay_dlq_fail($1, $2, $3)",
+            "relay_dlq_fail",
             [letter.id for letter in letters],
             [text.printable(error) for error in errors],
             [letter.attempts for letter in letters],
@@ -704,137 +629,103 @@ class Catalog:
 
     async def put_back(self, ids: Sequence[int]) -> None:
         """Ask for a retry of these: they were rejected during an outage."""
-        await self._database.execute(
-            "putting back dead letters", "select relay_dlq_put_back($1)", list(ids)
-        )
+        await self._do("putting back dead letters", "relay_dlq_put_back", list(ids))
 
     async def lag(self, pipelines: Sequence[str]) -> list[Lag]:
         """How far these forward pipelines of this group are behind; reverse ones are left out."""
-        rows = await self._database.fetch(
-            "measuring lag",
-            "select pipeline, last_change_id, max_outbox_id, lag_rows, oldest_unsent_at,"
-            " pending_gaps, worker_id from relay_lag($1, $2)",
-            self._group_id,
-            list(pipelines),
-        )
-        return [Lag(**dict(row)) for row in rows]
+        return await self._all(Lag, "measuring lag", "relay_lag", self._group_id, list(pipelines))
 
     async def delivered(self, pipeline: str, outbox_id: int) -> Delivered | None:
         """What became of a row of an outbox; None where there is no such forward pipeline."""
-        row = await self._database.fetch_row(
-            "looking for a delivery",
-            "select is_settled, dead_letters from relay_delivered($1, $2, $3)",
-            self._group_id,
-            pipeline,
-            outbox_id,
-        )
-        return None if row is None else Delivered(**dict(row))
+        asked = self._group_id, pipeline, outbox_id
+        found = await self._all(Delivered, "looking for a delivery", "relay_delivered", *asked)
+        return next(iter(found), None)
 
     async def readers(self) -> list[Reader]:
         """Who reads which outbox, in all relay groups, and how far each has come."""
-        rows = await self._database.fetch(
-            "looking who reads the outboxes", "select * from relay_readers()"
-        )
-        return [Reader(**dict(row)) for row in rows]
+        return await self._all(Reader, "looking who reads the outboxes", "relay_readers")
 
     async def outbox_sizes(self) -> list[OutboxSize]:
         """How much each outbox holds."""
-        rows = await self._database.fetch(
-            "measuring the outboxes", "select * from relay_outbox_sizes()"
-        )
-        return [OutboxSize(**dict(row)) for row in rows]
+        return await self._all(OutboxSize, "measuring the outboxes", "relay_outbox_sizes")
 
     async def backfills(self) -> list[Backfill]:
         """Backfills that run or were interrupted, and those that ended in the last hour."""
         rows = await self._database.fetch(
             "looking at backfills",
-            "select stream_table, outbox_table, pipeline, is_filtered, state, sent_rows,"
-            " estimated_rows, started_at, updated_at from backfill_progress"
+            "select * from backfill_progress"
             " where finished_at is null or finished_at > pg_catalog.now() - interval '1 hour'"
             " order by started_at",
         )
-        return [Backfill(**dict(row)) for row in rows]
+        return msgspec.convert([dict(row) for row in rows], list[Backfill])
 
     async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
         """The relays of this group, or of all, those that were killed for a day besides."""
-        rows = await self._database.fetch(
-            "looking at the fleet",
-            "select relay_group_id, worker_id, host, last_seen_at, is_alive, report"
-            " from relay_fleet($1)",
-            None if of_all_groups else self._group_id,
-        )
-        return [FleetRow(**dict(row)) for row in rows]
+        group = None if of_all_groups else self._group_id
+        return await self._all(FleetRow, "looking at the fleet", "relay_fleet", group)
 
     async def capture_problems(self) -> list[CaptureProblem]:
         """What is wrong with capture, in all outboxes."""
-        rows = await self._database.fetch(
-            "looking for capture problems",
-            "select outbox_table, problem, remedy from relay_capture_problems()",
-        )
-        return [CaptureProblem(**dict(row)) for row in rows]
+        doing = "looking for capture problems"
+        return await self._all(CaptureProblem, doing, "relay_capture_problems")
 
     async def oldest_dead_letter_error(self, pipeline: str) -> str:
         """Why the oldest dead letter of a pipeline failed; empty where it has none."""
-        row = await self._database.fetch_row(
-            "reading a dead letter", "select error from relay_dlq_list($1, 1)", pipeline
-        )
-        return "" if row is None else str(row["error"])
+        doing = "reading a dead letter"
+        oldest = await self._all(DeadLetterSummary, doing, "relay_dlq_list", pipeline, 1)
+        return oldest[0].error if oldest else ""
 
     async def latest_dead_letters(self, pipeline: str, limit: int) -> list[DeadLetterSummary]:
         """The dead letters of a pipeline that came last, the newest first."""
-        rows = await self._database.fetch(
-            "reading dead letters",
-            "select id, subject, error_kind, error, attempts, last_failed_at,"
-            " retry_requested_at is not null as is_retry_requested"
-            " from relay_dlq_list($1, $2, newest_first => true)",
-            pipeline,
-            limit,
-        )
-        return [DeadLetterSummary(**dict(row)) for row in rows]
+        doing = "reading dead letters"
+        return await self._all(DeadLetterSummary, doing, "relay_dlq_list", pipeline, limit, True)
 
     async def dead_letter_counts(self, pipelines: Sequence[str] | None = None) -> dict[str, int]:
         """How many dead letters these pipelines have, or all; those without are left out."""
-        rows = await self._database.fetch(
-            "counting dead letters",
-            "select pipeline, entries from relay_dlq_stats($1)",
-            pipelines,
-        )
+        rows = await self._rows("counting dead letters", "relay_dlq_stats", pipelines)
         return {row["pipeline"]: row["entries"] for row in rows}
 
     async def report(self, worker_id: str, report: bytes) -> None:
         """Show the fleet what this relay is doing; ``report`` is a JSON object."""
-        text = await self._database_text()
-        await self._database.execute(
-            "reporting to the fleet",
-            "select relay_report($1, $2, $3)",
-            self._group_id,
-            worker_id,
-            text.printable_json(report),
-        )
+        text = (await self._database_text()).printable_json(report)
+        await self._do("reporting to the fleet", "relay_report", self._group_id, worker_id, text)
 
     async def retire(self, worker_id: str) -> None:
         """Leave the fleet."""
-        await self._database.execute(
-            "leaving the fleet",
-            "select relay_retire($1, $2)",
-            self._group_id,
-            worker_id,
-        )
+        await self._do("leaving the fleet", "relay_retire", self._group_id, worker_id)
 
     async def _database_text(self) -> DatabaseText:
         if self._text is None:
-            row = await self._database.fetch_row(
-                "reading the database's encoding",
-                "select pg_catalog.current_setting('server_encoding') as encoding",
-            )
-            self._text = DatabaseText("" if row is None else row["encoding"])
+            doing, asked = "reading the database's encoding", "pg_catalog.current_setting"
+            self._text = DatabaseText(await self._value(str, doing, asked, "server_encoding"))
         return self._text
 
-    async def _one(self, into: type[T], doing: str, query: str, *args: object) -> T:
-        row = await self._database.fetch_row(doing, query, *args)
-        if row is None:
+    async def _do(self, doing: str, function: str, *args: object) -> None:
+        """Call a function for its effect."""
+        await self._rows(doing, function, *args)
+
+    async def _value(self, into: type[T], doing: str, function: str, *args: object) -> T:
+        """What a function returns."""
+        return msgspec.convert((await self._row(doing, function, *args))[0], into)
+
+    async def _all(self, into: type[S], doing: str, function: str, *args: object) -> list[S]:
+        """The rows of a function that returns a table, each with the columns of that struct."""
+        columns = ", ".join(into.__struct_fields__)
+        rows = await self._rows(doing, function, *args, columns=columns)
+        return [msgspec.convert(dict(row), into) for row in rows]
+
+    async def _row(self, doing: str, function: str, *args: object) -> asyncpg.Record:
+        rows = await self._rows(doing, function, *args)
+        if not rows:
             raise CatalogError(f"the catalog gave no row while {doing}")
-        return msgspec.convert(dict(row), into)
+        return rows[0]
+
+    async def _rows(
+        self, doing: str, function: str, *args: object, columns: str = "*"
+    ) -> list[asyncpg.Record]:
+        places = [f"${number}" for number in range(1, len(args) + 1)]
+        query = f"select {columns} from {function}({', '.join(places)})"
+        return await self._database.fetch(doing, query, *args)
 
 
 class DatabaseText:

@@ -64,7 +64,7 @@ def _counted(line: PipelineLine) -> str:
 
 
 def _dead_letter(letter: DeadLetterSummary) -> str:
-    again = ", is tried again" if letter.is_retry_requested else ""
+    again = ", is tried again" if letter.retry_requested_at is not None else ""
     times = "" if letter.attempts == 1 else f", {letter.attempts} attempts"
     of = "" if letter.subject is None else f" of {letter.subject}"
     when, kind = clock(letter.last_failed_at), letter.error_kind

@@ -95,7 +95,7 @@ DEAD_LETTERS = [
         " mend the data or drop the constraint, then try it again",
         attempts=1,
         last_failed_at=NOW - timedelta(seconds=40),
-        is_retry_requested=False,
+        retry_requested_at=None,
     ),
     DeadLetterSummary(
         id=12,
@@ -104,7 +104,7 @@ DEAD_LETTERS = [
         error="the body is no JSON object",
         attempts=3,
         last_failed_at=NOW - timedelta(minutes=40),
-        is_retry_requested=True,
+        retry_requested_at=NOW,
     ),
 ]
 PAUSED = PipelineRow(
