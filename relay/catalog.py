@@ -6,8 +6,8 @@ The relay has no rights on the catalog's tables; everything goes through these f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Literal, TypeVar
+from datetime import UTC, datetime
+from typing import ClassVar, Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -213,29 +213,74 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
     """How far the rows that a table had before its outbox are sent; ``pipeline`` None: to all.
 
     ``estimated_rows``: what the table had when it began, as PostgreSQL estimated it; None before.
+    ``stuck``: the server process ``call_pid`` is at it, and gets no row further; ``interrupted``:
+    no call is at it any more.
     """
 
     stream_table: str
     outbox_table: str
     pipeline: str | None
     is_filtered: bool
-    state: Literal["running", "interrupted", "finished"]
+    state: Literal["running", "stuck", "interrupted", "finished"]
     sent_rows: int
     estimated_rows: int | None
     started_at: datetime
-    updated_at: datetime
+    progressed_at: datetime
+    call_pid: int
+
+    @property
+    def is_over(self) -> bool:
+        """True when all rows are sent."""
+        return self.state == "finished"
+
+    @property
+    def is_unwell(self) -> bool:
+        """True when it does not go on by itself."""
+        return self.state in ("stuck", "interrupted")
 
     @property
     def progress(self) -> str:
         """How far it is, in words."""
-        of_about = (
-            ""
-            if self.is_filtered or not self.estimated_rows
-            else f" of about {self.estimated_rows}"
-        )
-        return (
+        text = (
             f"backfill of {self.stream_table} to {self.pipeline or 'all'}: {self.state},"
-            f" {self.sent_rows} rows sent{of_about}"
+            f" {self.sent_rows} rows sent"
+        )
+        if not self.is_over and not self.is_filtered and self.estimated_rows is not None:
+            text += f", about {max(0, self.estimated_rows - self.sent_rows)} left"
+        if self.is_unwell:
+            still_s = (datetime.now(UTC) - self.progressed_at).total_seconds()
+            text += f", no progress for {still_s:.0f} s"
+        return text
+
+
+class Seek(msgspec.Struct, frozen=True, kw_only=True):
+    """Where `relay_seek` put a pipeline last, and how far the slowest of its readers has come.
+
+    ``through_id`` is the highest id that was visible then; ``reached_id`` goes no further.
+    """
+
+    pipeline: str
+    sought_to: str
+    sought_by: str
+    sought_at: datetime
+    after_id: int
+    through_id: int
+    reached_id: int
+
+    is_unwell: ClassVar[bool] = False
+
+    @property
+    def is_over(self) -> bool:
+        """True when what was there at that moment is sent."""
+        return self.reached_id >= self.through_id
+
+    @property
+    def progress(self) -> str:
+        """Who sought, when, to where, and how far it is, in words."""
+        reached = "" if self.is_over else f", at id {self.reached_id} of {self.through_id}"
+        return (
+            f"relay_seek of {self.pipeline} to {self.sought_to} by {self.sought_by}"
+            f" at {self.sought_at:%Y-%m-%d %H:%M:%S}: behind id {self.after_id}{reached}"
         )
 
 
@@ -658,6 +703,10 @@ class Catalog:
             " order by started_at",
         )
         return msgspec.convert([dict(row) for row in rows], list[Backfill])
+
+    async def seeks(self) -> list[Seek]:
+        """Where `relay_seek` put each pipeline of this group last, the latest last."""
+        return await self._all(Seek, "looking at seeks", "relay_seek_progress", self._group_id)
 
     async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
         """The relays of this group, or of all, those that were killed for a day besides."""

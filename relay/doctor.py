@@ -105,6 +105,7 @@ class _Look:
             ("schema", self._schema),
             ("groups", self._groups),
             ("capture", self._capture),
+            ("backfills", self._backfills),
             ("pipelines", self._pipelines),
         ):
             with _noting(self._checks, check):
@@ -191,6 +192,21 @@ class _Look:
         )
         if not problems:
             self._checks.append(_ok("capture", "nothing is amiss"))
+
+    async def _backfills(self) -> None:
+        for one in await self._catalog.backfills():
+            _, _, found = one.progress.partition(": ")
+            if one.state == "stuck":
+                remedy = (
+                    "its next row is locked: end the session that"
+                    f" select pg_blocking_pids({one.call_pid}) names"
+                )
+            elif one.state == "interrupted":
+                remedy = "call backfill with the same arguments, which goes on where it stopped"
+            else:
+                remedy = ""
+            check = f"backfill of {one.stream_table} to {one.pipeline or 'all'}"
+            self._checks.append(Check(check=check, is_ok=not remedy, found=found, remedy=remedy))
 
     async def _pipelines(self) -> None:
         rows = {row.name: row for row in readers_of(await self._catalog.pipelines())}

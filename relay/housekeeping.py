@@ -1,4 +1,4 @@
-"""What goes on beside the pipelines: measuring lag, sweeping, reporting, snapshots, backfills.
+"""What goes on beside the pipelines: measuring lag, sweeping, reporting, snapshots, progress.
 
 Each chore has its own loop. A chore that fails says so once and goes on with its next turn; it
 never disturbs a pipeline.
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from relay.cancellation import reraise_cancellation
-from relay.catalog import Backfill, Catalog, OutboxSize, PipelineRow, readers_of
+from relay.catalog import Backfill, Catalog, OutboxSize, PipelineRow, Seek, readers_of
 from relay.errors import RelayError
 from relay.events import CatalogObserved, Event, LagObserved, OutboxObserved
 
@@ -27,7 +27,7 @@ _SNAPSHOT_INTERVAL_S = 2.0
 _OUTBOX_INTERVAL_S = 30.0
 # Of hundreds of captured tables it takes seconds of the server's time, in every relay.
 _CAPTURE_REST = 300.0
-_BACKFILL_INTERVAL_S = 10.0
+_PROGRESS_INTERVAL_S = 10.0
 
 
 class Housekeeping:
@@ -55,7 +55,7 @@ class Housekeeping:
         self._capture_problems: Counter[str] | None = None
         self._report = report
         self._emit = emit
-        self._backfills: Sequence[Backfill] | None = None
+        self._progress: Sequence[Backfill | Seek] | None = None
 
     async def run(
         self, *, lag_interval_s: float, sweep_interval_s: float, report_interval_s: float
@@ -69,7 +69,7 @@ class Housekeeping:
             tasks.create_task(_every(sweep_interval_s, self._sweep))
             tasks.create_task(_every(report_interval_s, self._report_to_fleet))
             tasks.create_task(_every(_SNAPSHOT_INTERVAL_S, self.write_snapshots))
-            tasks.create_task(_every(_BACKFILL_INTERVAL_S, self.log_backfills))
+            tasks.create_task(_every(_PROGRESS_INTERVAL_S, self.log_progress))
 
     async def retire(self) -> None:
         """Leave the fleet's list; what fails here, or takes long, is left to time."""
@@ -154,18 +154,23 @@ class Housekeeping:
         outboxes = await self._catalog.due_snapshots()
         await _each([partial(self._catalog.snapshot, outbox) for outbox in outboxes])
 
-    async def log_backfills(self) -> None:
-        """Log how far backfills into outboxes of owned pipelines have come. Raises `RelayError`.
+    async def log_progress(self) -> None:
+        """Log how far backfills and seeks of owned pipelines have come. Raises `RelayError`.
 
         Not again what stands as it did at the last look, nor what had ended before the first one.
         """
-        outboxes = {_named(row.config, "source", "outbox_table") for row in self._owned().values()}
-        before, self._backfills = self._backfills, await self._catalog.backfills()
-        for backfill in self._backfills:
-            is_news = backfill.state != "finished" if before is None else backfill not in before
-            if is_news and backfill.outbox_table in outboxes:
-                level = logging.WARNING if backfill.state == "interrupted" else logging.INFO
-                _log.log(level, "%s", backfill.progress)
+        owned = self._owned().values()
+        outboxes = {_named(row.config, "source", "outbox_table") for row in owned}
+        pipelines = {row.pipeline for row in owned}
+        mine: Sequence[Backfill | Seek] = [
+            *(one for one in await self._catalog.backfills() if one.outbox_table in outboxes),
+            *(one for one in await self._catalog.seeks() if one.pipeline in pipelines),
+        ]
+        before, self._progress = self._progress, mine
+        for one in mine:
+            if not one.is_over if before is None else one not in before:
+                level = logging.WARNING if one.is_unwell else logging.INFO
+                _log.log(level, "%s", one.progress)
 
     async def _report_to_fleet(self) -> None:
         await self._catalog.report(self._worker_id, self._report())

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from relay.board import PipelineStatus, RelayStatus
-from relay.catalog import Backfill, Catalog, FleetRow, Lag, OutboxSize, PipelineRow, Reader
+from relay.catalog import Backfill, Catalog, FleetRow, Lag, OutboxSize, PipelineRow, Reader, Seek
 from relay.events import Direction
 
 # Where none of the relays says anything of a pipeline.
@@ -40,12 +40,16 @@ class PipelineOverview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """A relay group at one time; pipelines are ordered by name."""
+    """A relay group at one time; pipelines are ordered by name.
+
+    ``seeks``: of pipelines that still send again what was there at that moment.
+    """
 
     group_id: str
     relays: Sequence[str]
     pipelines: Sequence[PipelineOverview]
     backfills: Sequence[Backfill] = ()
+    seeks: Sequence[Seek] = ()
 
     @property
     def is_well(self) -> bool:
@@ -65,6 +69,7 @@ async def overview(catalog: Catalog, rows: Sequence[PipelineRow]) -> Overview:
         await catalog.readers(),
         await catalog.outbox_sizes(),
         await catalog.backfills(),
+        [seek for seek in await catalog.seeks() if not seek.is_over],
     )
 
 
@@ -77,6 +82,7 @@ def of_answers(
     readers: Sequence[Reader],
     sizes: Sequence[OutboxSize],
     backfills: Sequence[Backfill] = (),
+    seeks: Sequence[Seek] = (),
 ) -> Overview:
     """What the answers of the catalog come to."""
     reports = [report for one in fleet if (report := report_of(one)) is not None]
@@ -117,11 +123,12 @@ def of_answers(
         relays=[report.worker_id for report in reports],
         pipelines=pipelines,
         backfills=backfills,
+        seeks=seeks,
     )
 
 
 def table_of(seen: Overview) -> Iterator[str]:
-    """For people: a line for each pipeline, the unwell first, and one for each backfill."""
+    """For people: a line for each pipeline, the unwell first, each backfill and each seek."""
     head = ("pipeline", "route", "state", "owner", "lag", "age", "dead", "outbox", "why")
     rows = [
         (
@@ -141,6 +148,7 @@ def table_of(seen: Overview) -> Iterator[str]:
     for row in (head, *rows):
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
     yield from (backfill.progress for backfill in seen.backfills)
+    yield from (seek.progress for seek in seen.seeks)
 
 
 def report_of(row: FleetRow) -> RelayStatus | None:

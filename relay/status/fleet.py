@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from relay.board import PipelineStatus, RelayStatus
-from relay.catalog import DeadLetterSummary, Lag, PipelineRow
+from relay.catalog import Backfill, DeadLetterSummary, Lag, PipelineRow, Seek
 from relay.overview import PAUSED, WAITING
 from relay.partition import pipeline_of
 
@@ -19,13 +19,15 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What each relay says of itself, and every pipeline of the catalog, all secrets masked.
 
     ``catalog`` also has the pipelines that no relay runs, paused ones above all; ``lags`` and
-    ``dead_letters`` are theirs. All three may be older than what the relays say.
+    ``dead_letters`` are theirs. ``ongoing`` are those that are not over.
+    Whatever the catalog knows may be older than what the relays say.
     """
 
     relays: Sequence[RelayStatus]
     catalog: Sequence[PipelineRow] = ()
     lags: Mapping[str, Lag] = {}
     dead_letters: Mapping[str, int] = {}
+    ongoing: Sequence[Backfill | Seek] = ()
 
 
 class PipelineLine(msgspec.Struct, frozen=True, kw_only=True):

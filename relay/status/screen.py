@@ -29,6 +29,7 @@ from relay.status.text import clean, duration, filled, fitted, wrapped
 _LEVEL_STYLES = {"warning": "yellow", "error": "red", "critical": "red"}
 _SMALLEST_LOG = 3
 _MOST_BANNER = 3
+_MOST_PROGRESS = 3
 _MOST_TROUBLE = 3
 _MOST_LOG_ENTRY = 3
 
@@ -183,6 +184,7 @@ class Renderer:
         for relay in scene.fleet.relays:
             if relay.blocked or not relay.database_connected:
                 heading += wrapped(relay.trouble, width, "bold red", most=_MOST_TROUBLE)
+        heading += _progress(scene.fleet, width)
         for text in scene.banner:
             heading += wrapped(text, width, "bold cyan", most=_MOST_BANNER, indent=1)
         return heading
@@ -294,6 +296,16 @@ def _summary(fleet: Fleet, lines: Sequence[PipelineLine]) -> Text:
         f"  {sum(line.rate_per_s for line in lines):,.0f}/s"
         f"  published {total.get('forward', 0):,}  consumed {total.get('reverse', 0):,}"
     )
+
+
+def _progress(fleet: Fleet, width: int) -> list[Text]:
+    """A line for each backfill and seek, those first that don't go on by themselves."""
+    ongoing = sorted(fleet.ongoing, key=lambda one: not one.is_unwell)
+    lines = [Text(f" {clean(one.progress)}", "yellow" if one.is_unwell else "") for one in ongoing]
+    if len(lines) > _MOST_PROGRESS:
+        hidden = len(lines) - _MOST_PROGRESS + 1
+        lines[-hidden:] = [Text(f" {hidden} more backfills and seeks: status --once has them")]
+    return [fitted(line, width) for line in lines]
 
 
 def _log_lines(log: Sequence[LogLine], width: int, rows: int) -> list[Text]:

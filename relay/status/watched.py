@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from relay.board import Board, RelayStatus
-from relay.catalog import Catalog, DeadLetterSummary, readers_of
+from relay.catalog import Backfill, Catalog, DeadLetterSummary, Seek, readers_of
 from relay.overview import report_of
 from relay.partition import pipeline_of
 from relay.postgres import Database
@@ -34,11 +34,16 @@ class _Seen:
         running = {status.name for relay in relays for status in relay.pipelines}
         resting = [row.name for row in rows if row.name not in running]
         lags = await self._catalog.lag(resting) if resting else []
+        ongoing: list[Backfill | Seek] = [
+            *await self._catalog.backfills(),
+            *await self._catalog.seeks(),
+        ]
         self._fleet = Fleet(
             relays=relays,
             catalog=rows,
             lags={lag.pipeline: lag for lag in lags},
             dead_letters=await self._catalog.dead_letter_counts(resting) if resting else {},
+            ongoing=[one for one in ongoing if not one.is_over],
         )
 
     async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:

@@ -237,7 +237,11 @@ begin
             hint = 'name a pipeline that reads it, or leave pipeline out: all get the rows then';
     end if;
     update @schema@.relay_backfills as b
-    set call_token = token, updated_at = clock_timestamp()
+    set
+        call_token = token,
+        call_pid = pg_backend_pid(),
+        updated_at = clock_timestamp(),
+        progressed_at = clock_timestamp()
     where b.pgt_id = settings.pgt_id
         and b.pipeline is not distinct from relay_register_backfill.pipeline
         and b.filter_digest is not distinct from relay_register_backfill.filter_digest
@@ -369,6 +373,7 @@ as $$
         sent_rows = b.sent_rows + row_count,
         through_key = coalesce(relay_note_backfill.through_key, b.through_key),
         updated_at = clock_timestamp(),
+        progressed_at = case when is_finished or through_key is not null then clock_timestamp() else b.progressed_at end,
         finished_at = case when is_finished then clock_timestamp() end
     where b.call_token = token
 $$;
@@ -518,19 +523,30 @@ select
     b.filter_digest is not null as is_filtered,
     case
         when b.finished_at is not null then 'finished'
-        when b.updated_at > clock_timestamp() - interval '15 seconds' then 'running'
+        when b.progressed_at > clock_timestamp() - interval '15 seconds' then 'running'
+        when b.updated_at > clock_timestamp() - interval '15 seconds'
+            -- In a chunk that takes longer: nobody else locks rows of this table.
+            or exists (
+                select from pg_locks as l
+                where l.pid = b.call_pid
+                    and l.database = (select d.oid from pg_database as d where d.datname = current_database())
+                    and l.relation = format('%I.relay_backfills', @schema_name@)::regclass
+                    and l.mode = 'RowShareLock')
+        then 'stuck'
         else 'interrupted'
     end as state,
     b.sent_rows,
     b.estimated_rows,
     b.started_at,
     b.updated_at,
-    b.finished_at
+    b.progressed_at,
+    b.finished_at,
+    b.call_pid
 from @schema@.relay_backfills as b
 join @schema@.pgt_outbox_config as c on c.pgt_id = b.pgt_id
 where has_column_privilege(current_user, format('%I.%I', @schema_name@, c.outbox_table_name), 'payload', 'select');
 
 comment on view @schema@.backfill_progress is
-    'Backfills, for those who may read the outbox: how many rows were sent, of about how many the table had when it began. A running one writes at least every few seconds.';
+    'Backfills, for those who may read the outbox: how many rows were sent, of about how many the table had when it began. Stuck: its call lives, and got no row further for 15 seconds; interrupted: there is no call any more.';
 
 grant select on @schema@.backfill_progress to public;

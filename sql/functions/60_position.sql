@@ -326,6 +326,8 @@ begin
     where g.relay_group_id = relay_forget_group.relay_group_id;
     delete from @schema@.relay_cursors as c
     where c.relay_group_id = relay_forget_group.relay_group_id;
+    delete from @schema@.relay_seeks as s
+    where s.relay_group_id = relay_forget_group.relay_group_id;
     update @schema@.relay_groups as g
     set relay_group_id = null
     where g.relay_group_id = relay_forget_group.relay_group_id;

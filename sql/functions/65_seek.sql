@@ -175,6 +175,13 @@ begin
         set watermark = coalesce(lower(v_gaps) - 1, v_after), server_instance = ''
         where r.group_id = g.group_id;
     end if;
+    delete from @schema@.relay_seeks as s
+    where s.pipeline = p_pipeline and s.relay_group_id = relay_group;
+    insert into @schema@.relay_seeks
+        (pipeline, relay_group_id, outbox_table, sought_to, sought_by, after_id, through_id)
+    values (
+        p_pipeline, relay_group, v_config.outbox_table_name, coalesce(p_to, p_id::text, p_time::text), session_user,
+        v_after, v_outbox.max_id);
     perform pg_notify(
         @schema@.relay_channel('pgtrickle_relay_config'),
         json_build_object('direction', 'relay_outbox_config', 'event', 'SEEK', 'name', p_pipeline)::text);
@@ -226,3 +233,37 @@ $$;
 
 comment on function @schema@.relay_seek(text, timestamptz, text) is
     'The same by a time: all rows with created_at since then are sent, and rows that were written beside the first of them. created_at is when the statement ran, not when it was committed.';
+
+create or replace function @schema@.relay_seek_progress(relay_group_id text)
+returns table (
+    pipeline text,
+    sought_to text,
+    sought_by text,
+    sought_at timestamptz,
+    after_id bigint,
+    through_id bigint,
+    reached_id bigint
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select
+        s.pipeline, s.sought_to, s.sought_by, s.sought_at, s.after_id, s.through_id,
+        least(s.through_id, coalesce(
+            (select f.watermark
+             from @schema@.relay_groups as r
+             cross join lateral @schema@.relay_group_find(r.group_name, false) as f
+             where r.group_name = c.config #>> '{source,consumer_group}'),
+            (select min(o.last_change_id)
+             from @schema@.relay_consumer_offsets as o
+             where o.pipeline = s.pipeline and o.relay_group_id = s.relay_group_id)))
+    from @schema@.relay_seeks as s
+    join @schema@.relay_outbox_config as c on c.name = s.pipeline and c.outbox_table_name = s.outbox_table
+    where s.relay_group_id = relay_seek_progress.relay_group_id
+    order by s.sought_at
+$$;
+
+comment on function @schema@.relay_seek_progress(text) is
+    'Definer, since only functions read positions. Where relay_seek put each pipeline last, who was logged in, and how far the slowest of its readers has come since: until reached_id is through_id, rows are sent that were there at that moment.';

@@ -36,7 +36,7 @@ declare
         'relay_find_pipeline', 'relay_switch', 'relay_delete_pipeline', 'delete_relay', 'get_relay_config', 'list_relay_configs', 'relay_validate_config', 'relay_schema_version',
         -- positions
         'relay_claim', 'relay_commit', 'relay_release', 'relay_forget_group', 'relay_cursor_get', 'relay_cursor_set',
-        'relay_seek', 'relay_seek_to', 'relay_lag', 'relay_delivered', 'relay_to_repartition', 'relay_repartition',
+        'relay_seek', 'relay_seek_to', 'relay_seek_progress', 'relay_lag', 'relay_delivered', 'relay_to_repartition', 'relay_repartition',
         -- consumer groups
         'create_consumer_group', 'drop_consumer_group', 'poll_outbox', 'commit_offset', 'extend_lease',
         'consumer_heartbeat', 'seek_offset', 'consumer_lag', 'relay_group_create', 'relay_group_join',

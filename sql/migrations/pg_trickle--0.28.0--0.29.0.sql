@@ -118,6 +118,26 @@ create table @schema@.relay_cursors (
 comment on table @schema@.relay_cursors is
     'Positions that a source without a broker''s memory keeps, such as byte offsets of a file.';
 
+create table @schema@.relay_seeks (
+    pipeline text not null
+        references @schema@.relay_outbox_config on delete cascade,
+    relay_group_id text not null,
+    outbox_table text not null,
+    sought_to text not null,
+    sought_by text not null,
+    sought_at timestamptz not null default now(),
+    after_id bigint not null,
+    through_id bigint not null,
+    primary key (pipeline, relay_group_id)
+);
+
+comment on table @schema@.relay_seeks is
+    'Where relay_seek put a pipeline last, and who asked for it. Seen through relay_seek_progress.';
+comment on column @schema@.relay_seeks.outbox_table is
+    'A pipeline that reads another one since then was moved by that.';
+comment on column @schema@.relay_seeks.through_id is
+    'Highest id that was visible at that moment: until the position is there, what it held is sent.';
+
 -- ---------------------------------------------------------------------------
 -- Backfills
 -- ---------------------------------------------------------------------------
@@ -131,10 +151,12 @@ create table @schema@.relay_backfills (
     key_columns text[] not null,
     through_key text[],
     call_token uuid not null unique,
+    call_pid integer not null default pg_backend_pid(),
     sent_rows bigint not null default 0,
     estimated_rows bigint,
     started_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
+    progressed_at timestamptz not null default now(),
     finished_at timestamptz
 ) with (fillfactor = 50);
 
@@ -150,6 +172,12 @@ comment on column @schema@.relay_backfills.through_key is
     'Key of the last row that was looked at, in the text form of its types; null before the first.';
 comment on column @schema@.relay_backfills.call_token is
     'Known to the call that is at it alone; the next call gets another.';
+comment on column @schema@.relay_backfills.call_pid is
+    'Server process of that call.';
+comment on column @schema@.relay_backfills.updated_at is
+    'When the call was last at it, in vain or not.';
+comment on column @schema@.relay_backfills.progressed_at is
+    'When through_key was last moved, or a call began.';
 
 create index relay_backfills_of_outbox on @schema@.relay_backfills (pgt_id);
 comment on index @schema@.relay_backfills_of_outbox is

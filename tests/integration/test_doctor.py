@@ -165,6 +165,34 @@ async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
     assert status.stdout[-1].startswith(f"backfill of orders to all: finished, {rows} rows sent")
 
 
+async def test_what_sends_again_is_shown_and_a_backfill_that_stands_still_is_unwell(
+    world: RelayWorld,
+) -> None:
+    await world.to_file("out")
+    await world.run("call pgtrickle.backfill('orders')")
+    await world.run("call pgtrickle.backfill('orders', 'out')")
+    last = await world.value("select max(id) from pgtrickle.outbox_orders")
+    await world.run("select pgtrickle.relay_seek('out', 2)")
+    await world.run(
+        "update pgtrickle.relay_backfills set finished_at = null,"
+        " progressed_at = now() - '1 min'::interval,"
+        " updated_at = case when pipeline is null then now() else now() - '1 min'::interval end"
+    )
+
+    doctor = await asked(world, "doctor")
+    answer = json.loads((await asked(world, "status", "--json")).stdout[0])
+
+    stuck = found(doctor, "backfill of orders to all")
+    interrupted = found(doctor, "backfill of orders to out")
+    assert (stuck[0], interrupted[0]) == ("✗", "✗")
+    assert "no progress for 6" in stuck
+    assert "→ its next row is locked: end the session that select pg_blocking_pids(" in stuck
+    assert "→ call backfill with the same arguments" in interrupted
+    assert [one["state"] for one in answer["backfills"]] == ["stuck", "interrupted"]
+    (seek,) = answer["seeks"]
+    assert (seek["pipeline"], seek["reached_id"], seek["through_id"]) == ("out", 1, last)
+
+
 async def test_what_pauses_or_is_not_run_keeps_its_lag_in_status(world: RelayWorld) -> None:
     await world.to_file("idle")
     await world.to_file("off")

@@ -164,7 +164,7 @@ async def test_of_a_pipeline_without_a_position_no_lag_is_told(world: RelayWorld
     await database.aclose()
 
 
-async def test_a_backfill_is_logged_while_it_goes_on_and_when_it_ends(
+async def test_backfills_and_seeks_are_logged_while_they_go_on_and_when_they_end(
     world: RelayWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     database = postgres.Database(PostgresSettings(url=world.database.dsn))
@@ -174,17 +174,32 @@ async def test_a_backfill_is_logged_while_it_goes_on_and_when_it_ends(
     housekeeping = chores(database, rows, lambda _: None)
     caplog.set_level("INFO", "relay.housekeeping")
 
-    await housekeeping.log_backfills()
+    await housekeeping.log_progress()
     assert caplog.messages == []
     await world.run("call pgtrickle.backfill('orders')")
-    await housekeeping.log_backfills()
-    await housekeeping.log_backfills()
+    await housekeeping.log_progress()
+    await housekeeping.log_progress()
     assert caplog.messages == ["backfill of orders to all: finished, 0 rows sent"]
     await world.run(
-        "update pgtrickle.relay_backfills"
-        " set finished_at = null, updated_at = now() - '1 min'::interval"
+        "update pgtrickle.relay_backfills set finished_at = null,"
+        " updated_at = now() - '1 min'::interval, progressed_at = now() - '1 min'::interval"
     )
-    await housekeeping.log_backfills()
-    assert caplog.messages[1:] == ["backfill of orders to all: interrupted, 0 rows sent"]
+    await housekeeping.log_progress()
+    await housekeeping.log_progress()
+    assert len(caplog.messages) == 2
+    assert "all: interrupted, 0 rows sent, no progress for 6" in caplog.messages[1]
     assert caplog.records[-1].levelname == "WARNING"
+
+    await world.insert(1, 3)
+    await world.to_file("out")
+    await world.run("select pgtrickle.relay_seek('out', 2)")
+    await housekeeping.log_progress()
+    await housekeeping.log_progress()
+    await world.run("select pgtrickle.relay_seek('out', 'latest')")
+    await housekeeping.log_progress()
+    assert len(caplog.messages) == 4
+    assert "relay_seek of out to 2 by postgres at 2" in caplog.messages[2]
+    assert caplog.messages[2].endswith(": behind id 1, at id 1 of 3")
+    assert "relay_seek of out to latest by postgres at 2" in caplog.messages[3]
+    assert caplog.messages[3].endswith(": behind id 3")
     await database.aclose()

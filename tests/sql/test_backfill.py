@@ -204,10 +204,29 @@ def test_a_call_that_was_interrupted_goes_on_and_another_takes_over(
         calls[1].start()
         calls[0].join(30)
         assert failures == ["RL004"]
-        assert db.value("select state from pgtrickle.backfill_progress") == "running"
-        db.run("select pg_cancel_backend(%s)", second.connection.info.backend_pid)
+        state = "select state from pgtrickle.backfill_progress"
+        assert db.value(state) == "running"
+        # As if it had been for so long.
+        stand_still = (
+            "update pgtrickle.relay_backfills set progressed_at = now() - '1 min'::interval"
+        )
+        db.run(stand_still)
+        assert db.value(state) == "stuck"
+        called_by = second.connection.info.backend_pid
+        assert db.value("select call_pid from pgtrickle.backfill_progress") == called_by
+        db.run("select pg_cancel_backend(%s)", called_by)
         calls[1].join(30)
         assert failures == ["RL004", "57014"]
+        db.run(
+            "update pgtrickle.relay_backfills set updated_at = now() - '1 min'::interval,"
+            " progressed_at = now() - '1 min'::interval"
+        )
+        assert db.value(state) == "interrupted"
+        # In a chunk that takes so long.
+        second.run("begin")
+        second.run("select from pgtrickle.relay_backfills for update")
+        assert db.value(state) == "stuck"
+        second.run("rollback")
         writer.run("delete from t where id = 4; commit")
 
         db.run("call pgtrickle.backfill('t')")

@@ -178,3 +178,32 @@ def test_a_consumer_group_loses_its_leases_and_keeps_what_is_open_as_gaps(db: Se
     assert db.rows(polled) == [(1,), (2,), (3,), (4,)]
     with db.refused("22023"):
         db.run("select pgtrickle.relay_seek('g', 'latest', 'another')")
+
+
+def test_who_sought_and_how_far_it_is_is_told(db: Session) -> None:
+    publish(db, 5)
+    db.run("""select pgtrickle.set_relay_outbox('g', 'events', 'sharers', '{"type": "stdout"}')""")
+    db.run(
+        "select pgtrickle.relay_group_join('sharers', 'g', 'default', 'outbox_events', 'c', 'fail')"
+    )
+    told = (
+        "select sought_to, sought_by = session_user, after_id, through_id, reached_id"
+        " from pgtrickle.relay_seek_progress('default') where pipeline = %s"
+    )
+    for pipeline in ("p", "g"):
+        db.run("select pgtrickle.relay_seek(%s, 'earliest')", pipeline)
+        db.run("select pgtrickle.relay_seek(%s, 3)", pipeline)
+        assert db.rows(told, pipeline) == [("3", True, 2, 5, 2)]
+    # What comes later is not of it.
+    publish(db, 2)
+    for position, reached in ((4, 4), (7, 5)):
+        epoch = db.rows(POSITION)[0][1]
+        db.run("select pgtrickle.relay_commit('default', 'p', %s, %s)", epoch, position)
+        assert db.rows(told, "p") == [("3", True, 2, 5, reached)]
+    db.run("select pgtrickle.poll_outbox('sharers', 'c', 10)")
+    db.run("select pgtrickle.commit_offset('sharers', 'c', 7)")
+    assert db.rows(told, "g") == [("3", True, 2, 5, 5)]
+
+    db.run("select pgtrickle.delete_relay('g')")
+    db.run("select pgtrickle.relay_forget_group('default')")
+    assert db.value("select count(*) from pgtrickle.relay_seeks") == 0

@@ -9,6 +9,7 @@ import pytest
 from rich.color import ColorSystem
 
 from relay.board import Latency
+from relay.catalog import Backfill, Seek
 from relay.events import PipelineState
 from relay.status.fleet import Fleet, lines_of
 from relay.status.screen import Key, Mode, Renderer, ViewState
@@ -279,6 +280,34 @@ def test_what_fails_says_why_before_it_counts_as_unwell(renderer: Renderer) -> N
 
     assert "1 of 1 pipeline retrying" in lines[1]
     assert lines[4].strip() == "Connection refused"
+
+
+def test_backfills_and_seeks_are_shown_those_first_that_stand_still(renderer: Renderer) -> None:
+    running = Backfill(
+        stream_table="orders", outbox_table="outbox_orders", pipeline=None, is_filtered=False,
+        state="running", sent_rows=300, estimated_rows=1000, started_at=NOW, progressed_at=NOW,
+        call_pid=1,
+    )  # fmt: skip
+    seek = Seek(
+        pipeline="p", sought_to="earliest", sought_by="ada", sought_at=NOW, after_id=0,
+        through_id=9, reached_id=4,
+    )  # fmt: skip
+    stuck = msgspec.structs.replace(running, stream_table="bills", state="stuck")
+    fleet = msgspec.structs.replace(FLEET, ongoing=[running, seek, stuck])
+
+    first, second, third = renderer.draw(scene(ViewState(), fleet), 120, 24)[2:5]
+
+    assert first.plain.startswith(" backfill of bills to all: stuck, 300 rows sent, about 700 left")
+    assert "no progress for" in first.plain
+    assert second.plain.strip() == (
+        "backfill of orders to all: running, 300 rows sent, about 700 left"
+    )
+    assert third.plain.strip() == (
+        "relay_seek of p to earliest by ada at 2026-03-01 12:00:00: behind id 0, at id 4 of 9"
+    )
+    many = msgspec.structs.replace(fleet, ongoing=[stuck, *[seek] * 9])
+    drawn = renderer.draw(scene(ViewState(), many), 120, 24)
+    assert drawn[4].plain.strip() == "8 more backfills and seeks: status --once has them"
 
 
 def test_the_trouble_of_a_relay_is_told_in_full(renderer: Renderer) -> None:

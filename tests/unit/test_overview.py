@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
+from relay.catalog import Seek
 from relay.overview import Overview, PipelineOverview, table_of
 
 
-def test_the_table_for_people_has_the_unwell_first() -> None:
+def test_the_table_for_people_has_the_unwell_first_and_what_is_sent_again_last() -> None:
     pipelines = [_pipeline("able"), _pipeline("bold", "it refuses everything"), _pipeline("calm")]
+    seek = Seek(
+        pipeline="able", sought_to="5", sought_by="ada", sought_at=datetime(2026, 3, 1, tzinfo=UTC),
+        after_id=4, through_id=9, reached_id=7,
+    )  # fmt: skip
 
-    lines = table_of(Overview(group_id="g", relays=["w"], pipelines=pipelines))
+    *lines, last = table_of(Overview(group_id="g", relays=["w"], pipelines=pipelines, seeks=[seek]))
 
     assert [line.split()[0] for line in lines] == ["pipeline", "bold", "able", "calm"]
+    assert last == (
+        "relay_seek of able to 5 by ada at 2026-03-01 00:00:00: behind id 4, at id 7 of 9"
+    )
 
 
 def _pipeline(name: str, trouble: str = "") -> PipelineOverview:

@@ -40,6 +40,7 @@ from relay.context import BackendContext
 from relay.contracts import Batch, NothingExpires
 from relay.errors import LeaseLost, NotConnected, OwnershipLost, PositionLost, RelayError
 from relay.options import parse_options
+from relay.partition import pipeline_of
 
 FLUSH_INTERVAL_S: Final = 1.0
 
@@ -309,7 +310,9 @@ class OutboxSource(NothingExpires):
         """Raise `LeaseLost` where nobody owns the position: another relay would own it."""
         lags = await self._catalog.lag([self._context.pipeline])
         if lags and lags[0].worker_id is None:
-            raise LeaseLost("relay_seek has moved the position; it goes on from there")
+            pipeline = pipeline_of(self._context.pipeline)
+            said = [one.progress for one in await self._catalog.seeks() if one.pipeline == pipeline]
+            raise LeaseLost(said[-1] if said else "the position was released")
 
     async def _begin_session(self, outbox: OutboxDescription) -> _Session:
         """Claim the position and check it against what the outbox has."""
