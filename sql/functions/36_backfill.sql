@@ -14,20 +14,10 @@
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_backfill_key(
-    relation oid,
-    out columns text[],
-    out keys text,
-    out keys_down text,
-    out whole text,
-    out texts text,
-    out after_values text,
-    out through_values text
+    relation oid, out columns text[], out keys text, out keys_down text, out whole text,
+    out texts text, out after_values text, out through_values text
 )
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select
         array_agg(k.name order by k.place),
         string_agg(format('r.%I', k.name), ', ' order by k.place),
@@ -63,17 +53,13 @@ as $$
     order by k.indisprimary desc, k.indexrelid
     limit 1
 $$;
-
 comment on function @schema@.relay_backfill_key(oid) is
     'The unique key in whose order the rows of a table r are read, and SQL text about it: its columns, up and down, its value, its value as texts, and the values of the texts $1 and $2. The primary key, or the first that has no nulls; null without one. Types of others, whose operators would run as the owner, are not compared.';
 
-create or replace function @schema@.relay_backfill_source(settings @schema@.pgt_outbox_config)
-returns text
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_backfill_source(
+    settings @schema@.pgt_outbox_config
+) returns text
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select format(
         $source$
 -- pgtrickle-relay backfill, layout 1
@@ -197,7 +183,6 @@ $source$,
         coalesce(settings.key_columns, '{}')
     )
 $$;
-
 comment on function @schema@.relay_backfill_source(@schema@.pgt_outbox_config) is
     'Source of the backfill function of a table with these settings. It writes the rows behind after_key, about chunk_rows of them, and returns how many and up to which key; null: to the end. 55P03 where the next row is locked. The filter is an expression over a row r that runs as the owner of the table, like all of it: only the owner may execute it.';
 
@@ -206,18 +191,9 @@ comment on function @schema@.relay_backfill_source(@schema@.pgt_outbox_config) i
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_register_backfill(
-    outbox_table text,
-    function_id oid,
-    pipeline text,
-    filter_digest text,
-    key_columns text[]
-)
-returns uuid
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    outbox_table text, function_id oid, pipeline text, filter_digest text, key_columns text[]
+) returns uuid
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     token uuid := gen_random_uuid();
@@ -258,22 +234,13 @@ begin
     return token;
 end
 $$;
-
 comment on function @schema@.relay_register_backfill(text, oid, text, text, text[]) is
     'The catalog''s half of the beginning of a backfill: a new run, or the unfinished one of the same pipeline, filter and key; a call that was at it can''t go on. Returns the token by which this call is known. Definer: nobody has rights on the catalog; it acts for who has claimed the capture function of the outbox.';
 
 create or replace function @schema@.relay_begin_backfill(
-    outbox_table text,
-    pipeline text,
-    filter text,
-    chunk_rows integer
-)
-returns uuid
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    outbox_table text, pipeline text, filter text, chunk_rows integer
+) returns uuid
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     captured constant oid := @schema@.relay_captured_table(outbox_table);
@@ -326,17 +293,11 @@ begin
     return token;
 end
 $$;
-
 comment on function @schema@.relay_begin_backfill(text, text, text, integer) is
     'The caller''s half of the beginning of a backfill: says what keeps it from being one, and claims the capture function, which its owner alone can do.';
 
-create or replace function @schema@.relay_lock_backfill(token uuid)
-returns @schema@.relay_backfills
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_lock_backfill(token uuid) returns @schema@.relay_backfills
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     run @schema@.relay_backfills;
 begin
@@ -357,17 +318,13 @@ begin
     return run;
 end
 $$;
-
 comment on function @schema@.relay_lock_backfill(uuid) is
     'The run that a call of backfill is at, locked. Definer: nobody has rights on the catalog; the token, which nobody can guess, is known to that call alone.';
 
-create or replace function @schema@.relay_note_backfill(token uuid, row_count bigint, through_key text[], is_finished boolean)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_note_backfill(
+    token uuid, row_count bigint, through_key text[], is_finished boolean
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     update @schema@.relay_backfills as b
     set
         sent_rows = b.sent_rows + row_count,
@@ -377,23 +334,13 @@ as $$
         finished_at = case when is_finished then clock_timestamp() end
     where b.call_token = token
 $$;
-
 comment on function @schema@.relay_note_backfill(uuid, bigint, text[], boolean) is
     'Notes a chunk in the transaction that wrote it. Definer: nobody has rights on the catalog; the token, which nobody can guess, is known to one call of backfill alone.';
 
 create or replace function @schema@.relay_backfill_function(
-    outbox_table text,
-    relation oid,
-    out id oid,
-    out name text,
-    out version text,
-    out problem text
+    outbox_table text, relation oid, out id oid, out name text, out version text, out problem text
 )
-language sql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
     select
         p.oid, format('%I.%I', n.nspname, p.proname), concat_ws(' ', p.oid, p.xmin, p.ctid),
         @schema@.relay_function_problem(p.oid, relation, @schema@.relay_settings(outbox_table), 'backfill')
@@ -401,22 +348,13 @@ as $$
     join pg_namespace as n on n.oid = p.pronamespace
     where p.oid = @schema@.relay_function_of(outbox_table, 'backfill')
 $$;
-
 comment on function @schema@.relay_backfill_function(text, oid) is
     'The backfill function of an outbox as it stands at this moment: what it is called, and what is wrong with it.';
 
 create or replace function @schema@.relay_backfill_chunk(
-    token uuid,
-    filter text,
-    chunk_rows integer,
-    out is_finished boolean,
-    out is_blocked boolean
+    token uuid, filter text, chunk_rows integer, out is_finished boolean, out is_blocked boolean
 )
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     run constant @schema@.relay_backfills := @schema@.relay_lock_backfill(token);
     captured constant oid := @schema@.relay_captured_table(run.outbox_table_name);
@@ -457,20 +395,15 @@ begin
         is_finished);
 end
 $$;
-
 comment on function @schema@.relay_backfill_chunk(uuid, text, integer) is
     'One chunk of a backfill by the function beside the table, which only the owner of the table and who has the owner''s rights may execute. It is compared with what the generator makes before and behind the call, so that nothing else runs for the caller.';
 
 -- No search_path of its own: the name means what it means to the caller, and it commits.
 create or replace procedure @schema@.backfill(
-    stream_table text,
-    pipeline text default null,
-    filter text default null,
+    stream_table text, pipeline text default null, filter text default null,
     chunk_rows integer default 1000
 )
-language plpgsql
-security invoker
-as $$
+language plpgsql security invoker as $$
 declare
     token uuid := @schema@.relay_begin_backfill(@schema@.relay_outbox_named(stream_table), pipeline, filter, chunk_rows);
     chunk record;
@@ -486,17 +419,11 @@ begin
     end loop;
 end
 $$;
-
 comment on procedure @schema@.backfill(text, text, text, integer) is
     'Sends the rows that a captured table has as events "upsert", to one pipeline or to all, those of which the filter is true; commits after each chunk. Goes on where a call with the same arguments was interrupted. Runs as its caller, who must have the rights of the table''s owner.';
 
-create or replace function @schema@.relay_say_rows(outbox_table text)
-returns void
-language plpgsql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_say_rows(outbox_table text) returns void
+language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     captured constant oid := @schema@.relay_captured_table(outbox_table);
 begin
@@ -507,7 +434,6 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_say_rows(text) is
     'Says how the rows are sent that a captured table had before its outbox, where it had any.';
 

@@ -4,17 +4,9 @@
 -- the new position becomes a pending gap of it.
 
 create or replace function @schema@.relay_seek_after(
-    p_outbox_table text,
-    p_to text,
-    p_id bigint,
-    p_time timestamptz
-)
-returns bigint
-language plpgsql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+    p_outbox_table text, p_to text, p_id bigint, p_time timestamptz
+) returns bigint
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
     v_outbox record;
     v_swept @schema@.pgt_outbox_config;
@@ -67,23 +59,14 @@ begin
     return v_after;
 end
 $$;
-
 comment on function @schema@.relay_seek_after(text, text, bigint, timestamptz) is
     'Part of relay_seek_to, runs as it does. The id behind which a position is to stand. 22023 where there is no such place, RL006 where retention has swept there. Keeps the sweeper away until the transaction ends.';
 
 create or replace function @schema@.relay_seek_to(
-    p_pipeline text,
-    p_to text,
-    p_relay_group text,
-    p_id bigint default null,
+    p_pipeline text, p_to text, p_relay_group text, p_id bigint default null,
     p_time timestamptz default null
-)
-returns bigint
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+) returns bigint
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     relay_group text not null := p_relay_group;
     v_config @schema@.relay_outbox_config;
@@ -191,64 +174,42 @@ begin
     return v_rows;
 end
 $$;
-
 comment on function @schema@.relay_seek_to(text, text, text, bigint, timestamptz) is
     'Definer, since only functions write positions. What relay_seek does, to a place in words, to an id or to a time.';
 
-create or replace function @schema@.relay_seek(pipeline text, "to" text, relay_group text default 'default')
-returns bigint
-language sql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_seek(
+    pipeline text, "to" text, relay_group text default 'default'
+) returns bigint
+language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
     select @schema@.relay_seek_to(pipeline, "to", relay_group)
 $$;
-
 comment on function @schema@.relay_seek(text, text, text) is
     'Put a pipeline at the ''earliest'' row that is left, at the ''latest'', which sends nothing again, or at an id or a time in a text; running or not, with a consumer group or without. Gives how many rows are sent from there. What is not committed yet is sent wherever it lies. RL006 where retention has swept.';
 
-create or replace function @schema@.relay_seek(pipeline text, outbox_id bigint, relay_group text default 'default')
-returns bigint
-language sql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_seek(
+    pipeline text, outbox_id bigint, relay_group text default 'default'
+) returns bigint
+language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_id => outbox_id)
 $$;
-
 comment on function @schema@.relay_seek(text, bigint, text) is
     'The same by an id: the row with this id is the first that is sent.';
 
-create or replace function @schema@.relay_seek(pipeline text, since timestamptz, relay_group text default 'default')
-returns bigint
-language sql
-volatile
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_seek(
+    pipeline text, since timestamptz, relay_group text default 'default'
+) returns bigint
+language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_time => since)
 $$;
-
 comment on function @schema@.relay_seek(text, timestamptz, text) is
     'The same by a time: all rows with created_at since then are sent, and rows that were written beside the first of them. created_at is when the statement ran, not when it was committed.';
 
 create or replace function @schema@.relay_seek_progress(relay_group_id text)
 returns table (
-    pipeline text,
-    sought_to text,
-    sought_by text,
-    sought_at timestamptz,
-    after_id bigint,
-    through_id bigint,
-    reached_id bigint
+    pipeline text, sought_to text, sought_by text, sought_at timestamptz, after_id bigint,
+    through_id bigint, reached_id bigint
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         s.pipeline, s.sought_to, s.sought_by, s.sought_at, s.after_id, s.through_id,
         least(s.through_id, coalesce(
@@ -264,6 +225,5 @@ as $$
     where s.relay_group_id = relay_seek_progress.relay_group_id
     order by s.sought_at
 $$;
-
 comment on function @schema@.relay_seek_progress(text) is
     'Definer, since only functions read positions. Where relay_seek put each pipeline last, who was logged in, and how far the slowest of its readers has come since: until reached_id is through_id, rows are sent that were there at that moment.';
