@@ -26,7 +26,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,12 +69,18 @@ class EmbeddedServers:
 
 
 @contextlib.asynccontextmanager
-async def embedded_servers() -> AsyncIterator[EmbeddedServers]:
+async def embedded_servers(
+    postgres_settings: Mapping[str, str] | None = None,
+) -> AsyncIterator[EmbeddedServers]:
     """Both servers, up for as long as the block lasts.
 
-    Raises `DriverMissing` where the demo's extra is not installed, `Outage` when one won't start.
+    ``postgres_settings``: settings of PostgreSQL besides ours. Raises `DriverMissing` where the
+    demo's extra is not installed, `Outage` when one won't start.
     """
-    async with _nats(_required_nats()) as nats, _postgres() as postgres_url:
+    async with (
+        _nats(_required_nats()) as nats,
+        _postgres(postgres_settings or {}) as postgres_url,
+    ):
         yield EmbeddedServers(postgres_url=postgres_url, nats=nats)
 
 
@@ -89,10 +95,10 @@ def _required_nats() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _postgres() -> AsyncIterator[str]:
+async def _postgres(settings: Mapping[str, str]) -> AsyncIterator[str]:
     with contextlib.ExitStack() as kept:
         place = await asyncio.to_thread(lambda: kept.enter_context(_place()))
-        server = _Postgres(place)
+        server = _Postgres(place, settings)
         try:
             await server.start()
             yield server.url
@@ -183,8 +189,9 @@ class _Place:
 class _Postgres:
     """The embedded PostgreSQL in one place."""
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: _Place, settings: Mapping[str, str] | None = None) -> None:
         self._place = place
+        self._settings = settings or {}
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -206,7 +213,7 @@ class _Postgres:
 
     async def _start(self, binaries: Path) -> None:
         self._port = _free_port()
-        settings = {**_POSTGRES_SETTINGS, "port": str(self._port)}
+        settings = {**_POSTGRES_SETTINGS, **self._settings, "port": str(self._port)}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         log = self._place.directory / "postgres.log"
         self._process = _launch(

@@ -17,6 +17,7 @@ from scripts.benchmark.fleet import claim_check, fleet, idle
 from scripts.benchmark.forward import forward
 from scripts.benchmark.group import group
 from scripts.benchmark.latency import latency, latency_reverse
+from scripts.benchmark.peers import peers_from_kafka, peers_to_jetstream
 from scripts.benchmark.report import print_table, write_results
 from scripts.benchmark.row import Row
 from scripts.benchmark.shape import shape
@@ -55,9 +56,16 @@ ROWS: dict[str, Measure] = {
     "idle": lambda options, say: idle(seconds=4 * options.seconds, say=say),
     **{f"to-{backend}": _throughput(to_destination, backend) for backend in SINKS},
     **{f"from-{backend}": _throughput(from_origin, backend) for backend in SOURCES},
+    "peers-to-jetstream": lambda options, say: peers_to_jetstream(
+        events=options.events, runs=options.runs, say=say
+    ),
+    "peers-from-kafka": lambda options, say: peers_from_kafka(
+        events=options.events, runs=options.runs, say=say
+    ),
 }
-# A request for each event: minutes a run.
-ON_DEMAND = frozenset(row for row in ROWS if row.endswith("-each"))
+PEERS = tuple(row for row in ROWS if row.startswith("peers-"))
+# A request for each event takes minutes a run, and programs of others are seldom installed.
+ON_DEMAND = frozenset((*PEERS, *(row for row in ROWS if row.endswith("-each"))))
 
 
 def main() -> int:
@@ -79,7 +87,8 @@ def main() -> int:
 
 
 async def _measure(options: argparse.Namespace, progress: Progress) -> list[Row]:
-    names = list(dict.fromkeys(options.rows)) or [row for row in ROWS if row not in ON_DEMAND]
+    wanted = [name for row in options.rows for name in (PEERS if row == "peers" else (row,))]
+    names = list(dict.fromkeys(wanted)) or [row for row in ROWS if row not in ON_DEMAND]
     task = progress.add_task("", total=len(names))
     rows = []
     for name in names:
@@ -95,7 +104,10 @@ def _options() -> argparse.Namespace:
         description="Measure the relay on servers of its own; exit code 1 when a target is missed.",
     )
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all but …-each"
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help=f"of {', '.join(ROWS)}, or peers for all peers-…; default all but peers-… and …-each",
     )
     parser.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIRECTORY")
     parser.add_argument("--runs", type=int, default=5, help="runs of a row, turns of capture")
@@ -114,7 +126,7 @@ def _options() -> argparse.Namespace:
         help="of its floor that each to-… and from-… must reach; default 0.5",
     )
     options = parser.parse_args()
-    unknown = sorted(set(options.rows) - set(ROWS))
+    unknown = sorted(set(options.rows) - {*ROWS, "peers"})
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}: choose from {', '.join(ROWS)}")
     if min(options.runs, options.events, options.seconds) <= 0:

@@ -53,6 +53,14 @@ class _Info(msgspec.Struct, frozen=True):
     state: StreamState
 
 
+class _When(msgspec.Struct, frozen=True):
+    time: str
+
+
+class _Found(msgspec.Struct, frozen=True):
+    message: _When
+
+
 class _ConsumerInfo(msgspec.Struct, frozen=True):
     num_ack_pending: int
     num_pending: int
@@ -155,6 +163,11 @@ class BareNats(asyncio.Protocol):
         """What a stream holds now."""
         reply = await self.request(f"$JS.API.STREAM.INFO.{stream}")
         return msgspec.json.decode(reply, type=_Info).state
+
+    async def stored_at(self, stream: str, number: int) -> str:
+        """When the message of this sequence number was stored (RFC 3339)."""
+        reply = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", {"seq": number})
+        return msgspec.json.decode(reply, type=_Found).message.time
 
     async def until_stored(self, stream: str, messages: int, timeout_s: float) -> StreamState:
         """The state of a stream once it holds so many messages. Raises `TimeoutError`."""

@@ -99,7 +99,7 @@ async def drain(
     state = await around.nats.until_stored(STREAM, events, timeout_s=60 + events / 1000)
     await around.postgres.execute("select pgtrickle.disable_relay($1)", pipeline)
     stored = await around.nats.read(STREAM, state.messages)
-    first_at, last_at = _timestamp(state.first_ts), _timestamp(state.last_ts)
+    first_at, last_at = seconds_of(state.first_ts), seconds_of(state.last_ts)
     sizes = [len(message.body) for message in stored]
     return {
         "per_s": events / max(last_at - first_at, 1e-6),
@@ -142,7 +142,7 @@ def _message_id(message: StoredMessage) -> bytes:
     return message.block.partition(_MESSAGE_ID)[2].partition(b"\r\n")[0]
 
 
-def _timestamp(text: str) -> float:
+def seconds_of(text: str) -> float:
     """Seconds since the epoch of an RFC 3339 time in UTC with nanoseconds."""
     whole, _, fraction = text.rstrip("Z").partition(".")
     moment = datetime.fromisoformat(whole).replace(tzinfo=UTC)

@@ -125,10 +125,15 @@ class Surroundings:
 
 
 @contextlib.asynccontextmanager
-async def surroundings() -> AsyncIterator[Surroundings]:
-    """Servers and database, gone at the end. PostgreSQL syncs its commits, as in earnest."""
+async def surroundings(
+    postgres_settings: Mapping[str, str] | None = None,
+) -> AsyncIterator[Surroundings]:
+    """Servers and database, gone at the end. PostgreSQL syncs its commits, as in earnest.
+
+    ``postgres_settings``: what is other than by default.
+    """
     async with (
-        embedded_servers() as servers,
+        embedded_servers(postgres_settings) as servers,
         migrated_database(servers) as (url, postgres),
         connected(servers.nats.url, servers.nats.token) as nats,
     ):

@@ -21,13 +21,10 @@ from relay.settings import Settings
 from tests.docs.page import EXECUTED_PAGES, REPOSITORY, anchors, links, prose, read
 from tests.servers.postgres import Database
 
-PAGES = (
-    *EXECUTED_PAGES,
-    "docs/INSTALL.md",
-    "SECURITY.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/decisions/*.md")),
+PAGES = sorted(
+    str(path.relative_to(REPOSITORY))
+    for pattern in ("*.md", "docs/**/*.md")
+    for path in REPOSITORY.glob(pattern)
 )
 DOCS = REPOSITORY / "scripts" / "docs.py"
 
@@ -90,6 +87,20 @@ def test_every_link_leads_somewhere(page: str) -> None:
             broken.append(link)
 
     assert broken == []
+
+
+def test_the_table_of_contents_leads_to_every_page() -> None:
+    listed = {(REPOSITORY / "docs" / link).resolve() for link in links("docs/README.md")}
+
+    assert set(REPOSITORY.glob("docs/**/*.md")) - listed == {REPOSITORY / "docs" / "README.md"}
+
+
+def test_a_page_opens_with_what_it_is_for() -> None:
+    for path in REPOSITORY.glob("docs/*.md"):
+        title, opening = [line for line in path.read_text().splitlines() if line][:2]
+
+        assert title.startswith("# "), path
+        assert re.match(r"[A-Z][a-z]", opening), path
 
 
 def test_every_state_has_a_runbook() -> None:
