@@ -11,7 +11,7 @@ from rich.text import Text
 from relay.board import PipelineStatus, RecentBatch
 from relay.catalog import DeadLetterSummary
 from relay.status.fleet import PipelineLine
-from relay.status.table import why
+from relay.status.table import Signs, why
 from relay.status.text import clean, clock, latency, wrapped
 
 # The catalog fills these in, or the route says them already.
@@ -25,21 +25,29 @@ _MOST_OF_AN_ERROR = 2
 
 
 def detail(
-    line: PipelineLine, letters: Sequence[DeadLetterSummary], width: int, rows: int, arrow: str
+    line: PipelineLine,
+    letters: Sequence[DeadLetterSummary],
+    letter: DeadLetterSummary | None,
+    width: int,
+    rows: int,
+    signs: Signs,
 ) -> list[Text]:
-    """The most urgent first, in at most so many rows; dead letters leave half of them."""
+    """The most urgent first, in at most so many rows; dead letters leave half of them.
+
+    ``letter`` is the selected one, which is shown in full as far as there is room.
+    """
     lines = why(line, width)
     status = line.status
     if status is not None and status.last_error_at is not None and not lines:
         said = f"last error {clock(status.last_error_at)}: {status.last_error}"
         lines = wrapped(said, width, "yellow", most=_MOST_OF_AN_ERROR, indent=1)
     if line.dead_letters:
-        lines.append(Text(f" {_counted(line)}: r tries all again", "bold"))
-        for letter in letters[: max(1, rows // 2 // _MOST_OF_AN_ERROR)]:
-            lines += wrapped(_dead_letter(letter), width, "red", most=_MOST_OF_AN_ERROR, hanging=9)
+        keys = "d reads one, r tries all again" if letter is None else "d next, t tries it, r all"
+        lines.append(Text(f" {_counted(line)}: {keys}", "bold"))
+        lines += _dead_letters(letters, letter, width, rows, signs)
     right: list[str] = []
     if status is None:
-        left = [f"{line.source} {arrow} {line.sink}", _why_nobody_runs_it(line)]
+        left = [f"{line.source} {signs.arrow} {line.sink}", _why_nobody_runs_it(line)]
     else:
         left = list(_facts(line, status))
         right = [*_outcome(status), *map(_batch, reversed(status.recent_batches))]
@@ -61,6 +69,23 @@ def _why_nobody_runs_it(line: PipelineLine) -> str:
 def _counted(line: PipelineLine) -> str:
     many = line.dead_letters != 1
     return f"{line.dead_letters:,} dead letter{'s, the latest' if many else ''}"
+
+
+def _dead_letters(
+    letters: Sequence[DeadLetterSummary],
+    selected: DeadLetterSummary | None,
+    width: int,
+    rows: int,
+    signs: Signs,
+) -> Iterator[Text]:
+    """From the selected one on, or else from the latest, as many as half of the rows hold."""
+    at = 0 if selected is None else letters.index(selected)
+    for letter in letters[at : at + max(1, rows // 2 // _MOST_OF_AN_ERROR)]:
+        most = rows if letter is selected else _MOST_OF_AN_ERROR
+        text = wrapped(_dead_letter(letter), width, "red", most=most, hanging=9)
+        if letter is selected:
+            text[0] = Text.assemble((f" {signs.mark} ", "bold"), text[0][3:])
+        yield from text
 
 
 def _dead_letter(letter: DeadLetterSummary) -> str:

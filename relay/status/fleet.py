@@ -14,6 +14,8 @@ from relay.catalog import Backfill, DeadLetterSummary, Lag, PipelineRow, Seek
 from relay.overview import PAUSED, WAITING
 from relay.partition import pipeline_of
 
+LATEST_DEAD_LETTERS = 10
+
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What each relay says of itself, and every pipeline of the catalog, all secrets masked.
@@ -100,7 +102,7 @@ class Watched(Protocol):
         """Fetch what `fleet` can't know by itself."""
 
     async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
-        """The latest of its dead letters, the newest first."""
+        """The latest of its dead letters, `LATEST_DEAD_LETTERS` at most, the newest first."""
 
     async def pause(self, pipeline: str) -> None:
         """Disable it; its position stays."""
@@ -110,6 +112,9 @@ class Watched(Protocol):
 
     async def retry_dead_letters(self, pipeline: str) -> int:
         """Ask for another try of all its dead letters; gives their number."""
+
+    async def retry_dead_letter(self, letter: int) -> None:
+        """Ask for another try of the dead letter with this id."""
 
 
 def lines_of(fleet: Fleet, now: datetime) -> list[PipelineLine]:

@@ -62,6 +62,13 @@ _KEYS = (
     Key(key="/", label="filter", help="what has a text in name, source, sink or state", rank=3),
     Key(key="p", label="pause", help="or resume the selected pipeline; asks first", rank=1),
     Key(key="r", label="retry", help="the selected pipeline's dead letters; asks first", rank=2),
+    Key(
+        key="d",
+        label="dead letters",
+        help="open the details, then read one after the other",
+        rank=5,
+    ),
+    Key(key="t", label="try one", help="the selected dead letter again; asks first", rank=5),
 )
 _HELP_KEY = Key(key="?", label="help", help="this")
 _LEAVE = Key(key="q", label="quit", help="the view; no relay is touched")
@@ -74,9 +81,13 @@ _MORE_KEYS = (
 
 
 class ViewState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user has chosen to see. ``selected`` is a pipeline's name and its owner's."""
+    """What the user has chosen to see.
+
+    ``selected`` is a pipeline's name and its owner's, ``letter`` the id of one of its dead letters.
+    """
 
     selected: tuple[str, str] | None = None
+    letter: int | None = None
     is_open: bool = False
     sort: Sort = Sort.NAME
     filter: str = ""
@@ -124,6 +135,13 @@ def selected_line(lines: Sequence[PipelineLine], view: ViewState) -> PipelineLin
             return line
     same = [line for line in lines if view.selected and line.name == view.selected[0]]
     return next(iter([*same, *lines]), None)
+
+
+def selected_letter(
+    letters: Sequence[DeadLetterSummary], view: ViewState
+) -> DeadLetterSummary | None:
+    """The selected dead letter, if it is there."""
+    return next((letter for letter in letters if letter.id == view.letter), None)
 
 
 class Renderer:
@@ -214,7 +232,8 @@ class Renderer:
             body.append(self._rule(chosen.name, width))
             letters = scene.dead_letters.get(chosen.name, ())
             rows = max(0, rest - len(body))
-            body += detail(chosen, letters, width, rows, self._signs.arrow)
+            letter = selected_letter(letters, scene.view)
+            body += detail(chosen, letters, letter, width, rows, self._signs)
         if has_log:
             body.append(self._rule("log", width))
             body += _log_lines(scene.log, width, room - len(body))

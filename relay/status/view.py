@@ -22,13 +22,14 @@ import msgspec
 from relay.catalog import DeadLetterSummary
 from relay.errors import RelayError
 from relay.settings import UiSettings
-from relay.status.fleet import LogTail, PipelineLine, Watched, lines_of
+from relay.status.fleet import LATEST_DEAD_LETTERS, LogTail, PipelineLine, Watched, lines_of
 from relay.status.screen import (
     Key,
     Mode,
     Renderer,
     Scene,
     ViewState,
+    selected_letter,
     selected_line,
     visible_lines,
 )
@@ -82,6 +83,7 @@ class StatusView:
         self._touched = asyncio.Event()
         self._opened = asyncio.Event()
         self._dead_letters: Mapping[str, Sequence[DeadLetterSummary]] = {}
+        self._tried: dict[int, tuple[str, DeadLetterSummary]] = {}
         self._running: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -158,9 +160,18 @@ class StatusView:
                     letters = await self._watched.dead_letters(line.name)
                     self._dead_letters = {line.name: letters}
                     self._touched.set()
+                await self._look_at_tried()
             except RelayError as error:
                 _log.debug("the view could not read the catalog", extra={"error": str(error)})
             await _within(_REFRESH_CATALOG_S, self._opened)
+
+    async def _look_at_tried(self) -> None:
+        """Say what became of the dead letters that the user has tried again."""
+        for name, letter in list(self._tried.values()):
+            outcome = _outcome(name, letter, await self._watched.dead_letters(name))
+            if outcome:
+                del self._tried[letter.id]
+                self._change(notice=outcome)
 
     async def _act(self) -> None:
         """One action after the other; what it says is shown until the next key."""
@@ -216,6 +227,10 @@ class StatusView:
                 self._ask_to_switch()
             case "r":
                 self._ask_to_retry()
+            case "d":
+                self._next_letter()
+            case "t":
+                self._ask_to_retry_letter()
             case "?" | "h":
                 self._change(mode=Mode.HELP)
             case "redraw":
@@ -266,12 +281,9 @@ class StatusView:
 
     def _ask_to_retry(self) -> None:
         line = self._chosen()
-        if line is None:
+        if line is None or not self._has_letters(line):
             return
         name = line.name
-        if not line.dead_letters:
-            self._change(notice=f"{name} has no dead letters")
-            return
 
         async def retry() -> str:
             return f"{await self._watched.retry_dead_letters(name)} dead letters are tried again"
@@ -280,6 +292,47 @@ class StatusView:
             f"try {line.dead_letters} dead letters of {name} again?",
             partial(self._actions.put_nowait, retry),
         )
+
+    def _next_letter(self) -> None:
+        line = self._chosen()
+        if line is None or not self._has_letters(line):
+            return
+        letters = self._dead_letters.get(line.name, ())
+        if not self._view.is_open:
+            self._change(is_open=True)
+            self._opened.set()
+        elif letters:
+            letter = selected_letter(letters, self._view)
+            after = 0 if letter is None else letters.index(letter) + 1
+            self._change(letter=letters[after % len(letters)].id)
+
+    def _ask_to_retry_letter(self) -> None:
+        line = self._chosen()
+        if line is None or not self._has_letters(line):
+            return
+        letter = selected_letter(self._dead_letters.get(line.name, ()), self._view)
+        if not self._view.is_open or letter is None:
+            self._change(notice="select one of the dead letters with d")
+            return
+        name, chosen = line.name, letter
+
+        async def retry() -> str:
+            await self._watched.retry_dead_letter(chosen.id)
+            self._tried[chosen.id] = name, chosen
+            self._opened.set()
+            by = "" if line.status is not None else f", as soon as a relay runs {name}"
+            return f"dead letter {chosen.id} is tried again{by}"
+
+        self._change(letter=chosen.id)
+        self._ask(
+            f"try dead letter {chosen.id} of {name} again?",
+            partial(self._actions.put_nowait, retry),
+        )
+
+    def _has_letters(self, line: PipelineLine) -> bool:
+        if not line.dead_letters:
+            self._change(notice=f"{line.name} has no dead letters")
+        return bool(line.dead_letters)
 
     def _stop(self) -> None:
         self._change(notice="stopping: what is in flight is finished first")
@@ -320,6 +373,17 @@ class StatusView:
     def _change(self, **fields: object) -> None:
         self._view = msgspec.structs.replace(self._view, **fields)
         self._touched.set()
+
+
+def _outcome(name: str, before: DeadLetterSummary, latest: Sequence[DeadLetterSummary]) -> str:
+    """What became of a dead letter that was tried again; empty as long as nobody can tell."""
+    now = next((letter for letter in latest if letter.id == before.id), None)
+    if now is not None:
+        is_tried = now.attempts > before.attempts and now.retry_requested_at is None
+        return f"dead letter {now.id} was refused again: {now.error}" if is_tried else ""
+    if len(latest) >= LATEST_DEAD_LETTERS and latest[-1].id > before.id:
+        return ""  # Newer ones have driven it out of the list.
+    return f"dead letter {before.id} of {name} is delivered"
 
 
 def _after(sort: Sort) -> Sort:

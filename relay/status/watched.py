@@ -12,9 +12,7 @@ from relay.overview import report_of
 from relay.partition import pipeline_of
 from relay.postgres import Database
 from relay.secrets import masked
-from relay.status.fleet import Fleet
-
-_LATEST_DEAD_LETTERS = 10
+from relay.status.fleet import LATEST_DEAD_LETTERS, Fleet
 
 
 class _Seen:
@@ -48,7 +46,7 @@ class _Seen:
 
     async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
         """The latest of its dead letters, a reader of all of its pipeline; the newest first."""
-        return await self._catalog.latest_dead_letters(pipeline_of(pipeline), _LATEST_DEAD_LETTERS)
+        return await self._catalog.latest_dead_letters(pipeline_of(pipeline), LATEST_DEAD_LETTERS)
 
     async def pause(self, pipeline: str) -> None:
         """Disable it, as any user would; one reader with all others of its pipeline."""
@@ -70,6 +68,10 @@ class _Seen:
             pipeline_of(pipeline),
         )
         return 0 if row is None else int(row["requested"])
+
+    async def retry_dead_letter(self, letter: int) -> None:
+        """Ask for another try of the dead letter with this id."""
+        await self._database.execute("retrying a dead letter", "select relay_dlq_retry($1)", letter)
 
 
 class OwnRelay(_Seen):

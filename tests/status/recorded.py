@@ -14,7 +14,7 @@ from rich.color import ColorSystem
 from relay.status import Fleet
 from relay.status.screen import Mode, Renderer, Scene, ViewState
 from tests.status.emulator import styles_of
-from tests.status.scene import FLEET, HEALTHY, PAUSED, TROUBLED, fleet_of, scene
+from tests.status.scene import DEAD_LETTERS, FLEET, HEALTHY, PAUSED, TROUBLED, fleet_of, scene
 
 DIRECTORY = Path(__file__).parent / "screens"
 SIZES = ((80, 24), (120, 36), (200, 50))
@@ -39,6 +39,7 @@ _TWO_RELAYS = Fleet(
 SCENES: Mapping[str, Scene] = {
     "table": scene(),
     "details": scene(ViewState(is_open=True)),
+    "letter": scene(ViewState(is_open=True, letter=DEAD_LETTERS[0].id)),
     "crowded": scene(fleet=_TWO_RELAYS),
     "question": scene(ViewState(mode=Mode.CONFIRM, question="Stop this relay?")),
     "banner": scene(banner=["What this is, and what to try.", "written 12   received 10"]),

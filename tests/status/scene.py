@@ -188,11 +188,15 @@ def scene(
 
 
 class RecordingFleet:
-    """A `Watched` that remembers what it was told; actions on `broken` fail."""
+    """A `Watched` that remembers what it was told; resuming what is paused from the start fails.
+
+    Of the dead letters that are tried again the first is refused, and others are delivered.
+    """
 
     def __init__(self) -> None:
         self.told: list[str] = []
         self._paused: set[str] = set()
+        self._letters = list(DEAD_LETTERS)
 
     def fleet(self) -> Fleet:
         rows = [
@@ -214,7 +218,7 @@ class RecordingFleet:
         """There is nothing to fetch."""
 
     async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
-        return DEAD_LETTERS if pipeline == TROUBLED.name else ()
+        return list(self._letters) if pipeline == TROUBLED.name else ()
 
     async def pause(self, pipeline: str) -> None:
         self.told.append(f"pause {pipeline}")
@@ -229,3 +233,12 @@ class RecordingFleet:
     async def retry_dead_letters(self, pipeline: str) -> int:
         self.told.append(f"retry {pipeline}")
         return 5
+
+    async def retry_dead_letter(self, letter: int) -> None:
+        self.told.append(f"retry {letter}")
+        if letter == DEAD_LETTERS[0].id:
+            self._letters[0] = msgspec.structs.replace(
+                DEAD_LETTERS[0], attempts=2, error="the total is still -1"
+            )
+        else:
+            self._letters = [one for one in self._letters if one.id != letter]

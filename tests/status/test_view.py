@@ -141,6 +141,31 @@ def test_dead_letters_are_retried_where_there_are_some(start: Start, report: Pat
     _until(report, lambda seen: seen.told == ["retry invoices-from-nats"])
 
 
+def test_one_dead_letter_is_read_tried_again_and_its_outcome_told(
+    start: Start, report: Path
+) -> None:
+    terminal = start()
+
+    terminal.type("jd")
+    terminal.until_shown("audit-to-file has no dead letters")
+    terminal.type("kt")
+    terminal.until_shown("select one of the dead letters with d")
+    terminal.type("d")
+    terminal.until_shown("id 17", "d reads one")
+    terminal.type("d")
+    terminal.until_shown("▸ 11:59:20 id 17", "then try it again")
+    terminal.type("t")
+    terminal.until_shown("try dead letter 17 of invoices-from-nats again?")
+    terminal.type("y")
+    terminal.until_shown("dead letter 17 was refused again: the total is still -1", "2 attempts")
+    terminal.type("d")
+    terminal.until_shown("▸ 11:20:00 id 12")
+    terminal.type("ty")
+    terminal.until_shown("dead letter 12 of invoices-from-nats is delivered")
+
+    _until(report, lambda seen: seen.told == ["retry 17", "retry 12"])
+
+
 def test_help_names_the_keys_and_any_key_goes_back(start: Start) -> None:
     terminal = start()
 

@@ -45,15 +45,20 @@ async def test_details_have_dead_letters_and_no_secret_and_a_failing_view_does_n
     await world.forward("paused", secret, allow_plaintext_secrets=True)
     await world.run("select pgtrickle.disable_relay('paused')")
     await world.run(
-        "select pgtrickle.relay_dead_letter('test', 'out', 'forward', array['a', 'b'],"
+        "select pgtrickle.relay_dead_letter('default', 'out', 'forward', array['a', 'b'],"
         " array['s', 's'], array['1', '2'], array['insert', 'insert'], array['{}', '{}']::jsonb[],"
-        " array['x', 'x']::bytea[], array['{}', '{}']::jsonb[], array['rejected', 'rejected'],"
+        " array['{}', '{}']::bytea[], array['{}', '{}']::jsonb[], array['rejected', 'rejected'],"
         " array['too old', 'too large'], array[1, 1])"
     )
     await asyncio.to_thread(terminal.until_shown, "out ", "running")
     terminal.type("\r")
     shown = await asyncio.to_thread(terminal.until_shown, "2 dead letters", "too large", "too old")
     assert shown.index("too large") < shown.index("too old")
+    terminal.type("dt")
+    await asyncio.to_thread(terminal.until_shown, "try dead letter 2 of out again?")
+    terminal.type("y")
+    await asyncio.to_thread(terminal.until_shown, "dead letter 2 of out is delivered", "too old")
+    assert (out.read_text()).count("\n") == 1
     terminal.type("j")
     shown = await asyncio.to_thread(terminal.until_shown, "paused: p resumes it", "sink.url: ")
     assert "******" in shown
