@@ -22,6 +22,7 @@ from relay.settings import schema_identifier
 
 CONFIG_CHANNEL = "pgtrickle_relay_config"
 OUTBOX_CHANNEL = "pgtrickle_outbox_new"
+DEAD_LETTERS_COUNTED = 10_000
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
@@ -729,9 +730,14 @@ class Catalog:
         doing = "reading dead letters"
         return await self._all(DeadLetterSummary, doing, "relay_dlq_list", pipeline, limit, True)
 
-    async def dead_letter_counts(self, pipelines: Sequence[str] | None = None) -> dict[str, int]:
-        """How many dead letters these pipelines have, or all; those without are left out."""
-        rows = await self._rows("counting dead letters", "relay_dlq_stats", pipelines)
+    async def dead_letter_counts(self, pipelines: Sequence[str]) -> dict[str, int]:
+        """How many dead letters these pipelines have; those without are left out.
+
+        `DEAD_LETTERS_COUNTED` of one means so many or more: every relay asks every few seconds.
+        """
+        rows = await self._rows(
+            "counting dead letters", "relay_dlq_stats", pipelines, DEAD_LETTERS_COUNTED
+        )
         return {row["pipeline"]: row["entries"] for row in rows}
 
     async def report(self, worker_id: str, report: bytes) -> None:
@@ -863,6 +869,11 @@ def _metadata(message: RelayMessage, letter: DeadLetter, is_escaped: bool) -> by
             key_hash=key_hash(letter.message.key),
         )
     )
+
+
+def counted(dead_letters: int) -> str:
+    """For people, a number that `Catalog.dead_letter_counts` gave."""
+    return f"{dead_letters:,}{'+' if dead_letters >= DEAD_LETTERS_COUNTED else ''}"
 
 
 def _stored(row: asyncpg.Record) -> StoredDeadLetter:

@@ -147,7 +147,7 @@ class RequestRefused(PipelineEvent, frozen=True, kw_only=True):
 
 
 class LagObserved(PipelineEvent, frozen=True, kw_only=True):
-    """How far a pipeline is behind its outbox, and how many dead letters it has."""
+    """How far a pipeline is behind its outbox, and how many dead letters of it were counted."""
 
     lag_rows: int
     oldest_unsent_age_s: float

@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from relay import __version__
 from relay.board import Board, Histogram, PipelineStats
+from relay.catalog import DEAD_LETTERS_COUNTED
 from relay.errors import ErrorKind
 from relay.events import Direction, LagObserved, OutboxObserved, PipelineState
 
@@ -188,7 +189,7 @@ METRICS: Sequence[MetricSpec] = (
     MetricSpec(
         "dlq_depth",
         "gauge",
-        "Dead letters that wait for an operator.",
+        f"Dead letters that wait for an operator, counted up to {DEAD_LETTERS_COUNTED}.",
         read=lambda stats: stats.dead_letters,
         of_idle=lambda lag: lag.dead_letters,
     ),

@@ -8,7 +8,17 @@ from datetime import UTC, datetime
 import msgspec
 
 from relay.board import PipelineStatus, RelayStatus
-from relay.catalog import Backfill, Catalog, FleetRow, Lag, OutboxSize, PipelineRow, Reader, Seek
+from relay.catalog import (
+    Backfill,
+    Catalog,
+    FleetRow,
+    Lag,
+    OutboxSize,
+    PipelineRow,
+    Reader,
+    Seek,
+    counted,
+)
 from relay.events import Direction
 
 # Where none of the relays says anything of a pipeline.
@@ -138,7 +148,7 @@ def table_of(seen: Overview) -> Iterator[str]:
             ", ".join(one.owners) or "-",
             "-" if one.lag_rows is None else str(one.lag_rows),
             "-" if one.oldest_unsent_age_s is None else f"{one.oldest_unsent_age_s:.0f} s",
-            str(one.dead_letters),
+            counted(one.dead_letters),
             "-" if one.outbox_bytes is None else f"{one.outbox_bytes // 1024} KiB",
             one.trouble,
         )

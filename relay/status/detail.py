@@ -9,7 +9,7 @@ import msgspec
 from rich.text import Text
 
 from relay.board import PipelineStatus, RecentBatch
-from relay.catalog import DeadLetterSummary
+from relay.catalog import DeadLetterSummary, counted
 from relay.status.fleet import PipelineLine
 from relay.status.table import Signs, why
 from relay.status.text import clean, clock, latency, wrapped
@@ -68,7 +68,7 @@ def _why_nobody_runs_it(line: PipelineLine) -> str:
 
 def _counted(line: PipelineLine) -> str:
     many = line.dead_letters != 1
-    return f"{line.dead_letters:,} dead letter{'s, the latest' if many else ''}"
+    return f"{counted(line.dead_letters)} dead letter{'s, the latest' if many else ''}"
 
 
 def _dead_letters(

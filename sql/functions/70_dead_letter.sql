@@ -266,7 +266,10 @@ $$;
 comment on function @schema@.relay_dlq_share(text) is
     'Part of relay_dlq_take and relay_dlq_stats: which dead letters are a reader''s, those of the pipeline whose key_hash leaves this rest; all of them where there is one reader.';
 
-create or replace function @schema@.relay_dlq_stats(pipelines text[] default null)
+create or replace function @schema@.relay_dlq_stats(
+    pipelines text[] default null,
+    at_most bigint default null
+)
 returns table (
     pipeline text,
     direction text,
@@ -289,24 +292,32 @@ as $$
             count(*) as entries,
             min(a.first_failed_at) as oldest_failed_at,
             max(a.last_failed_at) as newest_failed_at
-        from @schema@.relay_dlq as a
-        where a.pipeline = s.pipeline
-            and (s.readers = 1 and s.rest = 0 or exists (
-                select from @schema@.relay_dlq as l where l.id = a.id and l.key_hash % s.readers = s.rest))
+        from (
+            select o.direction, o.first_failed_at, o.last_failed_at
+            from @schema@.relay_dlq as o
+            where o.pipeline = s.pipeline
+                and (s.readers = 1 and s.rest = 0 or exists (
+                    select from @schema@.relay_dlq as l where l.id = o.id and l.key_hash % s.readers = s.rest))
+            limit at_most
+        ) as a
     ) as d
     cross join lateral (
         select count(*) as requested
-        from @schema@.relay_dlq_retries as a
-        where a.pipeline = s.pipeline
-            and (s.readers = 1 and s.rest = 0 or exists (
-                select from @schema@.relay_dlq as l where l.id = a.id and l.key_hash % s.readers = s.rest))
+        from (
+            select
+            from @schema@.relay_dlq_retries as o
+            where o.pipeline = s.pipeline
+                and (s.readers = 1 and s.rest = 0 or exists (
+                    select from @schema@.relay_dlq as l where l.id = o.id and l.key_hash % s.readers = s.rest))
+            limit at_most
+        ) as a
     ) as r
     where d.entries > 0
     order by p.name
 $$;
 
-comment on function @schema@.relay_dlq_stats(text[]) is
-    'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all. Of a reader (orders/3) those that it sends again.';
+comment on function @schema@.relay_dlq_stats(text[], bigint) is
+    'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all. Of a reader (orders/3) those that it sends again. With at_most it looks at so many of each pipeline at most, and costs no more however many there are.';
 
 create or replace function @schema@.relay_dlq_take(
     p_relay_group_id text,

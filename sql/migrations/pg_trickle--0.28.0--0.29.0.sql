@@ -229,6 +229,11 @@ create index relay_dlq_by_pipeline on @schema@.relay_dlq (pipeline, id)
 comment on index @schema@.relay_dlq_by_pipeline is
     'Serves relay_dlq_list, relay_dlq_retry_all, relay_dlq_purge and, without the letters themselves, relay_dlq_stats.';
 
+create index relay_dlq_of_row on @schema@.relay_dlq
+    (relay_group_id, pipeline, (metadata ->> 'outbox_id'));
+comment on index @schema@.relay_dlq_of_row is
+    'Serves relay_delivered: what became dead letters of one row of an outbox.';
+
 create table @schema@.relay_dlq_retries (
     relay_group_id text not null,
     pipeline text not null,

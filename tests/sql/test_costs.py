@@ -26,8 +26,9 @@ def letters(db: Session) -> Session:
     for pipeline, count in (("many", LETTERS), ("few", 3)):
         db.run(
             "insert into pgtrickle.relay_dlq"
-            " (relay_group_id, pipeline, direction, dedup_key, payload, error_kind, error)"
-            " select 'default', %s, 'forward', 'key-' || g, convert_to(repeat('x', 200), 'UTF8'),"
+            " (relay_group_id, pipeline, direction, dedup_key, payload, metadata, error_kind,"
+            " error) select 'default', %s, 'forward', 'key-' || g,"
+            " convert_to(repeat('x', 200), 'UTF8'), jsonb_build_object('outbox_id', g),"
             " 'rejected', 'no' from generate_series(1, %s) as g",
             pipeline,
             count,
@@ -71,6 +72,17 @@ def test_counting_the_dead_letters_of_some_pipelines_reads_those_of_no_other(
     assert letters.rows(
         "select pipeline, entries from pgtrickle.relay_dlq_stats('{few, none}')"
     ) == [("few", 3)]
+
+
+def test_what_relays_ask_of_dead_letters_costs_no_more_for_many_of_them(letters: Session) -> None:
+    counted = "select entries from pgtrickle.relay_dlq_stats('{many}', 1000)"
+    of_a_row = "select * from pgtrickle.relay_delivered('default', 'many', 77)"
+
+    assert pages(letters, counted) * 5 < pages(letters, counted.replace("1000", "null"))
+    assert pages(letters, of_a_row) * 5 < size(letters, "relay_dlq_by_pipeline") / 8192
+    assert letters.value(counted) == 1000
+    assert letters.value(counted.replace("many", "few")) == 3
+    assert letters.value(of_a_row.replace("*", "dead_letters")) == 1
 
 
 def test_the_lag_of_some_pipelines_looks_at_no_outbox_of_another(db: Session) -> None:

@@ -274,6 +274,17 @@ def test_commit_offset_settles_only_what_the_newest_poll_returned(db: Session) -
     assert old_poll(db, "three") == [1, 2, 5, 6]
 
 
+def test_a_token_settles_its_own_poll_and_no_later_one_of_its_consumer(db: Session) -> None:
+    write(db, 4)
+    db.run("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")
+    (first, _), (_, second_rows) = poll(db, "one", 2), poll(db, "one", 2)
+
+    settle(db, "one", first)
+    run_out(db)
+
+    assert second_rows == poll(db, "two")[1] == [3, 4]
+
+
 def test_commit_offset_in_the_middle_keeps_the_rest_leased(db: Session) -> None:
     write(db, 4)
     db.run("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")

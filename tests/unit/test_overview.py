@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
-from relay.catalog import Seek
+from relay.catalog import DEAD_LETTERS_COUNTED, Seek
 from relay.overview import Overview, PipelineOverview, table_of
 
 
@@ -21,7 +22,16 @@ def test_the_table_for_people_has_the_unwell_first_and_what_is_sent_again_last()
     )
 
 
-def _pipeline(name: str, trouble: str = "") -> PipelineOverview:
+def test_dead_letters_that_were_not_all_counted_are_said_to_be_more() -> None:
+    known = _pipeline("known", dead_letters=DEAD_LETTERS_COUNTED - 1)
+    more = _pipeline("more", dead_letters=DEAD_LETTERS_COUNTED)
+
+    lines = table_of(Overview(group_id="g", relays=["w"], pipelines=[known, more]))
+
+    assert [re.findall(r"\S*,\d+\S*", line) for line in lines] == [[], ["9,999"], ["10,000+"]]
+
+
+def _pipeline(name: str, trouble: str = "", dead_letters: int = 0) -> PipelineOverview:
     return PipelineOverview(
         name=name,
         direction="forward",
@@ -33,7 +43,7 @@ def _pipeline(name: str, trouble: str = "") -> PipelineOverview:
         owners=["w"],
         lag_rows=0,
         oldest_unsent_age_s=0.0,
-        dead_letters=0,
+        dead_letters=dead_letters,
         outbox="outbox_orders",
         outbox_rows=0,
         outbox_bytes=0,
