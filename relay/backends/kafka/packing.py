@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 from aiokafka import codec
 
 from relay.backends.kafka.options import KafkaSinkOptions
-from relay.backends.kafka.partition import hashes, partition_of
+from relay.backends.kafka.partition import hashes
 from relay.backends.kafka.record import Header, RecordEncoder
 from relay.errors import MessageRejected, MessageTooLarge, MessageUndecodable, RelayError
 from relay.message import RelayMessage
@@ -24,6 +24,8 @@ LIMIT_NAME = "max.message.bytes"
 # requests with far less effort than many small ones.
 BATCH_BYTES = 512 * 1024
 _OVERHEAD_BYTES = 96
+# What may be in a record beside, at most, is no matter for such a value.
+_SMALL_BYTES = BATCH_BYTES // 4
 _RECORDS_AT_ONCE = 250
 _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
     "none": bytes,
@@ -32,9 +34,10 @@ _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
     "lz4": codec.lz4_encode,
     "zstd": codec.zstd_encode,
 }
+_dedup_key_of: Callable[[RelayMessage], str] = attrgetter("dedup_key")
 
 
-class Topic(msgspec.Struct):
+class Topic(msgspec.Struct, eq=False):
     """What the sink knows of a topic.
 
     ``limit``: the most bytes of a batch that it takes, ``known_at``: when that was asked;
@@ -42,24 +45,27 @@ class Topic(msgspec.Struct):
     one that the broker refuses.
     """
 
-    partitions: int
+    name: str
     limit: int
     batch_bytes: int
-    known_at: float
+    known_at: float = 0.0
+    partitions: int = 0
     is_searched: bool = False
 
 
-class Pack(msgspec.Struct):
+class Pack(msgspec.Struct, eq=False):
     """A batch of the client for one partition; ``indexes`` are those of its messages."""
 
-    slot: tuple[str, int]
+    topic: Topic
+    partition: int
     builder: Any  # untyped in the library
     limit: int
     indexes: list[int] = []
 
     def has_room(self, bytes_: int) -> bool:
-        """Whether so many bytes keep within our limit; the client has its own."""
-        return self.builder.size() + _OVERHEAD_BYTES + bytes_ <= self.limit  # type: ignore[no-any-return]
+        """Whether so many bytes more keep within our limit; a first record always does."""
+        size: int = self.builder.size() + _OVERHEAD_BYTES + bytes_
+        return size <= self.limit or not self.indexes
 
 
 class Packer:
@@ -68,7 +74,7 @@ class Packer:
     def __init__(self, options: KafkaSinkOptions, namespace: str) -> None:
         self._encoder = RecordEncoder(options.format, namespace)
         template = options.key_template
-        self._key_of = None if template is None else compile_template(template)
+        self._key_of = _dedup_key_of if template is None else compile_template(template)
         self._compress = _COMPRESS[options.compression]
         self._max_request_size = options.max_request_size
         # Records without a key take turns.
@@ -77,52 +83,44 @@ class Packer:
     def chunks(
         self,
         messages: Sequence[RelayMessage],
-        topics: Sequence[str | None],
-        known: Mapping[str, Topic],
-        accepted: AbstractSet[int],
+        topics: Sequence[Topic | None],
         failed: dict[int, RelayError],
         new_builder: Callable[[], Any],
     ) -> Iterator[list[Pack]]:
         """Batches, one of a partition at a time, about `BATCH_BYTES` together.
 
-        Leaves out what is ``accepted`` or ``failed`` already; what can't be sent is noted in
-        ``failed`` by its index.
+        Leaves out what has no topic; what can't be sent is noted in ``failed`` by its index.
         """
         packs: dict[tuple[str, int], Pack] = {}
         size, now_ms = 0, int(time.time() * 1000)
-        for at, (value, key, hash_) in enumerate(self._parts(messages)):
-            name = topics[at]
-            if name is None or at in accepted:
+        for at, ((value, key, hash_), message, topic) in enumerate(
+            zip(self._parts(messages), messages, topics, strict=True)
+        ):
+            if topic is None:
                 continue
-            topic = known[name]
             try:
                 if not isinstance(value, bytes):
                     raise value
-                if not isinstance(key, bytes):
-                    raise key
-                headers = self._encoder.headers(messages[at])
+                headers = self._encoder.headers(message)
                 bytes_ = len(value)
-                if messages[at].headers or bytes_ * 4 > topic.batch_bytes:
-                    bytes_ = self._checked_size(name, topic, key, value, headers)
+                if message.headers or bytes_ > _SMALL_BYTES or topic.batch_bytes < BATCH_BYTES:
+                    bytes_ = self._checked_size(topic, key, value, headers)
             except MessageRejected as error:
                 failed[at] = error
                 continue
-            number = partition_of(hash_, topic.partitions) if key else next(self._turns)
-            slot = name, number % topic.partitions
-            record = {"timestamp": now_ms, "key": key or None, "value": value, "headers": headers}
-            pack = packs.get(slot)
-            is_packed = (
-                pack is not None
-                and (pack.limit >= BATCH_BYTES or pack.has_room(bytes_))
-                and pack.builder.append(**record) is not None
-            )
-            if pack is None or not is_packed:
-                if pack is not None:
-                    yield list(packs.values())
-                    packs, size = {}, 0
-                limit = 1 if topic.is_searched else topic.batch_bytes
-                pack = packs[slot] = Pack(slot, new_builder(), limit)
-                pack.builder.append(**record)
+            slot = topic.name, (hash_ if key else next(self._turns)) % topic.partitions
+            while True:
+                pack = packs.get(slot)
+                if pack is None:
+                    limit = 1 if topic.is_searched else topic.batch_bytes
+                    pack = packs[slot] = Pack(topic, slot[1], new_builder(), limit)
+                # To hand these over as one dictionary takes as long as to append them.
+                if (pack.limit == BATCH_BYTES or pack.has_room(bytes_)) and pack.builder.append(
+                    timestamp=now_ms, key=key or None, value=value, headers=headers
+                ) is not None:
+                    break
+                yield list(packs.values())
+                packs, size = {}, 0
             pack.indexes.append(at)
             size += bytes_
             if size >= BATCH_BYTES:
@@ -133,25 +131,26 @@ class Packer:
 
     def _parts(
         self, messages: Sequence[RelayMessage]
-    ) -> Iterator[tuple[bytes | MessageUndecodable, bytes | MessageRejected, int]]:
-        """Value, key and the key's hash of each message."""
+    ) -> Iterator[tuple[bytes | MessageRejected, bytes, int]]:
+        """Value, key and the key's hash of each message; in place of a value why it has none."""
         for start in range(0, len(messages), _RECORDS_AT_ONCE):
             some = messages[start : start + _RECORDS_AT_ONCE]
-            keys = [self._key(message) for message in some]
-            hashed = hashes([key if isinstance(key, bytes) else b"" for key in keys])
-            yield from zip(self._encoder.values(some), keys, hashed, strict=True)
+            values: list[bytes | MessageRejected] = list(self._encoder.values(some))
+            keys = [self._key(message, at, values) for at, message in enumerate(some)]
+            yield from zip(values, keys, hashes(keys), strict=True)
 
-    def _key(self, message: RelayMessage) -> bytes | MessageRejected:
-        """The record key, empty for none; why there can't be one."""
+    def _key(self, message: RelayMessage, at: int, values: list[bytes | MessageRejected]) -> bytes:
+        """The record key, empty for none; why there can't be one is noted in place of the value."""
         try:
-            return (message.dedup_key if self._key_of is None else self._key_of(message)).encode()
+            return self._key_of(message).encode()
         except UnicodeEncodeError:
-            return MessageUndecodable("the record key has no UTF-8 form")
+            values[at] = MessageUndecodable("the record key has no UTF-8 form")
         except MessageRejected as error:
-            return error
+            values[at] = error
+        return b""
 
     def _checked_size(
-        self, name: str, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
+        self, topic: Topic, key: bytes, value: bytes, headers: Sequence[Header]
     ) -> int:
         """Its bytes. Raises `MessageTooLarge` where a batch of its own is too large."""
         texts = [part for header, text in headers for part in (header.encode(), text)]
@@ -162,6 +161,6 @@ class Packer:
             if size > limit:
                 said = f"max_request_size is {limit} bytes"
                 if topic.limit == limit:
-                    said = f"{LIMIT_NAME} of the topic {name!r} is {limit} bytes"
+                    said = f"{LIMIT_NAME} of the topic {topic.name!r} is {limit} bytes"
                 raise MessageTooLarge(f"the record has {size} bytes with its batch, {said}")
         return len(body)

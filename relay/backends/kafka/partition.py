@@ -19,13 +19,8 @@ _M = 0x5BD1E995
 _LANE_BYTES = 8
 
 
-def partition_of(hash_: int, count: int) -> int:
-    """The number of the partition, of so many, for records whose key has this hash."""
-    return (hash_ & 0x7FFFFFFF) % count
-
-
 def hashes(keys: Sequence[bytes]) -> list[int]:
-    """The hash of each key as Kafka's clients compute it, without a sign."""
+    """The hash of each key, without its sign: modulo their number, that of its partition."""
     lengths = list(map(len, keys))
     if len(set(lengths)) == 1:
         return list(_hashes(keys, lengths[0]))
@@ -51,7 +46,7 @@ def _hashes(keys: Sequence[bytes], length: int) -> Sequence[int]:
     if length & 3:
         h = ((h ^ _column(joined, length, range(length & ~3, length), lanes)) * _M) & mask
     h = ((h ^ (h >> 13 & mask)) * _M) & mask
-    h ^= h >> 15 & mask
+    h = (h ^ (h >> 15 & mask)) & _in_each(0x7FFFFFFF, lanes)
     return struct.unpack(f"<{lanes}Q", h.to_bytes(lanes * _LANE_BYTES, "little"))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Self
 
@@ -46,10 +47,10 @@ class HeldBack(Outage):
 
 
 class _Sent(msgspec.Struct, eq=False):
-    """A batch that the producer has; ``keys`` are the dedup keys of its messages."""
+    """A batch that the producer has, of these messages."""
 
     pack: Pack
-    keys: Sequence[str]
+    messages: Sequence[RelayMessage]
     answer: asyncio.Future[Any]
 
     @property
@@ -62,7 +63,7 @@ class _Sent(msgspec.Struct, eq=False):
         """Why the batch was not accepted; None where it was, or there is no answer yet."""
         if not self.answer.done() or (error := self.answer.exception()) is None:
             return None
-        where = f"sending records to {self.pack.slot[0]!r}, partition {self.pack.slot[1]}"
+        where = f"sending records to {self.pack.topic.name!r}, partition {self.pack.partition}"
         return of_exception(error, where) or Outage(f"{where}: unexpected {type(error).__name__}")
 
 
@@ -109,8 +110,10 @@ class KafkaSink:
             producer = await self._ready()
             await self._look_again(producer)
             partitions_of = producer.client.cluster.partitions_for_topic
-            slots = [one.pack.slot for one in self._sent]
-            if any(number not in (partitions_of(topic) or ()) for topic, number in slots):
+            if any(
+                one.pack.partition not in (partitions_of(one.pack.topic.name) or ())
+                for one in self._sent
+            ):
                 # Of a topic that is gone, or was made again with fewer partitions.
                 await self._give_up()
                 producer = await self._ready()
@@ -153,13 +156,26 @@ class KafkaSink:
             await asyncio.sleep(self._options.linger_ms / 1000)
         self._heard.forget()
         producer = await self._ready()
-        failed: dict[int, RelayError] = {}
-        topics = self._topics_of(messages, failed)
-        named = {topic for topic in topics if topic is not None}
+        named = {message.subject for message in messages}
+        refused = _refused(named - self._topics.keys())
+        named -= refused.keys()
         await self._learn(producer, named)
+        topics = [self._topics.get(message.subject) for message in messages]
+        failed: dict[int, RelayError] = {}
+        if refused:
+            failed = {at: refused[messages[at].subject] for at, one in enumerate(topics) if not one}
         trouble = await self._answered(self._sent)
-        stored = {key for one in self._sent if one.is_accepted for key in one.keys}
-        accepted = {at for at, one in enumerate(messages) if one.dedup_key in stored}
+        accepted: set[int] = set()
+        if self._sent:
+            stored = {
+                one.messages[at].dedup_key
+                for one in self._sent
+                if one.is_accepted
+                for at in one.pack.indexes
+            }
+            accepted = {at for at, one in enumerate(messages) if one.dedup_key in stored}
+            for at in accepted:
+                topics[at] = None
         if trouble is None:
             # Kept until we are done: cancelled before, we are asked for these messages again.
             kept = [one for one in self._sent if one.is_accepted]
@@ -167,11 +183,8 @@ class KafkaSink:
                 await self._give_up()
                 producer = await self._ready()
             self._sent = kept
-            chunks = self._packer.chunks(
-                messages, topics, self._topics, accepted, failed, producer.create_batch
-            )
             flight: Sequence[_Sent] = ()
-            for packs in chunks:
+            for packs in self._packer.chunks(messages, topics, failed, producer.create_batch):
                 # They were packed while those before them were in flight.
                 trouble = await self._settle(flight, accepted, failed)
                 if trouble is not None:
@@ -243,47 +256,26 @@ class KafkaSink:
         if not is_known:
             raise self._heard.trouble or TimedOut("asking for topics: no answer in time")
 
-    def _topics_of(
-        self, messages: Sequence[RelayMessage], failed: dict[int, RelayError]
-    ) -> list[str | None]:
-        """The topic of each message; None where it has none, which is its failure."""
-        topics: list[str | None] = []
-        for index, message in enumerate(messages):
-            topic: str | None = message.subject
-            if topic not in self._topics:
-                try:
-                    topic = check_topic(message.subject)
-                except MessageRejected as error:
-                    failed[index], topic = error, None
-            topics.append(topic)
-        return topics
-
     async def _learn(self, producer: AIOKafkaProducer, topics: set[str]) -> None:
         """Know partitions and limits of these topics. Raises `DestinationMissing`, `Outage`."""
         partitions_of = producer.client.cluster.partitions_for_topic
         if not all(map(partitions_of, topics)):
             await self._look_again(producer)
-        now = time.monotonic()
-        to_ask = []
         for topic in topics:
-            partitions = partitions_of(topic)
-            if not partitions:
+            if not partitions_of(topic):
                 raise client.topic_missing(topic, self._server)
-            known = self._topics.get(topic)
-            if known is None or known.known_at < now - _LIMIT_AGE_S:
-                to_ask.append(topic)
-            else:
-                known.partitions = len(partitions)
-        for topic, limit in (await self._limits(to_ask)).items():
-            count, known = len(partitions_of(topic) or (0,)), self._topics.get(topic)
-            if known is not None and known.limit == limit:
-                # What the broker has taught of its batches stays true.
-                known.partitions, known.known_at = count, now
-            else:
+        now = time.monotonic()
+        known = {one.name for one in self._topics.values() if one.known_at > now - _LIMIT_AGE_S}
+        for topic, limit in (await self._limits(topics - known)).items():
+            if topic not in self._topics or self._topics[topic].limit != limit:
                 most = min(limit, self._options.max_request_size, BATCH_BYTES)
-                self._topics[topic] = Topic(count, limit, most, now)
+                self._topics[topic] = Topic(topic, limit, most)
+            # What the broker has taught of its batches stays true.
+            self._topics[topic].known_at = now
+        for topic in topics:
+            self._topics[topic].partitions = len(partitions_of(topic) or (0,))
 
-    async def _limits(self, topics: Sequence[str]) -> dict[str, int]:
+    async def _limits(self, topics: AbstractSet[str]) -> dict[str, int]:
         """The most bytes of a batch of each topic."""
         if not topics:
             return {}
@@ -302,7 +294,7 @@ class KafkaSink:
         """Hand batches, one of a partition, to the producer, which has none of these partitions."""
         flight = []
         for pack in packs:
-            topic, partition = pack.slot
+            topic, partition = pack.topic.name, pack.partition
             try:
                 async with asyncio.timeout(self._timeout_s):
                     answer = await producer.send_batch(pack.builder, topic, partition=partition)
@@ -311,8 +303,7 @@ class KafkaSink:
                 answer.set_exception(error)
             # An answer that nobody waits for any more is no error of the program.
             answer.add_done_callback(lambda one: one.exception())
-            keys = [messages[index].dedup_key for index in pack.indexes]
-            flight.append(_Sent(pack, keys, answer))
+            flight.append(_Sent(pack, messages, answer))
             self._sent.append(flight[-1])
         return flight
 
@@ -343,8 +334,8 @@ class KafkaSink:
                 accepted.update(one.pack.indexes)
             elif error is not None:
                 is_refused = True
-                if error.kind is ErrorKind.MESSAGE and len(one.keys) > 1:
-                    error = self._search(one.pack, error)
+                if error.kind is ErrorKind.MESSAGE and len(one.pack.indexes) > 1:
+                    error = _search(one.pack, error)
                 failed.update(dict.fromkeys(one.pack.indexes, error))
                 if error.kind is ErrorKind.MESSAGE:
                     error = HeldBack(f"{error.problem}; what was sent before it was refused")
@@ -356,17 +347,28 @@ class KafkaSink:
             await self._give_up()
         return trouble
 
-    def _search(self, pack: Pack, error: RelayError) -> Outage:
-        """The broker refuses a batch, for a message that it does not name."""
-        topic = self._topics[pack.slot[0]]
-        if isinstance(error, MessageTooLarge):
-            topic.batch_bytes = max(1, min(topic.batch_bytes, pack.limit) // 2)
-            return Outage(f"{error.problem}; smaller batches are tried")
-        topic.is_searched = True
-        return Outage(f"{error.problem}; its records are tried one by one")
+
+def _refused(topics: AbstractSet[str]) -> dict[str, MessageRejected]:
+    """Why each of these that can't be a topic's name is none."""
+    refused = {}
+    for topic in topics:
+        try:
+            check_topic(topic)
+        except MessageRejected as error:
+            refused[topic] = error
+    return refused
 
 
-async def limits_of(admin: AIOKafkaAdminClient, topics: Sequence[str]) -> dict[str, int]:
+def _search(pack: Pack, error: RelayError) -> Outage:
+    """The broker refuses a batch, for a message that it does not name."""
+    if isinstance(error, MessageTooLarge):
+        pack.topic.batch_bytes = max(1, min(pack.topic.batch_bytes, pack.limit) // 2)
+        return Outage(f"{error.problem}; smaller batches are tried")
+    pack.topic.is_searched = True
+    return Outage(f"{error.problem}; its records are tried one by one")
+
+
+async def limits_of(admin: AIOKafkaAdminClient, topics: Iterable[str]) -> dict[str, int]:
     """The most bytes of a batch by topic, as far as the user may ask for it."""
     asked = [ConfigResource(ConfigResourceType.TOPIC, one, {LIMIT_NAME: ""}) for one in topics]
     answers = await admin.describe_configs(asked)
