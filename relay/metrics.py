@@ -47,7 +47,6 @@ class MetricSpec(msgspec.Struct, frozen=True):
     """
 
     name: str
-    type: Literal["counter", "gauge", "histogram"]
     help: str
     read: Callable[[PipelineStats], Reading] | None = None
     of_idle: Callable[[LagObserved], float] | None = None
@@ -56,6 +55,14 @@ class MetricSpec(msgspec.Struct, frozen=True):
     by: str | None = None
     side: Literal["source", "sink"] | None = None
     of: Direction | None = None
+    is_histogram: bool = False
+
+    @property
+    def type(self) -> Literal["counter", "gauge", "histogram"]:
+        """By Prometheus' rule for names (https://prometheus.io/docs/practices/naming/)."""
+        if self.is_histogram:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def label_names(self) -> Sequence[str]:
@@ -69,7 +76,6 @@ class MetricSpec(msgspec.Struct, frozen=True):
 METRICS: Sequence[MetricSpec] = (
     MetricSpec(
         "messages_published_total",
-        "counter",
         "Messages that the sink of a forward pipeline has accepted.",
         read=lambda stats: stats.accepted,
         side="sink",
@@ -77,7 +83,6 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "messages_consumed_total",
-        "counter",
         "Messages of a reverse pipeline's source that its sink has accepted.",
         read=lambda stats: stats.accepted,
         side="source",
@@ -85,33 +90,28 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "batches_committed_total",
-        "counter",
         "Batches that the source has acknowledged durably.",
         read=lambda stats: stats.acknowledged_batches,
     ),
     MetricSpec(
         "polls_total",
-        "counter",
         "Polls that returned, with or without messages.",
         read=lambda stats: stats.polls,
     ),
     MetricSpec(
         "publish_errors_total",
-        "counter",
         "Failed attempts to connect the sink or to publish, each to be repeated.",
         read=lambda stats: stats.retries["sink"],
         side="sink",
     ),
     MetricSpec(
         "source_errors_total",
-        "counter",
         "Failures of the source, each followed by a new connection, and of dead-letter writes.",
         read=lambda stats: stats.retries["source"],
         side="source",
     ),
     MetricSpec(
         "worker_messages_published_total",
-        "counter",
         "The same of each worker, where a pipeline of a consumer group has several here.",
         read=lambda stats: {str(n): worker.accepted for n, worker in stats.workers.items()},
         by="worker",
@@ -119,7 +119,6 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "worker_healthy",
-        "gauge",
         "1 while this one of several workers of a pipeline is healthy.",
         read=lambda stats: {
             str(n): float(not worker.trouble()) for n, worker in stats.workers.items()
@@ -129,85 +128,75 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "leases_lost_total",
-        "counter",
         "Leases of a consumer group that ran out before their rows were settled.",
         read=lambda stats: stats.leases_lost,
         of="forward",
     ),
     MetricSpec(
         "errors_total",
-        "counter",
         "Failed attempts, dead-lettered messages and entries into failed or suspended, by kind.",
         read=lambda stats: {kind.value: stats.errors[kind] for kind in ErrorKind},
         by="kind",
     ),
     MetricSpec(
         "batch_publish_duration_seconds",
-        "histogram",
         "From the first attempt of a batch until all of it was accepted or dead-lettered.",
         read=lambda stats: stats.publish_durations,
         side="sink",
+        is_histogram=True,
     ),
     MetricSpec(
         "poll_duration_seconds",
-        "histogram",
         "Duration of a poll, the wait for something to arrive included.",
         read=lambda stats: stats.poll_durations,
         side="source",
+        is_histogram=True,
     ),
     MetricSpec(
         "delivery_latency_seconds",
-        "histogram",
         "From a message's creation until the sink accepted it.",
         read=lambda stats: stats.delivery_latencies,
         side="sink",
+        is_histogram=True,
     ),
     MetricSpec(
         "claim_check_fetches_total",
-        "counter",
         "Pages of claim-check rows that were read.",
         read=lambda stats: stats.claim_check_pages,
     ),
     MetricSpec(
         "full_refresh_batches_total",
-        "counter",
         "Polled batches with rows of a full refresh.",
         read=lambda stats: stats.full_refresh_batches,
     ),
     MetricSpec(
         "inbox_writes_total",
-        "counter",
         "Rows inserted into an inbox.",
         read=lambda stats: _of_inbox(stats, stats.accepted - stats.duplicates),
     ),
     MetricSpec(
         "inbox_dedup_skips_total",
-        "counter",
         "Messages that an inbox already had and skipped.",
         read=lambda stats: _of_inbox(stats, stats.duplicates),
     ),
     MetricSpec(
         "dlq_depth",
-        "gauge",
         f"Dead letters that wait for an operator, counted up to {DEAD_LETTERS_COUNTED}.",
         read=lambda stats: stats.dead_letters,
         of_idle=lambda lag: lag.dead_letters,
     ),
     MetricSpec(
         "dlq_entries_total",
-        "counter",
         "Messages that became dead letters.",
         read=lambda stats: stats.dead_lettered,
     ),
     MetricSpec(
         "messages_filtered_total",
-        "counter",
         "Messages that `ops` or `where` of the pipeline left out.",
         read=lambda stats: stats.filtered,
     ),
     MetricSpec(
         "webhook_refused_total",
-        "counter",
         "Requests that a webhook receiver did not answer with 200, by reason.",
         read=lambda stats: stats.refusals,
         by="reason",
@@ -215,13 +204,11 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "last_committed_offset",
-        "gauge",
         "The last committed position, where it is a number.",
         read=lambda stats: stats.offset,
     ),
     MetricSpec(
         "consumer_lag_rows",
-        "gauge",
         "Outbox rows that are not yet delivered.",
         read=lambda stats: None if stats.lag is None else stats.lag.lag_rows,
         of_idle=lambda lag: lag.lag_rows,
@@ -229,7 +216,6 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "oldest_unsent_age_seconds",
-        "gauge",
         "Age of the oldest outbox row that is not yet delivered, 0 without any.",
         read=lambda stats: None if stats.lag is None else stats.lag.oldest_unsent_age_s,
         of_idle=lambda lag: lag.oldest_unsent_age_s,
@@ -237,7 +223,6 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "source_lag",
-        "gauge",
         "Messages that the broker has for the source and that are not acknowledged, if it tells.",
         read=lambda stats: stats.source_lag,
         side="source",
@@ -245,88 +230,74 @@ METRICS: Sequence[MetricSpec] = (
     ),
     MetricSpec(
         "source_connected",
-        "gauge",
         "1 while the source is connected.",
         read=lambda stats: stats.source_connected,
         side="source",
     ),
     MetricSpec(
         "sink_connected",
-        "gauge",
         "1 while the sink is connected.",
         read=lambda stats: stats.sink_connected,
         side="sink",
     ),
     MetricSpec(
         "pipeline_state",
-        "gauge",
         "1 for the state in which the pipeline is, 0 for the others.",
         read=lambda stats: {state.value: state is stats.state for state in PipelineState},
         by="state",
     ),
     MetricSpec(
         "pipeline_healthy",
-        "gauge",
         "1 while the pipeline is healthy, as /health says; it has the reason where it is not.",
         read=lambda stats: not stats.trouble(),
     ),
     MetricSpec(
         "pipeline_stalled",
-        "gauge",
         "1 when there was something to do and no progress for metrics.stalled_after_s.",
         read=lambda stats: stats.is_stalled(),
     ),
     MetricSpec(
         "last_progress_timestamp_seconds",
-        "gauge",
         "Unix time at which a batch was last acknowledged.",
         read=lambda stats: None if stats.progress_at is None else stats.progress_at.timestamp(),
     ),
     MetricSpec(
         "pipelines_owned",
-        "gauge",
         "Pipelines that this relay alone runs; receivers, which every relay runs, are not counted.",
         of_relay=lambda board: board.owned,
     ),
     MetricSpec(
         "pipelines_unowned",
-        "gauge",
         "Enabled pipelines of the group that none of its relays owns.",
         of_relay=lambda board: len(board.catalog.unowned),
     ),
     MetricSpec(
         "outbox_rows",
-        "gauge",
         "Rows of an outbox, as PostgreSQL last estimated them.",
         of_outbox=lambda outbox: outbox.rows,
     ),
     MetricSpec(
         "outbox_bytes",
-        "gauge",
         "Bytes of an outbox on disk, with its indexes and claim checks.",
         of_outbox=lambda outbox: outbox.bytes,
     ),
     MetricSpec(
         "capture_problems",
-        "gauge",
         "What relay_capture_problems() finds wrong with the capture of an outbox.",
         of_outbox=lambda outbox: outbox.capture_problems,
     ),
     MetricSpec(
         "group_members",
-        "gauge",
         "Relays that share the pipelines.",
         of_relay=lambda board: board.members,
     ),
     MetricSpec(
         "database_connected",
-        "gauge",
         "1 while the relay's own database is connected.",
         of_relay=lambda board: board.is_database_connected,
     ),
     MetricSpec(
         "build_info",
-        "gauge",
         "Always 1; the version is a label.",
         of_relay=lambda _: 1,
         by="version",

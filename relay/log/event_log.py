@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import msgspec
@@ -44,7 +45,6 @@ _WORDS = {
     PipelineState.SUSPENDED: "suspended",
 }
 
-
 # A pipeline and its worker.
 _Who = tuple[str, int]
 
@@ -59,10 +59,12 @@ class _Repeat(msgspec.Struct):
     count: int = 0
 
 
-class _Trouble(msgspec.Struct):
-    """A pipeline that has failed and made no progress since."""
+class _Seen(msgspec.Struct):
+    """How a pipeline's worker was seen last, and since when it fails without progress."""
 
-    since_s: float
+    state: PipelineState | None = None
+    connected: set[str] = msgspec.field(default_factory=set)
+    troubled_s: float | None = None
     failures: int = 0
 
 
@@ -77,9 +79,7 @@ class EventLog:
         self._repeat_s = repeat_s
         self._clock = clock
         self._repeats: dict[tuple[str, str], _Repeat] = {}
-        self._troubles: dict[_Who, _Trouble] = {}
-        self._states: dict[_Who, PipelineState] = {}
-        self._connections: dict[tuple[_Who, str], bool] = {}
+        self._seen: defaultdict[_Who, _Seen] = defaultdict(_Seen)
         self._described: dict[str, PipelineDescribed] = {}
         self._owned: frozenset[str] | None = None
         self._members = 0
@@ -107,31 +107,20 @@ class EventLog:
             case Retried():
                 self._retried(event)
             case LeaseExpired():
-                self._once(
-                    event.pipeline,
-                    logging.WARNING,
-                    "a lease ran out or a position was moved, what was in flight is void",
-                    {**self._fields(event), "error": event.reason},
-                )
+                void = "a lease ran out or a position was moved, what was in flight is void"
+                self._say_once(event, logging.WARNING, void, error=event.reason)
             case DeadLettered():
-                self._once(
-                    event.pipeline,
+                self._say_once(
+                    event,
                     logging.ERROR,
                     "dead-lettered",
-                    {
-                        **self._fields(event),
-                        "messages": event.messages,
-                        "kind": event.kind.value,
-                        "error": event.error,
-                    },
+                    messages=event.messages,
+                    kind=event.kind.value,
+                    error=event.error,
                 )
             case RequestRefused():
-                self._once(
-                    event.pipeline,
-                    logging.WARNING,
-                    f"a request was refused: {event.status}, {event.reason}",
-                    self._fields(event),
-                )
+                refused = f"a request was refused: {event.status}, {event.reason}"
+                self._say_once(event, logging.WARNING, refused)
             case DeadLettersRetried() if event.delivered or event.failed:
                 self._say(
                     event,
@@ -144,68 +133,10 @@ class EventLog:
                 if self._described.get(event.pipeline) != event:
                     self._begin_run(event.pipeline)
                 self._described[event.pipeline] = event
-            case Polled() | BatchPublished() | BatchAcknowledged() | ClaimCheckFetched():
-                self._work(event)
-            case _:
-                pass
-
-    def _state(self, event: StateChanged) -> None:
-        former = self._states.get(_who(event))
-        self._states[_who(event)] = event.state
-        is_in_trouble = _who(event) in self._troubles
-        if event.state is PipelineState.RETRYING or event.state is former is PipelineState.STOPPED:
-            return
-        if event.state in _TROUBLED:
-            self._trouble(event)
-            self._once(
-                event.pipeline,
-                logging.ERROR,
-                _WORDS[event.state],
-                {**self._fields(event), "state": event.state.value, "error": event.reason},
-            )
-            return
-        # A connection that comes and goes without moving anything is no news.
-        level = logging.DEBUG if is_in_trouble else logging.INFO
-        if event.state in (PipelineState.STOPPED, PipelineState.COMPLETED):
-            level = logging.INFO
-            self._begin_run(event.pipeline)
-        self._say(event, level, _WORDS[event.state], state=event.state.value)
-
-    def _connection(self, event: ConnectionChanged) -> None:
-        side = (_who(event), event.side)
-        if self._connections.get(side, False) == event.is_connected:
-            return
-        self._connections[side] = event.is_connected
-        level = logging.DEBUG if _who(event) in self._troubles else logging.INFO
-        word = "connected" if event.is_connected else "disconnected"
-        facts = "; ".join(f"{name}: {fact}" for name, fact in event.details.items())
-        detail = f" ({facts})" if facts else ""
-        self._say(event, level, f"{event.side} {word}{detail}", side=event.side)
-
-    def _retried(self, event: Retried) -> None:
-        self._trouble(event)
-        self._once(
-            event.pipeline,
-            logging.WARNING,
-            f"{event.side} failed, trying again",
-            {
-                **self._fields(event),
-                "side": event.side,
-                "attempt": event.attempt,
-                "delay_s": event.delay_s,
-                "kind": event.kind.value,
-                "error": event.error,
-            },
-        )
-
-    def _work(self, event: Polled | BatchPublished | BatchAcknowledged | ClaimCheckFetched) -> None:
-        match event:
-            case Polled():
-                if not event.messages and not event.rejected:
-                    if self._states.get(_who(event)) is PipelineState.RUNNING:
-                        self._recovered(event)
-                    return
+            case Polled() if event.messages or event.rejected:
                 self._debug(event, "polled", messages=event.messages, duration_s=event.duration_s)
+            case Polled() if self._seen[_who(event)].state is PipelineState.RUNNING:
+                self._recovered(event)
             case BatchPublished():
                 self._debug(
                     event,
@@ -224,22 +155,64 @@ class EventLog:
                 )
             case ClaimCheckFetched():
                 self._debug(event, "claim check fetched", messages=event.rows)
+            case _:
+                pass
+
+    def _state(self, event: StateChanged) -> None:
+        seen = self._seen[_who(event)]
+        former, seen.state = seen.state, event.state
+        is_in_trouble = seen.troubled_s is not None
+        if event.state is PipelineState.RETRYING or event.state is former is PipelineState.STOPPED:
+            return
+        if event.state in _TROUBLED:
+            self._trouble(event)
+            said = {"state": event.state.value, "error": event.reason}
+            self._say_once(event, logging.ERROR, _WORDS[event.state], **said)
+            return
+        # A connection that comes and goes without moving anything is no news.
+        level = logging.DEBUG if is_in_trouble else logging.INFO
+        if event.state in (PipelineState.STOPPED, PipelineState.COMPLETED):
+            level = logging.INFO
+            self._begin_run(event.pipeline)
+        self._say(event, level, _WORDS[event.state], state=event.state.value)
+
+    def _connection(self, event: ConnectionChanged) -> None:
+        seen = self._seen[_who(event)]
+        if (event.side in seen.connected) == event.is_connected:
+            return
+        seen.connected ^= {event.side}
+        level = logging.INFO if seen.troubled_s is None else logging.DEBUG
+        word = "connected" if event.is_connected else "disconnected"
+        facts = "; ".join(f"{name}: {fact}" for name, fact in event.details.items())
+        detail = f" ({facts})" if facts else ""
+        self._say(event, level, f"{event.side} {word}{detail}", side=event.side)
+
+    def _retried(self, event: Retried) -> None:
+        self._trouble(event)
+        self._say_once(
+            event,
+            logging.WARNING,
+            f"{event.side} failed, trying again",
+            side=event.side,
+            attempt=event.attempt,
+            delay_s=event.delay_s,
+            kind=event.kind.value,
+            error=event.error,
+        )
 
     def _trouble(self, event: PipelineEvent) -> None:
-        trouble = self._troubles.setdefault(_who(event), _Trouble(self._clock()))
-        trouble.failures += 1
+        seen = self._seen[_who(event)]
+        seen.troubled_s = self._clock() if seen.troubled_s is None else seen.troubled_s
+        seen.failures += 1
 
     def _recovered(self, event: PipelineEvent) -> None:
-        trouble = self._troubles.pop(_who(event), None)
-        if trouble is not None:
-            failures = "1 failure" if trouble.failures == 1 else f"{trouble.failures} failures"
-            lasted = f"{self._clock() - trouble.since_s:.0f} s"
-            self._once(
-                event.pipeline,
-                logging.INFO,
-                f"delivering again after {failures} in {lasted}",
-                self._fields(event),
-            )
+        seen = self._seen[_who(event)]
+        if seen.troubled_s is not None:
+            failures = "1 failure" if seen.failures == 1 else f"{seen.failures} failures"
+            lasted = f"{self._clock() - seen.troubled_s:.0f} s"
+            seen.troubled_s, seen.failures = None, 0
+            again = f"delivering again after {failures} in {lasted}"
+            self._say_once(event, logging.INFO, again)
 
     def _ownership(self, event: OwnershipChanged) -> None:
         owned = frozenset(event.pipelines)
@@ -267,16 +240,14 @@ class EventLog:
     def _begin_run(self, pipeline: str) -> None:
         """What comes now belongs to another run: it is logged even if it resembles the last."""
         self._sum_up_of(pipeline)
-        for who in [who for who in self._troubles if who[0] == pipeline]:
-            del self._troubles[who]
+        for seen in [seen for who, seen in self._seen.items() if who[0] == pipeline]:
+            seen.troubled_s, seen.failures = None, 0
 
     def _forget(self, pipeline: str) -> None:
         self._begin_run(pipeline)
         self._described.pop(pipeline, None)
-        for who in [who for who in self._states if who[0] == pipeline]:
-            del self._states[who]
-        for side in [side for side in self._connections if side[0][0] == pipeline]:
-            del self._connections[side]
+        for who in [who for who in self._seen if who[0] == pipeline]:
+            del self._seen[who]
 
     def _once(self, pipeline: str, level: int, message: str, fields: dict[str, FieldValue]) -> None:
         """Log it, unless its like was logged within ``repeat_s``."""
@@ -317,6 +288,11 @@ class EventLog:
 
     def _say(self, event: PipelineEvent, level: int, message: str, **fields: FieldValue) -> None:
         _log.log(level, "%s", message, extra={**self._fields(event), **fields})
+
+    def _say_once(
+        self, event: PipelineEvent, level: int, message: str, **fields: FieldValue
+    ) -> None:
+        self._once(event.pipeline, level, message, {**self._fields(event), **fields})
 
     def _debug(self, event: PipelineEvent, message: str, **fields: FieldValue) -> None:
         if _log.isEnabledFor(logging.DEBUG):

@@ -42,16 +42,14 @@ _FLUSH_S = 2.0
 
 
 class LogRing:
-    """The last `RING_ENTRIES` entries. ``written`` counts all that ever came, to see news."""
+    """The last `RING_ENTRIES` entries."""
 
     def __init__(self) -> None:
         self._entries: deque[LogEntry] = deque(maxlen=RING_ENTRIES)
-        self.written = 0
 
     def append(self, entry: LogEntry) -> None:
         """Add one; the oldest goes. Called from any thread."""
         self._entries.append(entry)
-        self.written += 1
 
     def entries(self) -> Sequence[LogEntry]:
         """All that is kept, the oldest first."""
