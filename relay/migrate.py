@@ -18,7 +18,6 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -41,19 +40,11 @@ STATEMENT_LOCK_WAIT_S = 10
 _FUNCTIONS = "functions"
 
 
-class StepKind(StrEnum):
-    """What a file is: run once, or defined again."""
-
-    MIGRATION = "migration"
-    FUNCTIONS = "functions"
-
-
 @dataclass(frozen=True, slots=True)
 class MigrationStep:
     """One file that was considered. ``is_applied`` is false when it was there already."""
 
     filename: str
-    kind: StepKind
     is_applied: bool
 
 
@@ -85,7 +76,6 @@ class _SqlFile:
     """One file with its placeholders in it; its checksum is the same in every schema."""
 
     name: str
-    kind: StepKind
     version: str
     text: str
 
@@ -156,7 +146,7 @@ class _Migrator:
             if is_pending:
                 are_current = False
                 await self._apply(file.text + _record_statement(file), f"applying {file.name}")
-            steps.append(MigrationStep(file.name, file.kind, is_pending))
+            steps.append(MigrationStep(file.name, is_pending))
             on_step(steps[-1])
         if not are_current:
             # All in one transaction: nobody may call a new one before its rights are settled.
@@ -165,7 +155,7 @@ class _Migrator:
                 "defining the functions",
             )
         for file in functions:
-            steps.append(MigrationStep(file.name, file.kind, not are_current))
+            steps.append(MigrationStep(file.name, not are_current))
             on_step(steps[-1])
         return MigrationReport(
             version_before=before,
@@ -203,22 +193,6 @@ def filled(text: str, schema: str) -> str:
     """SQL text with the schema in it: ``@schema@`` as identifier, ``@schema_name@`` as literal."""
     literal = "'" + schema.replace("'", "''") + "'"
     return text.replace("@schema_name@", literal).replace("@schema@", schema_identifier(schema))
-
-
-async def catalog_version(connection: Connection, schema: str = DEFAULT_SCHEMA) -> str | None:
-    """The version of the catalog in this database; None when it has none.
-
-    Raises `CatalogError` when the role may not see it.
-    """
-    with _refusals("reading the version of the catalog"):
-        if not await connection.fetchval(
-            "select to_regclass($1) is not null", filled("@schema@.relay_migrations", schema)
-        ):
-            return None
-        rows = await connection.fetch(
-            filled("select version from @schema@.relay_migrations", schema)
-        )
-        return _highest([row["version"] for row in rows])
 
 
 async def contents(connection: Connection, schema: str = DEFAULT_SCHEMA) -> Sequence[str]:
@@ -495,8 +469,6 @@ $records$;
 
 
 def _record_statement(file: _SqlFile) -> str:
-    if file.kind is StepKind.FUNCTIONS:
-        return ""
     return _record(file.name, _literal(file.checksum), file.version)
 
 
@@ -517,23 +489,22 @@ def _literal(text: str) -> str:
 @cache
 def _migrations() -> tuple[_SqlFile, ...]:
     """The files that are applied once, in their order."""
-    files = [
-        _SqlFile(path.name, StepKind.MIGRATION, _target_version(path.name), _text(path))
-        for path in _sql_directory().joinpath("migrations").iterdir()
-        if path.name.endswith(".sql")
-    ]
+    files = [_SqlFile(name, _target_version(name), text) for name, text in _sql("migrations")]
     return tuple(sorted(files, key=lambda file: _version_key(file.version)))
 
 
 @cache
 def _functions() -> tuple[_SqlFile, ...]:
     """The files that are applied whenever something changed, in their order."""
-    files = [
-        _SqlFile(path.name, StepKind.FUNCTIONS, _newest_version(), _text(path))
-        for path in _sql_directory().joinpath("functions").iterdir()
-        if path.name.endswith(".sql")
-    ]
-    return tuple(sorted(files, key=lambda file: file.name))
+    return tuple(
+        _SqlFile(name, _newest_version(), text) for name, text in sorted(_sql("functions"))
+    )
+
+
+def _sql(folder: str) -> Iterator[tuple[str, str]]:
+    for path in _sql_directory().joinpath(folder).iterdir():
+        if path.name.endswith(".sql"):
+            yield path.name, _text(path)
 
 
 def _newest_version() -> str:
