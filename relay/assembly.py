@@ -23,7 +23,7 @@ from relay.pipeline import Pipeline, Workers
 from relay.pipeline_config import Pace, PipelineConfig, pace_of, parse_config, with_profile
 from relay.postgres import Database
 from relay.registry import build_sink, build_source, options_of, source_runs_everywhere
-from relay.secrets import Secrets, masked
+from relay.secrets import masked
 from relay.settings import Settings
 from relay.shape import Shape, shape_of
 from relay.start import catalog_secrets, operator_secrets, resolved
@@ -44,20 +44,23 @@ class Sides(NamedTuple):
 
 
 class Access:
-    """What a process may reach by its settings: secrets, the database, and pipelines over both."""
+    """What a process may reach by its settings: secrets, the database, and pipelines over both.
+
+    ``operator`` are the secrets of the settings themselves, ``pipelines`` those of catalog rows.
+    """
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
-        self._settings = settings
-        self._operator = operator_secrets(environment)
-        self._pipelines = catalog_secrets(settings, environment)
+        self.settings = settings
+        self.operator = operator_secrets(environment)
+        self.pipelines = catalog_secrets(settings, environment)
 
     def mask(self, text: str) -> str:
         """The text without any secret that was resolved."""
-        return self._pipelines.mask(self._operator.mask(text))
+        return self.pipelines.mask(self.operator.mask(text))
 
     def database(self) -> Database:
         """The relay's own database, not open. Raises `SecretUnresolved`."""
-        return Database(resolved(self._settings.postgres, self._operator))
+        return Database(resolved(self.settings.postgres, self.operator))
 
     def assembly(
         self,
@@ -68,15 +71,7 @@ class Access:
         emit: Callable[[Event], None] = lambda _: None,
     ) -> Assembly:
         """What builds pipelines of this catalog."""
-        return Assembly(
-            settings=self._settings,
-            database=database,
-            catalog=catalog,
-            secrets=self._pipelines,
-            operator_secrets=self._operator,
-            worker_id=worker_id,
-            emit=emit,
-        )
+        return Assembly(self, database, catalog, worker_id, emit)
 
 
 class Assembly:
@@ -84,23 +79,20 @@ class Assembly:
 
     def __init__(
         self,
-        *,
-        settings: Settings,
+        access: Access,
         database: Database,
         catalog: Catalog,
-        secrets: Secrets,
-        operator_secrets: Secrets,
         worker_id: str,
         emit: Callable[[Event], None],
     ) -> None:
-        self._settings = settings
+        self._settings = access.settings
+        self._secrets = access.pipelines
+        self._operator_secrets = access.operator
         self._database = database
         self._catalog = catalog
-        self._secrets = secrets
-        self._operator_secrets = operator_secrets
         self._worker_id = worker_id
         self._emit = emit
-        self._file_roots = _file_roots(settings)
+        self._file_roots = _file_roots(access.settings)
 
     def describe(self, row: PipelineRow) -> None:
         """Tell observers what a row is, whether or not it can be built."""

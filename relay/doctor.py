@@ -21,13 +21,14 @@ from relay import __version__
 from relay.assembly import Access, Assembly, Sides
 from relay.catalog import Catalog, PipelineRow, Reader, readers_of
 from relay.contracts import Sink, Source
+from relay.endpoint import parse_address
 from relay.errors import ConfigurationError, DestinationMissing, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
 from relay.postgres import Database
 from relay.profiles import check_profiles, row_to_try
 from relay.registry import missing_extras
 from relay.secrets import DEFAULT_FILE_ROOTS, mask_urls, references
-from relay.settings import Settings, parse_address, schema_identifier
+from relay.settings import Settings, schema_identifier
 from relay.start import opened, other_groups
 
 _CONNECT_S = 10.0
@@ -255,7 +256,7 @@ class _Look:
         metrics = self._settings.metrics
         if not metrics.enabled:
             return _ok("http", "switched off")
-        host, port = parse_address(metrics.addr)
+        host, port = parse_address(metrics.addr, "metrics.addr")
         try:
             with socket.create_server((host or "", port)):
                 return _ok("http", f"{metrics.addr} is free")

@@ -39,6 +39,24 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def parse_address(addr: str, key: str) -> tuple[str | None, int]:
+    """Host and port of ``host:port``, ``[v6]:port`` or ``:port`` (every address: None).
+
+    Raises `ConfigurationError` naming the key that has it.
+    """
+    host, colon, port = addr.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        is_port = False
+    if not colon or not is_port:
+        raise ConfigurationError(
+            f"{key} {addr!r} is not host:port", remedy="for example 0.0.0.0:9090"
+        )
+    return host or None, int(port)
+
+
 def endpoint_of(
     url: str, ports: Mapping[str, int], wrong: ConfigurationError, tls: TlsKeys | None = None
 ) -> Endpoint:

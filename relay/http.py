@@ -16,9 +16,7 @@ All answers but the metrics are JSON, errors too. Requests are not logged.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
@@ -28,13 +26,16 @@ from aiohttp import web
 
 from relay.board import Board, RelayStatus
 from relay.catalog import Delivered
-from relay.errors import ConfigurationError, RelayError
-from relay.settings import MetricsSettings, parse_address
+from relay.endpoint import parse_address
+from relay.errors import RelayError
+from relay.network import listening
+from relay.settings import MetricsSettings
 
 Render = Callable[[str], Awaitable[tuple[bytes, str]]]
 
 _log = logging.getLogger(__name__)
 
+_IF_TAKEN = "choose another address, port 0 for a free one, or metrics.enabled=false"
 _SHUTDOWN_S = 1.0
 _MEASURE_S = 5.0
 _WAIT_MS = 10_000
@@ -79,22 +80,20 @@ class HttpServer:
         return self._address
 
     async def start(self) -> None:
-        """Listen. Raises `ConfigurationError` naming ``metrics.addr`` where that can't be."""
+        """Listen. Raises `ConfigurationError`, `Outage` where that can't be."""
         if not self._settings.enabled:
             return
-        host, port = parse_address(self._settings.addr)
+        host, port = parse_address(self._settings.addr, "metrics.addr")
         runner = web.AppRunner(
             self._application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S
         )
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
+            with listening(f"metrics.addr {self._settings.addr}", _IF_TAKEN):
+                await web.TCPSite(runner, host, port).start()
+        except RelayError:
             await runner.cleanup()
-            raise ConfigurationError(
-                f"metrics.addr {self._settings.addr}: {_why(error)}",
-                remedy="choose another address, port 0 for a free one, or metrics.enabled=false",
-            ) from error
+            raise
         self._runner = runner
         self._address = (runner.addresses[0][0], runner.addresses[0][1])
 
@@ -206,14 +205,6 @@ def _whole(text: str, least: int, most: int) -> int | None:
     """The number that a query parameter spells; None where it spells none from least to most."""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS else -1
     return number if least <= number <= most else None
-
-
-def _why(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "the address is in use"
-    if error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return str(error.strerror or error)
 
 
 def _health_of(status: RelayStatus) -> dict[str, object]:

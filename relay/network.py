@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from relay.errors import NotConnected, RelayError, TimedOut
+from relay.errors import ConfigurationError, NotConnected, Outage, RelayError, TimedOut
 from relay.tls import of_tls
 
 # asyncio's words where a name has several addresses and none of them answers.
@@ -23,6 +23,10 @@ _REMEDIES = {
     errno.ETIMEDOUT: _NOBODY_THERE,
     errno.ENOENT: _NOBODY_THERE,  # a local socket
 }
+# The machine is short of something at the moment; all else is for somebody to mend.
+_SHORTAGES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+)
 _DEEPEST = 10
 
 
@@ -88,3 +92,25 @@ def mapped_by(
         if ours is None or ours is error:
             raise
         raise ours from error
+
+
+@contextmanager
+def listening(where: str, if_taken: str) -> Iterator[None]:
+    """Turn what keeps a server from listening into an error of the relay.
+
+    ``where`` is the key and its address, ``if_taken`` the remedy where somebody else listens there.
+    """
+    try:
+        yield
+    except OSError as error:
+        (reason, _), remedy = words_of(error), ""
+        kind: type[RelayError] = ConfigurationError
+        if isinstance(error, ssl.SSLError):
+            reason = f"TLS can't be used: {reason}"
+        elif isinstance(error, socket.gaierror):
+            remedy = "name an address of this machine, or none, as in :8080"
+        elif error.errno in _SHORTAGES:
+            kind = Outage
+        elif error.errno == errno.EADDRINUSE:
+            reason, remedy = "the address is in use", if_taken
+        raise kind(f"{where}: {reason}", remedy=remedy) from error

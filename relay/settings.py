@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from relay.endpoint import parse_address
 from relay.errors import ConfigurationError
 from relay.options import Key, Positive, check_values
 from relay.secrets import DEFAULT_ENV_ALLOW, DEFAULT_FILE_ROOTS
@@ -27,24 +28,6 @@ def schema_identifier(schema: str) -> str:
     if re.fullmatch(rf"{DEFAULT_SCHEMA}[a-z0-9_]*", schema):
         return schema
     return '"' + schema.replace('"', '""') + '"'
-
-
-def parse_address(addr: str) -> tuple[str | None, int]:
-    """Host and port of ``host:port``, ``[v6]:port`` or ``:port`` (every address: None).
-
-    Raises `ConfigurationError` naming ``metrics.addr``.
-    """
-    host, colon, port = addr.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        is_port = False
-    if not colon or not is_port:
-        raise ConfigurationError(
-            f"metrics.addr {addr!r} is not host:port", remedy="for example 0.0.0.0:9090"
-        )
-    return host or None, int(port)
 
 
 class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,7 +189,7 @@ def checked(settings: Settings) -> Settings:
             "postgres.schema can't be the name of a schema of the relay's",
             remedy="write 1 to 63 bytes that don't begin with pg_ and have no $ in them",
         )
-    parse_address(settings.metrics.addr)
+    parse_address(settings.metrics.addr, "metrics.addr")
     if not settings.relay.group_id.strip():
         raise ConfigurationError(
             "relay.group_id is empty", remedy="leave it out for the group called default"

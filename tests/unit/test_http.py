@@ -12,6 +12,7 @@ import pytest
 
 from relay.board import Board
 from relay.catalog import Delivered
+from relay.endpoint import parse_address
 from relay.errors import ConfigurationError, Outage
 from relay.events import (
     CatalogObserved,
@@ -23,7 +24,7 @@ from relay.events import (
     PipelineState,
     StateChanged,
 )
-from relay.http import HttpServer, parse_address
+from relay.http import HttpServer
 from relay.metrics import Metrics
 from relay.settings import MetricsSettings
 
@@ -388,13 +389,13 @@ async def test_an_address_in_use_is_an_error_that_names_the_setting() -> None:
     ],
 )
 def test_an_address_is_host_and_port(addr: str, expected: tuple[str | None, int]) -> None:
-    assert parse_address(addr) == expected
+    assert parse_address(addr, "metrics.addr") == expected
 
 
 @pytest.mark.parametrize("addr", ["", "9090", "host", "host:", "host:x", "host:70000", "::1:9090"])
 def test_another_address_is_an_error_that_names_the_setting(addr: str) -> None:
     with pytest.raises(ConfigurationError, match=r"metrics\.addr"):
-        parse_address(addr)
+        parse_address(addr, "metrics.addr")
 
 
 async def _nothing_delivered(_: str, __: int) -> None:

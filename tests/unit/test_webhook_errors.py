@@ -14,7 +14,6 @@ import pytest
 from relay.backends.webhook.client import seconds_of
 from relay.backends.webhook.errors import (
     CLIENT_ERRORS,
-    listening,
     mapped,
     of_exception,
     of_status,
@@ -30,6 +29,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
+from relay.network import listening
 from tests.contract.webhook_client import driver_exceptions
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -115,9 +115,12 @@ def test_an_error_of_ours_passes_unchanged_and_a_mistake_is_not_hidden() -> None
 
 
 def test_an_address_that_is_taken_is_for_the_operator_a_shortage_passes() -> None:
-    with pytest.raises(ConfigurationError, match="the address is in use"), listening(":80"):
+    with (
+        pytest.raises(ConfigurationError, match="the address is in use"),
+        listening("metrics.addr :80", ""),
+    ):
         raise OSError(errno.EADDRINUSE, "in use")
-    with pytest.raises(Outage, match="Too many open files"), listening(":80"):
+    with pytest.raises(Outage, match="Too many open files"), listening("metrics.addr :80", ""):
         raise OSError(errno.EMFILE, "too many")
 
 

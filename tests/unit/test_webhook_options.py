@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import pytest
 
 from relay.backends.webhook import WebhookSink, WebhookSource
-from relay.backends.webhook.options import listen_address
 from relay.errors import ConfigurationError
 from tests.contract.surroundings import backend_context
 from tests.contract.webhook_client import sink_of
@@ -93,12 +92,6 @@ def test_a_source_with_keys_that_make_no_sense_is_refused(
 
     with pytest.raises(ConfigurationError, match=problem):
         WebhookSource.from_options(options, backend_context(direction="reverse"))
-
-
-def test_a_listen_address_may_leave_out_the_host_or_name_an_ipv6_one() -> None:
-    assert listen_address(":8080") == (None, 8080)
-    assert listen_address("0.0.0.0:1") == ("0.0.0.0", 1)
-    assert listen_address("[::1]:80") == ("::1", 80)
 
 
 def test_pipelined_ordering_is_refused_where_it_would_have_no_effect() -> None:

@@ -1,16 +1,13 @@
 """Everything that can go wrong over HTTP, as errors of the relay.
 
-Three tables: the exceptions of the HTTP client, the statuses that a receiver answers with, and
-what keeps a server from listening.
+Two tables: the exceptions of the HTTP client, and the statuses that a receiver answers with.
 """
 
 from __future__ import annotations
 
-import errno
 import socket
 import ssl
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import httpx
@@ -62,11 +59,6 @@ STATUSES: Mapping[int, tuple[type[RelayError], str]] = {
 _LAST_DEFINED = 505
 _REDIRECTS = range(300, 400)
 _ACCEPTED = range(200, 300)
-
-# The machine is short of something at the moment; all else is for somebody to mend.
-_SHORTAGES = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
-)
 
 
 def of_status(
@@ -124,26 +116,3 @@ def of_exception(error: BaseException, doing: str) -> RelayError | None:
 
 
 mapped = partial(mapped_by, of_exception)
-
-
-@contextmanager
-def listening(addr: str) -> Iterator[None]:
-    """Turn what keeps a server from listening into an error of the relay."""
-    try:
-        yield
-    except OSError as error:
-        (reason, _), remedy = words_of(error), ""
-        kind: type[RelayError] = ConfigurationError
-        if isinstance(error, ssl.SSLError):
-            reason = f"TLS can't be used: {reason}"
-        elif isinstance(error, socket.gaierror):
-            remedy = "name an address of this machine, or none, as in :8080"
-        elif error.errno in _SHORTAGES:
-            kind = Outage
-        elif error.errno == errno.EADDRINUSE:
-            reason = "the address is in use"
-            remedy = (
-                "end what listens there, or choose another port; relays of one host need one each,"
-                " such as ${env:RELAY_HOOK_PORT}"
-            )
-        raise kind(f"source.listen_addr {addr}: {reason}", remedy=remedy) from error

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from relay.backends.webhook.errors import listening
-from relay.backends.webhook.options import WebhookSourceOptions, listen_address
-from relay.endpoint import address_of
+from relay.backends.webhook.options import WebhookSourceOptions
+from relay.endpoint import address_of, parse_address
 from relay.errors import ConfigurationError
+from relay.network import listening
 from relay.tls import server_context_of
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ HEADERS_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 30.0
 RETRY_AFTER_S = 1
 
+_KEY = "source.listen_addr"
+_TAKEN = (
+    "end what listens there, or choose another port; relays of one host need one each, such as"
+    " ${env:RELAY_HOOK_PORT}"
+)
 _KEEP_IDLE_S = 75.0
 _LINGER_S = 1.0
 _CLOSE_TIMEOUT_S = 1.0
@@ -99,7 +104,7 @@ class Listener:
 
     async def open(self, options: WebhookSourceOptions) -> None:
         """Listen. Raises `ConfigurationError`, `Outage`."""
-        host, port = listen_address(self.addr)
+        host, port = parse_address(self.addr, _KEY)
         context = server_context_of(options, "source") if options.tls_cert else None
         handler = web.Server(
             self._handle,
@@ -109,7 +114,7 @@ class Listener:
             lingering_time=_LINGER_S,
             auto_decompress=False,
         )
-        with listening(self.addr):
+        with listening(f"{_KEY} {self.addr}", _TAKEN):
             self._server = await asyncio.get_running_loop().create_server(
                 functools.partial(self._accept, handler),
                 host,
@@ -267,7 +272,7 @@ async def attach(options: WebhookSourceOptions, receiver: WebhookSource) -> List
             listener = Listener(options.listen_addr, tls_keys)
             await listener.open(options)
             # Each use of port 0 means a port of its own.
-            if listen_address(options.listen_addr)[1] != 0:
+            if parse_address(options.listen_addr, _KEY)[1] != 0:
                 listeners.by_addr[options.listen_addr] = listener
         listener.add(options.path, receiver)
         return listener

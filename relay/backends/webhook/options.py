@@ -163,18 +163,3 @@ def check_source(options: WebhookSourceOptions) -> None:
             "source.signature_header belongs to the signature hmac-sha256",
             remedy="the others say themselves where they stand",
         )
-
-
-def listen_address(addr: str) -> tuple[str | None, int]:
-    """Host, None for every address, and port. Raises `ConfigurationError`."""
-    host, colon, port = addr.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and int(port) <= 65_535
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        is_port = False
-    if not colon or not is_port:
-        raise ConfigurationError(
-            f"source.listen_addr {addr!r} is not host:port", remedy="for example 0.0.0.0:8080"
-        )
-    return host or None, int(port)

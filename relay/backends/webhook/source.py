@@ -27,10 +27,11 @@ import msgspec
 
 from relay.backends.webhook.intake import Intake
 from relay.backends.webhook.listener import Answer, Listener, attach, detach, unavailable
-from relay.backends.webhook.options import WebhookSourceOptions, check_source, listen_address
+from relay.backends.webhook.options import WebhookSourceOptions, check_source
 from relay.backends.webhook.signature import is_same, verifier
 from relay.context import BackendContext
 from relay.contracts import Batch, NothingExpires
+from relay.endpoint import parse_address
 from relay.errors import MessageTooLarge, MessageUndecodable, NotConnected
 from relay.events import RequestRefused
 from relay.message import RelayMessage
@@ -104,7 +105,7 @@ class WebhookSource(NothingExpires):
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from a ``source`` object. Raises `ConfigurationError`; does no I/O."""
         parsed = parse_options(options, WebhookSourceOptions, path="source")
-        listen_address(parsed.listen_addr)
+        parse_address(parsed.listen_addr, "source.listen_addr")
         check_source(parsed)
         return cls(parsed, context)
 
