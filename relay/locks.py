@@ -51,21 +51,28 @@ select
 from member
 """
 
-# Who holds a lock that only members may hold. What a mere role may not see of others is null.
-_STRANGERS = """
-select wanted.name, held.pid, activity.usename, activity.application_name, activity.client_addr
+# Who holds these locks, which only members may hold. What a mere role may not see of others is
+# null.
+_HOLDERS = """
+with advisory as materialized (
+    select pid, classid, objid
+    from pg_catalog.pg_locks
+    where locktype = 'advisory' and objsubid = 1 and granted
+        and database = (select oid from pg_catalog.pg_database where datname = current_database())
+)
+select
+    wanted.name,
+    held.pid,
+    activity.usename,
+    activity.application_name,
+    activity.client_addr,
+    exists (
+        select from advisory as member
+        where member.pid = held.pid and member.classid = $4 and member.objid = $5
+    ) as is_member
 from unnest($1::text[], $2::oid[], $3::oid[]) as wanted (name, high, low)
-join pg_catalog.pg_locks as held
-    on held.classid = wanted.high and held.objid = wanted.low
+join advisory as held on held.classid = wanted.high and held.objid = wanted.low
 left join pg_catalog.pg_stat_activity as activity on activity.pid = held.pid
-where held.locktype = 'advisory' and held.objsubid = 1 and held.granted
-    and held.database = (select oid from pg_catalog.pg_database where datname = current_database())
-    and not exists (
-        select from pg_catalog.pg_locks as member
-        where member.pid = held.pid and member.locktype = 'advisory' and member.objsubid = 1
-            and member.granted and member.database = held.database
-            and member.classid = $4 and member.objid = $5
-    )
 """
 
 # The second is null for the only reader. PostgreSQL counts how often a session has a lock.
@@ -76,24 +83,6 @@ select case
     when pg_try_advisory_lock($1) then true
     else not pg_advisory_unlock_shared($2)
 end as taken
-"""
-
-_UNOWNED = """
-with advisory as materialized (
-    select pid, classid, objid
-    from pg_catalog.pg_locks
-    where locktype = 'advisory' and objsubid = 1 and granted
-        and database = (select oid from pg_catalog.pg_database where datname = current_database())
-)
-select wanted.name
-from unnest($1::text[], $2::oid[], $3::oid[]) as wanted (name, high, low)
-where not exists (
-    select from advisory as held
-    join advisory as member using (pid)
-    where held.classid = wanted.high and held.objid = wanted.low
-        and member.classid = $4 and member.objid = $5
-)
-order by wanted.name
 """
 
 
@@ -118,16 +107,9 @@ async def unowned(database: Database, group_id: str, pipelines: Sequence[str]) -
     if not pipelines:
         return []
     scope = _scope(database.settings)
-    halves = [_halves(_pipeline_key(scope, group_id, name)) for name in pipelines]
-    member = lock_key(*scope, "member", group_id)
-    rows = await database.fetch(
-        "looking for pipelines that nobody runs",
-        _UNOWNED,
-        pipelines,
-        *map(list, zip(*halves, strict=True)),
-        *_halves(member),
-    )
-    return [row["name"] for row in rows]
+    asked = _of_holders(scope, group_id, [(name, name) for name in pipelines])
+    rows = await database.fetch("looking for pipelines that nobody runs", _HOLDERS, *asked)
+    return sorted({*pipelines} - {row["name"] for row in rows if row["is_member"]})
 
 
 class Locks:
@@ -213,15 +195,9 @@ class Locks:
         """
         if not pipelines:
             return {}
-        locks = [
-            (name, *_halves(self.key(lock)))
-            for name in pipelines
-            for lock in {name, pipeline_of(name)}
-        ]
-        rows = await self._fetch(
-            _STRANGERS, *map(list, zip(*locks, strict=True)), *_halves(self._member_key)
-        )
-        return {row["name"]: _stranger(row) for row in rows}
+        locks = [(name, lock) for name in pipelines for lock in {name, pipeline_of(name)}]
+        rows = await self._fetch(_HOLDERS, *_of_holders(self._scope, self._group_id, locks))
+        return {row["name"]: _stranger(row) for row in rows if not row["is_member"]}
 
     async def release(self, pipeline: str) -> None:
         """Let a pipeline go. Raises `Outage`."""
@@ -276,6 +252,15 @@ def _scope(settings: PostgresSettings) -> Sequence[str]:
 
 def _pipeline_key(scope: Sequence[str], group_id: str, pipeline: str) -> int:
     return lock_key(*scope, "pipeline", group_id, pipeline)
+
+
+def _of_holders(
+    scope: Sequence[str], group_id: str, locks: Sequence[tuple[str, str]]
+) -> Sequence[object]:
+    """What `_HOLDERS` is asked with: a name for each lock of a pipeline that is asked about."""
+    halves = [_halves(_pipeline_key(scope, group_id, lock)) for _, lock in locks]
+    member = lock_key(*scope, "member", group_id)
+    return [name for name, _ in locks], *map(list, zip(*halves, strict=True)), *_halves(member)
 
 
 def _stranger(row: asyncpg.Record) -> str:
