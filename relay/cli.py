@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ from relay.options import known_keys
 from relay.overlays import VARIABLES, Composed, compose_settings, show_settings, type_settings
 from relay.secrets import mask_urls
 from relay.settings import Settings
+
+T = TypeVar("T")
 
 EXIT_OK, EXIT_RUNTIME, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
@@ -262,10 +264,7 @@ async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
 
     async with opened_catalog(settings, os.environ) as catalog:
         seen = await overview(catalog, readers_of(await catalog.pipelines()))
-    if arguments.json:
-        _say(msgspec.json.encode(seen).decode())
-    else:
-        _say_all(table_of(seen))
+    _answer(arguments, seen, table_of)
     return EXIT_OK if seen.is_well else EXIT_RUNTIME
 
 
@@ -273,10 +272,7 @@ async def _doctor(arguments: argparse.Namespace, settings: Settings) -> int:
     from relay.doctor import diagnose, lines_of
 
     diagnosis = await diagnose(settings, os.environ, arguments.origins)
-    if arguments.json:
-        _say(msgspec.json.encode(diagnosis).decode())
-    else:
-        _say_all(lines_of(diagnosis))
+    _answer(arguments, diagnosis, lines_of)
     return EXIT_OK if diagnosis.is_well else EXIT_RUNTIME
 
 
@@ -290,16 +286,13 @@ async def _validate(
         found = Validation(is_valid=False, findings=findings, pipelines=[], samples=[])
     else:
         found = await validate(settings, os.environ, name=name, samples=arguments.sample or 0)
-    if arguments.json:
-        _say(msgspec.json.encode(found).decode())
-    else:
-        _say_all(lines_of(found))
+    _answer(arguments, found, lines_of)
     return EXIT_OK if found.is_valid else EXIT_CONFIGURATION
 
 
 async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:
     """All that is for people goes to standard error: the sink may be standard output."""
-    from relay.drain import run_drain
+    from relay.drain import lines_of, run_drain
     from relay.progress import Progress
 
     progress = Progress(is_wanted=not arguments.json)
@@ -311,16 +304,8 @@ async def _drain(arguments: argparse.Namespace, settings: Settings) -> int:
     progress.clear()
     if arguments.json:
         _say(msgspec.json.encode(report).decode())
-        return EXIT_OK if report.is_complete else EXIT_RUNTIME
-    for one in report.pipelines:
-        left = "an unknown number of" if one.left is None else f"{one.left:,}"
-        why = f": {one.reason}" if one.reason else ""
-        sys.stderr.write(
-            f"{one.name}: {one.delivered:,} delivered, {one.dead_lettered:,} dead-lettered,"
-            f" {left} rows left{why}\n"
-        )
-    verdict = "everything" if report.is_complete else "not everything"
-    sys.stderr.write(f"{verdict} is delivered\n")
+    else:
+        sys.stderr.writelines(f"{line}\n" for line in lines_of(report))
     return EXIT_OK if report.is_complete else EXIT_RUNTIME
 
 
@@ -352,7 +337,12 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _say_all(lines: Iterable[str]) -> None:
-    """Names and texts of others may hold what a terminal would obey."""
-    for line in lines:
+def _answer(
+    arguments: argparse.Namespace, found: T, lines_of: Callable[[T], Iterable[str]]
+) -> None:
+    """As JSON or for people: names and texts of others may hold what a terminal would obey."""
+    if arguments.json:
+        _say(msgspec.json.encode(found).decode())
+        return
+    for line in lines_of(found):
         _say("".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -74,6 +74,18 @@ async def run_drain(
         finally:
             bound.cancel()
     return await _reported(settings, watch, is_complete=is_complete)
+
+
+def lines_of(report: DrainReport) -> Iterator[str]:
+    """The report for people."""
+    for one in report.pipelines:
+        left = "an unknown number of" if one.left is None else f"{one.left:,}"
+        why = f": {one.reason}" if one.reason else ""
+        yield (
+            f"{one.name}: {one.delivered:,} delivered, {one.dead_lettered:,} dead-lettered,"
+            f" {left} rows left{why}"
+        )
+    yield f"{'everything' if report.is_complete else 'not everything'} is delivered"
 
 
 class _Watch:
