@@ -273,7 +273,7 @@ async def watch_fleet(settings: Settings) -> bool:
         await watched.refresh()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, left.set)
-        view = StatusView(watched, logs.ring, settings.ui, on_quit=left.set, on_lost=lose)
+        view = StatusView(watched, logs, settings.ui, on_quit=left.set, on_lost=lose)
         await stack.enter_async_context(view)
         await left.wait()
     return not is_lost
@@ -295,7 +295,7 @@ async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[
         watched = OwnRelay(relay.board, relay.database, relay.catalog)
         async with StatusView(
             watched,
-            logs.ring,
+            logs,
             ui,
             on_quit=relay.coordinator.stop,
             on_lost=lambda: logs.show_on_stderr(shown=True),

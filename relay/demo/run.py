@@ -241,7 +241,7 @@ class _Demo:
         try:
             async with StatusView(
                 own,
-                logs.ring,
+                logs,
                 self._settings.ui,
                 on_quit=self._closing.set,
                 on_lost=lost,

@@ -1,4 +1,4 @@
-"""Where entries go: into the ring, and over a queue to standard error."""
+"""Where entries go: among the last ones, and over a queue to standard error."""
 
 from __future__ import annotations
 
@@ -41,110 +41,35 @@ _WRITTEN_AT_ONCE = 200
 _FLUSH_S = 2.0
 
 
-class LogRing:
-    """The last `RING_ENTRIES` entries."""
+class Logs(logging.Handler):
+    """The configured logging of this process: its last entries, and whether it has the screen.
 
-    def __init__(self) -> None:
+    Makes a masked entry of each record, keeps it, and hands it on. Never raises, never waits.
+    """
+
+    def __init__(self, writer: _Writer, mask: Callable[[str], str]) -> None:
+        super().__init__()
         self._entries: deque[LogEntry] = deque(maxlen=RING_ENTRIES)
-
-    def append(self, entry: LogEntry) -> None:
-        """Add one; the oldest goes. Called from any thread."""
-        self._entries.append(entry)
-
-    def entries(self) -> Sequence[LogEntry]:
-        """All that is kept, the oldest first."""
-        return tuple(self._entries)
-
-
-class Logs:
-    """The configured logging of this process: its ring, and whether standard error is used."""
-
-    def __init__(
-        self, ring: LogRing, writer: _Writer, handler: _Funnel, restore: Callable[[], None]
-    ) -> None:
-        self.ring = ring
         self._writer = writer
-        self._handler = handler
-        self._restore = restore
+        self._mask = mask
+        self._is_shown = True
+        self._restore = contextlib.ExitStack()
 
     @property
     def dropped(self) -> int:
         """Entries that standard error did not take in time."""
         return self._writer.dropped
 
+    def entries(self) -> Sequence[LogEntry]:
+        """The last `RING_ENTRIES`, the oldest first."""
+        return tuple(self._entries)
+
     def show_on_stderr(self, *, shown: bool) -> None:
-        """Off while a view has the screen; the ring gets every entry in either case."""
-        self._handler.writes = shown
-
-    def close(self) -> None:
-        """Write what is queued, for at most two seconds, and restore logging. Idempotent."""
-        atexit.unregister(self.close)
-        restore, self._restore = self._restore, _nothing
-        restore()
-        self._writer.close()
-
-
-def configure(
-    settings: LogSettings, mask: Callable[[str], str], *, stream: TextIO | None = None
-) -> Logs:
-    """Make logging of this process ours: level, format, masking; libraries at warnings only.
-
-    ``stream`` is standard error unless given. What is still queued is written at exit.
-    """
-    stream = sys.stderr if stream is None else stream
-    level = logging.getLevelNamesMapping()[settings.level.upper()]
-    ring = LogRing()
-    writer = _Writer(stream, _format_of(settings.format, stream))
-    handler = _Funnel(ring, writer, mask)
-    restore = _take_over(handler, level)
-    logs = Logs(ring, writer, handler, restore)
-    atexit.register(logs.close)
-    return logs
-
-
-def _take_over(handler: logging.Handler, level: int) -> Callable[[], None]:
-    """Put the handler in the place of all others; returns what undoes it."""
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level)
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    for name in _LIBRARIES:
-        logging.getLogger(name).setLevel(max(level, logging.WARNING))
-    logging.captureWarnings(True)
-
-    def restore() -> None:
-        logging.captureWarnings(False)
-        root.handlers[:] = before[0]
-        root.setLevel(before[1])
-        for name, former in levels.items():
-            logging.getLogger(name).setLevel(former)
-
-    return restore
-
-
-def _nothing() -> None:
-    """What is left to restore once it was restored."""
-
-
-def _format_of(name: Literal["text", "json"], stream: TextIO) -> Callable[[LogEntry], str]:
-    if name == "json":
-        return LogEntry.as_json
-    colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return lambda entry: entry.as_text(colour=colour)
-
-
-class _Funnel(logging.Handler):
-    """Makes a masked entry of each record and hands it on. Never raises, never waits."""
-
-    def __init__(self, ring: LogRing, writer: _Writer, mask: Callable[[str], str]) -> None:
-        super().__init__()
-        self._ring = ring
-        self._writer = writer
-        self._mask = mask
-        self.writes = True
+        """Off while a view has the screen; the entries are kept in either case."""
+        self._is_shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
         try:
             entry = entry_of(record, self._mask)
         except Exception as error:  # noqa: BLE001 - a wrong log call costs no more than its text
@@ -155,9 +80,52 @@ class _Funnel(logging.Handler):
                 message=f"a log record could not be written: {type(error).__name__}",
                 fields={},
             )
-        self._ring.append(entry)
-        if self.writes:
+        self._entries.append(entry)
+        if self._is_shown:
             self._writer.put(entry)
+
+    def close(self) -> None:
+        """Write what is queued, for at most two seconds, and restore logging. Idempotent."""
+        atexit.unregister(self.close)
+        self._restore.close()
+        self._writer.close()
+        super().close()
+
+    def take_over(self, level: int) -> None:
+        """Take the place of all other handlers until `close`; libraries at warnings only."""
+        root = logging.getLogger()
+        self._restore.callback(setattr, root, "handlers", root.handlers[:])
+        self._restore.callback(root.setLevel, root.level)
+        root.handlers[:] = [self]
+        root.setLevel(level)
+        for name in _LIBRARIES:
+            library = logging.getLogger(name)
+            self._restore.callback(library.setLevel, library.level)
+            library.setLevel(max(level, logging.WARNING))
+        self._restore.callback(logging.captureWarnings, False)
+        logging.captureWarnings(True)
+        # What is still queued is written at exit.
+        atexit.register(self.close)
+
+
+def configure(
+    settings: LogSettings, mask: Callable[[str], str], *, stream: TextIO | None = None
+) -> Logs:
+    """Make logging of this process ours: level, format, masking; libraries at warnings only.
+
+    ``stream`` is standard error unless given. What is still queued is written at exit.
+    """
+    stream = sys.stderr if stream is None else stream
+    logs = Logs(_Writer(stream, _format_of(settings.format, stream)), mask)
+    logs.take_over(logging.getLevelNamesMapping()[settings.level.upper()])
+    return logs
+
+
+def _format_of(name: Literal["text", "json"], stream: TextIO) -> Callable[[LogEntry], str]:
+    if name == "json":
+        return LogEntry.as_json
+    colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return lambda entry: entry.as_text(colour=colour)
 
 
 class _Writer:

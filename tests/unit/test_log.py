@@ -131,7 +131,7 @@ def test_a_secret_is_masked_in_message_fields_and_traceback(
     logs.close()
     assert SECRET not in stream.getvalue()
     assert stream.getvalue().count("******") >= 4
-    assert all(SECRET not in str(entry) for entry in logs.ring.entries())
+    assert all(SECRET not in str(entry) for entry in logs.entries())
 
 
 def test_a_field_that_is_not_on_the_list_is_left_out(start: Start, stream: io.StringIO) -> None:
@@ -277,7 +277,7 @@ def test_the_ring_keeps_the_last_entries(start: Start) -> None:
     for number in range(RING_ENTRIES + 10):
         logging.getLogger("relay").info("%d", number)
 
-    kept = logs.ring.entries()
+    kept = logs.entries()
     assert [kept[0].message, kept[-1].message] == ["10", str(RING_ENTRIES + 9)]
 
 
@@ -290,7 +290,7 @@ def test_while_a_view_is_up_only_the_ring_is_written(start: Start, stream: io.St
     logging.getLogger("relay").info("to both")
 
     assert [line["msg"] for line in _lines(logs, stream)] == ["to both"]
-    assert [entry.message for entry in logs.ring.entries()] == ["to the ring", "to both"]
+    assert [entry.message for entry in logs.entries()] == ["to the ring", "to both"]
 
 
 class Stalled(io.StringIO):
@@ -334,7 +334,7 @@ def test_a_closed_stream_does_no_harm(start: Start, stream: io.StringIO) -> None
     logs.close()
 
     assert logs.dropped == 1
-    assert logs.ring.entries()[-1].message == "nobody reads this"
+    assert logs.entries()[-1].message == "nobody reads this"
 
 
 def test_what_is_queued_at_exit_is_written() -> None:
@@ -471,7 +471,7 @@ class Told:
     def entries(self, level: str | None = None) -> Sequence[LogEntry]:
         return [
             entry
-            for entry in self.logs.ring.entries()
+            for entry in self.logs.entries()
             if (entry.level != "debug" if level is None else entry.level == level)
         ]
 
