@@ -29,7 +29,8 @@ from relay.backends.outbox.reading import (
     Unpacker,
     Watch,
     answers,
-    refuse_unsafe,
+    batch_of,
+    outbox_of,
 )
 from relay.context import BackendContext
 from relay.contracts import Batch
@@ -102,10 +103,7 @@ class GroupSource:
         `Outage`.
         """
         await self._end_session()
-        outbox = await self._catalog.outbox(
-            self._options.outbox_table or await self._catalog.outbox_named(self._options.outbox)
-        )
-        await refuse_unsafe(self._database, outbox)
+        outbox = await outbox_of(self._context, self._options)
         was_reset = await self._catalog.join_group(
             self._group,
             self._context.pipeline,
@@ -211,13 +209,7 @@ class GroupSource:
             return await self._next_page(unpacker, lease)
         # Without rows: somebody deleted what was left.
         through_id = read.rows.ids[decoded.rows - 1] if read.rows.ids else lease.ids[-1]
-        return Batch(
-            messages=decoded.messages,
-            rejected=decoded.rejected,
-            filtered=decoded.filtered,
-            position=self._through(lease, through_id),
-            checkpoint=str(through_id),
-        )
+        return batch_of(decoded, self._through(lease, through_id), str(through_id))
 
     async def _next_page(self, unpacker: Unpacker, lease: _Lease) -> Batch | None:
         outbox_id = unpacker.claim_check_id
@@ -225,20 +217,9 @@ class GroupSource:
         if page is None or outbox_id is None:
             return None
         if not page.is_last:
-            position = _Token(lease_token=lease.token)
-            return Batch(
-                messages=page.messages,
-                rejected=page.rejected,
-                filtered=page.filtered,
-                position=position,
-            )
-        return Batch(
-            messages=page.messages,
-            rejected=page.rejected,
-            filtered=page.filtered,
-            position=self._through(lease, outbox_id, consumed_claim_check=outbox_id),
-            checkpoint=str(outbox_id),
-        )
+            return batch_of(page, _Token(lease_token=lease.token))
+        through = self._through(lease, outbox_id, consumed_claim_check=outbox_id)
+        return batch_of(page, through, str(outbox_id))
 
     def _through(
         self, lease: _Lease, id_: int, *, consumed_claim_check: int | None = None

@@ -16,6 +16,7 @@ import msgspec
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader, Page
 from relay.backends.outbox.decoder import PART_ROWS, ROW_ID, Decoded, OutboxDecoder
 from relay.backends.outbox.lookout import Lookout
+from relay.backends.outbox.options import OutboxSourceOptions
 from relay.backends.outbox.reader import standby
 from relay.backends.outbox.row import OutboxRows
 from relay.backends.outbox.wakefulness import Wakefulness
@@ -217,6 +218,27 @@ class Unpacker:
                 )
             )
         return page
+
+
+def batch_of(found: Decoded | Page, position: object = None, checkpoint: str = "") -> Batch:
+    """What was found, as it is handed out."""
+    return Batch(
+        messages=found.messages,
+        rejected=found.rejected,
+        filtered=found.filtered,
+        position=position,
+        checkpoint=checkpoint,
+    )
+
+
+async def outbox_of(context: BackendContext, options: OutboxSourceOptions) -> OutboxDescription:
+    """The outbox that is meant; raises as `refuse_unsafe`, and `ConfigurationError`."""
+    catalog = context.catalog
+    outbox = await catalog.outbox(
+        options.outbox_table or await catalog.outbox_named(options.outbox)
+    )
+    await refuse_unsafe(context.database, outbox)
+    return outbox
 
 
 async def refuse_unsafe(database: Database, outbox: OutboxDescription) -> None:

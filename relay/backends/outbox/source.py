@@ -33,7 +33,8 @@ from relay.backends.outbox.reading import (
     Unpacker,
     Watch,
     answers,
-    refuse_unsafe,
+    batch_of,
+    outbox_of,
 )
 from relay.catalog import CONFIG_CHANNEL, Claim, OutboxDescription
 from relay.context import BackendContext
@@ -136,10 +137,7 @@ class OutboxSource(NothingExpires):
         Raises `OutboxUnsafe`, `PositionLost`, `ConfigurationError`, `Outage`.
         """
         await self._end_session()
-        outbox = await self._catalog.outbox(
-            self._options.outbox_table or await self._catalog.outbox_named(self._options.outbox)
-        )
-        await refuse_unsafe(self._database, outbox)
+        outbox = await outbox_of(self._context, self._options)
         self._session = await self._begin_session(outbox)
         self._outbox_table = outbox.outbox_table
         self._watch.begin(outbox.outbox_table)
@@ -246,13 +244,7 @@ class OutboxSource(NothingExpires):
             return await self._next_page(session)
         if not read.rows.ids:
             return None
-        return Batch(
-            messages=decoded.messages,
-            rejected=decoded.rejected,
-            filtered=decoded.filtered,
-            position=self._token(session),
-            checkpoint=str(reader.position),
-        )
+        return batch_of(decoded, self._token(session), str(reader.position))
 
     async def _next_page(self, session: _Session) -> Batch | None:
         outbox_id = session.unpacker.claim_check_id
@@ -260,14 +252,9 @@ class OutboxSource(NothingExpires):
         if page is None:
             return None
         if not page.is_last:
-            return Batch(messages=page.messages, rejected=page.rejected, filtered=page.filtered)
-        return Batch(
-            messages=page.messages,
-            rejected=page.rejected,
-            filtered=page.filtered,
-            position=self._token(session, consumed_claim_check=outbox_id),
-            checkpoint=str(session.reader.position),
-        )
+            return batch_of(page)
+        token = self._token(session, consumed_claim_check=outbox_id)
+        return batch_of(page, token, str(session.reader.position))
 
     def _idle(self, session: _Session) -> Batch:
         """Nothing came. Gaps that were decided meanwhile are committed now and then."""
