@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import pytest
 
-from relay.backends.webhook.errors import listening
 from relay.contracts import Source
 from relay.message import RelayMessage
+from relay.network import listening
 from relay.wire import is_json
 from tests.contract.source_contract import SourceContract, SourceHarness
 from tests.contract.surroundings import backend_context
@@ -57,7 +57,7 @@ class WebhookSourceHarness(SourceHarness):
         return held
 
     def mapping(self) -> AbstractContextManager[object]:
-        return listening("testing")
+        return listening("testing", "")
 
     def exceptions(self) -> Iterable[BaseException]:
         yield from listening_exceptions()
