@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from relay.errors import ConfigurationError
-from relay.tls import TlsKeys, is_wanted
+from relay.tls import TlsKeys
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def endpoint_of(
     if parts.scheme not in ports or not host or port == 0 or not url.isprintable():
         raise wrong
     plain, secure = ports
-    is_tls = parts.scheme == secure or (tls is not None and is_wanted(tls))
+    is_tls = parts.scheme == secure or (tls is not None and tls.wants_tls)
     return Endpoint(
         host=host,
         port=port or ports[secure if is_tls else plain],

@@ -91,11 +91,6 @@ Format = Annotated[
     Key("How an event is written, see [Formats](#formats)."),
 ]
 TimeoutMs = Annotated[int, Key("How long to wait for an answer, in milliseconds.", ge=1)]
-Tls = Annotated[bool, Key("Speak TLS whatever the scheme of `url`.", connection=True)]
-TlsCa = Annotated[
-    str | None,
-    Key("PEM file of the server's authority. Like `tls_cert` it implies `tls`.", connection=True),
-]
 TlsCert = Annotated[
     str | None,
     Key("PEM file of our certificate.", connection=True, needs="tls_key"),

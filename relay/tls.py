@@ -8,7 +8,10 @@ from __future__ import annotations
 import ssl
 from typing import Protocol
 
+import msgspec
+
 from relay.errors import AuthenticationRefused, ConfigurationError, NotConnected, RelayError
+from relay.options import Connecting, ConnectingFlag, TlsCert, TlsInsecure, TlsKey
 
 # By a part of what OpenSSL says of a certificate.
 _OF_CERTIFICATE = {
@@ -46,16 +49,23 @@ class TlsOptions(PemFiles, Protocol):
     def tls_insecure(self) -> bool: ...
 
 
-class TlsKeys(TlsOptions, Protocol):
-    """The same of a backend that can do without TLS."""
+class TlsKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of a backend that can do without TLS, for its options to begin with.
+
+    tls: Speak TLS whatever the scheme of `url`.
+    tls_ca: PEM file of the server's authority. Like `tls_cert` it implies `tls`.
+    """
+
+    tls: ConnectingFlag = False
+    tls_ca: Connecting = None
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_insecure: TlsInsecure = False
 
     @property
-    def tls(self) -> bool: ...
-
-
-def is_wanted(keys: TlsKeys) -> bool:
-    """Whether these keys ask for TLS."""
-    return bool(keys.tls or keys.tls_ca or keys.tls_cert or keys.tls_insecure)
+    def wants_tls(self) -> bool:
+        """Whether these keys ask for TLS."""
+        return bool(self.tls or self.tls_ca or self.tls_cert or self.tls_insecure)
 
 
 def context_of(options: TlsOptions, path: str) -> ssl.SSLContext:

@@ -36,6 +36,7 @@ from relay.migrate import filled  # noqa: E402
 from relay.options import Key, declared_keys  # noqa: E402
 from relay.pipeline_config import Mask, PipelineConfig  # noqa: E402
 from relay.status import screen  # noqa: E402
+from relay.tls import TlsKeys  # noqa: E402
 
 NOTHING = "-"
 GENERATED = ("docs/RELAY.md", "docs/SQL.md", "docs/OPERATIONS.md", "docs/QUESTIONS.md")
@@ -152,7 +153,8 @@ class Unexplained(Exception):
 def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[Key, Sequence[str]]]:
     """Each key's declaration and its row of a table. Raises `Unexplained`."""
     declared = declared_keys(struct)
-    for field in msgspec.structs.fields(struct):
+    of_tls = TlsKeys.__struct_fields__
+    for field in sorted(msgspec.structs.fields(struct), key=lambda field: field.name in of_tls):
         key = declared[field.encode_name]
         if not key.meaning:
             raise Unexplained(f"nothing explains {struct.__name__}.{field.name}")

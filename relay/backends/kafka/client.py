@@ -27,7 +27,7 @@ from relay.errors import (
     NotConnected,
     RelayError,
 )
-from relay.tls import context_of, is_wanted
+from relay.tls import context_of
 
 Client = Any  # AIOKafkaProducer, AIOKafkaConsumer or AIOKafkaAdminClient, untyped in the library
 
@@ -45,7 +45,7 @@ class Heard:
     """What keeps one client from its brokers, as far as it has said so since `forget`."""
 
     def __init__(self, options: KafkaConnectionOptions) -> None:
-        self._has_tls = is_wanted(options)
+        self._has_tls = options.wants_tls
         self._troubles: list[RelayError] = []
         self._waiting: asyncio.Timeout | None = None
 
@@ -160,9 +160,9 @@ def _arguments(options: KafkaConnectionOptions, path: str, name: str) -> dict[st
         "request_timeout_ms": options.request_timeout_ms,
         "metadata_max_age_ms": METADATA_AGE_MS,
         "security_protocol": ("SASL_" if mechanism else "")
-        + ("SSL" if is_wanted(options) else "PLAINTEXT"),
+        + ("SSL" if options.wants_tls else "PLAINTEXT"),
     }
-    if is_wanted(options):
+    if options.wants_tls:
         arguments["ssl_context"] = context_of(options, path)
     if mechanism:
         arguments |= {

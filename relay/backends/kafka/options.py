@@ -10,17 +10,13 @@ import msgspec
 
 from relay.errors import ConfigurationError
 from relay.options import (
-    ConnectingFlag,
     Format,
     Key,
     Positive,
     Routing,
     TimeoutMs,
-    TlsCa,
-    TlsCert,
-    TlsInsecure,
-    TlsKey,
 )
+from relay.tls import TlsKeys
 
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
@@ -34,7 +30,9 @@ _SCHEMES = ("kafka", "plaintext", "ssl", "sasl_plaintext", "sasl_ssl")
 _SCHEME = re.compile(rf"^({'|'.join(_SCHEMES)})://", re.IGNORECASE)
 
 
-class KafkaConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class KafkaConnectionOptions(
+    TlsKeys, msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
     """What sink and source have in common.
 
     type: `kafka`.
@@ -56,11 +54,6 @@ class KafkaConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=
     sasl_password: Annotated[
         str | None, Key(secret=True, connection=True, needs="sasl_username")
     ] = None
-    tls: ConnectingFlag = False
-    tls_ca: TlsCa = None
-    tls_cert: TlsCert = None
-    tls_key: TlsKey = None
-    tls_insecure: TlsInsecure = False
     request_timeout_ms: TimeoutMs = 30_000
     client: Annotated[Mapping[str, object], Key(connection=True, profile_only=True)] = {}
 

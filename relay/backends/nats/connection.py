@@ -35,7 +35,7 @@ from relay.errors import (
     TimedOut,
 )
 from relay.message import text_of
-from relay.tls import context_of, is_wanted
+from relay.tls import context_of
 
 _REQUEST_TIMEOUT_S = 5
 _ANSWER_TIMEOUT_S = 10
@@ -271,7 +271,7 @@ async def connect(options: NatsConnectionOptions, *, name: str, path: str) -> Co
     servers = list(servers_of(options.url, path))
     random.shuffle(servers)
     context = None
-    if is_wanted(options) or any(server.is_tls for server in servers):
+    if options.wants_tls or any(server.is_tls for server in servers):
         context = context_of(options, path)
     for server in servers[1:]:
         with contextlib.suppress(RelayError):

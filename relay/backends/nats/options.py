@@ -12,18 +12,14 @@ import msgspec
 from relay.endpoint import Endpoint, endpoint_of
 from relay.errors import ConfigurationError
 from relay.options import (
-    ConnectingFlag,
     Credential,
     Format,
     Key,
     Positive,
     Routing,
     Template,
-    TlsCa,
-    TlsCert,
-    TlsInsecure,
-    TlsKey,
 )
+from relay.tls import TlsKeys
 
 DeliverPolicy = Literal["all", "last", "new", "last_per_subject"]
 
@@ -33,7 +29,9 @@ _NAME_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _LONGEST_DURABLE = 64
 
 
-class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NatsConnectionOptions(
+    TlsKeys, msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
     """What sink and source have in common.
 
     type: `nats`.
@@ -59,11 +57,6 @@ class NatsConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     ] = None
     creds_file: Annotated[str | None, Key(connection=True, excludes=("nkey_seed",))] = None
     nkey_seed: Credential = None
-    tls: ConnectingFlag = False
-    tls_ca: TlsCa = None
-    tls_cert: TlsCert = None
-    tls_key: TlsKey = None
-    tls_insecure: TlsInsecure = False
 
 
 class NatsSinkOptions(NatsConnectionOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):

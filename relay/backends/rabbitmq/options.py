@@ -19,12 +19,8 @@ from relay.options import (
     Positive,
     Routing,
     TimeoutMs,
-    Tls,
-    TlsCa,
-    TlsCert,
-    TlsInsecure,
-    TlsKey,
 )
+from relay.tls import TlsKeys
 
 DEFAULT_EXCHANGE_TYPE = "topic"
 DEFAULT_ROUTING_KEY = "pgtrickle.{stream_table}.{op}"
@@ -37,7 +33,7 @@ _PORTS = {"amqp": 5672, "amqps": 5671}
 
 
 class RabbitConnectionOptions(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+    TlsKeys, msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 ):
     """What sink and source have in common.
 
@@ -55,11 +51,6 @@ class RabbitConnectionOptions(
     username: Connecting = None
     password: Credential = None
     vhost: Connecting = None
-    tls: Tls = False
-    tls_ca: TlsCa = None
-    tls_cert: TlsCert = None
-    tls_key: TlsKey = None
-    tls_insecure: TlsInsecure = False
     timeout_ms: TimeoutMs = 10_000
 
 

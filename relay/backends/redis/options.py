@@ -19,12 +19,8 @@ from relay.options import (
     Positive,
     Routing,
     TimeoutMs,
-    Tls,
-    TlsCa,
-    TlsCert,
-    TlsInsecure,
-    TlsKey,
 )
+from relay.tls import TlsKeys
 
 MAX_BLOCK_MS = 1000
 DEFAULT_STREAM_KEY = "pgtrickle:{stream_table}"
@@ -34,7 +30,9 @@ _DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _ID = re.compile(r"\$|\d{1,20}(-\d{1,20})?")
 
 
-class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RedisConnectionOptions(
+    TlsKeys, msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
     """What sink and source have in common.
 
     type: `redis`.
@@ -50,11 +48,6 @@ class RedisConnectionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=
     username: Connecting = None
     password: Credential = None
     db: Annotated[int | None, Key(ge=0, connection=True)] = None
-    tls: Tls = False
-    tls_ca: TlsCa = None
-    tls_cert: TlsCert = None
-    tls_key: TlsKey = None
-    tls_insecure: TlsInsecure = False
     timeout_ms: TimeoutMs = 10_000
 
 

@@ -18,10 +18,9 @@ from relay.options import (
     Key,
     Positive,
     Routing,
-    TlsCert,
-    TlsInsecure,
     TlsKey,
 )
+from relay.tls import TlsKeys
 
 SignatureScheme = Literal["hmac-sha256", "github", "stripe", "svix"]
 
@@ -31,7 +30,9 @@ _LAST_STATUS = 599
 _PORTS = {"http": 80, "https": 443}
 
 
-class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class WebhookSinkOptions(
+    TlsKeys, msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
+):
     """The sink's keys. Authentication is one of ``bearer_token`` and ``username``.
 
     type: `webhook`.
@@ -75,11 +76,6 @@ class WebhookSinkOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     username: Annotated[str | None, Key(connection=True, needs="password")] = None
     password: Annotated[str | None, Key(secret=True, connection=True, needs="username")] = None
     hmac_secret: Credential = None
-    tls: ConnectingFlag = False
-    tls_ca: Connecting = None
-    tls_cert: TlsCert = None
-    tls_key: TlsKey = None
-    tls_insecure: TlsInsecure = False
     subject_template: Annotated[str, Key(template=True)] = "{stream_table}.{op}"
     routing: Routing = {}
     format: Format = "envelope"
