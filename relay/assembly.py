@@ -110,11 +110,7 @@ class Assembly:
         """Whether every relay of the group runs this row at once, and none owns it."""
         if _consumer_group(row.config) is not None:
             return True
-        try:
-            return source_runs_everywhere(str(row.config.get("source_type")))
-        except (ConfigurationError, ImportError):
-            # What is wrong is told by the one relay that owns it and can't build it.
-            return False
+        return source_runs_everywhere(str(row.config.get("source_type")))
 
     def sides(
         self,

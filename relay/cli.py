@@ -107,7 +107,7 @@ def _run(argv: Sequence[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
     verb, name, overrides = _told_apart(arguments.words)
     for flag in _FLAGS:
-        if verb not in flag.verbs and getattr(arguments, _attribute(flag.name)):
+        if verb not in flag.verbs and getattr(arguments, flag.name.lstrip("-")):
             raise ConfigurationError(
                 f"{flag.name} does not go with {verb}",
                 remedy=f"it belongs to {', '.join(flag.verbs)}",
@@ -196,10 +196,6 @@ def parser() -> _Parser:
             parser.add_argument(name, type=type_, metavar=metavar, help=help_)
     parser.add_argument("words", nargs="*", metavar="key=value", help="Hydra overrides")
     return parser
-
-
-def _attribute(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, str]:

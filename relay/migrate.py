@@ -137,7 +137,7 @@ class _Migrator:
         self, on_step: Callable[[MigrationStep], None], notices: list[str]
     ) -> MigrationReport:
         state = await self._apply(_RECORDS + _check_of_records(), "reading what was applied")
-        before = _highest([version for _, version in state.files.values()])
+        versions = [version for _, version in state.files.values()]
         steps: list[MigrationStep] = []
         functions = _functions()
         are_current = state.files.get(_FUNCTIONS, ("", ""))[0] == state.functions
@@ -158,7 +158,7 @@ class _Migrator:
             steps.append(MigrationStep(file.name, not are_current))
             on_step(steps[-1])
         return MigrationReport(
-            version_before=before,
+            version_before=max(versions, key=_version_key, default=None),
             version_after=_newest_version(),
             steps=tuple(steps),
             owner=state.owner,
@@ -520,10 +520,6 @@ def _target_version(filename: str) -> str:
 
 def _version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
-
-
-def _highest(versions: list[str]) -> str | None:
-    return max(versions, key=_version_key, default=None)
 
 
 @cache

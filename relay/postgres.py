@@ -61,12 +61,10 @@ _POOLER_LOOKS = 4
 # tried again and loses nothing, while a wrong "message" verdict would drop an event to the dead
 # letters and a wrong "configuration" verdict would stop a pipeline.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_OWN: Mapping[str, type[RelayError]] = {
+_BY_STATE: Mapping[str, type[RelayError]] = {
     "RL005": OutboxUnsafe,
     "RL020": OwnershipLost,
     "RL021": LeaseLost,
-}
-_BY_STATE: Mapping[str, type[RelayError]] = {
     "RL": ConfigurationError,
     "28": AuthenticationRefused,
     "42501": AuthenticationRefused,
@@ -113,7 +111,7 @@ def relay_error(error: asyncpg.PostgresError, doing: str) -> RelayError:
     if isinstance(error, asyncpg.InvalidCachedStatementError):
         # Of class 0A too, but another try, with the table as it is now, heals it.
         return Outage(f"PostgreSQL, while {doing}: a table was altered meanwhile [{state}]")
-    found = _listed(state) or Outage
+    found = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or Outage
     if getattr(error, "server_source_function", None) == _POLICY_CHECK:
         found = MessageRejected
     hint = getattr(error, "hint", None) or _REMEDIES.get(state, "")
@@ -169,10 +167,6 @@ def discreet(error: RelayError) -> RelayError:
     told.quoting = str(error)
     told.__cause__ = cause
     return told
-
-
-def _listed(state: str) -> type[RelayError] | None:
-    return _OWN.get(state) or _BY_STATE.get(state) or _BY_STATE.get(state[:2])
 
 
 @contextlib.contextmanager

@@ -85,9 +85,13 @@ def options_of(role: str, type_: str) -> type[msgspec.Struct]:
 def source_runs_everywhere(type_: str) -> bool:
     """Whether every relay of a group runs the pipelines with this type of source.
 
-    Imports the source's class, and nothing for other types. Raises as `build_source` does.
+    Imports the source's class, and nothing for other types. False for what can't be built: the one
+    relay that then owns it tells why.
     """
-    return bool(getattr(_resolve(SOURCES, "source", type_), "runs_everywhere", False))
+    try:
+        return bool(getattr(_resolve(SOURCES, "source", type_), "runs_everywhere", False))
+    except (ConfigurationError, ImportError):
+        return False
 
 
 def missing_extras() -> Sequence[str]:

@@ -224,13 +224,8 @@ class _Demo:
                 figures += f"   {bar(1 - left_s / seconds)} {left_s:.0f} s left"
             return (_ABOUT, _NATS_RUNS, figures)
 
-        async def kill_nats() -> str:
+        async def kill_nats() -> None:
             await asyncio.to_thread(self._nats.kill)
-            return ""
-
-        async def start_nats() -> str:
-            await self._nats.start()
-            return ""
 
         def lost() -> None:
             logs.show_on_stderr(shown=True)
@@ -246,7 +241,7 @@ class _Demo:
                 on_quit=self._closing.set,
                 on_lost=lost,
                 banner=banner,
-                keys=dict(zip(KEYS, (kill_nats, start_nats), strict=True)),
+                keys=dict(zip(KEYS, (kill_nats, self._nats.start), strict=True)),
                 stops_relay=True,
             ):
                 yield
@@ -322,17 +317,13 @@ def _on(servers: EmbeddedServers, settings: Settings) -> Settings:
     """The same settings on the demo's own database."""
     own = msgspec.structs.replace(
         settings.postgres,
-        url=_url_of(servers),
+        url=f"{servers.postgres_url.rpartition('/')[0]}/{_DATABASE}",
         sslmode=None,
         sslrootcert=None,
         sslcert=None,
         sslkey=None,
     )
     return msgspec.structs.replace(settings, postgres=own)
-
-
-def _url_of(servers: EmbeddedServers) -> str:
-    return f"{servers.postgres_url.rpartition('/')[0]}/{_DATABASE}"
 
 
 async def _fresh_database(url: str) -> None:

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 _REFRESH_CATALOG_S = 2.0
 _PAGE = 10
 
-Action = Callable[[], Awaitable[str]]
+Action = Callable[[], Awaitable[str | None]]
 
 
 class StatusView:
@@ -51,8 +51,8 @@ class StatusView:
     the view say so, and ask before it quits. ``on_lost`` is called once where the view can't go on,
     with the terminal restored, before the reason is logged. Both in the event loop's thread.
     ``banner`` gives lines for the top of the screen, ``keys`` are more keys, each with what it
-    does; that gives a line for the bottom. Use it as a context manager, where `can_show` is true:
-    leaving the block restores the terminal, whatever the reason.
+    does; that may give a line for the bottom. Use it as a context manager, where `can_show` is
+    true: leaving the block restores the terminal, whatever the reason.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class StatusView:
         while True:
             action = await self._actions.get()
             try:
-                notice = await action()
+                notice = await action() or ""
                 await self._watched.refresh()
             except RelayError as error:
                 notice = str(error)

@@ -38,7 +38,11 @@ class FileSink:
     def from_options(cls, options: Mapping[str, object], context: BackendContext) -> Self:
         """Build from the ``sink`` object of a pipeline. Raises `ConfigurationError`."""
         parsed = parse_options(options, FileSinkOptions, path="sink")
-        _check(parsed)
+        if parsed.format == "csv" and parsed.content is not None:
+            raise ConfigurationError(
+                "sink.content does not go with format csv",
+                remedy="the columns of csv are fixed; use jsonl or json_pretty",
+            )
         render = compile_routing(parsed.subject_template, parsed.routing)
         format_ = file_format(parsed.format, parsed.content or "envelope", context.dedup_namespace)
         if parsed.output is None:
@@ -106,11 +110,3 @@ class FileSink:
                 else:
                     failures.append(Failure(index, line))
         return lines, failures
-
-
-def _check(options: FileSinkOptions) -> None:
-    if options.format == "csv" and options.content is not None:
-        raise ConfigurationError(
-            "sink.content does not go with format csv",
-            remedy="the columns of csv are fixed; use jsonl or json_pretty",
-        )

@@ -155,7 +155,9 @@ class StdinSource(NothingExpires):
             # A poll that is cut off leaves what it reads in the input, not in its own hands.
             await asyncio.get_running_loop().run_in_executor(thread, self._read, timeout_s)
         self._is_interrupted = False
-        entries = _taken(self._stdin.undelivered, self._context.batch_size)
+        undelivered = self._stdin.undelivered
+        size = min(self._context.batch_size, len(undelivered))
+        entries = [undelivered.popleft() for _ in range(size)]
         if entries:
             return self._batch(entries)
         if self._stdin.is_exhausted:
@@ -219,7 +221,3 @@ class StdinSource(NothingExpires):
     def _release_from(self, sequence: int) -> None:
         for number in sorted((known for known in self._out if known >= sequence), reverse=True):
             self._stdin.undelivered.extendleft(reversed(self._out.pop(number)))
-
-
-def _taken(undelivered: deque[Entry], max_rows: int) -> list[Entry]:
-    return [undelivered.popleft() for _ in range(min(max_rows, len(undelivered)))]
