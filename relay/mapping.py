@@ -80,7 +80,7 @@ def compile_document(spec: str) -> ReadDocument:
         return lambda message: message.payload
     if form == "payload" and argument:
         path = _path(spec, argument)
-        return lambda message: _find(message.payload, path)
+        return lambda message: found_in(message.payload, path)
     raise ConfigurationError(
         f"{spec!r} does not say where a JSON document comes from",
         remedy="use payload or payload:a.b.c",
@@ -98,6 +98,38 @@ def header_value(headers: Mapping[str, str], name: str, lowered: str) -> str | N
     return next((text for other, text in headers.items() if other.lower() == lowered), None)
 
 
+def found_in(payload: bytes, path: tuple[str, ...]) -> bytes | None:
+    """The value at a path as the payload spells it, decoding nothing beside the way.
+
+    None where there is none, or null. Raises `MessageUndecodable` where the payload is not JSON.
+    """
+    here: bytes | msgspec.Raw = payload
+    for name in path:
+        try:
+            found = msgspec.json.decode(here, type=dict[str, msgspec.Raw]).get(name)
+        except msgspec.ValidationError:
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise MessageUndecodable(
+                f"the payload is not JSON that {'.'.join(path)} could be looked up in"
+            ) from None
+        if found is None:
+            return None
+        here = found
+    document = bytes(here)
+    return None if document == b"null" else document
+
+
+def single_value(document: bytes | None, path: tuple[str, ...]) -> str | None:
+    """Its text, a string's bare and all else as JSON spells it; None for none.
+
+    Raises `MessageUndecodable` for an object, an array, and what is not valid text.
+    """
+    if document is not None and document.startswith((b"{", b"[")):
+        raise MessageUndecodable(f"the payload's field {'.'.join(path)} is not a single value")
+    return _as_text(document, path)
+
+
 def _compile_text(spec: str, as_text: _AsText) -> ReadText:
     form, _, argument = spec.partition(":")
     if spec == "subject":
@@ -113,7 +145,7 @@ def _compile_text(spec: str, as_text: _AsText) -> ReadText:
         return lambda message: header_value(message.headers, argument, lowered)
     if form == "payload" and argument:
         path = _path(spec, argument)
-        return lambda message: as_text(_find(message.payload, path), path)
+        return lambda message: as_text(found_in(message.payload, path), path)
     raise ConfigurationError(
         f"{spec!r} does not say where a value comes from", remedy=f"use one of {FORMS}"
     )
@@ -125,7 +157,7 @@ def _compile_required(
     if spec is None:
         return None
     try:
-        read = _compile_text(spec, _as_single_value)
+        read = _compile_text(spec, single_value)
     except ConfigurationError as error:
         raise ConfigurationError(f"{key}: {error.problem}", remedy=error.remedy) from None
 
@@ -147,25 +179,6 @@ def _path(spec: str, argument: str) -> tuple[str, ...]:
     return path
 
 
-def _find(payload: bytes, path: tuple[str, ...]) -> bytes | None:
-    """The value as the payload spells it, decoding nothing beside the way; null counts as none."""
-    here: bytes | msgspec.Raw = payload
-    for name in path:
-        try:
-            found = msgspec.json.decode(here, type=dict[str, msgspec.Raw]).get(name)
-        except msgspec.ValidationError:
-            return None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise MessageUndecodable(
-                f"the payload is not JSON that {'.'.join(path)} could be looked up in"
-            ) from None
-        if found is None:
-            return None
-        here = found
-    document = bytes(here)
-    return None if document == b"null" else document
-
-
 def _as_text(document: bytes | None, path: tuple[str, ...]) -> str | None:
     if document is None:
         return None
@@ -177,9 +190,3 @@ def _as_text(document: bytes | None, path: tuple[str, ...]) -> str | None:
         raise MessageUndecodable(
             f"the payload's field {'.'.join(path)} is not valid text"
         ) from None
-
-
-def _as_single_value(document: bytes | None, path: tuple[str, ...]) -> str | None:
-    if document is not None and document.startswith((b"{", b"[")):
-        raise MessageUndecodable(f"the payload's field {'.'.join(path)} is not a single value")
-    return _as_text(document, path)

@@ -12,9 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
-import msgspec
-
 from relay.errors import MessageUndecodable, TemplateInvalid
+from relay.mapping import found_in, single_value
 from relay.message import RelayMessage
 
 VARIABLES: Mapping[str, Callable[[RelayMessage], str]] = {
@@ -95,17 +94,9 @@ def payload_field(payload: bytes, path: tuple[str, ...]) -> str:
 
     Raises `MessageUndecodable` where the path leads nowhere, to an object, an array or null.
     """
-    here: bytes | msgspec.Raw = payload
-    try:
-        for name in path:
-            here = msgspec.json.decode(here, type=dict[str, msgspec.Raw])[name]
-        text = bytes(here).decode().strip()
-        if text.startswith('"'):
-            return msgspec.json.decode(text, type=str)
-    except (msgspec.DecodeError, KeyError, UnicodeDecodeError, RecursionError):
-        raise MessageUndecodable(f"the payload has no field {'.'.join(path)}") from None
-    if text == "null" or text.startswith(("{", "[")):
-        raise MessageUndecodable(f"the payload's field {'.'.join(path)} is not a single value")
+    text = single_value(found_in(payload, path), path)
+    if text is None:
+        raise MessageUndecodable(f"the payload has no value at {'.'.join(path)}")
     return text
 
 
