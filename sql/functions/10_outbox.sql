@@ -107,8 +107,7 @@ begin
     if cardinality(found_names) > 1 then
         raise exception using
             errcode = 'RL003',
-            message = format('%s names more than one outbox', quote_literal(outbox)),
-            detail = format('It could be %s.', array_to_string(found_names, ', ')),
+            message = format('%s names more than one outbox: %s', quote_literal(outbox), array_to_string(found_names, ', ')),
             hint = 'name the table with its schema, or the outbox table';
     end if;
     if is_required and found_names is null then

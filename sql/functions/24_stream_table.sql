@@ -56,8 +56,7 @@ begin
     if remedy is not null then
         raise exception using
             errcode = 'insufficient_privilege',
-            message = 'the event triggers of pg_trickle would refuse what is to be created or dropped',
-            detail = 'They read its catalog with the rights of whoever changes a table or function.',
+            message = 'the event triggers of pg_trickle would refuse this: they read its catalog as whoever changes a table or function',
             hint = remedy;
     end if;
 end

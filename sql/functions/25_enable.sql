@@ -118,8 +118,8 @@ begin
     if not place.may_create then
         raise exception using
             errcode = 'insufficient_privilege',
-            message = format('%s may not create the capture function in schema %I', place.owner, place.nspname),
-            detail = 'It stands beside the table and belongs to the owner of the table.',
+            message = format('%s, who owns the table, may not create the capture function beside it in schema %I',
+                place.owner, place.nspname),
             hint = format('grant create on schema %I to %s', place.nspname, place.owner);
     end if;
     function_name := coalesce(place.made_before, @schema@.relay_free_name(
@@ -332,8 +332,7 @@ begin
         raise exception using
             errcode = 'RL001',
             message = format('there is no table %s', coalesce(stream_table, 'null')),
-            detail = 'The name is read like any table name: unquoted capitals are folded, and search_path counts.',
-            hint = 'name it with its schema, or with capture => ''none'' for a stream without a table';
+            hint = 'name it with its schema, capitals in quotes, or with capture => ''none'' for a stream without a table';
     end if;
     select o.reason, o.remedy
     into obstacle
@@ -347,17 +346,17 @@ begin
         (
             c.relkind not in ('r', 'p') or c.relpersistence = 't'
                 or n.nspname in ('pg_catalog', 'information_schema', @schema_name@),
-            'It is a view, a foreign, temporary or system table.',
+            'it is a view, a foreign, temporary or system table',
             coalesce(p.remedy, 'enable the outbox of an ordinary or partitioned table')
         ),
         (
             c.relispartition,
-            'It is a partition: what is written through its parent would be missing.',
+            'it is a partition, and what is written through its parent would be missing',
             p.remedy
         ),
         (
             exists (select from @schema@.relay_family(relation) as f where f.kind = 'f'),
-            'One of its partitions or children is a foreign table, for which PostgreSQL has no transition tables.',
+            'one of its partitions or children is a foreign table, for which PostgreSQL has no transition tables',
             'detach the foreign table, or publish with capture => ''none'''
         )
     ) as o (is_so, reason, remedy)
@@ -366,8 +365,7 @@ begin
     if found then
         raise exception using
             errcode = 'RL005',
-            message = format('%s cannot have an outbox', relation::regclass),
-            detail = obstacle.reason,
+            message = format('%s cannot have an outbox: %s', relation::regclass, obstacle.reason),
             hint = obstacle.remedy;
     end if;
     select k.name into unknown_column
@@ -581,8 +579,8 @@ begin
         if not refreshes.has_triggers or refreshes.refresh_mode = 'FULL' then
             raise exception using
                 errcode = 'RL005',
-                message = format('%s cannot have an outbox: nothing tells when it changes', relation::regclass),
-                detail = format('pg_trickle fires no trigger on it (%s), and rights to follow its refreshes are missing.',
+                message = format('%s cannot have an outbox: pg_trickle fires no trigger on it (%s), and rights to follow its refreshes are missing',
+                    relation::regclass,
                     case when refreshes.has_triggers then 'its refresh mode is FULL' else 'pg_trickle.user_triggers is off' end),
                 hint = refreshes.missing_grant;
         end if;
@@ -713,8 +711,8 @@ begin
     then
         raise exception using
             errcode = 'RL004',
-            message = format('outbox %I does not belong to %s', outbox_table, pg_get_userbyid(owner_role)::regrole),
-            detail = 'Its table was dropped, or given away together with its capture function.',
+            message = format('outbox %I does not belong to %s: its table was dropped, or given away together with its capture function',
+                outbox_table, pg_get_userbyid(owner_role)::regrole),
             hint = format('let a superuser or a member of %s call repair_outbox', quote_ident(current_user)::regrole);
     end if;
     problem := @schema@.relay_function_problem(function_id, relation, settings, 'capture');
@@ -880,8 +878,7 @@ begin
     else
         raise exception using
             errcode = 'RL004',
-            message = format('the capture function of outbox %I is gone', outbox_table),
-            detail = 'It is what shows to whom an outbox belongs.',
+            message = format('the capture function of outbox %I, which shows to whom it belongs, is gone', outbox_table),
             hint = 'let a superuser call disable_outbox';
     end if;
 end
@@ -939,10 +936,9 @@ exception
         end if;
         if v_hint = '' then
             raise;
-        elsif v_detail = '' then
-            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
         end if;
-        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
+        raise exception using
+            errcode = sqlstate, message = concat_ws(': ', sqlerrm, nullif(v_detail, '')), hint = v_hint;
 end
 $$;
 comment on function @schema@.relay_change_outbox(text, text, oid, @schema@.pgt_outbox_config, name[], boolean) is

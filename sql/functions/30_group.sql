@@ -23,27 +23,8 @@
 -- Making, finding, dropping
 -- ---------------------------------------------------------------------------
 
-create or replace function @schema@.create_consumer_group(
-    name text, outbox text, auto_offset_reset text default 'latest'
-) returns void
-language plpgsql volatile security invoker as $$
-begin
-    if not @schema@.relay_group_create(
-        name, @schema@.relay_outbox_named(outbox), auto_offset_reset)
-    then
-        raise exception using
-            errcode = 'RL023',
-            message = pg_catalog.format('consumer group "%s" exists already', name),
-            hint = pg_catalog.format('Choose another name, or: select %I.drop_consumer_group(%L);',
-                @schema_name@, name);
-    end if;
-end
-$$;
-comment on function @schema@.create_consumer_group(text, text, text) is
-    'Make a consumer group; the outbox is named like a table in a query, or by its own name, and stays the group''s under whatever name. From ''latest'' it delivers what is not visible now, transactions in progress included.';
-
 create or replace function @schema@.relay_group_create(
-    p_group text, p_outbox_table text, p_start text default 'earliest'
+    p_group text, p_outbox_table text, p_start text default 'earliest', p_is_new boolean default false
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -61,9 +42,8 @@ begin
     if v_outbox.sequence_cache > 1 then
         raise exception using
             errcode = 'RL005',
-            message = format('outbox "%s" hands out ids in blocks of %s',
+            message = format('outbox "%s" hands out ids in blocks of %s, older than the lock that tells who may still use them',
                 p_outbox_table, v_outbox.sequence_cache),
-            detail = 'Ids drawn from a cached block are older than the lock that tells who may still use them.',
             hint = format('alter table %s alter column id set cache 1;', v_outbox.outbox_relation);
     end if;
 
@@ -71,6 +51,12 @@ begin
     values (p_group, p_outbox_table, v_outbox.pgt_id, p_start)
     on conflict (group_name) do nothing;
     v_is_new := found;
+    if p_is_new and not v_is_new then
+        raise exception using
+            errcode = 'RL023',
+            message = format('consumer group "%s" exists already', p_group),
+            hint = format('Choose another name, or: select %I.drop_consumer_group(%L);', @schema_name@, p_group);
+    end if;
     g := @schema@.relay_group_find(p_group, true);
     if g.outbox_table_name <> p_outbox_table then
         raise exception using
@@ -85,8 +71,21 @@ begin
     return v_is_new;
 end
 $$;
-comment on function @schema@.relay_group_create(text, text, text) is
-    'Definer, since only functions write groups. Make a consumer group on an outbox table; false where it exists and reads the same one.';
+comment on function @schema@.relay_group_create(text, text, text, boolean) is
+    'Definer, since only functions write groups. Make a consumer group on an outbox table; where it exists and reads the same one false, or RL023 if it has to be new.';
+
+create or replace function @schema@.create_consumer_group(
+    name text, outbox text, auto_offset_reset text default 'latest'
+) returns void
+language sql volatile security invoker as $$
+    -- Of type void, like the function, so that PostgreSQL puts it in the place of the call.
+    select case
+        when @schema@.relay_group_create(name, @schema@.relay_outbox_named(outbox), auto_offset_reset, true)
+        then null::pg_catalog.void
+    end
+$$;
+comment on function @schema@.create_consumer_group(text, text, text) is
+    'Make a consumer group; the outbox is named like a table in a query, or by its own name, and stays the group''s under whatever name. From ''latest'' it delivers what is not visible now, transactions in progress included.';
 
 create or replace function @schema@.relay_group_to_end(p_group @schema@.relay_groups) returns void
 language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
@@ -142,11 +141,10 @@ begin
         if pg_is_in_recovery() or v_isolation not in ('read committed', 'read uncommitted') then
             raise exception using
                 errcode = 'RL005',
-                message = format('consumer groups can''t be used %s', case
+                message = format('consumer groups can''t be used %s: a row that commits late could be lost', case
                     when pg_is_in_recovery() then 'on a standby'
                     else 'at isolation level ' || v_isolation
                 end),
-                detail = 'With one snapshot for the whole transaction, or without locks, a row that commits late could be lost.',
                 hint = 'Use READ COMMITTED on the primary: begin isolation level read committed.';
         end if;
         perform from @schema@.relay_groups as r where r.group_name = p_group for no key update;
@@ -196,8 +194,8 @@ begin
     if v_other is not null then
         raise exception using
             errcode = 'RL023',
-            message = format('consumer group "%s" belongs to pipeline "%s"', p_group, v_other),
-            detail = 'Each of two pipelines would get a part of the rows.',
+            message = format('consumer group "%s" belongs to pipeline "%s": each of two would get a part of the rows',
+                p_group, v_other),
             hint = 'Give each pipeline a consumer group of its own; parallelism adds workers to a pipeline.';
     end if;
 end
@@ -222,9 +220,8 @@ begin
     if g.outbox_table_name <> outbox_table or g.relay_group_id <> p_relay_group_id then
         raise exception using
             errcode = 'RL023',
-            message = format('consumer group "%s" reads outbox "%s" for relay group "%s"',
+            message = format('consumer group "%s" reads outbox "%s" for relay group "%s": another would get a part of the rows',
                 p_group, g.outbox_table_name, coalesce(g.relay_group_id, p_relay_group_id)),
-            detail = 'Another relay group would get a part of the rows.',
             hint = format('Use another consumer group. Once the relays of that group are gone: select %I.relay_forget_group(%L);',
                 @schema_name@, g.relay_group_id);
     end if;
@@ -252,9 +249,8 @@ begin
     update @schema@.relay_groups as r set relay_group_id = null where r.group_name = p_group;
     if found then
         raise notice using
-            message = format('consumer group "%s" stays, with its position', p_group),
-            detail = 'It holds back retention. A pipeline that names it goes on where this one stopped.',
-            hint = format('Where nobody will: select %I.drop_consumer_group(%L);', @schema_name@, p_group);
+            message = format('consumer group "%s" stays, with its position, and holds back retention', p_group),
+            hint = format('A pipeline that names it goes on where this one stopped. Where none will: select %I.drop_consumer_group(%L);', @schema_name@, p_group);
     end if;
 end
 $$;
@@ -266,13 +262,13 @@ returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_group_id bigint;
-    g @schema@.relay_groups;
+    v_hint text;
 begin
     delete from @schema@.relay_groups as r
     where r.group_name = name
     returning r.group_id into v_group_id;
     if not found and if_exists is not true then
-        g := @schema@.relay_group_find(name, false);
+        perform @schema@.relay_group_find(name, false);
     end if;
     -- Leases first: this waits for a release in progress, whose rows the next statement then sees.
     delete from @schema@.relay_group_leases as l where l.group_id = v_group_id;
@@ -280,6 +276,10 @@ begin
     delete from @schema@.relay_group_gaps as p where p.group_id = v_group_id;
     delete from @schema@.relay_group_cohorts as c where c.group_id = v_group_id;
     delete from @schema@.relay_group_consumers as c where c.group_id = v_group_id;
+exception
+    when sqlstate 'RL022' then
+        get stacked diagnostics v_hint = pg_exception_hint;
+        raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
 end
 $$;
 comment on function @schema@.drop_consumer_group(text, boolean) is
@@ -300,6 +300,7 @@ create or replace function @schema@.poll_outbox(
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_poll record;
+    v_hint text;
 begin
     v_poll := @schema@.relay_group_poll("group", consumer, batch_size, visibility_seconds, max_bytes);
     return query execute format(
@@ -317,6 +318,10 @@ begin
         order by o.id
         $query$, v_poll.outbox_relation)
     using v_poll.lease_token, v_poll.outbox_ids;
+exception
+    when sqlstate 'RL022' or sqlstate 'RL005' or invalid_parameter_value then
+        get stacked diagnostics v_hint = pg_exception_hint;
+        raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
 end
 $$;
 comment on function @schema@.poll_outbox(text, text, integer, integer, bigint) is
@@ -361,9 +366,8 @@ begin
     if v_outbox.last_id < g.frontier then
         raise exception using
             errcode = 'RL005',
-            message = format('consumer group "%s" stands at id %s, but outbox "%s" ends at id %s',
+            message = format('consumer group "%s" stands at id %s, but outbox "%s" ends at id %s: it was made again or restored',
                 p_group, g.frontier, g.outbox_table_name, v_outbox.last_id),
-            detail = 'The outbox was made again or restored from an older state; its next rows would be skipped.',
             hint = format('select %I.seek_offset(%L, %L, 0);', @schema_name@, p_group, consumer);
     end if;
     if v_outbox.pgt_id <> g.pgt_id then
@@ -674,16 +678,17 @@ comment on function @schema@.relay_group_lease(@schema@.relay_groups, text, bigi
 -- out and is delivered again.
 
 create or replace function @schema@.relay_group_find_lease(
-    p_group text, p_consumer text, p_lease_token uuid, p_last_offset bigint default null
-) returns @schema@.relay_group_leases
+    p_group text, p_consumer text, p_lease_token uuid, p_last_offset bigint,
+    out lease @schema@.relay_group_leases, out problem text[]
+)
 language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
-    v_lease @schema@.relay_group_leases;
+    v_hint text;
     v_token uuid := nullif(p_lease_token, '00000000-0000-0000-0000-000000000000');
     g @schema@.relay_groups;
 begin
     -- A lease that has run out but was not taken over is still good: nobody else has its rows.
-    select l.* into v_lease
+    select l.* into lease
     from @schema@.relay_groups as r
     join @schema@.relay_group_consumers as c using (group_id)
     join @schema@.relay_group_leases as l using (group_id, consumer_id)
@@ -692,25 +697,32 @@ begin
         and l.lease_token = coalesce(v_token, c.newest_lease)
     for update of l;
     if found then
-        return v_lease;
+        return;
     end if;
-    g := @schema@.relay_group_find(p_group, false);
+    begin
+        g := @schema@.relay_group_find(p_group, false);
+    exception
+        when sqlstate 'RL022' then
+            get stacked diagnostics v_hint = pg_exception_hint;
+            problem := array[sqlstate, sqlerrm, v_hint];
+            return;
+    end;
     if v_token is null and p_last_offset <= g.watermark and not exists (
         select
         from @schema@.relay_group_consumers as c
         where c.group_id = g.group_id and c.consumer_id = p_consumer and c.newest_lease is not null)
     then
-        return null;
+        return;
     end if;
-    raise exception using
-        errcode = 'RL021',
-        message = format('the lease of consumer "%s" of group "%s" is lost', p_consumer, p_group),
-        detail = 'It was settled or released before, or it ran out and its rows went to another consumer.',
-        hint = 'Poll again. Ask for a longer lease, or extend it while work goes on.';
+    problem := array[
+        'RL021',
+        format('the lease of consumer "%s" of group "%s" is lost: it was settled, or it ran out and another consumer has its rows',
+            p_consumer, p_group),
+        'Poll again. Ask for a longer lease, or extend it while work goes on.'];
 end
 $$;
 comment on function @schema@.relay_group_find_lease(text, text, uuid, bigint) is
-    'The lease of this token, locked; null where nothing is leased and all up to the offset is settled; RL021 where it is lost, RL022 where the group itself is missing.';
+    'The lease of this token, locked; null where nothing is leased and all up to the offset is settled. Returns what is wrong, for the caller to raise: RL021 where the lease is lost, RL022 where the group itself is missing, each with message and hint.';
 
 create or replace function @schema@.commit_offset(
     "group" text, consumer text, last_offset bigint,
@@ -722,10 +734,14 @@ declare
     consumer text not null := commit_offset.consumer;
     last_offset bigint not null := commit_offset.last_offset;
     lease_token uuid not null := commit_offset.lease_token;
-    v_lease @schema@.relay_group_leases;
+    v_found record := @schema@.relay_group_find_lease("group", consumer, lease_token, last_offset);
+    v_lease @schema@.relay_group_leases := v_found.lease;
     v_rest bigint[];
 begin
-    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token, last_offset);
+    if v_found.problem is not null then
+        raise exception using
+            errcode = v_found.problem[1], message = v_found.problem[2], hint = v_found.problem[3];
+    end if;
     v_rest := array(
         select i.id from unnest(v_lease.outbox_ids) as i (id) where i.id > last_offset order by i.id);
     if v_rest <> '{}' then
@@ -756,6 +772,7 @@ declare
     consumer text not null := extend_lease.consumer;
     extension_seconds integer not null := extend_lease.extension_seconds;
     lease_token uuid not null := extend_lease.lease_token;
+    v_found record;
     v_lease @schema@.relay_group_leases;
 begin
     if extension_seconds not between 1 and 604800 then
@@ -764,7 +781,12 @@ begin
             message = format('a lease of %s seconds is out of range', extension_seconds),
             hint = 'Lease rows for 1 to 604800 seconds (a week).';
     end if;
-    v_lease := @schema@.relay_group_find_lease("group", consumer, lease_token);
+    v_found := @schema@.relay_group_find_lease("group", consumer, lease_token, null);
+    if v_found.problem is not null then
+        raise exception using
+            errcode = v_found.problem[1], message = v_found.problem[2], hint = v_found.problem[3];
+    end if;
+    v_lease := v_found.lease;
     v_lease.expires_at := greatest(
         v_lease.expires_at, clock_timestamp() + make_interval(secs => extension_seconds));
     update @schema@.relay_group_leases as l
@@ -815,9 +837,11 @@ returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     new_offset bigint not null := seek_offset.new_offset;
-    g @schema@.relay_groups := @schema@.relay_group_find("group", true);
+    g @schema@.relay_groups;
     v_outbox record;
+    v_hint text;
 begin
+    g := @schema@.relay_group_find("group", true);
     select * into v_outbox from @schema@.relay_outbox_of(g.outbox_table_name);
     if new_offset not between 0 and v_outbox.last_id then
         raise exception using
@@ -828,9 +852,8 @@ begin
     end if;
     if new_offset < v_outbox.swept_through then
         raise warning using
-            message = format('rows of outbox "%s" up to id %s were deleted by retention',
-                g.outbox_table_name, v_outbox.swept_through),
-            detail = format('Consumer group "%s" starts with what is left.', "group");
+            message = format('rows of outbox "%s" up to id %s were deleted by retention: consumer group "%s" starts with what is left',
+                g.outbox_table_name, v_outbox.swept_through, "group");
     end if;
     -- Leases first: this waits for a release in progress, whose rows the next statement then sees.
     delete from @schema@.relay_group_leases as l where l.group_id = g.group_id;
@@ -846,6 +869,10 @@ begin
     where r.group_id = g.group_id;
     -- Last, as extend_lease does it: leases before consumers.
     perform @schema@.consumer_heartbeat("group", consumer);
+exception
+    when sqlstate 'RL022' or sqlstate 'RL005' then
+        get stacked diagnostics v_hint = pg_exception_hint;
+        raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
 end
 $$;
 comment on function @schema@.seek_offset(text, text, bigint) is
@@ -854,7 +881,7 @@ comment on function @schema@.seek_offset(text, text, bigint) is
 create or replace function @schema@.consumer_heartbeat("group" text, consumer text) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-    g @schema@.relay_groups;
+    v_hint text;
 begin
     insert into @schema@.relay_group_consumers as c (group_id, consumer_id, last_heartbeat_at)
     select r.group_id, consumer, clock_timestamp()
@@ -863,7 +890,13 @@ begin
     on conflict (group_id, consumer_id) do update
     set last_heartbeat_at = excluded.last_heartbeat_at;
     if not found then
-        g := @schema@.relay_group_find("group", false);
+        begin
+            perform @schema@.relay_group_find("group", false);
+        exception
+            when sqlstate 'RL022' then
+                get stacked diagnostics v_hint = pg_exception_hint;
+                raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+        end;
     end if;
 end
 $$;
@@ -879,8 +912,10 @@ returns table (
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
-    g @schema@.relay_groups := @schema@.relay_group_find("group", false);
+    g @schema@.relay_groups;
+    v_hint text;
 begin
+    g := @schema@.relay_group_find("group", false);
     return query
     select
         c.consumer_id,
@@ -898,6 +933,10 @@ begin
     cross join @schema@.relay_outbox_of(g.outbox_table_name) as o
     where c.group_id = g.group_id
     order by c.consumer_id;
+exception
+    when sqlstate 'RL022' then
+        get stacked diagnostics v_hint = pg_exception_hint;
+        raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
 end
 $$;
 comment on function @schema@.consumer_lag(text) is

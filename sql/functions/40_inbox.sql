@@ -349,8 +349,7 @@ begin
     if v_problems <> '{}' then
         raise exception using
             errcode = 'RL032',
-            message = format('table %s does not fit as an inbox', v_table),
-            detail = array_to_string(v_problems, E'\n'),
+            message = format('table %s does not fit as an inbox: %s', v_table, array_to_string(v_problems, '; ')),
             hint = 'Change the table, or say which column is meant, as in event_id_column => ''id''. Where policies need not hold, say policies => ''bypassed''.';
     elsif not pg_has_role(v_owner, 'usage') then
         raise exception using
@@ -438,10 +437,9 @@ exception
         get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
         if v_hint = '' then
             raise;
-        elsif v_detail = '' then
-            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
         end if;
-        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
+        raise exception using
+            errcode = sqlstate, message = concat_ws(': ', sqlerrm, nullif(v_detail, '')), hint = v_hint;
 end
 $$;
 comment on function @schema@.relay_build_inbox(@schema@.relay_inboxes, name[]) is
@@ -490,8 +488,8 @@ begin
     if v_problems <> '{}' then
         raise exception using
             errcode = '42501',
-            message = format('nothing proves that you may make %I.%I an inbox', i.inbox_schema, i.inbox_table),
-            detail = array_to_string(v_problems, E'\n'),
+            message = format('nothing proves that you may make %I.%I an inbox: %s',
+                i.inbox_schema, i.inbox_table, array_to_string(v_problems, '; ')),
             hint = format('Use %I.enable_inbox_tracking.', @schema_name@);
     end if;
     select r.* into v_other
@@ -508,8 +506,8 @@ begin
         then
             raise exception using
                 errcode = 'RL031',
-                message = format('inbox "%s" exists already', v_other.inbox_name),
-                detail = format('%I.%I is its table.', v_other.inbox_schema, v_other.inbox_table),
+                message = format('inbox "%s" exists already: %I.%I is its table',
+                    v_other.inbox_name, v_other.inbox_schema, v_other.inbox_table),
                 hint = format('Choose another name, or: select %I.%I(%L);', @schema_name@,
                     case when v_other.adopted then 'disable_inbox_tracking' else 'drop_inbox' end, v_other.inbox_name);
         end if;
@@ -689,8 +687,8 @@ begin
     elsif p_with_table and p_inbox.adopted then
         raise exception using
             errcode = 'RL033',
-            message = format('inbox "%s" is an adopted table and is not dropped', p_inbox.inbox_name),
-            detail = format('%I.%I was there before it became an inbox.', p_inbox.inbox_schema, p_inbox.inbox_table),
+            message = format('inbox "%s" is an adopted table and is not dropped: %I.%I was there before',
+                p_inbox.inbox_name, p_inbox.inbox_schema, p_inbox.inbox_table),
             hint = format('select %I.disable_inbox_tracking(%L);', @schema_name@, p_inbox.inbox_name);
     elsif not p_with_table and p_inbox.inbox_schema = @schema_name@ then
         raise exception using

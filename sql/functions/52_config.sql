@@ -23,8 +23,7 @@ begin
         if v_taken <> v_direction then
             raise exception using
                 errcode = 'RL012',
-                message = format('there is a %s pipeline "%s" already', v_taken, new.name),
-                detail = 'Names are unique over both directions.',
+                message = format('there is a %s pipeline "%s" already: names are unique over both directions', v_taken, new.name),
                 hint = format('Choose another name, or: select %I.delete_relay(%L);', @schema_name@, new.name);
         end if;
     end if;
@@ -142,10 +141,9 @@ exception
         get stacked diagnostics v_detail = pg_exception_detail, v_hint = pg_exception_hint;
         if v_hint = '' then
             raise;
-        elsif v_detail = '' then
-            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
         end if;
-        raise exception using errcode = sqlstate, message = sqlerrm, detail = v_detail, hint = v_hint;
+        raise exception using
+            errcode = sqlstate, message = concat_ws(': ', sqlerrm, nullif(v_detail, '')), hint = v_hint;
 end
 $$;
 comment on function @schema@.relay_set_pipeline(text, text, jsonb, boolean, text, integer, integer, text, boolean) is

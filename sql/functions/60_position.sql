@@ -99,8 +99,7 @@ begin
     if v_bound <> coalesce(p_outbox_table, '') then
         raise exception using
             errcode = 'RL020',
-            message = format('pipeline "%s" reads outbox "%s", not %L', v_pipeline, v_bound, p_outbox_table),
-            detail = 'It was set again meanwhile.',
+            message = format('pipeline "%s" was set again and reads outbox "%s", not %L', v_pipeline, v_bound, p_outbox_table),
             hint = 'Read its configuration again.';
     end if;
     perform
@@ -117,8 +116,8 @@ begin
     if found then
         raise exception using
             errcode = 'RL020',
-            message = format('the positions of pipeline "%s" are those of other readers', v_pipeline),
-            detail = 'partitions or key_columns were changed.',
+            message = format('the positions of pipeline "%s" are those of other readers: partitions or key_columns were changed',
+                v_pipeline),
             hint = 'Relays bring them together by themselves, once all former readers have stopped.';
     end if;
 
@@ -258,13 +257,11 @@ begin
         where r.relay_group_id = p_relay_group_id and r.pipeline_id = p_pipeline;
         raise exception using
             errcode = 'RL020',
-            message = format('pipeline "%s" of relay group "%s" has another owner',
-                p_pipeline, p_relay_group_id),
-            detail = case
-                when o.epoch is null then 'Its position was deleted.'
-                else format('The position is at epoch %s, owned by %s; this worker has epoch %s.',
+            message = format('pipeline "%s" of relay group "%s" has another owner: %s', p_pipeline, p_relay_group_id, case
+                when o.epoch is null then 'its position was deleted'
+                else format('its position is at epoch %s, owned by %s, and this worker has epoch %s',
                     o.epoch, coalesce(o.worker_id, 'nobody'), coalesce(p_epoch::text, 'null'))
-            end,
+            end),
             hint = 'Stop this worker. What it has not committed is delivered again by the owner.';
     end if;
 
@@ -316,8 +313,7 @@ begin
         raise exception using
             errcode = 'RL024',
             message = format('relay group "%s" is at work', relay_group_id),
-            detail = 'Without its positions it would deliver everything again.',
-            hint = 'Stop its relays first.';
+            hint = 'Stop its relays first: without its positions they would deliver everything again.';
     end if;
     delete from @schema@.relay_consumer_offsets as o
     where o.relay_group_id = relay_forget_group.relay_group_id;

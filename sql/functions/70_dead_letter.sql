@@ -192,8 +192,7 @@ begin
     if @schema@.relay_dlq_put_back(array[id]) = 0 then
         raise exception using
             errcode = 'RL040',
-            message = format('there is no dead letter %s', id),
-            detail = 'It was delivered or purged, or never existed.',
+            message = format('there is no dead letter %s: it was delivered or purged, or never existed', id),
             hint = format('select id, pipeline, error from %I.relay_dlq_list();', @schema_name@);
     end if;
 end

@@ -462,7 +462,7 @@ def test_a_proof_of_an_earlier_transaction_or_for_something_else_proves_nothing(
         alice.run(f"{prove.format('another')}; {register}")
 
     for said in (earlier, something_else):
-        assert said.message_detail == "no comment of this transaction on its function"
+        assert said.message_primary.endswith(": no comment of this transaction on its function")
     assert boss.value("select policies from pgtrickle.relay_inboxes") == "enforced"
 
 
@@ -560,7 +560,7 @@ def test_policies_that_would_not_hold_are_passed_by_only_where_the_owner_says_so
 
     with alice.refused("RL032") as said:
         alice.run(ADOPT)
-    assert "force row level security" in said.message_detail
+    assert "force row level security" in said.message_primary
     alice.run(ADOPT.replace("')", "', policies => 'bypassed')"))
 
     assert boss.value("select status from pgtrickle.inbox_status('mine')") == "healthy"

@@ -51,7 +51,6 @@ class Refusal:
     """What the server said; absent parts are empty."""
 
     message_primary: str = ""
-    message_detail: str = ""
     message_hint: str = ""
 
 
@@ -89,7 +88,6 @@ class Session:
         said = failure.value.diag
         assert failure.value.sqlstate == state, failure.value
         refusal.message_primary = self._heard(said.message_primary or "")
-        refusal.message_detail = self._heard(said.message_detail or "")
         refusal.message_hint = self._heard(said.message_hint or "")
 
     def new_role(self, name: str, *member_of: str) -> None:

@@ -164,7 +164,7 @@ def test_tables_of_one_name_in_two_schemas_have_outboxes_of_their_own(orders: Se
     orders.run("set search_path = pg_catalog")
     with orders.refused("RL003") as said:
         orders.run("select pgtrickle.relay_outbox_named('orders')")
-    assert "outbox_orders" in said.message_detail
+    assert "outbox_orders" in said.message_primary
 
 
 def test_ids_of_an_outbox_enabled_again_continue_above_the_old_ones(orders: Session) -> None:

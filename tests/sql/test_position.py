@@ -67,7 +67,7 @@ def test_who_lost_the_pipeline_can_write_nothing(db: Session) -> None:
 
     with db.refused("RL020") as said:
         db.run(COMMIT, 1, 20, [], [1], [1])
-    assert "owned by w2" in said.message_detail
+    assert "owned by w2" in said.message_primary
     with db.refused("RL020"):
         db.run("select pgtrickle.relay_commit('default', 'p', 1, 5, p_is_reset => true)")
     with db.refused("RL020"):
