@@ -56,17 +56,11 @@ _SCALARS: Mapping[object, str] = {str: "text", int: "integer", float: "number", 
 _HEAD = """\
 -- Written by scripts/docs.py from the options types: whoever declares a key there changes this.
 
-create or replace function @schema@.relay_key_rules()
-returns jsonb
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $rules$
+create or replace function @schema@.relay_key_rules() returns jsonb
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $rules$
     select $json$"""
 _TAIL = """$json$::jsonb
 $rules$;
-
 comment on function @schema@.relay_key_rules() is
     'Keys of pipelines and of each backend''s sink and source, with what holds for them.';
 """

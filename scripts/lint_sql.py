@@ -2,7 +2,8 @@
 
 Reads `sql/` of the checkout, or the files and directories named, prints one line for each finding,
 and ends with 1 when there is one. It reads tokens, not grammar: strings, comments and quoted names
-are left alone, bodies of functions and DO blocks are read like the rest.
+are left alone, bodies of functions and DO blocks are read like the rest. ``--fix`` writes the heads
+of functions as they should stand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCHEMA = "@schema@"
+WIDTH = 100
 COMMENTED = ("table", "view", "function", "procedure", "type", "trigger", "index")
 ATTRIBUTES = {
     "language": 0,
@@ -118,6 +120,7 @@ def check(text: str) -> list[Finding]:
         *_qualification(created),
         *_comments(text, created, parts),
         *_functions(created, parts),
+        *_heads(text),
     ]
     return sorted(set(findings), key=lambda finding: (finding.line, finding.rule))
 
@@ -259,6 +262,91 @@ def _attributes(statement: tuple[Token, ...]) -> list[tuple[str, str]]:
     return found
 
 
+_CREATED = re.compile(r"^create or replace (?:function|procedure) [\w.@]+", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"\s(language (?:sql|plpgsql)\b[^$]*\bas \$\w*\$)\n")
+_APART = re.compile(r"(?<=\$;\n)\n(?=comment on (?:function|procedure) )")
+_SHORT_COMMENT = re.compile(
+    r"^(comment on (?:function|procedure|view|trigger) [^\n']+ is)\n    ('[^\n]*;)$", re.MULTILINE
+)
+
+
+def standing_form(text: str) -> str:
+    """The same SQL with the heads of its functions as they should stand.
+
+    Parameters, and the columns of a result, fill lines of `WIDTH`; what is returned stands behind
+    them, all attributes stand in one line, and the comment follows the body.
+    """
+    pieces = []
+    end = 0
+    for found in _CREATED.finditer(text):
+        arguments = _closing(text, found.end())
+        attributes = _ATTRIBUTES.search(text, arguments)
+        if attributes is None or "--" in text[arguments : attributes.end()]:
+            continue
+        head = _head(
+            found[0],
+            text[found.end() : arguments],
+            re.sub(r"(?<=\() | (?=\))", "", " ".join(text[arguments : attributes.start()].split())),
+            " ".join(attributes[1].split()),
+        )
+        pieces += [text[end : found.start()], "\n".join(head), "\n"]
+        end = attributes.end()
+    joined = _APART.sub("", "".join([*pieces, text[end:]]))
+    return _SHORT_COMMENT.sub(
+        lambda found: one if len(one := f"{found[1]} {found[2]}") <= WIDTH else found[0], joined
+    )
+
+
+def _head(start: str, arguments: str, returns: str, attributes: str) -> list[str]:
+    lines = _listed(start, arguments)
+    if len(f"{lines[-1]} {returns}") <= WIDTH:
+        lines[-1] = f"{lines[-1]} {returns}".strip()
+    elif returns.startswith("returns table ("):
+        before = f"{lines.pop()} " if lines[-1] == ")" else ""
+        lines += _listed(f"{before}returns table ", returns.removeprefix("returns table "))
+    else:
+        lines.append(returns)
+    return [*lines, *_filled(re.split(" (?=set )", attributes))]
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at ``start`` has ended."""
+    depth = 0
+    for found in re.finditer(r"'[^']*'|[()]", text[start:]):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if depth == 0:
+            return start + found.end()
+    return len(text)
+
+
+def _listed(start: str, parenthesis: str) -> list[str]:
+    """What is between parentheses, in one line or in as few as it fits into."""
+    inner = " ".join(parenthesis[1:-1].split())
+    one = f"{start}({inner})"
+    if len(one) <= WIDTH:
+        return [one]
+    items = re.findall(r"(?:'[^']*'|\([^)]*\)|[^,'(])+,?", inner)
+    return [f"{start}(", *(f"    {line}" for line in _filled(items, WIDTH - 4)), ")"]
+
+
+def _filled(items: Iterable[str], width: int = WIDTH) -> list[str]:
+    lines: list[str] = []
+    for item in map(str.strip, items):
+        if lines and len(f"{lines[-1]} {item}") <= width:
+            lines[-1] += f" {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
+def _heads(text: str) -> Iterator[Finding]:
+    wanted = standing_form(text).split("\n")
+    for number, (line, better) in enumerate(zip(text.split("\n"), wanted, strict=False), start=1):
+        if line != better:
+            yield Finding(number, "head", f"scripts/check --fix writes it as: {better}")
+            return
+
+
 def sql_files(paths: Iterable[Path]) -> list[Path]:
     """The files themselves, and all SQL files below the directories."""
     return sorted(
@@ -269,9 +357,12 @@ def sql_files(paths: Iterable[Path]) -> list[Path]:
 def main(arguments: list[str]) -> int:
     """Lint what was named, by default `sql/`; 1 when something was found."""
     root = Path(__file__).resolve().parent.parent
-    files = sql_files([Path(argument) for argument in arguments] or [root / "sql"])
+    named = [Path(argument) for argument in arguments if argument != "--fix"]
+    files = sql_files(named or [root / "sql"])
     count = 0
     for file in files:
+        if "--fix" in arguments:
+            file.write_text(standing_form(file.read_text(encoding="utf-8")), encoding="utf-8")
         for finding in check(file.read_text(encoding="utf-8")):
             shown = file.relative_to(root) if file.is_relative_to(root) else file
             print(f"{shown}:{finding.line}: {finding.rule}: {finding.text}")

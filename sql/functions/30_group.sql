@@ -24,7 +24,8 @@
 -- ---------------------------------------------------------------------------
 
 create or replace function @schema@.relay_group_create(
-    p_group text, p_outbox_table text, p_start text default 'earliest', p_is_new boolean default false
+    p_group text, p_outbox_table text, p_start text default 'earliest',
+    p_is_new boolean default false
 ) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare

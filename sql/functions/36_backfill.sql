@@ -56,9 +56,8 @@ $$;
 comment on function @schema@.relay_backfill_key(oid) is
     'The unique key in whose order the rows of a table r are read, and SQL text about it: its columns, up and down, its value, its value as texts, and the values of the texts $1 and $2. The primary key, or the first that has no nulls; null without one. Types of others, whose operators would run as the owner, are not compared.';
 
-create or replace function @schema@.relay_backfill_source(
-    settings @schema@.pgt_outbox_config
-) returns text
+create or replace function @schema@.relay_backfill_source(settings @schema@.pgt_outbox_config)
+returns text
 language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select format(
         $source$

@@ -1,12 +1,7 @@
 -- Written by scripts/docs.py from the options types: whoever declares a key there changes this.
 
-create or replace function @schema@.relay_key_rules()
-returns jsonb
-language sql
-immutable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $rules$
+create or replace function @schema@.relay_key_rules() returns jsonb
+language sql immutable security invoker set search_path = pg_catalog, pg_temp as $rules$
     select $json${
 "rules": [
 {"in": ["pipeline"], "keys": ["config_version"], "is": "integer", "ge": 1, "le": 1},
@@ -160,6 +155,5 @@ as $rules$
 "secret_hint": "Write a reference that the relay resolves, and nothing beside it: ${env:NAME} or ${file:/run/secrets/name}. \"allow_plaintext_secrets\": true takes it as it is."
 }$json$::jsonb
 $rules$;
-
 comment on function @schema@.relay_key_rules() is
     'Keys of pipelines and of each backend''s sink and source, with what holds for them.';

@@ -3,26 +3,11 @@
 -- What is to be sent again stands in a table of its own: asking for it rewrites no letter.
 
 create or replace function @schema@.relay_dead_letter(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_direction text,
-    p_dedup_keys text[],
-    p_subjects text[],
-    p_message_keys text[],
-    p_ops text[],
-    p_headers jsonb[],
-    p_payloads bytea[],
-    p_metadata jsonb[],
-    p_error_kinds text[],
-    p_errors text[],
-    p_attempts integer[]
-)
-returns bigint[]
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_direction text, p_dedup_keys text[],
+    p_subjects text[], p_message_keys text[], p_ops text[], p_headers jsonb[], p_payloads bytea[],
+    p_metadata jsonb[], p_error_kinds text[], p_errors text[], p_attempts integer[]
+) returns bigint[]
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_pipeline text := @schema@.relay_pipeline_of(p_pipeline);
     v_ids bigint[];
@@ -79,39 +64,18 @@ begin
     return v_ids;
 end
 $$;
-
 comment on function @schema@.relay_dead_letter(text, text, text, text[], text[], text[], text[], jsonb[], bytea[], jsonb[], text[], text[], integer[]) is
     'Definer, since only functions write dead letters. Store messages that can''t be delivered and return their entries'' ids, in order. A message that is there already gets no second entry: its attempts add up. Those of a reader (orders/3) are its pipeline''s.';
 
 create or replace function @schema@.relay_dlq_list(
-    name text default null,
-    limit_rows integer default 100,
-    newest_first boolean default false
-)
-returns table (
-    id bigint,
-    relay_group_id text,
-    pipeline text,
-    direction text,
-    dedup_key text,
-    subject text,
-    message_key text,
-    op text,
-    headers jsonb,
-    payload bytea,
-    metadata jsonb,
-    error_kind text,
-    error text,
-    attempts integer,
-    first_failed_at timestamptz,
-    last_failed_at timestamptz,
+    name text default null, limit_rows integer default 100, newest_first boolean default false
+) returns table (
+    id bigint, relay_group_id text, pipeline text, direction text, dedup_key text, subject text,
+    message_key text, op text, headers jsonb, payload bytea, metadata jsonb, error_kind text,
+    error text, attempts integer, first_failed_at timestamptz, last_failed_at timestamptz,
     retry_requested_at timestamptz
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select
         d.id, d.relay_group_id, d.pipeline, d.direction, d.dedup_key, d.subject, d.message_key,
         d.op, d.headers, d.payload, d.metadata, d.error_kind, d.error, d.attempts,
@@ -136,17 +100,12 @@ as $$
     left join @schema@.relay_dlq_retries as r using (relay_group_id, pipeline, id)
     order by case when newest_first then -d.id else d.id end
 $$;
-
 comment on function @schema@.relay_dlq_list(text, integer, boolean) is
     'Definer, since only functions read dead letters. Those of one pipeline, or of all, oldest first unless newest_first. A payload that is text reads as convert_from(payload, ''UTF8'').';
 
 create or replace function @schema@.relay_dlq_put_back(p_ids bigint[], p_pipeline text default null)
 returns bigint
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     ids bigint[] not null := case when p_pipeline is null then p_ids else '{}' end;
     v_letters bigint;
@@ -175,17 +134,11 @@ begin
     return v_letters;
 end
 $$;
-
 comment on function @schema@.relay_dlq_put_back(bigint[], text) is
     'Definer, since only functions write dead letters. Ask for these, or for all of a pipeline, to be sent again and wake the relays; returns how many of them are there.';
 
-create or replace function @schema@.relay_dlq_retry(id bigint)
-returns void
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_dlq_retry(id bigint) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     id bigint not null := relay_dlq_retry.id;
 begin
@@ -197,32 +150,19 @@ begin
     end if;
 end
 $$;
-
 comment on function @schema@.relay_dlq_retry(bigint) is
     'Definer, since only functions write dead letters. Ask for one to be sent again, through its pipeline and with its deduplication key.';
 
-create or replace function @schema@.relay_dlq_retry_all(pipeline text)
-returns bigint
-language sql
-volatile
-security invoker
-as $$
+create or replace function @schema@.relay_dlq_retry_all(pipeline text) returns bigint
+language sql volatile security invoker as $$
     select @schema@.relay_dlq_put_back(null, (@schema@.relay_find_pipeline(pipeline)).name)
 $$;
-
 comment on function @schema@.relay_dlq_retry_all(text) is
     'Ask for all of a pipeline to be sent again; returns how many. Those that were asked for before are not touched.';
 
-create or replace function @schema@.relay_dlq_purge(
-    pipeline text,
-    older_than interval default null
-)
+create or replace function @schema@.relay_dlq_purge(pipeline text, older_than interval default null)
 returns bigint
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     pipeline text not null := relay_dlq_purge.pipeline;
     v_ids bigint[];
@@ -236,21 +176,13 @@ begin
     return cardinality(v_ids);
 end
 $$;
-
 comment on function @schema@.relay_dlq_purge(text, interval) is
     'Definer, since only functions write dead letters. Delete those of a pipeline, all or those that failed last before a time; returns how many. Works for pipelines that are deleted too.';
 
 create or replace function @schema@.relay_dlq_share(
-    p_reader text,
-    out pipeline text,
-    out readers bigint,
-    out rest bigint
+    p_reader text, out pipeline text, out readers bigint, out rest bigint
 )
-language sql
-stable
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     select
         @schema@.relay_pipeline_of(p_reader),
         coalesce(
@@ -261,27 +193,16 @@ as $$
         coalesce(n.number - 1, 0)
     from (select substring(p_reader from '/([0-9]{1,9})$')::bigint) as n (number)
 $$;
-
 comment on function @schema@.relay_dlq_share(text) is
     'Part of relay_dlq_take and relay_dlq_stats: which dead letters are a reader''s, those of the pipeline whose key_hash leaves this rest; all of them where there is one reader.';
 
 create or replace function @schema@.relay_dlq_stats(
-    pipelines text[] default null,
-    at_most bigint default null
+    pipelines text[] default null, at_most bigint default null
+) returns table (
+    pipeline text, direction text, entries bigint, retries_requested bigint,
+    oldest_failed_at timestamptz, newest_failed_at timestamptz
 )
-returns table (
-    pipeline text,
-    direction text,
-    entries bigint,
-    retries_requested bigint,
-    oldest_failed_at timestamptz,
-    newest_failed_at timestamptz
-)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select p.name, d.direction, d.entries, r.requested, d.oldest_failed_at, d.newest_failed_at
     from unnest(coalesce(pipelines, array(select distinct a.pipeline from @schema@.relay_dlq as a))) as p (name)
     cross join lateral @schema@.relay_dlq_share(p.name) as s
@@ -314,22 +235,13 @@ as $$
     where d.entries > 0
     order by p.name
 $$;
-
 comment on function @schema@.relay_dlq_stats(text[], bigint) is
     'Definer, since only functions read dead letters. Their number and age, by pipeline: of these pipelines, or of all. Of a reader (orders/3) those that it sends again. With at_most it looks at so many of each pipeline at most, and costs no more however many there are.';
 
 create or replace function @schema@.relay_dlq_take(
-    p_relay_group_id text,
-    p_pipeline text,
-    p_max_rows integer,
-    p_seconds integer default 0
-)
-returns setof @schema@.relay_dlq
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_relay_group_id text, p_pipeline text, p_max_rows integer, p_seconds integer default 0
+) returns setof @schema@.relay_dlq
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     with free as (
         select r.id
         from @schema@.relay_dlq_share(p_pipeline) as s
@@ -353,17 +265,11 @@ as $$
     join @schema@.relay_dlq as d using (relay_group_id, pipeline, id)
     order by d.id
 $$;
-
 comment on function @schema@.relay_dlq_take(text, text, integer, integer) is
     'Definer, since only functions write dead letters. Those that are to be sent again, oldest first; for so many seconds nobody else takes them. They stay requested until settled or failed: a crash repeats them.';
 
-create or replace function @schema@.relay_dlq_settle(p_ids bigint[])
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create or replace function @schema@.relay_dlq_settle(p_ids bigint[]) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     with settled as (
         delete from @schema@.relay_dlq as d
         where d.id = any (p_ids)
@@ -373,21 +279,13 @@ as $$
     using settled as s
     where r.relay_group_id = s.relay_group_id and r.pipeline = s.pipeline and r.id = s.id
 $$;
-
 comment on function @schema@.relay_dlq_settle(bigint[]) is
     'Definer, since only functions write dead letters. These were delivered.';
 
 create or replace function @schema@.relay_dlq_fail(
-    p_ids bigint[],
-    p_errors text[],
-    p_attempts integer[]
-)
-returns void
-language sql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+    p_ids bigint[], p_errors text[], p_attempts integer[]
+) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
     -- Whoever is late, and whose lease went to another meanwhile, must not take back what was asked
     -- for after that one.
     with failed as (
@@ -411,6 +309,5 @@ as $$
     using failed as f
     where r.relay_group_id = f.relay_group_id and r.pipeline = f.pipeline and r.id = f.id
 $$;
-
 comment on function @schema@.relay_dlq_fail(bigint[], text[], integer[]) is
     'Definer, since only functions write dead letters. These failed again, which had failed so often when they were taken; of several relays that tried one, the first counts.';
