@@ -72,30 +72,37 @@ def main() -> int:
     """Measure the rows that the command line names, else all but a few; the exit code."""
     options = _options()
     console, stderr = Console(), Console(stderr=True)
-    try:
-        with Progress(
-            console=stderr, transient=True, disable=not stderr.is_terminal, refresh_per_second=2
-        ) as progress:
-            rows = uvloop.run(_measure(options, progress))
-    except ServerMissing as missing:
-        stderr.print(str(missing))
-        return SERVER_MISSING
-    print_table(rows, console)
-    for path in write_results(rows, options.output):
-        stderr.print(f"written: {path}")
-    return 0 if all(row.is_met for row in rows) else MISSED
+    with Progress(
+        console=stderr, transient=True, disable=not stderr.is_terminal, refresh_per_second=2
+    ) as progress:
+        rows, missing = uvloop.run(_measure(options, progress))
+    if rows:
+        print_table(rows, console)
+        for path in write_results(rows, options.output):
+            stderr.print(f"written: {path}")
+    for name, reason in missing.items():
+        stderr.print(f"{name} is not measured: {reason}", soft_wrap=True)
+    if not all(row.is_met for row in rows):
+        return MISSED
+    return SERVER_MISSING if missing else 0
 
 
-async def _measure(options: argparse.Namespace, progress: Progress) -> list[Row]:
+async def _measure(
+    options: argparse.Namespace, progress: Progress
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows, and why others can't be measured here."""
     wanted = [name for row in options.rows for name in (PEERS if row == "peers" else (row,))]
     names = list(dict.fromkeys(wanted)) or [row for row in ROWS if row not in ON_DEMAND]
     task = progress.add_task("", total=len(names))
-    rows = []
+    rows, missing = [], dict[str, str]()
     for name in names:
         progress.update(task, description=name)
-        rows.append(await ROWS[name](options, progress.console.print))
+        try:
+            rows.append(await ROWS[name](options, progress.console.print))
+        except ServerMissing as reason:
+            missing[name] = str(reason)
         progress.advance(task)
-    return rows
+    return rows, missing
 
 
 def _options() -> argparse.Namespace:

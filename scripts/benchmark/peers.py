@@ -327,6 +327,7 @@ async def peers_from_kafka(*, events: int, runs: int, say: Callable[[str], None]
 
     Raises `ServerMissing` where nobody else is installed.
     """
+    Bento()  # Raises before Kafka is started for nobody.
     async with (
         surroundings() as around,
         source_backend("kafka").opened(around) as origin,

@@ -24,7 +24,8 @@ _MET, _MISSED = "#2f855a", "#c53030"
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """One line per target, and what was counted at the destination."""
     table = Table(title="Benchmarks")
-    for heading in ("row", "figure", "measured", "target", ""):
+    table.add_column("row", no_wrap=True)
+    for heading in ("figure", "measured", "target", ""):
         table.add_column(heading, justify="right" if heading == "measured" else "left")
     for row in rows:
         for target in row.targets:

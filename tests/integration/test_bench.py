@@ -131,6 +131,37 @@ async def test_a_throughput_above_its_part_of_the_floor_ends_with_0(tmp_path: Pa
     assert row["is_met"] is True
 
 
+async def test_peers_that_are_not_installed_are_named_with_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEBEZIUM_SERVER_HOME", raising=False)
+    monkeypatch.setenv("BENTO", "no-such-program")
+
+    code, _, err = await bench("peers", output=tmp_path / "results")
+
+    assert code == SERVER_MISSING
+    assert "peers-to-jetstream is not measured" in err
+    assert "peers-from-kafka is not measured" in err
+    assert "DEBEZIUM_SERVER_HOME" in err
+    assert "BENTO" in err
+
+
+@pytest.mark.skipif(
+    "DEBEZIUM_SERVER_HOME" not in os.environ and "BENTO" not in os.environ,
+    reason="a program of others, which no run of the tests installs",
+)
+async def test_peers_take_turns_at_the_same_work(tmp_path: Path) -> None:
+    row = await measured(
+        "peers-to-jetstream", "--events", "400", "--runs", "1", output=tmp_path / "out"
+    )
+
+    programs = {figure.partition(": ")[0] for figure in row["figures"]}
+    assert "relay" in programs
+    assert len(programs) > 1
+    assert row["counted"]["sent"] == row["counted"]["received"] == 600 * len(programs)
+    assert row["figures"]["relay: overtaken"] == 0
+
+
 async def test_an_unknown_row_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     code, _, err = await bench("frward", output=tmp_path / "results")
 
