@@ -111,10 +111,17 @@ class Sharing:
         self._written = 0
         self._numbers = itertools.count()
         self._killed: list[tuple[Sharer, float]] = []
+        self._way_there: TcpProxy | None = None
+        self._cuts: list[tuple[float, float]] = []
         self.relays: list[Sharer] = []
 
-    async def begin(self, relays: int) -> None:
-        """The pipeline, and all relays at work in it."""
+    async def begin(self, relays: int, *, through_a_proxy: bool = False) -> None:
+        """The pipeline, and all relays at work in it; its destination may then be cut off."""
+        sink = self._destination.sink()
+        if through_a_proxy:
+            url = str(sink["url"])
+            self._way_there = await self._proxies(LOOPBACK, port_of(url))
+            sink = {**sink, "url": self._way_there.url(url)}
         await self._world.run(
             "create table public.orders"
             " (id int primary key, customer int not null, note text not null)"
@@ -122,7 +129,7 @@ class Sharing:
         await self._world.run("select pgtrickle.enable_outbox('orders')")
         config = {
             "source": {"outbox": "orders", "consumer_group": GROUP},
-            "sink": self._destination.sink(),
+            "sink": sink,
             "batch_size": BATCH,
             "visibility_seconds": VISIBILITY_S,
         }
@@ -191,6 +198,29 @@ class Sharing:
         await self.until_settled()
         victim.blows.append((begun, time.time() + RECOVERY_S))
 
+    async def cut_destination(self, count: int) -> None:
+        """Nobody reaches the destination for longer than a lease, while rows are in hand."""
+        way_there = self._way_there
+        assert way_there is not None
+        begun = time.time()
+        await way_there.reset_connections()
+        await self.write(count)
+        await self.until_settled()
+        await way_there.cut()
+        await self.write(count)
+
+        async def is_held_for_long() -> bool:
+            query = (
+                "select count(distinct split_part(consumer_id, '/', 1)) = $1"
+                " from pgtrickle.relay_group_leases where now() > leased_at + $2 * interval '1 s'"
+            )
+            return bool(await self._world.value(query, len(self.relays), VISIBILITY_S * 1.5))
+
+        await until(is_held_for_long, timeout_s=BOUND_S)
+        await way_there.restore()
+        await self.until_settled()
+        self._cuts.append((begun, time.time()))
+
     async def restart_postgres(self) -> None:
         """PostgreSQL goes away for all of them, and comes back."""
         begun = time.time()
@@ -214,7 +244,7 @@ class Sharing:
             assert all(event == same[0] for event in same)
         leased_twice = self._assert_every_second_lease_has_a_reason()
         repeated = {int(key.split(":")[1]) for key, same in copies.items() if len(same) > 1}
-        assert repeated <= leased_twice
+        assert repeated <= leased_twice | self._held_while_the_destination_was_cut_off()
         self._assert_takeover_in_time()
 
     def _assert_every_second_lease_has_a_reason(self) -> set[int]:
@@ -234,6 +264,16 @@ class Sharing:
                 is_due = is_late or former.holder.was_hit(former.at, latter.at)
                 assert is_due, f"{told} at {latter.at}: why?"
         return {id_ for id_, leases in of_row.items() if len(leases) > 1}
+
+    def _held_while_the_destination_was_cut_off(self) -> set[int]:
+        """What may have arrived without an answer; its lease is no reason to lease it again."""
+        return {
+            id_
+            for lease in self._leases()
+            for begun, over in self._cuts
+            if begun <= lease.at <= over
+            for id_ in lease.ids
+        }
 
     def _assert_takeover_in_time(self) -> None:
         for victim, at in self._killed:

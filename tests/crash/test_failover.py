@@ -1,8 +1,9 @@
-"""A primary dies for good and its standby is promoted under a running relay."""
+"""A primary dies for good and its standby is promoted under running relays."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.integration.relay_surroundings import (
     MEMBER,
     NatsWorld,
     RelayWorld,
+    as_json,
     nats_world,
     relay_world,
     until,
@@ -26,18 +28,26 @@ from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database, PostgresServer
 
 BOUND_S = 60.0
+GROUP = "sharers"
+VISIBILITY_S = 2
+# Until the relay is connected again, and has delivered what was written meanwhile.
+RECOVERY_S = 20.0
 ROWS = 200
 INSERT = "insert into orders (id) values (%s) on conflict do nothing"
 
 
 @dataclass
 class Pair:
-    """A primary with the world in it, its standby, and a stream; the other database an inbox."""
+    """A primary with the world in it, its standby, and two streams; the other database an inbox.
+
+    ``shared`` is what a consumer group delivers to, and takes what comes again.
+    """
 
     world: RelayWorld
     primary: PostgresServer
     standby: PostgresServer
     stream: NatsWorld
+    shared: NatsWorld
     other: Database
 
     @property
@@ -75,15 +85,22 @@ class Pair:
         await until(found)
 
     async def until_all_arrived(self, first: int, last: int) -> None:
-        """Wait until the stream and the inbox hold every row of these, by its content."""
+        """Wait until the streams and the inbox hold every row of these, by its content."""
         wanted = set(range(first, last + 1))
 
         async def found() -> bool:
-            streamed = {event.id for event in await self.stream.events()}
+            for stream in (self.stream, self.shared):
+                if not wanted <= {event.id for event in await stream.events()}:
+                    return False
             rows = _run(self.other.dsn, "select (payload ->> 'id')::int from pgtrickle.order_inbox")
-            return wanted <= streamed and wanted <= {row[0] for row in rows}
+            return wanted <= {row[0] for row in rows}
 
         await until(found, timeout_s=BOUND_S, every_s=0.2)
+
+    async def assert_the_group_repeats_with_equal_keys_only(self) -> None:
+        """What one key names is one event, and one event has one key."""
+        named = {(event.dedup_key, event.id) for event in await self.shared.events()}
+        assert len({key for key, _ in named}) == len(named) == len({id_ for _, id_ in named})
 
 
 def _run(dsn: str, query: str) -> list[tuple[object, ...]]:
@@ -107,6 +124,7 @@ async def pair(
         async with (
             relay_world(database, tmp_path, relay_process) as world,  # type: ignore[arg-type]
             nats_world(nats_server, "failover") as stream,
+            nats_world(nats_server, "failover_shared", duplicate_window_s=0.1) as shared,
         ):
             await world.make_orders()
             await world.forward("stream", stream.sink())
@@ -114,8 +132,17 @@ async def pair(
                 "inbox",
                 {"type": "pg-inbox", "url": migrated_database.dsn, "inbox": "order_inbox"},
             )
+            config = {
+                "source": {"outbox": "orders", "consumer_group": GROUP},
+                "sink": shared.sink(),
+                "batch_size": 10,
+                "visibility_seconds": VISIBILITY_S,
+            }
+            await world.run(
+                "select pgtrickle.set_relay_outbox('shared', $1::text::jsonb)", as_json(config)
+            )
             standby = opened.enter_context(primary.standby())
-            yield Pair(world, primary, standby, stream, migrated_database)
+            yield Pair(world, primary, standby, stream, shared, migrated_database)
 
 
 async def test_ids_that_a_promoted_standby_draws_again_are_other_events(pair: Pair) -> None:
@@ -145,6 +172,7 @@ async def test_ids_that_a_promoted_standby_draws_again_are_other_events(pair: Pa
     assert isinstance(last_published, int)
     assert first_again <= last_published, "no id was drawn again: nothing is tested"
     await pair.until_all_arrived(1001, 1000 + ROWS)
+    await pair.assert_the_group_repeats_with_equal_keys_only()
 
 
 async def test_a_synchronous_failover_under_load_loses_and_repeats_nothing_that_committed(
@@ -153,6 +181,8 @@ async def test_a_synchronous_failover_under_load_loses_and_repeats_nothing_that_
     _run(pair.primary.dsn, "alter system set synchronous_standby_names = 'standby'")
     _run(pair.primary.dsn, "select pg_reload_conf()")
     await pair.world.relay(dsn=pair.relay_dsn)
+    doomed = await pair.world.relay(dsn=pair.relay_dsn)
+    await pair.world.until_state(doomed, "shared", "running")
     places = pair.relay_dsn.replace(MEMBER, "postgres")
 
     with writing(places, INSERT, 1, ROWS * 3) as committed:
@@ -161,10 +191,14 @@ async def test_a_synchronous_failover_under_load_loses_and_repeats_nothing_that_
             return committed() > ROWS
 
         await until(is_in_flight)
+        await doomed.kill()
         await pair.fail_over()
+        promoted_at = time.monotonic()
         _run(pair.standby.dsn, "alter system set synchronous_standby_names = ''")
         _run(pair.standby.dsn, "select pg_reload_conf()")
 
     await pair.until_all_arrived(1, ROWS * 3)
+    assert time.monotonic() - promoted_at < VISIBILITY_S + RECOVERY_S
     ids = [event.id for event in await pair.stream.events()]
     assert len(ids) == len(set(ids))
+    await pair.assert_the_group_repeats_with_equal_keys_only()

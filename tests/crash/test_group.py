@@ -24,11 +24,12 @@ class _AllBlows(Proof):
         self, relays: int, world: RelayWorld, destination: Destination, tcp_proxy: Proxies
     ) -> None:
         sharing = Sharing(world, destination, tcp_proxy)
-        await sharing.begin(relays)
+        await sharing.begin(relays, through_a_proxy=True)
 
         await sharing.write(FAIR_ROWS * relays)
         await sharing.until_settled()
         sharing.assert_shared_fairly()
+        await sharing.cut_destination(600)
         await sharing.write_and_catch(sharing.relays[0], 600)
         await sharing.stop(sharing.relays[0])
         await sharing.write_and_catch(sharing.relays[1], 600)

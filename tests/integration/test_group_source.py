@@ -84,6 +84,20 @@ async def test_rows_are_nobody_else_s_while_they_are_kept_alive_and_somebody_s_a
     await asyncio.gather(one.aclose(), other.aclose())
 
 
+async def test_what_was_leased_before_a_new_connection_is_released_by_it(
+    world: OutboxWorld,
+) -> None:
+    one = await worker(world, "one", visibility_seconds=600)
+    other = await worker(world, "other", visibility_seconds=600)
+    await write(world)
+    await polled(one, ROWS, acknowledge=False)
+
+    await one.connect()
+
+    assert await polled(other, ROWS)
+    await asyncio.gather(one.aclose(), other.aclose())
+
+
 async def test_an_acknowledgement_that_is_cut_off_leaves_nothing_leased(world: OutboxWorld) -> None:
     one = await worker(world, "one", visibility_seconds=600)
     other = await worker(world, "other", visibility_seconds=600)

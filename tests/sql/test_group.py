@@ -120,6 +120,7 @@ def test_released_rows_are_delivered_at_once_and_before_new_ones(db: Session) ->
     assert db.value("select pgtrickle.relay_group_release('g', %s)", token) is True
     assert db.value("select pgtrickle.relay_group_release('g', %s)", token) is False
 
+    assert watermark(db) == 0
     assert poll(db, "two")[1] == [1, 2, 3]
 
 
@@ -343,6 +344,18 @@ def test_consumer_lag_shows_the_shared_position_and_who_is_alive(db: Session) ->
     )
 
     assert rows == [("one", 3, 4, 1, True), ("two", 3, 4, 1, False)]
+
+
+def test_a_consumer_that_finds_nothing_is_alive_as_long_as_it_polls(db: Session) -> None:
+    db.run("select pgtrickle.create_consumer_group('g', 'events', 'earliest')")
+    poll(db, "one")
+    is_alive = "select is_alive from pgtrickle.consumer_lag('g')"
+    db.run("update pgtrickle.relay_group_consumers set last_heartbeat_at = now() - interval '1 h'")
+    before = db.value(is_alive)
+
+    poll(db, "one")
+
+    assert (before, db.value(is_alive)) == (False, True)
 
 
 def test_each_mistake_has_its_own_error(db: Session) -> None:
