@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 from relay import __version__, log
 from relay.assembly import Access
@@ -42,6 +43,9 @@ from relay.start import (
     other_groups,
     resolved,
 )
+
+if TYPE_CHECKING:  # the view, and rich with it, only where one is shown
+    from relay.status.fleet import Watched
 
 _log = logging.getLogger(__name__)
 
@@ -251,11 +255,25 @@ async def watch_fleet(settings: Settings) -> bool:
 
     False when the view could not go on. For where `relay.status.can_show` is true.
     """
-    from relay.status import StatusView, WholeFleet
+    from relay.status import WholeFleet
 
     operator = operator_secrets(os.environ)
     database = Database(resolved(settings.postgres, operator))
     catalog = Catalog(database, settings.relay.group_id)
+    async with opened(database, catalog):
+        return await _watch(WholeFleet(database, catalog), settings, operator.mask)
+
+
+async def watch_relay(settings: Settings, address: str) -> bool:
+    """The same over one relay, which is asked at its address alone. Raises as `status_of`."""
+    from relay.status import OneRelay
+
+    return await _watch(OneRelay(address), settings, operator_secrets(os.environ).mask)
+
+
+async def _watch(watched: Watched, settings: Settings, mask: Callable[[str], str]) -> bool:
+    from relay.status import StatusView
+
     left = asyncio.Event()
     is_lost = False
 
@@ -265,17 +283,13 @@ async def watch_fleet(settings: Settings) -> bool:
         logs.show_on_stderr(shown=True)
         left.set()
 
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(opened(database, catalog))
-        logs = stack.enter_context(contextlib.closing(log.configure(settings.log, operator.mask)))
+    await watched.refresh()
+    with contextlib.closing(log.configure(settings.log, mask)) as logs:
         logs.show_on_stderr(shown=False)
-        watched = WholeFleet(database, catalog)
-        await watched.refresh()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, left.set)
-        view = StatusView(watched, logs, settings.ui, on_quit=left.set, on_lost=lose)
-        await stack.enter_async_context(view)
-        await left.wait()
+        async with StatusView(watched, logs, settings.ui, on_quit=left.set, on_lost=lose):
+            await left.wait()
     return not is_lost
 
 

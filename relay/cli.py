@@ -30,7 +30,7 @@ EXIT_OK, EXIT_RUNTIME, EXIT_CONFIGURATION, EXIT_UNREACHABLE = 0, 1, 2, 3
 
 _VERBS: Mapping[str, str] = {
     "run": "run the pipelines of the catalog until stopped (the default)",
-    "status": "show the fleet, from the database alone",
+    "status": "show the fleet, from the database alone, or one relay",
     "doctor": "look at everything that can be wrong, and say how to mend it",
     "validate": "look at settings, overlays and pipelines, or at one, without a destination",
     "drain": "run until everything is delivered, then exit",
@@ -57,6 +57,7 @@ _FLAGS = (
     _Flag("--rate", ["demo"], "orders written per second", "RATE", float),
     _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", float),
     _Flag("--once", ["status"], "print a table and exit, as in a pipe"),
+    _Flag("--relay", ["status"], "ask this relay alone, at its metrics.addr", "HOST:PORT", str),
     _Flag("--sample", ["validate"], "show the next events as they would go out", "EVENTS", int),
     _Flag(
         "--json", ["status", "doctor", "validate", "drain", "demo"], "answer with one JSON object"
@@ -249,17 +250,26 @@ def _origins(
 
 async def _status(arguments: argparse.Namespace, settings: Settings) -> int:
     if sys.stdout.isatty() and not (arguments.once or arguments.json):
-        from relay.app import watch_fleet
+        from relay.app import watch_fleet, watch_relay
         from relay.status import can_show
 
         if can_show():
-            return EXIT_OK if await watch_fleet(settings) else EXIT_RUNTIME
-    from relay.catalog import readers_of
-    from relay.overview import overview, table_of
-    from relay.start import opened_catalog
+            watching = (
+                watch_relay(settings, arguments.relay) if arguments.relay else watch_fleet(settings)
+            )
+            return EXIT_OK if await watching else EXIT_RUNTIME
+    from relay.overview import of_relay, overview, table_of
 
-    async with opened_catalog(settings, os.environ) as catalog:
-        seen = await overview(catalog, readers_of(await catalog.pipelines()))
+    if arguments.relay:
+        from relay.remote import status_of
+
+        seen = of_relay(await status_of(arguments.relay))
+    else:
+        from relay.catalog import readers_of
+        from relay.start import opened_catalog
+
+        async with opened_catalog(settings, os.environ) as catalog:
+            seen = await overview(catalog, readers_of(await catalog.pipelines()))
     _answer(arguments, seen, table_of)
     return EXIT_OK if seen.is_well else EXIT_RUNTIME
 

@@ -1,4 +1,4 @@
-"""The fleet as the database alone tells it: what `status` prints and `doctor` judges."""
+"""The fleet as the database alone tells it, or one relay: what `status` prints, `doctor` judges."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class PipelineOverview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """A relay group at one time; pipelines are ordered by name.
+    """A relay group at one time, or one relay of it; pipelines are ordered by name.
+
+    ``trouble``: why that one relay is not well.
 
     ``seeks``: of pipelines that still send again what was there at that moment.
     """
@@ -60,11 +62,12 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     pipelines: Sequence[PipelineOverview]
     backfills: Sequence[Backfill] = ()
     seeks: Sequence[Seek] = ()
+    trouble: str = ""
 
     @property
     def is_well(self) -> bool:
         """True when every pipeline that is enabled runs somewhere and is well."""
-        return not any(pipeline.trouble for pipeline in self.pipelines)
+        return not self.trouble and not any(pipeline.trouble for pipeline in self.pipelines)
 
 
 async def overview(catalog: Catalog, rows: Sequence[PipelineRow]) -> Overview:
@@ -137,6 +140,34 @@ def of_answers(
     )
 
 
+def of_relay(relay: RelayStatus) -> Overview:
+    """What one relay says of itself and of the pipelines that it runs."""
+    return Overview(
+        group_id=relay.group_id,
+        relays=[relay.worker_id],
+        pipelines=[
+            PipelineOverview(
+                name=status.name,
+                direction=status.direction,
+                enabled=True,
+                source=status.source,
+                sink=status.sink,
+                state=_shown_state(status),
+                trouble=status.trouble,
+                owners=[relay.worker_id],
+                lag_rows=status.lag_rows if status.direction == "forward" else None,
+                oldest_unsent_age_s=status.oldest_unsent_age_s,
+                dead_letters=status.dead_letters or 0,
+                outbox=None,
+                outbox_rows=None,
+                outbox_bytes=None,
+            )
+            for status in relay.pipelines
+        ],
+        trouble=relay.trouble,
+    )
+
+
 def table_of(seen: Overview) -> Iterator[str]:
     """For people: a line for each pipeline, the unwell first, each backfill and each seek."""
     head = ("pipeline", "route", "state", "owner", "lag", "age", "dead", "outbox", "why")
@@ -159,6 +190,8 @@ def table_of(seen: Overview) -> Iterator[str]:
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
     yield from (backfill.progress for backfill in seen.backfills)
     yield from (seek.progress for seek in seen.seeks)
+    if seen.trouble:
+        yield f"{', '.join(seen.relays)}: {seen.trouble}"
 
 
 def report_of(row: FleetRow) -> RelayStatus | None:
@@ -176,7 +209,11 @@ def _state_of(row: PipelineRow, running: Sequence[PipelineStatus]) -> tuple[str,
         return WAITING, "no relay of the group runs it"
     unwell = [status for status in running if not status.is_healthy]
     worst = unwell[0] if unwell else running[0]
-    return "stalled" if worst.is_stalled else worst.state.value, worst.trouble
+    return _shown_state(worst), worst.trouble
+
+
+def _shown_state(status: PipelineStatus) -> str:
+    return "stalled" if status.is_stalled else status.state.value
 
 
 def _age_s(since: datetime | None) -> float | None:

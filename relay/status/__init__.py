@@ -11,6 +11,6 @@ from relay.status.fleet import Fleet
 from relay.status.screen import Key
 from relay.status.terminal import can_show
 from relay.status.view import StatusView
-from relay.status.watched import OwnRelay, WholeFleet
+from relay.status.watched import OneRelay, OwnRelay, WholeFleet
 
-__all__ = ["Fleet", "Key", "OwnRelay", "StatusView", "WholeFleet", "can_show"]
+__all__ = ["Fleet", "Key", "OneRelay", "OwnRelay", "StatusView", "WholeFleet", "can_show"]

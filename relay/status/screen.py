@@ -101,7 +101,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
     ``dead_letters`` are the latest by pipeline, as far as they were read. ``banner`` and ``keys``
     are what whoever shows the view adds to it. ``stops_relay``: leaving the view stops the relay
-    that it shows.
+    that it shows. ``stale``: why what is shown is old, empty where it is not.
     """
 
     fleet: Fleet
@@ -112,6 +112,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
     banner: Sequence[str] = ()
     keys: Sequence[Key] = ()
     stops_relay: bool = False
+    stale: str = ""
 
 
 def visible_lines(lines: Sequence[PipelineLine], view: ViewState) -> list[PipelineLine]:
@@ -203,6 +204,7 @@ class Renderer:
             if relay.blocked or not relay.database_connected:
                 heading += wrapped(relay.trouble, width, "bold red", most=_MOST_TROUBLE)
         heading += _progress(scene.fleet, width)
+        heading += wrapped(scene.stale, width, "bold red", most=_MOST_TROUBLE)
         for text in scene.banner:
             heading += wrapped(text, width, "bold cyan", most=_MOST_BANNER, indent=1)
         return heading

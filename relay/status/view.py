@@ -35,6 +35,7 @@ from relay.status.screen import (
 )
 from relay.status.table import Sort
 from relay.status.terminal import Terminal
+from relay.status.text import clock
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class StatusView:
         self._touched = asyncio.Event()
         self._opened = asyncio.Event()
         self._dead_letters: Mapping[str, Sequence[DeadLetterSummary]] = {}
+        self._stale = ""
         self._tried: dict[int, tuple[str, DeadLetterSummary]] = {}
         self._running: asyncio.Task[None] | None = None
         self._is_over = False
@@ -146,11 +148,13 @@ class StatusView:
                     banner=self._banner(),
                     keys=list(self._keys),
                     stops_relay=self._stops_relay,
+                    stale=self._stale,
                 )
                 self._terminal.show(partial(self._renderer.render, scene))
             await _within(self._refresh_s, self._touched)
 
     async def _refresh(self) -> None:
+        read_at = datetime.now(UTC)
         while True:
             self._opened.clear()
             try:
@@ -161,8 +165,9 @@ class StatusView:
                     self._dead_letters = {line.name: letters}
                     self._touched.set()
                 await self._look_at_tried()
+                read_at, self._stale = datetime.now(UTC), ""
             except RelayError as error:
-                _log.debug("the view could not read the catalog", extra={"error": str(error)})
+                self._stale = f"not refreshed since {clock(read_at)}: {error}"
             await _within(_REFRESH_CATALOG_S, self._opened)
 
     async def _look_at_tried(self) -> None:

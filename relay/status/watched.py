@@ -1,4 +1,4 @@
-"""Relays as a status view sees them: the one of this process, or the fleet of the database."""
+"""Relays as a status view sees them: of this process, at an address, or all of the database."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import msgspec
 
 from relay.board import Board, RelayStatus
 from relay.catalog import Backfill, Catalog, DeadLetterSummary, Seek, readers_of
+from relay.errors import RelayError
 from relay.overview import report_of
 from relay.partition import pipeline_of
 from relay.postgres import Database
+from relay.remote import status_of
 from relay.secrets import masked
 from relay.status.fleet import LATEST_DEAD_LETTERS, Fleet
 
@@ -88,6 +90,49 @@ class OwnRelay(_Seen):
     async def refresh(self) -> None:
         """Read the pipelines, and how far those are behind that this relay does not run."""
         await self._read([self._board.snapshot()])
+
+
+class OneRelay:
+    """The relay at an address, which may be all that answers. Implements `Watched`.
+
+    Nothing can be done through it, since that takes the database.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._fleet = Fleet(relays=[])
+
+    def fleet(self) -> Fleet:
+        """The relay as of the last `refresh`."""
+        return self._fleet
+
+    async def refresh(self) -> None:
+        """Ask the relay. Raises as `status_of`."""
+        self._fleet = Fleet(relays=[await status_of(self._address)])
+
+    async def dead_letters(self, _: str) -> Sequence[DeadLetterSummary]:
+        """None: a relay knows their number only."""
+        return ()
+
+    async def pause(self, pipeline: str) -> None:
+        """Refused, with what does it."""
+        raise _by_database(f"select disable_relay('{pipeline_of(pipeline)}')")
+
+    async def resume(self, pipeline: str) -> None:
+        """Refused, with what does it."""
+        raise _by_database(f"select enable_relay('{pipeline_of(pipeline)}')")
+
+    async def retry_dead_letters(self, pipeline: str) -> int:
+        """Refused, with what does it."""
+        raise _by_database(f"select relay_dlq_retry_all('{pipeline_of(pipeline)}')")
+
+    async def retry_dead_letter(self, letter: int) -> None:
+        """Refused, with what does it."""
+        raise _by_database(f"select relay_dlq_retry({letter})")
+
+
+def _by_database(call: str) -> RelayError:
+    return RelayError(f"a relay only shows; in the database: {call}, or status without --relay")
 
 
 class WholeFleet(_Seen):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
-from tests.servers.finding import free_port
+from tests.servers.finding import LOOPBACK, free_port
 from tests.servers.nats import NatsServer
 from tests.servers.postgres import Database
 from tests.servers.process import RelayProcess
@@ -31,10 +31,10 @@ async def world(
         yield world
 
 
-async def asked(world: RelayWorld, *arguments: str) -> RelayProcess:
+async def asked(world: RelayWorld, *arguments: str, dsn: str | None = None) -> RelayProcess:
     """A command that answers and ends."""
     process = await world.relay(
-        *arguments, is_awaited=False, environment={"RELAY_NATS_PASSWORD": SECRET}
+        *arguments, dsn=dsn, is_awaited=False, environment={"RELAY_NATS_PASSWORD": SECRET}
     )
     await process.wait()
     assert SECRET not in process.output
@@ -277,6 +277,41 @@ async def test_in_a_terminal_the_fleet_is_shown_live_and_leaving_stops_no_relay(
     finally:
         terminal.close()
     assert running.returncode is None
+
+
+async def test_one_relay_is_asked_without_the_database_and_a_view_of_it_says_when_it_is_old(
+    world: RelayWorld,
+) -> None:
+    await world.to_file("out")
+    running = await world.relay("relay.worker_id=first")
+    await running.wait_for_log("running")
+    where = ("status", "--relay", f"{LOOPBACK}:{running.metrics_port}")
+    nowhere = f"postgresql://{LOOPBACK}:{free_port()}/d"
+
+    table = await asked(world, *where, dsn=nowhere)
+    answer = await asked(world, *where, "--json", dsn=nowhere)
+    fleet = json.loads((await asked(world, "status", "--json")).stdout[0])
+
+    assert (table.returncode, answer.returncode) == (0, 0), table.output
+    assert table.stdout[1].split()[:6] == ["out", "outbox", "->", "file", "running", "first"]
+    seen = json.loads(answer.stdout[0])
+    assert (seen.keys(), seen["relays"], seen["trouble"]) == (fleet.keys(), ["first"], "")
+    assert seen["pipelines"][0].keys() == fleet["pipelines"][0].keys()
+
+    terminal = Emulator("relay", where, columns=100, lines=24)
+    try:
+        await asyncio.to_thread(terminal.until_shown, "out", "running", "all well")
+        terminal.type("py")
+        await asyncio.to_thread(terminal.until_shown, "select disable_relay('out')")
+        await running.kill()
+        await asyncio.to_thread(terminal.until_shown, "not refreshed since", "no relay answers")
+        terminal.type("q")
+        assert await asyncio.to_thread(terminal.wait) == 0
+    finally:
+        terminal.close()
+    gone = await asked(world, *where, dsn=nowhere)
+    assert gone.returncode == 3, gone.output
+    assert "no relay answers at" in gone.stderr[0]
 
 
 async def test_a_paused_pipeline_keeps_its_lag_in_the_view_of_a_relay(world: RelayWorld) -> None:
