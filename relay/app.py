@@ -105,7 +105,8 @@ class Relay:
         Raises `ConfigurationError`, `CatalogMissing`, or `Outage` when it can't even start.
         """
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.http)
+            await self.http.start()
+            stack.push_async_callback(self.http.aclose)
             await stack.enter_async_context(opened(self.database, self.catalog))
             await self._require_primary()
             await self._announce()

@@ -12,13 +12,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
 from relay import __version__
-from relay.errors import CatalogError, ConfigurationError, Outage, RelayError
+from relay.errors import CatalogError, ConfigurationError, Outage, RelayError, suggestion
 from relay.options import known_keys
 from relay.overlays import VARIABLES, Composed, compose_settings, show_settings, type_settings
 from relay.secrets import mask_urls
@@ -159,11 +158,7 @@ def _told_apart(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     if verb in known_keys(Settings):
         raise ConfigurationError(f"{verb} has no value", remedy=f"write {verb}=…")
     if verb not in _VERBS:
-        near = get_close_matches(verb, _VERBS, n=1)
-        raise ConfigurationError(
-            f"{verb!r} is not a command",
-            remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(_VERBS)}",
-        )
+        raise ConfigurationError(f"{verb!r} is not a command", remedy=suggestion(verb, _VERBS))
     name = more.pop(0) if more and verb == "validate" else None
     if more:
         raise ConfigurationError(f"{more[0]!r} is one word too many behind {verb}")

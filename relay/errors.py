@@ -30,7 +30,16 @@ The loop decides by ``kind`` alone; a backend maps its driver's exceptions to th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import StrEnum
+
+
+def suggestion(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """As a remedy for an unknown word: the nearest known one, else ``otherwise`` or all of them."""
+    words = list(known)
+    near = get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise or f"known are {', '.join(words)}"
 
 
 class ErrorKind(StrEnum):

@@ -18,8 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import Self
 
 import msgspec
 from aiohttp import web
@@ -102,18 +100,6 @@ class HttpServer:
         runner, self._runner, self._address = self._runner, None, None
         if runner is not None:
             await runner.cleanup()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     def _application(self) -> web.Application:
         application = web.Application(middlewares=[_errors_as_json])

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from inspect import cleandoc
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
-from relay.errors import ConfigurationError
+from relay.errors import ConfigurationError, suggestion
 
 T = TypeVar("T")
 
@@ -167,10 +166,9 @@ def _refuse_unknown_keys(options: Mapping[str, object], into: type[T], path: str
     known = {field.encode_name: field.type for field in msgspec.structs.fields(into)}  # type: ignore[arg-type]  # a struct type, by contract
     for name, value in options.items():
         if name not in known:
-            near = get_close_matches(name, known, n=1)
             raise ConfigurationError(
                 f"{path}.{name} is not a known key" if path else f"{name} is not a known key",
-                remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}",
+                remedy=suggestion(name, known),
             )
         inner = _struct_in(known[name])
         if inner is not None and isinstance(value, Mapping):

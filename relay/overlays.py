@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from relay.errors import ConfigurationError
+from relay.errors import ConfigurationError, suggestion
 from relay.options import known_keys, parse_options
 from relay.secrets import masked
 from relay.settings import Settings, checked
@@ -270,10 +269,9 @@ def _of_hydra(
     missing = _UNKNOWN_OPTION.search(text)
     if missing:
         options = [line.strip() for line in missing[3].splitlines() if line.strip()]
-        near = get_close_matches(missing[2], options, n=1)
         return ConfigurationError(
             f"{missing[1]}={missing[2]}: there is no such overlay",
-            remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(options)}",
+            remedy=suggestion(missing[2], options),
         )
     lines = [line.strip() for line in text.split("\nSee https://", 1)[0].splitlines()]
     first = next((line for line in lines if line and not _NOT_FOR_PEOPLE.match(line)), "")
@@ -308,8 +306,5 @@ def _of_unknown_key(
         return ConfigurationError(
             "a profile is added, not overridden", remedy="write +backends.<name>={type: …}"
         )
-    near = get_close_matches(key, known_keys(Settings), n=1)
-    return ConfigurationError(
-        f"{key} is not a known key",
-        remedy=f"did you mean {near[0]}?" if near else "see pgtrickle-relay --cfg job",
-    )
+    remedy = suggestion(key, known_keys(Settings), otherwise="see pgtrickle-relay --cfg job")
+    return ConfigurationError(f"{key} is not a known key", remedy=remedy)

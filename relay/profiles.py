@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 
 import msgspec
 
 from relay.catalog import PipelineRow
-from relay.errors import ConfigurationError, DriverMissing
+from relay.errors import ConfigurationError, DriverMissing, suggestion
 from relay.options import declared_keys
 from relay.registry import SINKS, SOURCES, options_of
 
@@ -22,12 +21,11 @@ def check_profiles(profiles: Mapping[str, Mapping[str, object]]) -> None:
         type_ = profile.get("type")
         known = sorted({*SINKS, *SOURCES})
         if type_ not in known:
-            near = get_close_matches(str(type_), known, n=1)
             raise ConfigurationError(
                 f"backends.{name}.type is missing"
                 if type_ is None
                 else f"backends.{name}.type is {type_!r}, which is not a backend",
-                remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}",
+                remedy=suggestion(str(type_), known),
             )
         try:
             keys = keys_of(str(type_))
@@ -35,10 +33,9 @@ def check_profiles(profiles: Mapping[str, Mapping[str, object]]) -> None:
             continue
         for key in profile:
             if key not in keys:
-                near = get_close_matches(key, keys, n=1)
                 raise ConfigurationError(
                     f"backends.{name}.{key} is not a known key of {type_}",
-                    remedy=f"did you mean {near[0]}?" if near else "see docs/RELAY.md",
+                    remedy=suggestion(key, keys, otherwise="see docs/RELAY.md"),
                 )
 
 

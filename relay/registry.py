@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from typing import Protocol, cast
 
@@ -13,7 +12,7 @@ import msgspec
 
 from relay.context import BackendContext
 from relay.contracts import Sink, Source
-from relay.errors import ConfigurationError, DriverMissing
+from relay.errors import ConfigurationError, DriverMissing, suggestion
 
 SINKS: Mapping[str, str] = {
     "nats": "relay.backends.nats:NatsSink",
@@ -111,10 +110,8 @@ def missing_extras() -> Sequence[str]:
 def _resolve(table: Mapping[str, str], role: str, type_: str) -> _Buildable:
     target = table.get(type_)
     if target is None:
-        near = get_close_matches(type_, table, n=1)
         raise ConfigurationError(
-            f"{type_!r} is not a type of {role}",
-            remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(table)}",
+            f"{type_!r} is not a type of {role}", remedy=suggestion(type_, table)
         )
     module, _, name = target.partition(":")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -100,7 +101,8 @@ class Site:
 async def site() -> AsyncIterator[Site]:
     async with aiohttp.ClientSession() as session:
         site = Site(session)
-        async with site.server:
+        await site.server.start()
+        async with contextlib.aclosing(site.server):
             yield site
 
 
@@ -347,14 +349,16 @@ async def test_disabled_metrics_open_no_port() -> None:
     metrics = Metrics(board)
     settings = MetricsSettings(enabled=False, addr="127.0.0.1:0")
 
-    async with HttpServer(
+    server = HttpServer(
         settings,
         board=board,
         render_metrics=metrics.render,
         measure_lag=_nothing_to_measure,
         find_delivery=_nothing_delivered,
-    ) as server:
-        assert server.address is None
+    )
+    await server.start()
+
+    assert server.address is None
 
 
 @pytest.mark.shows("setting:metrics.addr")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from difflib import get_close_matches
 from typing import TypeAlias
 
 import msgspec
@@ -15,6 +14,7 @@ from relay.errors import (
     MessageRejected,
     MessageTooLarge,
     MessageUndecodable,
+    suggestion,
 )
 from relay.mapping import compile_column, compile_document, header_value
 from relay.message import RelayMessage
@@ -85,10 +85,8 @@ def compile_fields(
     }
     for name, spec in columns.items():
         if name not in reads:
-            near = get_close_matches(name, reads, n=1)
             raise ConfigurationError(
-                f"columns.{name} is not a field of an inbox",
-                remedy=f"did you mean {near[0]}?" if near else f"known are {', '.join(FIELDS)}",
+                f"columns.{name} is not a field of an inbox", remedy=suggestion(name, FIELDS)
             )
         try:
             reads[name] = (
