@@ -48,7 +48,7 @@ class PipelineRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def partitioning(self) -> Mapping[str, object]:
-        """By what keys are dealt to its readers, as `relay_partitioning` has it."""
+        """How keys are divided among its readers, in the form of `relay_partitioning` in SQL."""
         several = partitions_of(self.config)
         if several == 1:
             return {}
@@ -100,7 +100,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     gap_last_ids: Sequence[int]
 
 
-# Before and behind a call of a function that its owner can change at any time; parameters 1 to 3.
+# Asked before and after a call of a function that its owner can change at any time, with the
+# parameters 1 to 3.
 INBOX_IS_INTACT = "relay_inbox_is_intact($1, $2, $3)"
 _SNAPSHOT_IS_INTACT = "relay_snapshot_is_intact($1, $2)"
 
@@ -595,8 +596,8 @@ class Catalog:
     async def snapshot(self, outbox_table: str) -> None:
         """Write all rows of a stream table into its outbox, unless another relay has or does.
 
-        The function that does it belongs to the owner of the table. What is written and how far it
-        looked are one transaction.
+        The function that does it belongs to the owner of the table. The rows, and up to which
+        refresh they stand for, are written in one transaction.
         """
         async with (
             self._database.connection("writing a snapshot") as connection,
@@ -710,7 +711,7 @@ class Catalog:
         return await self._all(Seek, "looking at seeks", "relay_seek_progress", self._group_id)
 
     async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
-        """The relays of this group, or of all, those that were killed for a day besides."""
+        """The relays of this group, or of all; one that was killed stays listed for a day."""
         group = None if of_all_groups else self._group_id
         return await self._all(FleetRow, "looking at the fleet", "relay_fleet", group)
 
@@ -786,8 +787,9 @@ class Catalog:
 class DatabaseText:
     """Text as a database can hold it.
 
-    NUL and lone surrogates, which no database holds, are made visible for good. What only this
-    database's encoding lacks is escaped so that `original` has it back, and a retry sends it.
+    NUL and lone surrogates, which no database can hold, are replaced for good by visible escapes.
+    Characters that only this database's encoding lacks are escaped so that `original` restores
+    them, and a retry sends them.
     """
 
     def __init__(self, server_encoding: str) -> None:

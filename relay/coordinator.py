@@ -42,7 +42,8 @@ _STRANGERS_S = 3.0
 _READ_TIMEOUT_S = 5.0
 # How long a pipeline that was cut off may take to close both of its sides.
 _CLOSING_S = 10.0
-# How long what is free is left to others: to nobody in particular, or to one with room for it.
+# For how many ticks a free pipeline beyond our share is left to others: while none of them is known
+# to have room for it, and while one is.
 _TICKS_BEFORE_OVERFLOW, _TICKS_LEFT_TO_OTHERS = 4, 20
 _TICKS_BEFORE_OFFER, _TICKS_BEFORE_OFFER_MAX = 4, 512
 
@@ -127,7 +128,7 @@ class Coordinator:
         self._members = Members(count=1)
         self._blocked: Mapping[str, str] = {}
         self._strangers_at = -math.inf
-        self._last_told: OwnershipChanged | None = None
+        self._last_emitted: OwnershipChanged | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._is_stale = True
@@ -195,7 +196,7 @@ class Coordinator:
             self._join_what_runs_everywhere()
             for work in self._works.values():
                 self._start(tasks, work)
-            self._tell_ownership()
+            self._emit_ownership()
             backoff.reset()
             if self._is_draining and self._is_drained():
                 self._stop.set()
@@ -262,11 +263,11 @@ class Coordinator:
                 self._is_stale = True
 
     def _end_surplus(self) -> None:
-        """Ask what is above our share to end, so that a relay with room for it can take it.
+        """Ask pipelines above our fair share to end, so that a relay with room can take them.
 
-        What nobody took for a while, and was therefore taken beyond our share, is offered again
-        when another has had room for it for long enough; less and less often, since who has room
-        and does not take it may never do so.
+        Those that we took above our share because nobody else did are released only when another
+        member has had room for `_offer_ticks` ticks. That number doubles each time, since a member
+        which has room and does not take them may never do so.
         """
         if self._members.count == 1:
             return
@@ -293,7 +294,8 @@ class Coordinator:
             if not work.is_over:
                 if work.task is not None and time.monotonic() > (work.cut_at or 0.0):
                     work.task.cancel()
-                    # Cancelled again meanwhile, it could not release what it holds far away.
+                    # Another cancellation meanwhile would keep it from releasing what it holds at
+                    # its broker.
                     work.cut_at = time.monotonic() + _CLOSING_S
                 continue
             del self._works[name]
@@ -345,7 +347,7 @@ class Coordinator:
         await self._locks.show_full(is_full=is_full)
 
     async def _look_for_strangers(self, missed: Sequence[str]) -> None:
-        """Who holds what we missed, where it is no relay: asked once in some seconds."""
+        """Ask, every few seconds, which sessions that are no relays hold what we missed."""
         if missed and time.monotonic() >= self._strangers_at:
             self._strangers_at = time.monotonic() + _STRANGERS_S
             self._blocked = await self._locks.strangers(missed)
@@ -416,7 +418,7 @@ class Coordinator:
         self._works.clear()
         self._overflow.clear()
         self._free_ticks.clear()
-        self._tell_ownership()
+        self._emit_ownership()
         await self._locks.aclose()
 
     async def _finish(self) -> bool:
@@ -429,7 +431,7 @@ class Coordinator:
             _, late = await asyncio.wait(ends, timeout=self._settings.shutdown_timeout_s)
         await self._cut(late)
         self._works.clear()
-        self._tell_ownership()
+        self._emit_ownership()
         return is_complete and not late
 
     def _came_to_its_end(self) -> bool:
@@ -451,16 +453,16 @@ class Coordinator:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=_CLOSING_S)
 
-    def _tell_ownership(self) -> None:
-        told = OwnershipChanged(
+    def _emit_ownership(self) -> None:
+        ownership = OwnershipChanged(
             pipelines=sorted(self._works),
             everywhere=sorted(name for name, work in self._works.items() if work.runs_everywhere),
             members=max(1, self._members.count),
             blocked=self._blocked,
         )
-        if told != self._last_told:
-            self._last_told = told
-            self._emit(told)
+        if ownership != self._last_emitted:
+            self._last_emitted = ownership
+            self._emit(ownership)
 
     def _notified(self, payload: str) -> None:
         try:

@@ -18,8 +18,8 @@ from relay.events import DeadLettered, DeadLettersRetried, Direction
 from relay.message import RelayMessage
 from relay.pipeline_events import PipelineEvents
 
-# These, in order, without those that the pipeline leaves out. Raises `MessageRejected` where one of
-# them is refused; asked for one at a time it then shows which.
+# Gives these, in order, without those that the pipeline leaves out. Raises `MessageRejected` where
+# one of them is refused; called with one at a time, it shows which.
 Transform = Callable[[Sequence[RelayMessage]], list[RelayMessage]]
 Take = Callable[[], Awaitable[Sequence[RelayMessage]]]
 # One attempt with what is then taken; None where the sink must not be tried now.
@@ -144,7 +144,7 @@ class DeadLetterQueue:
                 async with asyncio.timeout(self._look_again_s):
                     await self._retry_wanted.wait()
             except TimeoutError:
-                # Nobody tells that another relay has died with some that it had taken.
+                # Nothing notifies us that another relay died with dead letters it had taken.
                 if not is_any_left and not self._lease_s:
                     continue
             self._retry_wanted.clear()

@@ -191,7 +191,7 @@ def _local_inbox(row: PipelineRow) -> str | None:
 
 
 async def _each(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """One after the other; what fails keeps none of the others, and is raised in the end."""
+    """One after the other. A failure does not stop the others; the last is raised at the end."""
     failed: RelayError | None = None
     for task in tasks:
         try:

@@ -13,7 +13,7 @@ A CloudEvent of somebody else is taken apart first (`relay.cloudevent`). The rul
 event type look at the message as it came, and where it lacks what they name at the event in it;
 those for columns at the event.
 
-What a rule names and a message lacks costs that message alone: `MessageUndecodable`.
+A message that lacks what a rule names is refused, it alone, with `MessageUndecodable`.
 """
 
 from __future__ import annotations

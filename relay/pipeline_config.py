@@ -1,7 +1,7 @@
 """The config object of one catalog row, typed: what a pipeline is made of and how it behaves.
 
-The SQL functions validate what goes into the catalog; a row may still have been edited by hand, so
-nothing is believed here either.
+The SQL functions validate what goes into the catalog. A row may still have been edited by hand, so
+everything is checked again here.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         `lock`, `listen`, `migrate`).
     connect_timeout_s: How long connecting may take, and waiting for a connection of the pool.
     command_timeout_s: How long one statement may take.
-    heartbeat_timeout_s: So long may the ownership connection be silent before the pipelines are
+    heartbeat_timeout_s: How long the ownership connection may be silent before the pipelines are
         given up.
     pool_size: Connections of the working pool; two more own locks and listen.
     """

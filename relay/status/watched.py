@@ -26,7 +26,7 @@ class _Seen:
         self._fleet = Fleet(relays=[])
 
     async def _read(self, relays: Sequence[RelayStatus]) -> None:
-        """See the pipelines of the catalog, and what there is of those that none of these runs."""
+        """Read the pipelines, with lag and dead letters of those that none of these relays runs."""
         rows = [
             msgspec.structs.replace(row, config=masked(row.config))
             for row in readers_of(await self._catalog.pipelines())

@@ -1,8 +1,9 @@
 """When an outbox source sleeps, and when publishers are asked to wake it.
 
 A notification in every commit serialises commits, so publishers notify only while a relay says
-that it sleeps. A source that finds something at every poll needs no notification and takes its
-word back; one that finds something now and then keeps it, since each change of mind is a write.
+that it sleeps. A source that finds something at every poll needs no notification, and says that it
+is awake. One that finds something now and then goes on asking for notifications, since each change
+between the two is a write.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Wakefulness:
     async def found_nothing(self) -> float:
         """A poll found nothing: how many seconds to wait for news, 0 to look once more at once.
 
-        Once more, because what was committed just before publishers were asked to notify told
-        nobody. Raises `Outage`.
+        Once more, because a transaction that committed just before publishers were asked to notify
+        has notified nobody. Raises `Outage`.
         """
         self._full_finds = 0
         self._empty_polls += 1

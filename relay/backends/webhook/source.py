@@ -298,10 +298,10 @@ class WebhookSource(NothingExpires):
                     await self._news.wait()
 
     def _is_worth_a_batch(self) -> bool:
-        """Whether no more need be gathered while another batch is in flight.
+        """Whether to hand out what is here, or to gather more while another batch is in flight.
 
-        Senders who wait for an answer send nothing meanwhile: small batches would part them, and
-        each costs a transaction.
+        Each batch costs a transaction, however small. Senders wait for their answers and send
+        nothing meanwhile, so that small batches would stay small.
         """
         return not self._out or self.waiting_messages >= min(_WORTH_A_BATCH, self._batch_size)
 
