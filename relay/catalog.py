@@ -81,10 +81,8 @@ class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
     stream_table: str
     delta_relation: str
     key_columns: Sequence[str] | None
-    retention_hours: int
     sequence_cache: int
     last_id: int
-    max_id: int
     swept_through: int
 
 
@@ -328,18 +326,13 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Catalog:
-    """The catalog as seen by the relays of one group."""
+    """The catalog as seen by the relays of one group, ``group_id``."""
 
     def __init__(self, database: Database, group_id: str) -> None:
         self._database = database
-        self._group_id = group_id
+        self.group_id = group_id
         self._schema = schema_identifier(database.settings.schema)
         self._text: DatabaseText | None = None
-
-    @property
-    def group_id(self) -> str:
-        """The relay group whose positions this catalog reads and writes."""
-        return self._group_id
 
     async def version(self) -> str:
         """The catalog's version. Raises `CatalogMissing` where there is none."""
@@ -387,7 +380,7 @@ class Catalog:
         row = await self._row(
             "claiming the pipeline",
             "relay_claim",
-            self._group_id,
+            self.group_id,
             pipeline,
             outbox_table,
             worker_id,
@@ -398,7 +391,7 @@ class Catalog:
     async def to_repartition(self) -> frozenset[str]:
         """The pipelines whose positions are of other readers than they have now."""
         doing = "looking for changed partitions"
-        rows = await self._rows(doing, "relay_to_repartition", self._group_id)
+        rows = await self._rows(doing, "relay_to_repartition", self.group_id)
         return frozenset(row[0] for row in rows)
 
     async def repartition(
@@ -413,7 +406,7 @@ class Catalog:
             bool,
             "bringing readers to one position",
             "relay_repartition",
-            self._group_id,
+            self.group_id,
             pipeline,
             msgspec.json.encode(partitioning),
             lock_key,
@@ -437,7 +430,7 @@ class Catalog:
         await self._do(
             "committing the offset",
             "relay_commit",
-            self._group_id,
+            self.group_id,
             pipeline,
             epoch,
             last_change_id,
@@ -449,7 +442,7 @@ class Catalog:
         await self._do(
             "resetting the offset",
             "relay_commit",
-            self._group_id,
+            self.group_id,
             pipeline,
             epoch,
             last_change_id,
@@ -461,7 +454,7 @@ class Catalog:
 
     async def release(self, pipeline: str, epoch: int) -> None:
         """Give up ownership; harmless when it was lost already."""
-        await self._do("releasing the pipeline", "relay_release", self._group_id, pipeline, epoch)
+        await self._do("releasing the pipeline", "relay_release", self.group_id, pipeline, epoch)
 
     async def join_group(
         self, group: str, pipeline: str, outbox_table: str, consumer: str, on_reset: str
@@ -476,7 +469,7 @@ class Catalog:
             "relay_group_join",
             group,
             pipeline,
-            self._group_id,
+            self.group_id,
             outbox_table,
             consumer,
             on_reset,
@@ -531,7 +524,7 @@ class Catalog:
     async def cursor(self, pipeline: str, cursor_key: str) -> bytes | None:
         """A source's own remembered position, as JSON."""
         doing = "reading the cursor"
-        row = await self._row(doing, "relay_cursor_get", self._group_id, pipeline, cursor_key)
+        row = await self._row(doing, "relay_cursor_get", self.group_id, pipeline, cursor_key)
         return None if row[0] is None else bytes(row[0])
 
     async def set_cursor(self, pipeline: str, epoch: int, cursor_key: str, cursor: bytes) -> None:
@@ -539,7 +532,7 @@ class Catalog:
         await self._do(
             "committing the cursor",
             "relay_cursor_set",
-            self._group_id,
+            self.group_id,
             pipeline,
             epoch,
             cursor_key,
@@ -629,7 +622,7 @@ class Catalog:
             list[int],
             "writing dead letters",
             "relay_dead_letter",
-            self._group_id,
+            self.group_id,
             pipeline,
             direction,
             [message.dedup_key for message in messages],
@@ -651,7 +644,7 @@ class Catalog:
         self, pipeline: str, max_rows: int, lease_s: int = 0
     ) -> list[StoredDeadLetter]:
         """Dead letters of a pipeline for which a retry was asked; nobody else's for so long."""
-        asked = self._group_id, pipeline, max_rows, lease_s
+        asked = self.group_id, pipeline, max_rows, lease_s
         return [
             _stored(row)
             for row in await self._rows("taking dead letters", "relay_dlq_take", *asked)
@@ -680,11 +673,11 @@ class Catalog:
 
     async def lag(self, pipelines: Sequence[str]) -> list[Lag]:
         """How far these forward pipelines of this group are behind; reverse ones are left out."""
-        return await self._all(Lag, "measuring lag", "relay_lag", self._group_id, list(pipelines))
+        return await self._all(Lag, "measuring lag", "relay_lag", self.group_id, list(pipelines))
 
     async def delivered(self, pipeline: str, outbox_id: int) -> Delivered | None:
         """What became of a row of an outbox; None where there is no such forward pipeline."""
-        asked = self._group_id, pipeline, outbox_id
+        asked = self.group_id, pipeline, outbox_id
         found = await self._all(Delivered, "looking for a delivery", "relay_delivered", *asked)
         return next(iter(found), None)
 
@@ -708,11 +701,11 @@ class Catalog:
 
     async def seeks(self) -> list[Seek]:
         """Where `relay_seek` put each pipeline of this group last, the latest last."""
-        return await self._all(Seek, "looking at seeks", "relay_seek_progress", self._group_id)
+        return await self._all(Seek, "looking at seeks", "relay_seek_progress", self.group_id)
 
     async def fleet(self, *, of_all_groups: bool = False) -> list[FleetRow]:
         """The relays of this group, or of all; one that was killed stays listed for a day."""
-        group = None if of_all_groups else self._group_id
+        group = None if of_all_groups else self.group_id
         return await self._all(FleetRow, "looking at the fleet", "relay_fleet", group)
 
     async def capture_problems(self) -> list[CaptureProblem]:
@@ -744,11 +737,11 @@ class Catalog:
     async def report(self, worker_id: str, report: bytes) -> None:
         """Show the fleet what this relay is doing; ``report`` is a JSON object."""
         text = (await self._database_text()).printable_json(report)
-        await self._do("reporting to the fleet", "relay_report", self._group_id, worker_id, text)
+        await self._do("reporting to the fleet", "relay_report", self.group_id, worker_id, text)
 
     async def retire(self, worker_id: str) -> None:
         """Leave the fleet."""
-        await self._do("leaving the fleet", "relay_retire", self._group_id, worker_id)
+        await self._do("leaving the fleet", "relay_retire", self.group_id, worker_id)
 
     async def _database_text(self) -> DatabaseText:
         if self._text is None:

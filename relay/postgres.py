@@ -229,18 +229,16 @@ async def connect(settings: PostgresSettings, *, purpose: str) -> Connection:
 
 
 class Database:
-    """The pool, and one connection that listens, shared by everything in this process."""
+    """The pool, and one connection that listens, shared by everything in this process.
+
+    ``settings``: how the database is reached.
+    """
 
     def __init__(self, settings: PostgresSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._session = _session(settings)
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._listeners: dict[str, list[Listener]] = {}
-
-    @property
-    def settings(self) -> PostgresSettings:
-        """How this database is reached."""
-        return self._settings
 
     async def open(self) -> None:
         """Open the pool with one connection in it.
@@ -248,19 +246,19 @@ class Database:
         Raises as `connect` does, and `ConfigurationError` for a pooler that hands a session from
         one server process to another.
         """
-        with _readable_string(), postgres_errors(_connecting(self._settings)):
+        with _readable_string(), postgres_errors(_connecting(self.settings)):
             pool = await asyncpg.create_pool(
-                dsn=_dsn(self._settings),
+                dsn=_dsn(self.settings),
                 min_size=0,
-                max_size=self._settings.pool_size,
-                timeout=self._settings.connect_timeout_s,
-                command_timeout=self._settings.command_timeout_s,
-                server_settings=_application_name(self._settings, "work"),
+                max_size=self.settings.pool_size,
+                timeout=self.settings.connect_timeout_s,
+                command_timeout=self.settings.command_timeout_s,
+                server_settings=_application_name(self.settings, "work"),
                 init=lambda connection: _prepare(connection, self._session),
                 reset=_leave,
             )
             try:
-                await _refuse_pooler(pool, self._settings)
+                await _refuse_pooler(pool, self.settings)
             except BaseException:
                 pool.terminate()
                 raise
@@ -282,7 +280,7 @@ class Database:
         if self._pool is None:
             raise NotConnected("the PostgreSQL pool is closed")
         with postgres_errors(doing):
-            async with self._pool.acquire(timeout=self._settings.connect_timeout_s) as connection:
+            async with self._pool.acquire(timeout=self.settings.connect_timeout_s) as connection:
                 yield connection
 
     async def whereabouts(self) -> str:
@@ -354,7 +352,7 @@ class Database:
                 await asyncio.sleep(backoff.next_s())
 
     async def _listen_once(self, channels: tuple[str, ...], backoff: Backoff) -> None:
-        connection = await connect(self._settings, purpose="listen")
+        connection = await connect(self.settings, purpose="listen")
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
         try:

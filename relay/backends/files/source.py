@@ -14,7 +14,7 @@ from relay.backends.files.errors import allowed_path
 from relay.backends.files.input import FileInput, Mark, Outlook, Reading
 from relay.backends.files.line import Line, decode_line
 from relay.backends.files.options import FileSourceOptions
-from relay.backends.files.stdin import StdinSource
+from relay.backends.files.stdin import STDIN, StdinSource
 from relay.context import BackendContext
 from relay.contracts import Batch, NothingExpires, Source, sorted_out
 from relay.errors import EndOfInput, NotConnected, PositionLost, RelayError
@@ -54,7 +54,7 @@ class FileSource(NothingExpires):
         """Build from the ``source`` object of a pipeline. Raises `ConfigurationError`."""
         parsed = parse_options(options, FileSourceOptions, path="source")
         if parsed.type == "stdin":
-            return StdinSource.from_parsed(parsed, context)
+            return StdinSource(parsed, STDIN, context)
         return cls(parsed, str(allowed_path(parsed.input or "", context.file_roots)), context)
 
     async def connect(self) -> None:

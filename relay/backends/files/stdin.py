@@ -12,7 +12,6 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
 
 from relay.backends.files.errors import file_errors
 from relay.backends.files.line import Entry, Line, LineBuffer, decode_line
@@ -132,11 +131,6 @@ class StdinSource(NothingExpires):
         self._sequence = 0
         self._out: dict[int, Sequence[Entry]] = {}
         self._is_interrupted = False
-
-    @classmethod
-    def from_parsed(cls, options: FileSourceOptions, context: BackendContext) -> Self:
-        """A source on the process's own stdin. Raises `ConfigurationError`."""
-        return cls(options, STDIN, context)
 
     async def connect(self) -> None:
         """Become the one reader of stdin."""

@@ -110,8 +110,8 @@ class OutboxDecoder:
     ``namespace`` goes in front of every dedup key. ``pipeline`` is who reads. ``key_columns`` name
     the entity; an outbox row may name others, after a column was renamed (``follows_renames``); a
     row that lacks one of them has no key. ``collapse_updates`` turns a delete and an insert of one
-    key in one outbox row into an ``update`` that has the index of the insert. ``shape`` is applied
-    before. ``partition``: whose keys.
+    key in one outbox row into an ``update`` that has the index of the insert, where there are keys:
+    then ``collapses_updates`` is true. ``shape`` is applied before. ``partition``: whose keys.
     """
 
     def __init__(
@@ -135,18 +135,13 @@ class OutboxDecoder:
         self._follows_renames = follows_renames
         self._renamed_keys: dict[tuple[str, ...], _KeyReader] = {}
         self._hides_row_id = ROW_ID in key_columns
-        self._collapses = collapse_updates and bool(key_columns)
+        self.collapses_updates = collapse_updates and bool(key_columns)
         self._marks_snapshots = snapshot_markers
         self._shape = shape
         self._partition = partition
         self._has_the_rest = partition.number == 1
         self._payload = msgspec.json.Decoder(_Payload)
         self._array = msgspec.json.Decoder(list[msgspec.Raw])
-
-    @property
-    def collapses_updates(self) -> bool:
-        """True where a delete and an insert of one key become one update."""
-        return self._collapses
 
     def decode(self, rows: OutboxRows, decoded: Decoded) -> bool:
         """Decode these, `PART_ROWS` at most, behind what is decoded already.
@@ -388,7 +383,7 @@ class OutboxDecoder:
             messages += self.begin(event)
         removed = self.rows_of(event, "delete", deleted, len(inserted), decoded) if deleted else []
         added = self.rows_of(event, self.insert_op(event), inserted, 0, decoded)
-        if self._collapses and not event.is_full_refresh:
+        if self.collapses_updates and not event.is_full_refresh:
             messages += self.updated(_collapsed(removed, added), decoded)
         else:
             messages += removed
