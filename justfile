@@ -31,6 +31,7 @@ check:
 fmt: setup
     {{ venv }}/bin/ruff check --quiet --fix .
     {{ venv }}/bin/ruff format .
+    -{{ python }} scripts/lint_sql.py --fix
 
 # measure throughput and latency against their targets
 bench *arguments: setup

@@ -1058,6 +1058,14 @@ set standard_conforming_strings = on as $$
                 @schema@.relay_function_of(c.outbox_table_name, 'snapshot'), o.captured, c, 'snapshot'), null)
         ) as s (problem, remedy)
         where r.is_stream
+        union all
+        -- A dump keeps the oid by which the extension knows a table.
+        select o.captured, 'pg_trickle does not know this table any more, as after a restore from a dump: nothing refreshes it',
+            'mend it in pg_trickle, or let it make another stream table and enable that one'
+        from @schema@.relay_refreshes(o.captured) as r
+        where not r.is_stream
+            and c.key_columns = array['__pgt_row_id']
+            and @schema@.relay_extension_table('pgt_stream_tables') is not null
     ) as p (target, problem, remedy)
     where c.stream_schema is not null and c.capture <> 'none' and p.problem is not null
     order by 1, 3, 4

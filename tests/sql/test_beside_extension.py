@@ -269,6 +269,17 @@ async def test_dropping_the_extension_meets_nothing_of_ours(totals: Session) -> 
     assert totals.rows("select * from relay_capture_problems()") == []
 
 
+async def test_a_stream_table_that_the_extension_knows_no_longer_is_no_healthy_one(
+    totals: Session,
+) -> None:
+    totals.run("update pgtrickle.pgt_stream_tables set pgt_relid = 1")
+
+    ((problem, remedy),) = totals.rows("select problem, remedy from relay_capture_problems()")
+
+    assert "nothing refreshes it" in problem
+    assert "another stream table" in remedy
+
+
 # Stream tables -------------------------------------------------------------------------------
 
 
