@@ -41,11 +41,12 @@ class Inbox:
         """How many rows are committed."""
         return int(await self._postgres.fetchval(f"select count(*) from {self._table}"))
 
-    async def until_holding(self, rows: int, timeout_s: float) -> Stretch:
+    async def until_holding(self, rows: int, timeout_s: float, *, warm_up: int = 0) -> Stretch:
         """Wait for so many rows, looking seldom: a count reads them all. Raises `TimeoutError`.
 
         By the table's own clock: from the beginning of the first batch's transaction to that of
-        the last one's, in which everything but the last batch was written.
+        the last one's, in which everything but the last batch was written. ``warm_up``: so many
+        rows before them are not counted.
         """
         started = time.perf_counter()
         while (held := await self.count()) < rows:
@@ -56,7 +57,9 @@ class Inbox:
         row = await self._postgres.fetchrow(
             "select extract(epoch from max(received_at) - min(received_at))::float8 as seconds,"
             " count(*) filter (where received_at < last.at) as rows"
-            f" from {self._table}, (select max(received_at) as at from {self._table}) as last"
+            f" from (select received_at from {self._table} order by received_at offset $1) as i,"
+            f" (select max(received_at) as at from {self._table}) as last",
+            warm_up,
         )
         if row is None or not row["rows"]:
             # A single batch has no other end than the look that found it.

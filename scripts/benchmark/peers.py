@@ -323,10 +323,12 @@ async def peers_to_jetstream(*, events: int, runs: int, say: Callable[[str], Non
 
 
 async def peers_from_kafka(*, events: int, runs: int, say: Callable[[str], None]) -> Row:
-    """The records of a topic into an inbox table, by the table's own clock.
+    """The records of a topic into an inbox table.
 
-    Raises `ServerMissing` where nobody else is installed.
+    By the table's own clock, from when it holds the warm-up to the last batch. Raises
+    `ServerMissing` where nobody else is installed.
     """
+    warm_up = round(events * WARM_UP_PART)
     Bento()  # Raises before Kafka is started for nobody.
     async with (
         surroundings() as around,
@@ -338,18 +340,20 @@ async def peers_from_kafka(*, events: int, runs: int, say: Callable[[str], None]
 
         async def turn(around: Surroundings, program: Program) -> tuple[Figures, int]:
             await around.postgres.execute("select pgtrickle.create_inbox($1)", _INBOX)
-            await origin.fill(events)
+            await origin.fill(warm_up + events)
             await program.prepare(around)
             inbox = Inbox(around.postgres, f"pgtrickle.{_INBOX}")
             async with program.running(around):
-                stretch = await inbox.until_holding(events, _TIMEOUT_S + events / 1000)
+                stretch = await inbox.until_holding(
+                    warm_up + events, _TIMEOUT_S + events / 1000, warm_up=warm_up
+                )
             different = await around.count(
                 f"select count(distinct payload ->> 'id') from pgtrickle.{_INBOX}"
             )
             return {"per_s": stretch.per_s}, different
 
         results, received = await _in_turns("peers-from-kafka", around, programs, turn, runs, say)
-    return _row("peers-from-kafka", programs, results, events * runs, received)
+    return _row("peers-from-kafka", programs, results, (warm_up + events) * runs, received)
 
 
 def _installed(
