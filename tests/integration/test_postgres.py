@@ -24,7 +24,7 @@ from relay.errors import (
     RelayError,
     TimedOut,
 )
-from relay.postgres import _BY_STATE, _OWN, Database, connect
+from relay.postgres import _BY_STATE, Database, connect
 from relay.settings import PostgresSettings
 from tests.contract.surroundings import backend_context
 from tests.servers.finding import ServerMissing, free_port, leave_out
@@ -703,13 +703,13 @@ PROVOKED: Mapping[str, Callable[[Database], Awaitable[None]]] = {
 
 
 def test_every_entry_of_the_table_is_provoked() -> None:
-    assert PROVOKED.keys() == _OWN.keys() | _BY_STATE.keys()
+    assert PROVOKED.keys() == _BY_STATE.keys()
 
 
 @pytest.mark.shows("error:LeaseLost", "error:RelayError")
 @pytest.mark.parametrize("state", PROVOKED)
 async def test_a_server_error_becomes_the_relays_own(opened: Database, state: str) -> None:
-    expected = _OWN.get(state) or _BY_STATE[state]
+    expected = _BY_STATE[state]
 
     with pytest.raises(RelayError) as said:
         await PROVOKED[state](opened)
