@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -72,13 +73,14 @@ def main() -> int:
     """Measure the rows that the command line names, else all but a few; the exit code."""
     options = _options()
     console, stderr = Console(), Console(stderr=True)
+    load, _, _ = os.getloadavg()
     with Progress(
         console=stderr, transient=True, disable=not stderr.is_terminal, refresh_per_second=2
     ) as progress:
         rows, missing = uvloop.run(_measure(options, progress))
     if rows:
         print_table(rows, console)
-        for path in write_results(rows, options.output):
+        for path in write_results(rows, options.output, load):
             stderr.print(f"written: {path}")
     for name, reason in missing.items():
         stderr.print(f"{name} is not measured: {reason}", soft_wrap=True)

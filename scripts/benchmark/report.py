@@ -1,8 +1,9 @@
-"""How the rows are shown: a table for people, JSON for machines, a chart for the documentation."""
+"""How the rows are shown: tables for people, JSON for machines, a chart for the documentation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from rich.table import Table
 from relay import __version__
 from scripts.benchmark.row import Row, Target
 
+_HEADINGS: Final = ("row", "figure", "measured", "target", "")
 _BAR_HEIGHT: Final = 22
 _BAR_WIDTH: Final = 260
 _LABEL_WIDTH: Final = 400
@@ -24,36 +26,31 @@ _MET, _MISSED = "#2f855a", "#c53030"
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """One line per target, and what was counted at the destination."""
     table = Table(title="Benchmarks")
-    table.add_column("row", no_wrap=True)
-    for heading in ("figure", "measured", "target", ""):
+    table.add_column(_HEADINGS[0], no_wrap=True)
+    for heading in _HEADINGS[1:]:
         table.add_column(heading, justify="right" if heading == "measured" else "left")
     for row in rows:
-        for target in row.targets:
-            table.add_row(
-                row.name,
-                target.figure,
-                _amount(target.value, target.unit),
-                _bound(target),
-                "met" if target.is_met else "MISSED",
-            )
-        table.add_row(
-            row.name,
-            "events at the destination",
-            f"{row.counted['received']:,}",
-            f"{row.counted['sent']:,}",
-            "met" if row.is_complete else "MISSED",
-            end_section=True,
-        )
+        for line in _lines(row):
+            table.add_row(*line)
+        table.add_section()
     console.print(table)
 
 
-def write_results(rows: Sequence[Row], directory: Path) -> tuple[Path, Path]:
-    """Write ``results.json`` and ``results.svg``; where they are."""
+def write_results(rows: Sequence[Row], directory: Path, load: float) -> Sequence[Path]:
+    """Write ``results.json``, ``results.md`` and ``results.svg``; where they are.
+
+    ``load``: the load average when the first row began, which tells what ran beside it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    as_json, as_svg = directory / "results.json", directory / "results.svg"
-    results = {
+    as_json, as_markdown, as_svg = (directory / f"results.{end}" for end in ("json", "md", "svg"))
+    surroundings = {
         "version": __version__,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": os.cpu_count(),
+        "load_before": round(load, 1),
+    }
+    results = {
+        **surroundings,
         "is_met": all(row.is_met for row in rows),
         "rows": [
             {
@@ -64,8 +61,26 @@ def write_results(rows: Sequence[Row], directory: Path) -> tuple[Path, Path]:
         ],
     }
     as_json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+    lines = [_HEADINGS, ["---"] * len(_HEADINGS), *(line for row in rows for line in _lines(row))]
+    as_markdown.write_text(
+        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in surroundings.items())
+        + "\n\n"
+        + "".join(f"| {' | '.join(line)} |\n" for line in lines),
+        encoding="utf-8",
+    )
     as_svg.write_text(_chart(rows), encoding="utf-8")
-    return as_json, as_svg
+    return as_json, as_markdown, as_svg
+
+
+def _lines(row: Row) -> Iterator[Sequence[str]]:
+    """What a table says of a row, under `_HEADINGS`."""
+    for target in row.targets:
+        verdict = "met" if target.is_met else "MISSED"
+        measured = _amount(target.value, target.unit)
+        yield row.name, target.figure, measured, _bound(target), verdict
+    sent, received = f"{row.counted['sent']:,}", f"{row.counted['received']:,}"
+    verdict = "met" if row.is_complete else "MISSED"
+    yield row.name, "events at the destination", received, sent, verdict
 
 
 def _chart(rows: Sequence[Row]) -> str:

@@ -187,5 +187,9 @@ def test_a_missed_target_and_a_lost_event_are_both_told(tmp_path: Path) -> None:
     assert row(fast, 3).is_met
     assert not row(slow, 3).is_met
     assert not row(fast, 2).is_met
-    write_results([row(fast, 3), row(slow, 3)], tmp_path)
+    write_results([row(fast, 3), row(slow, 3)], tmp_path, load=0.5)
     assert results(tmp_path)["is_met"] is False
+    assert results(tmp_path)["load_before"] == 0.5
+    told = (tmp_path / "results.md").read_text()
+    assert "| x | rate | 50.0 | at least 40.0 | met |" in told
+    assert "| x | delay | 50.0 | below 40.0 | MISSED |" in told
