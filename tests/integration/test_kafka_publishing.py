@@ -508,13 +508,16 @@ async def test_a_publish_that_is_cancelled_can_be_repeated(
 ) -> None:
     sink = sink_of(kafka_proxy.address, broker.topic)
     await sink.connect()
-    messages = broker.numbered(3000)
+    # So many bytes take more turns than any of these publishes is given.
+    value = b'"%s"' % (b"x" * 3000)
+    messages = [structs.replace(one, payload=value) for one in broker.numbered(3000)]
     for turns in (1, 3, 10, 30):
         publishing = asyncio.create_task(sink.publish(messages))
         for _ in range(turns):
             await asyncio.sleep(0)
         publishing.cancel()
         await asyncio.wait([publishing], timeout=BOUND_S)
+        assert publishing.cancelled()
 
     await deliver(sink, messages)
 

@@ -20,9 +20,10 @@ from relay.template import compile_template
 
 LIMIT_NAME = "max.message.bytes"
 
-# The most of one batch, and of the batches that are packed at a time: brokers handle few large
-# requests with far less effort than many small ones.
+# The most of one batch, and of the batches that are packed at a time: brokers, and the client,
+# handle few large requests with far less effort than many small ones.
 BATCH_BYTES = 512 * 1024
+_CHUNK_BYTES = 2 * BATCH_BYTES
 _OVERHEAD_BYTES = 96
 # What may be in a record beside, at most, is no matter for such a value.
 _SMALL_BYTES = BATCH_BYTES // 4
@@ -87,7 +88,7 @@ class Packer:
         failed: dict[int, RelayError],
         new_builder: Callable[[], Any],
     ) -> Iterator[list[Pack]]:
-        """Batches, one of a partition at a time, about `BATCH_BYTES` together.
+        """Batches, one of a partition at a time, about a megabyte together.
 
         Leaves out what has no topic; what can't be sent is noted in ``failed`` by its index.
         """
@@ -123,7 +124,7 @@ class Packer:
                 packs, size = {}, 0
             pack.indexes.append(at)
             size += bytes_
-            if size >= BATCH_BYTES:
+            if size >= _CHUNK_BYTES:
                 yield list(packs.values())
                 packs, size = {}, 0
         if packs:
