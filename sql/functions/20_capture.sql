@@ -521,7 +521,8 @@ $quick$,
         coalesce(settings.key_columns, '{}'),
         settings.delta_table_name
     )
-    from (select @schema@.relay_capture_mode(settings.capture, relation) as mode) as m
+    -- Asked once: without offset each use of the name is a call.
+    from (select @schema@.relay_capture_mode(settings.capture, relation) as mode offset 0) as m
     cross join lateral (select @schema@.relay_first_by(relation, m.mode) as first_by) as f
 $$;
 comment on function @schema@.relay_capture_source(@schema@.pgt_outbox_config, oid) is

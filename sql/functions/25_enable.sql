@@ -86,6 +86,7 @@ begin
         from pg_proc as c
         join pg_proc as p on p.pronamespace = c.pronamespace and p.proowner = c.proowner
         where c.oid = capture_id
+            and p.prorettype <> c.prorettype
             and starts_with(p.prosrc, format(E'\n-- pgtrickle-relay %s', kind))
             and position(format('%I.relay_captured_table(%L)', @schema_name@, outbox_table) in p.prosrc) > 0
         limit 1
@@ -1000,17 +1001,22 @@ set standard_conforming_strings = on as $$
     cross join lateral (
         select @schema@.relay_captured_table(c.outbox_table_name) as captured,
             @schema@.relay_function_of(c.outbox_table_name, 'capture') as function_id
+        offset 0  -- asked once: else each use of the names is a call
     ) as o
+    cross join lateral (
+        select @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture') as problem
+        offset 0
+    ) as f
     cross join lateral (
         select null::oid, 'nothing is captured: the table or its triggers are gone, or its capture function belongs to a role without rights on the outbox', null
         where o.captured is null
         union all
-        select o.captured, @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture'), null
+        select o.captured, f.problem, null
         where o.captured is not null
         union all
         select o.captured, 'its rows can''t be backfilled: ' || @schema@.relay_function_problem(
             @schema@.relay_function_of(c.outbox_table_name, 'backfill'), o.captured, c, 'backfill'), null
-        where @schema@.relay_function_problem(o.function_id, o.captured, c, 'capture') is null
+        where f.problem is null
         union all
         select t.target, t.problem, null
         from @schema@.relay_trigger_problems(

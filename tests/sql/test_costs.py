@@ -99,3 +99,19 @@ def test_the_lag_of_some_pipelines_looks_at_no_outbox_of_another(db: Session) ->
     everything = pages(db, "select * from pgtrickle.relay_lag('default')")
 
     assert some * 5 < everything
+
+
+def test_what_is_wrong_with_capture_is_asked_once_of_each_table(db: Session) -> None:
+    for table in ("a", "b", "c"):
+        db.run(f"create table {table} (id int primary key, note text)")
+        db.run(f"select pgtrickle.enable_outbox('{table}')")
+
+    db.run("begin")
+    db.run("set local track_functions = 'all'")
+    assert not db.rows("select * from pgtrickle.relay_capture_problems()")
+    calls = dict(db.rows("select funcname, calls from pg_stat_xact_user_functions"))
+    db.run("rollback")
+
+    assert calls["relay_captured_table"] <= 3
+    assert calls["relay_function_problem"] <= 3 * 2
+    assert calls["relay_capture_mode"] <= 3 * 2
