@@ -95,7 +95,7 @@ class AuthenticationRefused(ConfigurationError):
 
 
 class DestinationMissing(ConfigurationError):
-    """The stream, topic, queue, exchange, table or path does not exist and is not ours to make."""
+    """The stream, topic, queue, group, table or path does not exist and is not ours to make."""
 
 
 class OutboxUnsafe(ConfigurationError):

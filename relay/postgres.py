@@ -62,9 +62,12 @@ _POOLER_LOOKS = 4
 # letters and a wrong "configuration" verdict would stop a pipeline.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _BY_STATE: Mapping[str, type[RelayError]] = {
+    "RL003": DestinationMissing,
     "RL005": OutboxUnsafe,
     "RL020": OwnershipLost,
     "RL021": LeaseLost,
+    "RL022": DestinationMissing,
+    "RL030": DestinationMissing,
     "RL": ConfigurationError,
     "28": AuthenticationRefused,
     "42501": AuthenticationRefused,

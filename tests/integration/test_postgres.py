@@ -675,9 +675,12 @@ def _running(*statements: str) -> Callable[[Database], Awaitable[None]]:
 
 # Each entry of the table, with what makes a server say it.
 PROVOKED: Mapping[str, Callable[[Database], Awaitable[None]]] = {
+    "RL003": _running("select pgtrickle.disable_outbox('nothing')"),
     "RL005": _unsafe,
     "RL020": _fenced,
     "RL021": _lost_lease,
+    "RL022": _running("select * from pgtrickle.consumer_lag('nothing')"),
+    "RL030": _running("select pgtrickle.drop_inbox('nothing')"),
     "RL": _running("select pgtrickle.get_relay_config('nothing')"),
     "28": lambda database: _elsewhere(database, user="nobody_we_know"),
     "42501": _as_nobody,

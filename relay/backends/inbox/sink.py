@@ -18,6 +18,7 @@ from relay.contracts import ALL_ACCEPTED, Failure, PublishResult
 from relay.errors import (
     CatalogMissing,
     ConfigurationError,
+    DestinationMissing,
     ErrorKind,
     MessageRejected,
     NotConnected,
@@ -107,6 +108,12 @@ class InboxSink:
         if rows:
             try:
                 await insert.write(rows, written)
+            except CatalogMissing as error:
+                raise DestinationMissing(
+                    f"inbox {self._options.inbox or self._options.inbox_table} is gone,"
+                    " or what writes it",
+                    remedy="create it again",
+                ) from error
             except RelayError as error:
                 raise discreet(error) from error
         if written.rows == len(messages):
