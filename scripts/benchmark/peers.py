@@ -259,7 +259,10 @@ class BentoInAnyOrder(Bento):
 class BentoFromKafka(Bento):
     """Bento: a topic into the inbox table."""
 
-    note = "inserts batches of 2,000, one in flight; one record that the table refuses stops it"
+    note = (
+        "inserts batches of 2,000, one in flight; a record that the table refuses keeps its whole"
+        " batch out, and later ones pass it"
+    )
 
     def __init__(self, origin: Origin) -> None:
         super().__init__()
