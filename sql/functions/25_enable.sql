@@ -29,21 +29,16 @@ $$;
 comment on function @schema@.relay_free_name(text, text, text) is
     'A name that nothing has in a schema: cut to 63 bytes, and with 7 characters of a digest of the seed where it is taken.';
 
-create or replace function @schema@.relay_capture_settings() returns text[]
+create or replace function @schema@.relay_function_shape(
+    kind text, out arguments text, out result regtype, out configuration text[]
+)
 language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
-    select array[
+    -- As PostgreSQL stores them: the session that writes has no part in what is told, and statements
+    -- are planned once in a session, not six times.
+    select s.arguments, s.result, array[
         'search_path=pg_catalog, pg_temp', 'TimeZone=UTC', 'DateStyle=ISO', 'IntervalStyle=postgres',
         'bytea_output=hex', 'extra_float_digits=1', 'plan_cache_mode=force_generic_plan'
     ]
-$$;
-comment on function @schema@.relay_capture_settings() is
-    'What a capture function pins, as PostgreSQL stores it, so that the session that writes has no part in what is told; and that its statements are planned once in a session, not six times.';
-
-create or replace function @schema@.relay_function_shape(
-    kind text, out arguments text, out result regtype
-)
-language sql immutable security invoker set search_path = pg_catalog, pg_temp as $$
-    select s.arguments, s.result
     from (values
         ('capture', '', 'trigger'::regtype),
         ('snapshot', '', 'bigint'),
@@ -52,7 +47,7 @@ language sql immutable security invoker set search_path = pg_catalog, pg_temp as
     where s.kind = relay_function_shape.kind
 $$;
 comment on function @schema@.relay_function_shape(text) is
-    'Arguments and result of a function beside a table.';
+    'Arguments, result and settings of a function beside a table.';
 
 create or replace function @schema@.relay_function_of(outbox_table text, kind text) returns oid
 language plpgsql stable security invoker set search_path = pg_catalog, pg_temp as $$
@@ -137,7 +132,7 @@ begin
                 when starts_with(c, 'search_path') then split_part(c, '=', 2)
                 else quote_literal(split_part(c, '=', 2))
             end), ' ')
-            from unnest(@schema@.relay_capture_settings()) as c
+            from unnest(shape.configuration) as c
         ),
         @schema@.relay_source(settings, relation, kind)
     );
@@ -214,9 +209,9 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
             p.prosecdef
             and p.provolatile = 'v'
             and p.prolang = (select l.oid from pg_language as l where l.lanname = 'plpgsql')
-            and p.prorettype = (@schema@.relay_function_shape(kind)).result
-            and pg_get_function_identity_arguments(p.oid) = (@schema@.relay_function_shape(kind)).arguments
-            and p.proconfig is not distinct from @schema@.relay_capture_settings()
+            and p.prorettype = s.result
+            and pg_get_function_identity_arguments(p.oid) = s.arguments
+            and p.proconfig is not distinct from s.configuration
         ) then format('the %s function runs with other settings than those that the relay gives it', kind)
         when p.proacl is null or exists (
             select
@@ -225,7 +220,7 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
                 and (kind <> 'snapshot' or a.grantee is distinct from to_regrole('pgtrickle_relay'))
         ) then format('the %s function may be executed by others than its owner', kind)
     end
-    from (select) as one
+    from @schema@.relay_function_shape(kind) as s
     left join pg_class as c on c.oid = relation
     left join pg_proc as p on p.oid = function_id
 $$;

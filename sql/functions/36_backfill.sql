@@ -404,9 +404,21 @@ create or replace procedure @schema@.backfill(
 )
 language plpgsql security invoker as $$
 declare
-    token uuid := @schema@.relay_begin_backfill(@schema@.relay_outbox_named(stream_table), pipeline, filter, chunk_rows);
+    token uuid;
     chunk record;
+    v_hint text;
 begin
+    begin
+        token := @schema@.relay_begin_backfill(@schema@.relay_outbox_named(stream_table), pipeline, filter, chunk_rows);
+    exception
+        when others then
+            -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+            get stacked diagnostics v_hint = pg_exception_hint;
+            if v_hint operator(pg_catalog.=) '' then
+                raise;
+            end if;
+            raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
+    end;
     commit;
     loop
         select c.* into chunk from @schema@.relay_backfill_chunk(token, filter, chunk_rows) as c;

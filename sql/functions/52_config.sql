@@ -361,7 +361,7 @@ begin
             errcode = 'RL011',
             message = format('there is no pipeline "%s"', coalesce(p_name, 'null')),
             hint = coalesce(
-                format('Did you mean "%s"?', v_near),
+                'Did you mean "' || v_near || '"?',
                 format('select name, direction, enabled from %I.list_relay_configs();', @schema_name@));
     end if;
 end

@@ -78,6 +78,7 @@ declare
     v_gaps int8multirange;
     v_rows bigint;
     v_readers text[];
+    v_hint text;
 begin
     perform @schema@.relay_find_pipeline(p_pipeline);
     select c.* into v_config from @schema@.relay_outbox_config as c where c.name = p_pipeline;
@@ -172,15 +173,25 @@ begin
         message = format('pipeline "%s" goes on behind id %s: %s rows are sent from there', p_pipeline, v_after, v_rows),
         detail = 'So is what is not committed yet below it. What was sent before is sent again with the same dedup keys.';
     return v_rows;
+exception
+    when others then
+        -- With a remedy it is a person's to mend, for whom the calls on the way there are noise.
+        get stacked diagnostics v_hint = pg_exception_hint;
+        if v_hint = '' then
+            raise;
+        end if;
+        raise exception using errcode = sqlstate, message = sqlerrm, hint = v_hint;
 end
 $$;
 comment on function @schema@.relay_seek_to(text, text, text, bigint, timestamptz) is
     'Definer, since only functions write positions. What relay_seek does, to a place in words, to an id or to a time.';
 
+-- Each is one expression, which PostgreSQL puts in the place of the call.
+
 create or replace function @schema@.relay_seek(
     pipeline text, "to" text, relay_group text default 'default'
 ) returns bigint
-language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
+language sql volatile security invoker as $$
     select @schema@.relay_seek_to(pipeline, "to", relay_group)
 $$;
 comment on function @schema@.relay_seek(text, text, text) is
@@ -189,7 +200,7 @@ comment on function @schema@.relay_seek(text, text, text) is
 create or replace function @schema@.relay_seek(
     pipeline text, outbox_id bigint, relay_group text default 'default'
 ) returns bigint
-language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
+language sql volatile security invoker as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_id => outbox_id)
 $$;
 comment on function @schema@.relay_seek(text, bigint, text) is
@@ -198,7 +209,7 @@ comment on function @schema@.relay_seek(text, bigint, text) is
 create or replace function @schema@.relay_seek(
     pipeline text, since timestamptz, relay_group text default 'default'
 ) returns bigint
-language sql volatile security invoker set search_path = pg_catalog, pg_temp as $$
+language sql volatile security invoker as $$
     select @schema@.relay_seek_to(pipeline, null, relay_group, p_time => since)
 $$;
 comment on function @schema@.relay_seek(text, timestamptz, text) is

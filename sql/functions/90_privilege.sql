@@ -12,7 +12,7 @@ declare
         'relay_disable',
         'relay_make_function', 'relay_claim_function', 'relay_check_stream', 'relay_capture_mode', 'relay_first_by',
         'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
-        'relay_capture_settings', 'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
+        'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
         'relay_snapshot_source', 'relay_check_event_triggers', 'relay_missing_grant', 'relay_extension_table',
         'backfill', 'relay_begin_backfill', 'relay_backfill_chunk', 'relay_backfill_function', 'relay_backfill_key',
         'relay_backfill_source', 'relay_function_shape', 'relay_say_rows',

@@ -231,7 +231,7 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
             " plpgsql security definer %s as %L', (select string_agg(format('set %s to %s',"
             " split_part(c, '=', 1), case when c like 'search_path%' then split_part(c, '=', 2)"
             " else quote_literal(split_part(c, '=', 2)) end), ' ')"
-            " from unnest(pgtrickle.relay_capture_settings()) as c),"
+            " from unnest((pgtrickle.relay_function_shape('capture')).configuration) as c),"
             f" pgtrickle.relay_source({stream}, null, 'capture'))); end $do$;"
             "revoke all on function m.s() from public"
         )

@@ -244,6 +244,9 @@ def test_an_unknown_pipeline_is_an_error_that_suggests_a_name(db: Session) -> No
             db.run(f"select pgtrickle.{function}('order-out')")
 
         assert said.message_hint == 'Did you mean "orders-out"?'
+    with db.refused("RL011") as said:
+        db.run("select pgtrickle.get_relay_config('xyz')")
+    assert "list_relay_configs()" in said.message_hint
 
 
 def test_each_change_tells_the_relays_what_happened(db: Session) -> None:

@@ -65,6 +65,10 @@ SLIPS = [
     "select pgtrickle.consumer_lag('nowhere')",
     "select pgtrickle.drop_consumer_group('nowhere')",
     "select pgtrickle.relay_dlq_retry(1)",
+    "select pgtrickle.relay_seek('nowhere', 'latest')",
+    "select pgtrickle.relay_seek('in', 'latest')",
+    "call pgtrickle.backfill('nowhere')",
+    "call pgtrickle.backfill('orders')",
 ]
 
 
