@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Self, TypeVar
+from typing import Self
 
 import msgspec
 
@@ -22,7 +22,11 @@ OutboxRow = tuple[
     Sequence[str] | None,
 ]
 
-_Value = TypeVar("_Value")
+# The columns of `OutboxRows` in the order of a row.
+_COLUMNS = (
+    "ids", "refresh_ids", "created_ats", "inserted_counts", "deleted_counts", "are_claim_checks",
+    "payloads", "headers", "key_columns",
+)  # fmt: skip
 
 # How jsonb writes what stands around the rows of the commonest payload by far. It puts shorter
 # names first, so nothing else can stand in front, and what stood behind would not end like this.
@@ -53,68 +57,30 @@ class OutboxRows(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, rows: Sequence[OutboxRow]) -> Self:
         """The same rows from rows."""
-        if not rows:
-            return cls()
-        ids, refresh_ids, created_ats, inserted, deleted, claims, payloads, headers, keys = zip(
-            *rows, strict=True
-        )
-        return cls(
-            ids=ids,
-            refresh_ids=refresh_ids,
-            created_ats=created_ats,
-            inserted_counts=inserted,
-            deleted_counts=deleted,
-            are_claim_checks=claims,
-            payloads=payloads,
-            headers=headers,
-            key_columns=keys,
-        )
+        return cls(**dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))) if rows else cls()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[OutboxRow]:
-        return zip(
-            self.ids,
-            self._whole(self.refresh_ids),
-            self._whole(self.created_ats),
-            self._whole(self.inserted_counts),
-            self._whole(self.deleted_counts),
-            self._whole(self.are_claim_checks),
-            self._whole(self._all_payloads()),
-            self._whole(self.headers),
-            self._whole(self.key_columns),
-            strict=True,
-        )
+        nothing = (None,) * len(self.ids)
+        columns = [getattr(self, name) or nothing for name in _COLUMNS]
+        if self.inserted:
+            columns[_COLUMNS.index("payloads")] = [
+                _BEFORE_INSERTED + rows + _BEHIND_INSERTED for rows in self.inserted
+            ]
+        return zip(*columns, strict=True)
 
     def part(self, start: int, end: int) -> Self:
         """The rows from ``start`` to before ``end``."""
-        return type(self)(
-            ids=self.ids[start:end],
-            refresh_ids=self.refresh_ids[start:end],
-            created_ats=self.created_ats[start:end],
-            inserted_counts=self.inserted_counts[start:end],
-            deleted_counts=self.deleted_counts[start:end],
-            are_claim_checks=self.are_claim_checks[start:end],
-            payloads=self.payloads[start:end],
-            inserted=self.inserted[start:end],
-            headers=self.headers[start:end],
-            key_columns=self.key_columns[start:end],
-        )
+        names = self.__struct_fields__
+        return type(self)(**{name: getattr(self, name)[start:end] for name in names})
 
     def cut(self) -> Sequence[bytes]:
         """What `cut_inserted` makes of the payloads."""
         if self.inserted or None in self.payloads:
             return self.inserted
         return cut_inserted(b"\n".join(filter(None, self.payloads)), len(self))
-
-    def _all_payloads(self) -> Sequence[bytes | None]:
-        if not self.inserted:
-            return self.payloads
-        return [_BEFORE_INSERTED + rows + _BEHIND_INSERTED for rows in self.inserted]
-
-    def _whole(self, column: Sequence[_Value | None]) -> Sequence[_Value | None]:
-        return column or (None,) * len(self.ids)
 
 
 def cut_inserted(payloads: bytes, count: int) -> Sequence[bytes]:
