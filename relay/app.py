@@ -276,22 +276,14 @@ async def _watch(watched: Watched, settings: Settings, mask: Callable[[str], str
     from relay.status import StatusView
 
     left = asyncio.Event()
-    is_lost = False
-
-    def lose() -> None:
-        nonlocal is_lost
-        is_lost = True
-        logs.show_on_stderr(shown=True)
-        left.set()
-
     await watched.refresh()
     with contextlib.closing(log.configure(settings.log, mask)) as logs:
-        logs.show_on_stderr(shown=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, left.set)
-        async with StatusView(watched, logs, settings.ui, on_quit=left.set, on_lost=lose):
+        view = StatusView(watched, logs, settings.ui, on_quit=left.set, on_lost=left.set)
+        async with view:
             await left.wait()
-    return not is_lost
+    return not view.is_lost
 
 
 @contextlib.asynccontextmanager
@@ -305,20 +297,10 @@ async def _shown(relay: Relay, logs: log.Logs, ui: UiSettings) -> AsyncIterator[
     if not can_show():
         yield lambda: None
         return
-    logs.show_on_stderr(shown=False)
-    try:
-        watched = OwnRelay(relay.board, relay.database, relay.catalog)
-        async with StatusView(
-            watched,
-            logs,
-            ui,
-            on_quit=relay.coordinator.stop,
-            on_lost=lambda: logs.show_on_stderr(shown=True),
-            stops_relay=True,
-        ) as view:
-            yield view.restore
-    finally:
-        logs.show_on_stderr(shown=True)
+    watched = OwnRelay(relay.board, relay.database, relay.catalog)
+    stop = relay.coordinator.stop
+    async with StatusView(watched, logs, ui, on_quit=stop, stops_relay=True) as view:
+        yield view.restore
 
 
 @contextlib.contextmanager

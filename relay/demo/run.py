@@ -227,26 +227,18 @@ class _Demo:
         async def kill_nats() -> None:
             await asyncio.to_thread(self._nats.kill)
 
-        def lost() -> None:
-            logs.show_on_stderr(shown=True)
-            self._closing.set()
-
         own = OwnRelay(self._relay.board, self._relay.database, self._relay.catalog)
-        logs.show_on_stderr(shown=False)
-        try:
-            async with StatusView(
-                own,
-                logs,
-                self._settings.ui,
-                on_quit=self._closing.set,
-                on_lost=lost,
-                banner=banner,
-                keys=dict(zip(KEYS, (kill_nats, self._nats.start), strict=True)),
-                stops_relay=True,
-            ):
-                yield
-        finally:
-            logs.show_on_stderr(shown=True)
+        async with StatusView(
+            own,
+            logs,
+            self._settings.ui,
+            on_quit=self._closing.set,
+            on_lost=self._closing.set,
+            banner=banner,
+            keys=dict(zip(KEYS, (kill_nats, self._nats.start), strict=True)),
+            stops_relay=True,
+        ):
+            yield
 
     @contextlib.asynccontextmanager
     async def _lines(self, shop: Shop) -> AsyncIterator[None]:

@@ -88,6 +88,9 @@ class LogTail(Protocol):
     def entries(self) -> Sequence[LogLine]:
         """What is kept, the oldest first."""
 
+    def show_on_stderr(self, *, shown: bool) -> None:
+        """Off while the view has the screen."""
+
 
 class Watched(Protocol):
     """Relays that can be looked at and operated.

@@ -48,6 +48,7 @@ Action = Callable[[], Awaitable[str | None]]
 class StatusView:
     """Shows ``watched`` and ``log`` on the terminal of this process for as long as it is open.
 
+    Meanwhile the log is not written to standard error, unless the view ``is_lost``.
     ``on_quit`` is called when the user quits. Where that stops the relay, ``stops_relay`` makes
     the view say so, and ask before it quits. ``on_lost`` is called once where the view can't go on,
     with the terminal restored, before the reason is logged. Both in the event loop's thread.
@@ -63,7 +64,7 @@ class StatusView:
         settings: UiSettings,
         *,
         on_quit: Callable[[], None],
-        on_lost: Callable[[], None],
+        on_lost: Callable[[], None] = lambda: None,
         banner: Callable[[], Sequence[str]] = tuple,
         keys: Mapping[Key, Action] | None = None,
         stops_relay: bool = False,
@@ -87,9 +88,10 @@ class StatusView:
         self._stale = ""
         self._tried: dict[int, tuple[str, DeadLetterSummary]] = {}
         self._running: asyncio.Task[None] | None = None
-        self._is_over = False
+        self.is_lost = False
 
     async def __aenter__(self) -> Self:
+        self._log.show_on_stderr(shown=False)
         try:
             self._terminal.open()
             self._running = asyncio.create_task(self._run(), name="status view")
@@ -104,6 +106,7 @@ class StatusView:
         trace: TracebackType | None,
     ) -> None:
         self._terminal.close()
+        self._log.show_on_stderr(shown=True)
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
@@ -123,10 +126,11 @@ class StatusView:
 
     def _lost(self, error: BaseException | None = None) -> None:
         """End the view, and nothing else; without an error the terminal is gone."""
-        if self._is_over:
+        if self.is_lost:
             return
-        self._is_over = True
+        self.is_lost = True
         self._terminal.close()
+        self._log.show_on_stderr(shown=True)
         if self._running is not None:
             self._running.cancel()
         self._on_lost()

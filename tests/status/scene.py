@@ -138,6 +138,9 @@ class Log:
     def entries(self) -> Sequence[Line]:
         return self.lines
 
+    def show_on_stderr(self, *, shown: bool) -> None:
+        """Nobody writes to it."""
+
 
 def fleet_of(
     *statuses: PipelineStatus, catalog: Sequence[PipelineRow] = (), worker_id: str = "worker-a"
