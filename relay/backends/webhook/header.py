@@ -40,9 +40,9 @@ _OWN = HTTP.names() | {SUBJECT.lower()}
 RawHeaders = list[tuple[bytes, bytes]]
 
 
-def encode(headers: Mapping[str, str], *, own: frozenset[str] = _OWN) -> RawHeaders:
-    """The headers as they stand on the wire; names in ``own`` are ours and not escaped."""
-    return [_line(name, value, is_own=name.lower() in own) for name, value in headers.items()]
+def encode(headers: Mapping[str, str]) -> RawHeaders:
+    """The headers as they stand on the wire; names of ours are not escaped."""
+    return [_line(name, value, is_own=name.lower() in _OWN) for name, value in headers.items()]
 
 
 def without(headers: Mapping[str, str], names: frozenset[str]) -> dict[str, str]:
