@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,16 +49,35 @@ class _Flag(NamedTuple):
     type: Callable[[str], object] | None = None
 
 
+def _above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, but is {text}")
+        return number
+
+    return read
+
+
 _FLAGS = (
     _Flag("--print", ["migrate"], "print the SQL, change nothing"),
     _Flag("--uninstall", ["migrate"], "remove the catalog"),
     _Flag("--yes", ["migrate"], "remove it without asking"),
-    _Flag("--seconds", ["demo"], "end after so long", "SECONDS", float),
-    _Flag("--rate", ["demo"], "orders written per second", "RATE", float),
-    _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", float),
+    _Flag("--seconds", ["demo"], "end after so long", "SECONDS", _above_zero(float)),
+    _Flag("--rate", ["demo"], "orders written per second", "RATE", _above_zero(float)),
+    _Flag("--timeout", ["drain"], "give up after so long", "SECONDS", _above_zero(float)),
     _Flag("--once", ["status"], "print a table and exit, as in a pipe"),
     _Flag("--relay", ["status"], "ask this relay alone, at its metrics.addr", "HOST:PORT", str),
-    _Flag("--sample", ["validate"], "show the next events as they would go out", "EVENTS", int),
+    _Flag(
+        "--sample",
+        ["validate"],
+        "show the next events as they would go out",
+        "EVENTS",
+        _above_zero(int),
+    ),
     _Flag(
         "--json", ["status", "doctor", "validate", "drain", "demo"], "answer with one JSON object"
     ),
@@ -160,8 +180,14 @@ def _told_apart(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     if verb not in _VERBS:
         raise ConfigurationError(f"{verb!r} is not a command", remedy=suggestion(verb, _VERBS))
     name = more.pop(0) if more and verb == "validate" else None
-    if more:
-        raise ConfigurationError(f"{more[0]!r} is one word too many behind {verb}")
+    for word in more:
+        if not word:
+            raise ConfigurationError(
+                "an empty argument", remedy="is it a variable in quotes that is not set?"
+            )
+        if word in known_keys(Settings):
+            raise ConfigurationError(f"{word} has no value", remedy=f"write {word}=…")
+        raise ConfigurationError(f"{word!r} is one word too many behind {verb}")
     return verb, name, overrides
 
 
@@ -319,7 +345,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def _refuse(error: RelayError, code: int) -> int:
-    sys.stderr.write(f"pgtrickle-relay: {mask_urls(str(error))}\n")
+    sys.stderr.write(f"pgtrickle-relay: {mask_urls(' '.join(str(error).split()))}\n")
     return code
 
 

@@ -217,7 +217,7 @@ def _in_words(error: str, into: type[T], path: str) -> ConfigurationError:
     found = _AT.search(error)
     if found:
         error = error[: found.start()]
-        inside = found[1].removeprefix("$").removeprefix(".")
+        inside = found[1].removeprefix("$").removeprefix(".").replace("[...]", ".<name>")
     where = ".".join(part for part in (path, inside) if part)
     missing = re.fullmatch(r"Object missing required field `([^`]+)`", error)
     if missing:
@@ -242,6 +242,7 @@ def _choices(into: type[T], path: str) -> list[str]:
         here = fields.get(name)
     options = [here, *get_args(here)]
     options += [inner for option in options for inner in get_args(option)]
-    return [
+    words = [
         word for option in options if get_origin(option) is Literal for word in get_args(option)
     ]
+    return list(dict.fromkeys(words))

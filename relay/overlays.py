@@ -8,6 +8,7 @@ value may be a secret.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ VARIABLES = (
     ),
 )
 
+_KEY = re.compile(r"[\w$/@-]+(\.[\w$-]+)*", re.ASCII)
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _UNKNOWN_OPTION = re.compile(
     r"Could not find '([^'/]+)/([^']*)'\s+Available options in '[^']+':((?:\n\t\S+)*)"
@@ -158,6 +160,10 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
         key = text.partition("=")[0].lstrip("+~")
         if not key:
             raise ConfigurationError("a setting begins with =", remedy="write key=value")
+        if not _KEY.fullmatch(key):
+            raise ConfigurationError(
+                f"{key!r} is no key", remedy="keys are names with dots between: relay.group_id=blue"
+            )
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
@@ -188,6 +194,11 @@ def _refuse_overlays_without_effect(
         if group in known or group not in settings:
             continue
         for file in _files_of(override, directories):
+            if file.read_bytes().startswith(codecs.BOM_UTF8):
+                raise ConfigurationError(
+                    f"{file} has no effect: its first line begins with a byte order mark",
+                    remedy="save it as UTF-8 without one",
+                )
             raise ConfigurationError(
                 f"{file} has no effect: its keys are read as {group}.…",
                 remedy="make its first line: # @package _global_",
@@ -229,6 +240,8 @@ def _in_words(directories: Sequence[Path], stated: Sequence[Override]) -> Iterat
         raise _of_hydra(error, directories, stated) from None
     except OSError as error:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigurationError("an overlay is nested too deeply") from None
 
 
 def _not_utf8(directories: Sequence[Path]) -> str:
@@ -287,6 +300,14 @@ def _of_hydra(
     for override in stated:
         if override.input_line:
             first = first.replace(override.input_line, override.key_or_group)
+    groups = [override.key_or_group for override in stated]
+    group = first.removeprefix("Multiple values for ").partition(".")[0]
+    if groups.count(group) > 1:
+        return ConfigurationError(
+            f"{group} is chosen twice", remedy=f"write +{group}=[first,second], the later one wins"
+        )
+    if first.startswith("force-add of config groups"):
+        return ConfigurationError("++ does not go with an overlay", remedy="write a single +")
     if "override a value use 'override" in first:
         return ConfigurationError(first.partition(".")[0], remedy="leave out the +")
     if first.startswith("Could not append to config"):

@@ -46,6 +46,7 @@ _PAIR = re.compile(r"\s*(\w+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s'\\]|\\.)*))(
 # The driver's words where sslmode asks for TLS; it has no class of its own for that.
 _NO_TLS = "rejected SSL upgrade"
 _TLS_FILES = ("sslrootcert", "sslcert", "sslkey")
+_SESSION_ATTRS = ("any", "primary", "standby", "prefer-standby", "read-write", "read-only")
 
 # They are the server's, and let it notice that a relay is gone and free its locks.
 _KEEPALIVE = {
@@ -105,6 +106,7 @@ _REMEDIES: Mapping[str, str] = {
     "28000": "correct the user of the URL, or pg_hba.conf on the server",
     "28P01": "correct user and password of the URL",
     "3D000": "create the database, or correct the URL",
+    "42704": "correct the parameters of the connection string",
 }
 
 
@@ -420,14 +422,24 @@ def _dsn(settings: PostgresSettings) -> str:
             remedy="leave it out: the relay has postgres.connect_timeout_s",
         )
     _check_tls_files(stated)
+    session = stated.get("target_session_attrs", "any")
+    if session not in _SESSION_ATTRS:
+        raise ConfigurationError(
+            f"the PostgreSQL connection string has target_session_attrs={session}",
+            remedy=f"use one of {', '.join(_SESSION_ATTRS)}",
+        )
     # A lone slash would name the database without a name, which wins over all other places.
     path = "" if parts.path == "/" else parts.path
     return urlunsplit(parts._replace(path=path, query=urlencode(stated)))
 
 
 def _connecting(settings: PostgresSettings) -> str:
-    """What we do, with where where the URL says it."""
-    where = urlsplit(_dsn(settings)).netloc.rpartition("@")[2]
+    """What we do, with where where the connection string says it."""
+    url = urlsplit(_dsn(settings))
+    pairs = dict(parse_qsl(url.query))
+    where = url.netloc.rpartition("@")[2]
+    if not where and "host" in pairs:
+        where = pairs["host"] + (f":{pairs['port']}" if "port" in pairs else "")
     return f"connecting to {where}" if where else "connecting"
 
 

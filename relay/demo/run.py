@@ -24,7 +24,7 @@ from relay.app import Relay, run_migrate
 from relay.demo.embedded import EmbeddedServers, embedded_servers
 from relay.demo.orders import Shop
 from relay.demo.tally import Summary, count_arrivals, inbox_rows, stored_in_stream
-from relay.errors import ConfigurationError, Outage, RelayError
+from relay.errors import Outage, RelayError
 from relay.events import BatchPublished, Event, PipelineState, StateChanged
 from relay.postgres import Connection, connect, postgres_errors
 from relay.progress import bar
@@ -55,10 +55,8 @@ async def run_demo(settings: Settings, *, seconds: float | None, rate: float, as
     ``seconds``: how long to write, None until interrupted. ``rate``: rows written a second.
     ``as_json``: end with one JSON object on standard output (`Summary`) instead of a text. What
     happens meanwhile goes to standard error, or to the status view where there is a terminal.
-    Raises `ConfigurationError`, `DriverMissing`, `Outage`.
+    Raises `DriverMissing`, `Outage`.
     """
-    if rate <= 0 or (seconds is not None and seconds <= 0):
-        raise ConfigurationError("--rate and --seconds must be above 0")
     started_s = time.monotonic() - process_age_s()
     with _closing_time() as closing:
         _say("starting PostgreSQL and NATS")

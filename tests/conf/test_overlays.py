@@ -146,6 +146,15 @@ def test_references_stay_literal_and_secrets_are_masked() -> None:
         ("--nope", "unrecognized arguments: --nope"),
         ("--config-dir=/does/not/exist", "/does/not/exist is not a directory"),
         ("migrat", "did you mean migrate?"),
+        ("relay:group_id=a", "'relay:group_id' is no key"),
+        ("relay..group_id=a", "'relay..group_id' is no key"),
+        ("relay.group_id =a", "'relay.group_id ' is no key"),
+        ("++env=prod", "(write a single +)"),
+        ("+backends.k=a", "backends.<name>: expected `object`"),
+        (
+            "postgres.sslmode=requred",
+            "(use one of disable, allow, prefer, require, verify-ca, verify-full)",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_readable_line(

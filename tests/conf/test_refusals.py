@@ -102,6 +102,11 @@ GLOBAL = "# @package _global_\n"
         ("# @package\nrelay: {group_id: a}\n", r"Expected header format"),
         ("# @package foo\nrelay: {group_id: a}\n", r"foo is not a known key"),
         (f'{GLOBAL}relay: {{group_id: "\x01"}}\n', r"mine\.yaml: special characters"),
+        (
+            f"\ufeff{GLOBAL}relay: {{group_id: a}}\n",
+            r"mine\.yaml has no effect: .* byte order mark",
+        ),
+        (f"{GLOBAL}relay: {'{a: ' * 200}1{'}' * 200}\n", r"an overlay is nested too deeply"),
     ],
 )
 def test_an_overlay_with_a_slip_is_named_with_the_place(
@@ -183,6 +188,17 @@ def without_roots_eyes() -> list[str]:
         (["--postgres-url", f"postgresql://u:{SECRET}?@h/d"], "percent-encoded"),
         (["--postgres-url", f"postgresql://u:1@{SECRET}@h/d"], "percent-encoded"),
         (["--postgres-url", "here"], "write postgresql://user@host:5432/database"),
+        (
+            ["--postgres-url", "postgresql://h/d?target_session_attrs=primry"],
+            "has target_session_attrs=primry (use one of any, primary, standby",
+        ),
+        (["--postgres-url", "postgresql://h/d?sslmode=verify-full"], "root.crt"),
+        (["+env=prod", "+env=test"], "env is chosen twice (write +env=[first,second]"),
+        (["status", "relay.group_id", "=", "x"], "relay.group_id has no value (write"),
+        (["status", ""], "an empty argument (is it a variable in quotes that is not set?)"),
+        (["validate", "--sample", "-1"], "--sample: must be above 0, but is -1"),
+        (["drain", "--timeout", "nan"], "--timeout: must be above 0, but is nan"),
+        (["drain", "--timeout", "soon"], "--timeout: must be above 0, but is soon"),
     ],
 )
 def test_a_slip_on_the_command_line_is_answered_with_its_remedy(
@@ -205,6 +221,15 @@ def test_where_nothing_is_set_the_address_and_the_variable_are_named() -> None:
     assert answer.code == 3
     assert f"localhost:{port}" in answer.line
     assert "set PGTRICKLE_RELAY_POSTGRES_URL, or --postgres-url" in answer.line
+
+
+def test_keywords_without_a_server_behind_them_name_the_address_too() -> None:
+    port = free_port()
+
+    answer = typed("--postgres-url", f"host=127.0.0.1 port={port} user=u password={SECRET}")
+
+    assert answer.code == 3
+    assert f"while connecting to 127.0.0.1:{port}: Connection refused" in answer.line
 
 
 def test_a_server_without_tls_is_said_to_have_none(migrated_database: Database) -> None:
