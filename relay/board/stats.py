@@ -67,6 +67,11 @@ _WORST_FIRST = (
     PipelineState.COMPLETED,
     PipelineState.STOPPED,
 )
+_SHOWN_AS_THEY_ARE = (
+    "name", "direction", "source", "sink", "settings", "state", "reason", "source_connected",
+    "sink_connected", "duplicates", "dead_lettered", "filtered", "last_error", "checkpoint",
+    "offset", "in_flight", "source_lag", "dead_letters",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -360,37 +365,20 @@ class PipelineStats:
         undelivered = self._undelivered()
         history = self.rate.history(clock_s)
         return PipelineStatus(
-            name=self.name,
-            direction=self.direction,
-            source=self.source,
-            sink=self.sink,
-            settings=self.settings,
-            state=self.state,
-            reason=self.reason,
+            **{name: getattr(self, name) for name in _SHOWN_AS_THEY_ARE},
             since=at(self.since_s),
             is_healthy=not trouble,
             trouble=trouble,
             is_stalled=self.is_stalled(),
             is_drained=not undelivered,
             undelivered=undelivered,
-            source_connected=self.source_connected,
-            sink_connected=self.sink_connected,
             published=self.accepted if self.direction == "forward" else 0,
             consumed=self.accepted if self.direction == "reverse" else 0,
-            duplicates=self.duplicates,
-            dead_lettered=self.dead_lettered,
-            filtered=self.filtered,
             refused=dict(self.refusals),
             errors=self.errors.total(),
-            last_error=self.last_error,
             last_error_at=None if self.last_error_s is None else at(self.last_error_s),
-            checkpoint=self.checkpoint,
-            offset=self.offset,
-            in_flight=self.in_flight,
             lag_rows=None if self.lag is None else self.lag.lag_rows,
             oldest_unsent_age_s=None if self.lag is None else self.lag.oldest_unsent_age_s,
-            source_lag=self.source_lag,
-            dead_letters=self.dead_letters,
             rate_per_s=sum(history[-_RATE_AVERAGED_OVER_S:]) / _RATE_AVERAGED_OVER_S,
             rate_history=history,
             latency=self.latencies.percentiles(clock_s),
