@@ -74,16 +74,30 @@ def readers_of(rows: Iterable[PipelineRow]) -> list[PipelineRow]:
 
 
 class OutboxDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the relay must know to read an outbox. Relations are quoted and schema-qualified."""
+    """What the relay must know to read an outbox. Relations are quoted and schema-qualified.
+
+    ``is_adopted``: it is a table of its application, and ``outbox_relation`` a call that reads it.
+    """
 
     outbox_table: str
     outbox_relation: str
+    outbox_oid: int
     stream_table: str
     delta_relation: str
     key_columns: Sequence[str] | None
     sequence_cache: int
     last_id: int
     swept_through: int
+    is_adopted: bool = False
+
+    def rows(self, bounds: str) -> str:
+        """What stands behind ``from`` for rows within these bounds.
+
+        They are arguments of `relay_adopted_rows`, and have to be conditions of the statement too.
+        """
+        if not self.is_adopted:
+            return self.outbox_relation
+        return f"{self.outbox_relation.removesuffix(')')}, {bounds})"
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):

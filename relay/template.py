@@ -23,6 +23,8 @@ VARIABLES: Mapping[str, Callable[[RelayMessage], str]] = {
     "outbox_id": lambda message: "" if message.outbox_id is None else str(message.outbox_id),
     "refresh_id": lambda message: message.refresh_id or "",
     "dedup_key": lambda message: message.dedup_key,
+    "event_type": lambda message: message.headers.get("event_type", ""),
+    "subject": lambda message: message.headers.get("subject", ""),
 }
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

@@ -50,6 +50,7 @@ SQL_TOPICS: Mapping[str, Sequence[str]] = {
         "enable_outbox",
         "repair_outbox",
         "disable_outbox",
+        "adopt_outbox",
         "outbox_publish",
         "outbox_status",
         "outbox_rows_consumed",
@@ -295,6 +296,8 @@ _VARIABLE_WORDS = {
     "outbox_id": "Id of the outbox row.",
     "refresh_id": "Id of the captured statement.",
     "dedup_key": "The dedup key.",
+    "event_type": "The `event_type` header; empty where the publisher set none.",
+    "subject": "The `subject` header; empty where the publisher set none.",
 }
 
 

@@ -70,6 +70,7 @@ begin
             c.outbox_table_name as name,
             case
                 when n.nspname = @schema_name@ and t.relname = c.outbox_table_name
+                    or c.adopted is not null and (@schema@.relay_adopted(c.outbox_table_name)).relation = relation
                     or c.outbox_table_name in (
                         select o.relname
                         from pg_trigger as g
@@ -89,12 +90,14 @@ begin
                 when c.outbox_table_name in (outbox, words[cardinality(words)])
                     and (cardinality(words) = 1 or words[1] = @schema_name@)
                     then 3
-                when c.stream_schema is null and c.stream_table = outbox then 4
+                when c.stream_schema is null and c.adopted is null and c.stream_table = outbox then 4
                 -- Its table is gone, or closed to the caller.
                 when relation is null
                     and c.stream_table = words[cardinality(words)]
                     and c.stream_schema = coalesce(words[cardinality(words) - 1], c.stream_schema)
                     then 5
+                -- Last: whoever owns a table chooses such a name, and must not take it from others.
+                when c.adopted is not null and c.stream_table = outbox then 6
             end as place
         from @schema@.pgt_outbox_config as c
         left join pg_class as t on t.oid = relation
@@ -141,17 +144,18 @@ create or replace function @schema@.relay_outbox_of(outbox_table text)
 returns table (
     outbox_relation text, outbox_oid oid, stream_table text, delta_relation text,
     key_columns text[], pgt_id uuid, retention_hours integer, sequence_cache bigint, last_id bigint,
-    max_id bigint, swept_through bigint
+    max_id bigint, swept_through bigint, is_adopted boolean
 )
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
+declare
+    sequence_id oid;
+    settings @schema@.pgt_outbox_config;
+    adopted record;
 begin
     outbox_relation := format('%I.%I', @schema_name@, relay_outbox_of.outbox_table);
     outbox_oid := to_regclass(outbox_relation);
-    select
-        c.stream_table, format('%I.%I', @schema_name@, c.delta_table_name), c.key_columns,
-        c.pgt_id, c.retention_hours, c.swept_through
-    into stream_table, delta_relation, key_columns, pgt_id, retention_hours, swept_through
+    select c.* into settings
     from @schema@.pgt_outbox_config as c
     where c.outbox_table_name = relay_outbox_of.outbox_table;
     if not found or outbox_oid is null then
@@ -160,19 +164,39 @@ begin
             message = format(
                 case when found then 'the table of outbox %s was dropped by hand' else 'there is no outbox %s' end,
                 quote_nullable(relay_outbox_of.outbox_table)),
-            hint = format('select %I.enable_outbox(%s)', @schema_name@,
-                coalesce(quote_literal(stream_table), '<stream table>'));
+            hint = format(
+                case when settings.adopted is null then 'select %I.enable_outbox(%s)'
+                    else 'select %I.disable_outbox(%s), and adopt its table again' end,
+                @schema_name@, coalesce(quote_literal(settings.stream_table), '<stream table>'));
+    end if;
+    stream_table := settings.stream_table;
+    delta_relation := format('%I.%I', @schema_name@, settings.delta_table_name);
+    key_columns := settings.key_columns;
+    pgt_id := settings.pgt_id;
+    retention_hours := settings.retention_hours;
+    swept_through := settings.swept_through;
+    is_adopted := settings.adopted is not null;
+    if is_adopted then
+        adopted := @schema@.relay_adopted(settings.outbox_table_name);
+        perform @schema@.relay_refuse_adopted(settings, adopted);
+        outbox_oid := adopted.relation;
+        sequence_id := adopted.sequence_id;
+        outbox_relation := format('%I.relay_adopted_rows(%L)', @schema_name@, settings.outbox_table_name);
+    else
+        sequence_id := pg_get_serial_sequence(outbox_relation, 'id')::regclass;
     end if;
     select q.seqcache, coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
     into sequence_cache, last_id
     from pg_sequence as q
-    where q.seqrelid = pg_get_serial_sequence(outbox_relation, 'id')::regclass;
-    execute format('select coalesce(max(o.id), 0) from %s as o', outbox_relation) into max_id;
+    where q.seqrelid = sequence_id;
+    execute format('select coalesce(max(o.id), 0) from %s as o',
+        @schema@.relay_rows(outbox_relation, 'above => null, newest => true'))
+    into max_id;
     return next;
 end
 $$;
 comment on function @schema@.relay_outbox_of(text) is
-    'What a reader of an outbox must know; relations are quoted for use in SQL text. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none. Definer: readers may not see the catalog.';
+    'What a reader of an outbox must know; relations are quoted for use in SQL text, that of an adopted outbox is a call of relay_adopted_rows, and its oid that of the table. last_id is the highest id ever drawn, max_id the highest visible one. RL003 if there is none, RL005 where an adopted one can''t be read. Definer: readers may not see the catalog.';
 
 create or replace function @schema@.relay_note_drained(outbox_table text) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
@@ -300,6 +324,12 @@ declare
     is_claim_check boolean;
     published_id bigint;
 begin
+    if settings.adopted is not null then
+        raise exception using
+            errcode = 'RL005',
+            message = format('outbox %s is a table of its application', settings.stream_table),
+            hint = 'insert into that table';
+    end if;
     if jsonb_typeof(inserted) is distinct from 'array' or jsonb_typeof(deleted) is distinct from 'array' then
         raise exception using
             errcode = 'invalid_parameter_value',

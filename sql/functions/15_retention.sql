@@ -49,11 +49,13 @@ declare
     v_deleted_rows bigint;
     v_highest_id bigint;
     v_created_at timestamptz;
+    v_adopted_ids bigint[];
 begin
     -- One sweeper at a time; what another one holds is left to it.
     perform
     from @schema@.pgt_outbox_config as c
     where c.outbox_table_name = swept_table
+        and coalesce((c.adopted ->> 'delete_delivered')::boolean, true)
     for no key update skip locked;
     if not found then
         return 0;
@@ -65,18 +67,17 @@ begin
     execute format(
         $sweep$
         with readers as materialized (
-            select * from %3$I.relay_outbox_readers($1)
+            select * from %1$I.relay_outbox_readers($1)
         ), oldest as materialized (
             select o.id, o.created_at
-            from %1$s as o
-            where o.id <= (select coalesce(min(r.reads_above), 9223372036854775807) from readers as r)
+            from %2$s as o
+            where o.id <= (select coalesce(min(r.reads_above), $4) from readers as r)
             order by o.id
             limit $2
         ), swept as (
-            delete from %1$s as o
-            using oldest as a
+            %3$s oldest as a
             where o.id = a.id
-                and a.created_at < now() - $3
+                and coalesce(a.created_at, '-infinity') < now() - $3
                 -- Gaps of one reader are disjoint: the nearest one below decides.
                 and not exists (
                     select
@@ -84,7 +85,7 @@ begin
                     where r.start_gaps @> a.id
                         or a.id <= (
                             select g.last_id
-                            from %3$I.relay_pending_gaps as g
+                            from %1$I.relay_pending_gaps as g
                             where g.relay_group_id = r.relay_group_id
                                 and g.pipeline_id = r.pipeline_id
                                 and g.first_id <= a.id
@@ -92,20 +93,30 @@ begin
                             limit 1)
                         or a.id <= (
                             select g.last_id
-                            from %3$I.relay_group_gaps as g
+                            from %1$I.relay_group_gaps as g
                             where g.group_id = r.group_id and g.first_id <= a.id
                             order by g.first_id desc
                             limit 1))
-            returning o.id, o.created_at
-        ), swept_deltas as (
-            delete from %2$s as d using swept as s where d.outbox_id = s.id
+            %4$s
         )
-        select count(*), max(s.id), max(s.created_at) from swept as s
-        $sweep$, v_outbox.outbox_relation, v_outbox.delta_relation, @schema_name@)
-    into v_deleted_rows, v_highest_id, v_created_at
-    using swept_table, batch_rows, make_interval(hours => v_outbox.retention_hours);
+        select count(*), max(s.id), max(s.created_at), array_agg(s.id) filter (where $4 = 0) from swept as s
+        $sweep$,
+        @schema_name@,
+        @schema@.relay_rows(v_outbox.outbox_relation, 'max_rows => $2'),
+        case when v_outbox.is_adopted then 'select o.id, o.created_at from oldest as o,'
+            else format('delete from %s as o using', v_outbox.outbox_relation) end,
+        case when not v_outbox.is_adopted then format(
+            'returning o.id, o.created_at), swept_deltas as (delete from %s as d using swept as s where d.outbox_id = s.id',
+            v_outbox.delta_relation) end)
+    into v_deleted_rows, v_highest_id, v_created_at, v_adopted_ids
+    -- What nobody reads is kept where it belongs to somebody else: it is not delivered.
+    using swept_table, batch_rows, make_interval(hours => v_outbox.retention_hours),
+        case when v_outbox.is_adopted then 0 else 9223372036854775807 end;
 
     if v_deleted_rows > 0 then
+        if v_outbox.is_adopted then
+            perform @schema@.relay_sweep_adopted(swept_table, v_adopted_ids);
+        end if;
         update @schema@.pgt_outbox_config as c
         set
             swept_through = greatest(c.swept_through, v_highest_id),

@@ -55,6 +55,12 @@ declare
     settings constant @schema@.pgt_outbox_config := @schema@.relay_settings(outbox_table);
     capture_id oid;
 begin
+    if settings.adopted is not null then
+        return case kind
+            when 'capture' then (@schema@.relay_adopted(outbox_table)).reader_id
+            when 'sweep' then (@schema@.relay_adopted(outbox_table)).sweeper_id
+        end;
+    end if;
     select b.function_id
     into capture_id
     from @schema@.relay_bound_triggers(outbox_table) as b
@@ -89,7 +95,7 @@ begin
 end
 $$;
 comment on function @schema@.relay_function_of(text, text) is
-    'The capture, snapshot or backfill function of an outbox. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
+    'The capture, snapshot or backfill function of an outbox; of an adopted one what reads its table, in the place of capture, or sweeps it. That of capture outlives its table; null where it is gone or belongs to a role that does not own the outbox.';
 
 create or replace function @schema@.relay_make_function(
     settings @schema@.pgt_outbox_config, relation oid, kind text
@@ -605,7 +611,7 @@ begin
     perform pg_advisory_xact_lock(hashtextextended(@schema_name@ || ':outbox names', 0));
     if exists (
         select from @schema@.pgt_outbox_config as c
-        where c.stream_schema is null and c.stream_table = wanted.stream_table
+        where c.stream_schema is null and c.adopted is null and c.stream_table = wanted.stream_table
     ) then
         raise exception using
             errcode = 'RL002',
@@ -733,6 +739,13 @@ declare
     kind text;
     steps integer := 0;
 begin
+    if settings.adopted is not null then
+        raise exception using
+            errcode = 'RL005',
+            message = format('nothing is captured into outbox %s: it is a table of its application', settings.stream_table),
+            hint = format('select %I.disable_outbox(%L), and adopt the table again; its pipelines keep their positions',
+                @schema_name@, settings.stream_table);
+    end if;
     if @schema@.relay_function_problem(function_id, captured, settings, 'capture') is not null then
         function_id := @schema@.relay_make_function(settings, captured, 'capture');
         if function_id is distinct from made_before then
@@ -791,7 +804,9 @@ begin
     where c.outbox_table_name = outbox_table
     returning c.* into settings;
     delete from @schema@.relay_backfills as b where b.pgt_id = settings.pgt_id;
-    if to_regclass(outbox_relation) is not null then
+    if settings.adopted is not null then
+        execute format('drop view if exists %s', outbox_relation);
+    elsif to_regclass(outbox_relation) is not null then
         execute format('lock table %s in access exclusive mode', outbox_relation);
         select coalesce(pg_sequence_last_value(q.seqrelid), q.seqstart - 1)
         into last_id
@@ -831,7 +846,7 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 begin
     if exists (
         select from @schema@.pgt_outbox_config as c
-        where c.outbox_table_name = outbox_table and c.stream_schema is null
+        where c.outbox_table_name = outbox_table and c.stream_schema is null and c.adopted is null
     ) then
         perform @schema@.relay_remove_outbox(outbox_table);
     end if;
@@ -845,7 +860,8 @@ language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp
 declare
     function_id constant oid := @schema@.relay_function_of(outbox_table, 'capture');
     others constant oid[] := array[
-        @schema@.relay_function_of(outbox_table, 'snapshot'), @schema@.relay_function_of(outbox_table, 'backfill')];
+        @schema@.relay_function_of(outbox_table, 'snapshot'), @schema@.relay_function_of(outbox_table, 'backfill'),
+        @schema@.relay_function_of(outbox_table, 'sweep')];
     step text;
 begin
     if current_setting('lock_timeout') = '0' then
@@ -869,7 +885,7 @@ begin
         end loop;
     elsif has_function_privilege(format('%I.relay_remove_outbox(text)', @schema_name@), 'execute') then
         perform @schema@.relay_remove_outbox(outbox_table);
-    elsif (@schema@.relay_settings(outbox_table)).stream_schema is null then
+    elsif (select s.stream_schema is null and s.adopted is null from @schema@.relay_settings(outbox_table) as s) then
         perform @schema@.relay_drop_stream(outbox_table);
     else
         raise exception using
@@ -900,16 +916,18 @@ declare
 begin
     if operation = 'repair' and relation is null then
         perform @schema@.relay_check_stream(called, null, null);
-    elsif operation <> 'enable' then
+    elsif operation in ('repair', 'disable') then
         outbox_table := @schema@.relay_find_outbox(called, relation, if_exists is not true);
     end if;
-    if outbox_table is not null or operation = 'enable' and relation is not null then
+    if outbox_table is not null or operation in ('enable', 'adopt') and relation is not null then
         perform @schema@.relay_check_event_triggers();
     end if;
     if operation = 'enable' then
         answer := @schema@.relay_enable(wanted, relation, publishers);
     elsif operation = 'repair' then
         answer := @schema@.relay_repair(outbox_table, relation);
+    elsif operation = 'adopt' then
+        answer := @schema@.relay_adopt(wanted, relation);
     elsif outbox_table is not null then
         perform @schema@.relay_disable(outbox_table);
     end if;
@@ -978,7 +996,7 @@ language sql volatile security invoker as $$
     end
 $$;
 comment on function @schema@.disable_outbox(text, boolean) is
-    'Stops capturing and drops the outbox with what was not delivered yet. Its highest id is kept: a later outbox of this name continues above it.';
+    'Stops capturing and drops the outbox with what was not delivered yet; an adopted outbox is released, and its table and rows stay. Its highest id is kept: a later outbox of this name continues above it.';
 
 -- ---------------------------------------------------------------------------
 -- What is wrong
@@ -986,8 +1004,11 @@ comment on function @schema@.disable_outbox(text, boolean) is
 
 create or replace function @schema@.relay_capture_problems()
 returns table (outbox_table text, stream_table text, relation text, problem text, remedy text)
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set standard_conforming_strings = on as $$
+#variable_conflict use_column
+begin
+    return query
     select c.outbox_table_name, c.stream_table,
         coalesce(p.target::regclass::text, format('%I.%I', c.stream_schema, c.stream_table)), p.problem,
         coalesce(p.remedy, format('select %I.repair_outbox(%L)', @schema_name@,
@@ -1069,7 +1090,15 @@ set standard_conforming_strings = on as $$
             and @schema@.relay_extension_table('pgt_stream_tables') is not null
     ) as p (target, problem, remedy)
     where c.stream_schema is not null and c.capture <> 'none' and p.problem is not null
-    order by 1, 3, 4
+    union all
+    select c.outbox_table_name, c.stream_table, a.relation::regclass::text, p.problem, p.remedy
+    from @schema@.pgt_outbox_config as c
+    cross join lateral @schema@.relay_adopted(c.outbox_table_name) as a
+    cross join lateral @schema@.relay_adopted_problem(
+        c, a.relation, a.id_column, a.sequence_id, a.reader_id, a.sweeper_id) as p
+    where c.adopted is not null and p.problem is not null
+    order by 1, 3, 4;
+end
 $$;
 comment on function @schema@.relay_capture_problems() is
-    'What is wrong with capture, and how to mend it. Definer: the relay may not see the catalog.';
+    'What is wrong with capture or with an adopted table, and how to mend it. Definer: the relay may not see the catalog.';

@@ -123,7 +123,7 @@ begin
             from %s as o
             where o.id > $1
         ) as r
-        $query$, v_outbox.outbox_relation)
+        $query$, @schema@.relay_rows(v_outbox.outbox_relation, 'above => $1'))
     into after_id, gaps
     using v_outbox.swept_through;
 end
@@ -303,6 +303,17 @@ declare
     v_poll record;
     v_hint text;
 begin
+    if (
+        select c.adopted is not null
+        from @schema@.relay_groups as r
+        join @schema@.pgt_outbox_config as c using (outbox_table_name)
+        where r.group_name = "group"
+    ) then
+        raise exception using
+            errcode = 'RL005',
+            message = format('consumer group "%s" reads an outbox that is a table of its application, whose rows are not those of poll_outbox', "group"),
+            hint = 'Let a pipeline read it, with this group as its source.consumer_group.';
+    end if;
     v_poll := @schema@.relay_group_poll("group", consumer, batch_size, visibility_seconds, max_bytes);
     return query execute format(
         $query$
@@ -383,7 +394,7 @@ begin
         $query$
         select coalesce(array_agg(r.id order by r.id), '{}')
         from (select o.id from %s as o where o.id > $1 order by o.id limit $2) as r
-        $query$, v_outbox.outbox_relation)
+        $query$, @schema@.relay_rows(v_outbox.outbox_relation, 'above => $1, max_rows => $2'))
     into v_new
     using g.frontier, batch_size;
 
@@ -396,7 +407,7 @@ begin
             from pg_locks as l
             where l.locktype = 'relation'
                 and l.database = (select d.oid from pg_database as d where d.datname = current_database())
-                and l.relation = v_outbox.outbox_relation::regclass
+                and l.relation = v_outbox.outbox_oid
                 and l.mode = 'RowExclusiveLock'
                 and l.granted
             order by 1);
@@ -506,7 +517,9 @@ begin
                 order by v.id
                 limit $2
             ) as f
-            $query$, p_relation)
+            $query$,
+            @schema@.relay_rows(p_relation,
+                'above => null, firsts => array[lower(s.gap)], lasts => array[upper(s.gap) - 1], max_rows => $2'))
         into v_found
         using v_gaps, v_left;
         insert into @schema@.relay_group_returned (group_id, outbox_id)
@@ -613,7 +626,7 @@ begin
             where o.id = any ($1)
             window w as (order by o.id)
         ) as s
-        $query$, p_relation)
+        $query$, @schema@.relay_rows(p_relation, 'above => null, firsts => $1, lasts => $1, with_payload => true'))
     into v_existing, v_picked
     using v_returned || p_new, p_batch_size, p_max_bytes, coalesce(p_max_messages, 2147483647);
 

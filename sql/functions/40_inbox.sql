@@ -253,6 +253,36 @@ $$;
 comment on function @schema@.relay_inbox_problems(@schema@.relay_inboxes) is
     'Runs as its caller. Why a table does not fit as an inbox, or does so no longer: its kind, columns, types, key, policies, and the functions beside it.';
 
+create or replace function @schema@.relay_refuse_deferred() returns void
+language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
+begin
+    if current_setting('server_version_num')::integer < 180000 and exists (
+        select
+        from pg_locks as l
+        join pg_trigger as g on g.tgrelid = l.relation
+        join pg_proc as p on p.oid = g.tgfoid
+        join pg_roles as r on r.oid = p.proowner
+        where l.pid = pg_backend_pid()
+            and l.locktype = 'relation'
+            and l.database = (select d.oid from pg_database as d where d.datname = current_database())
+            and l.mode not in ('AccessShareLock', 'RowShareLock')
+            and g.tgdeferrable
+            and (not g.tgisinternal and not r.rolsuper
+                or exists (
+                    select from pg_index as i
+                    where i.indexrelid = g.tgconstrindid
+                        and (i.indexprs is not null or i.indpred is not null)))
+    ) then
+        raise exception using
+            errcode = 'RL034',
+            message = 'a deferrable trigger of a table that was written would run with the rights of the relay',
+            hint = 'Make the trigger not deferrable, or use PostgreSQL 18.';
+    end if;
+end
+$$;
+comment on function @schema@.relay_refuse_deferred() is
+    'Runs as its caller. RL034 where something that this transaction wrote waits for the commit to run with the caller''s rights.';
+
 create or replace function @schema@.relay_inbox_is_intact(
     p_table oid, p_function oid, p_version text
 ) returns boolean
@@ -278,28 +308,7 @@ begin
             errcode = 'RL034',
             message = 'the inbox was changed since the relay looked at it';
     end if;
-    if current_setting('server_version_num')::integer < 180000 and exists (
-        select
-        from pg_locks as l
-        join pg_trigger as g on g.tgrelid = l.relation
-        join pg_proc as p on p.oid = g.tgfoid
-        join pg_roles as r on r.oid = p.proowner
-        where l.pid = pg_backend_pid()
-            and l.locktype = 'relation'
-            and l.database = (select d.oid from pg_database as d where d.datname = current_database())
-            and l.mode not in ('AccessShareLock', 'RowShareLock')
-            and g.tgdeferrable
-            and (not g.tgisinternal and not r.rolsuper
-                or exists (
-                    select from pg_index as i
-                    where i.indexrelid = g.tgconstrindid
-                        and (i.indexprs is not null or i.indpred is not null)))
-    ) then
-        raise exception using
-            errcode = 'RL034',
-            message = 'a deferrable trigger of a table that was written would run with the rights of the relay',
-            hint = 'Make the trigger not deferrable, or use PostgreSQL 18.';
-    end if;
+    perform @schema@.relay_refuse_deferred();
     return true;
 end
 $$;

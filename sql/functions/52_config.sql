@@ -157,10 +157,23 @@ declare
     v_start text := coalesce(p_config ->> 'start', 'earliest');
     v_group text := p_config #>> '{source,consumer_group}';
     v_former_group text;
+    v_key text;
     v_after_id bigint := 0;
     v_gaps int8multirange := '{}';
 begin
     perform @schema@.relay_outbox_of(p_outbox_table);
+    select k.name into v_key
+    from unnest(array['collapse_updates', 'snapshot_markers', 'key_columns']) as k (name)
+    where (@schema@.relay_settings(p_outbox_table)).adopted is not null
+        and coalesce(p_config ->> k.name, 'false') <> 'false'
+    limit 1;
+    if found then
+        raise exception using
+            errcode = 'RL010',
+            message = format('%s has no meaning for an outbox that is a table of its application', v_key),
+            detail = 'Each of its rows is one event, whose key is a column of it.',
+            hint = format('Leave %s out.', v_key);
+    end if;
     select c.config #>> '{source,consumer_group}' into v_former_group
     from @schema@.relay_outbox_config as c
     where c.name = p_name;
@@ -222,7 +235,7 @@ begin
     -- Raised, never lowered, since other pipelines may need it.
     update @schema@.pgt_outbox_config as o
     set retention_hours = p_retention_hours
-    where o.outbox_table_name = p_outbox_table and o.retention_hours < p_retention_hours;
+    where o.outbox_table_name = p_outbox_table and o.retention_hours < p_retention_hours and o.adopted is null;
 end
 $$;
 comment on function @schema@.relay_set_forward(text, jsonb, boolean, text, integer) is

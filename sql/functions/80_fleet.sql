@@ -78,11 +78,11 @@ begin
             $1,
             (select o.created_at from %s as o where o.id > p.position order by o.id limit 1)
         from unnest($2) as p (position)
-        $query$, v_outbox.outbox_relation)
+        $query$, @schema@.relay_rows(v_outbox.outbox_relation, 'above => p.position, max_rows => 1'))
     using v_outbox.max_id, p_positions;
 exception
     -- One pipeline whose outbox is gone must not hide the lag of the others.
-    when sqlstate 'RL003' or undefined_table then
+    when sqlstate 'RL003' or sqlstate 'RL005' or undefined_table then
         return;
 end
 $$;

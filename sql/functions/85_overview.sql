@@ -33,7 +33,8 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     from @schema@.pgt_outbox_config as c
     cross join lateral (
         select
-            to_regclass(format('%I.%I', @schema_name@, c.outbox_table_name)) as outbox,
+            case when c.adopted is null then to_regclass(format('%I.%I', @schema_name@, c.outbox_table_name))
+                else (@schema@.relay_adopted(c.outbox_table_name)).relation end as outbox,
             to_regclass(format('%I.%I', @schema_name@, c.delta_table_name)) as delta
     ) as r
 $$;

@@ -6,10 +6,12 @@ declare
         -- Names, made from what everybody may see.
         'relay_relation', 'relay_find_outbox', 'relay_settings', 'relay_outbox_named', 'relay_captured_table',
         'relay_bound_triggers', 'relay_family', 'relay_free_name', 'relay_outbox_plan', 'relay_primary_key',
-        'relay_channel',
+        'relay_channel', 'relay_rows',
         -- What the owner of a table calls: each makes ordinary DDL as its caller.
         'enable_outbox', 'repair_outbox', 'disable_outbox', 'relay_change_outbox', 'relay_enable', 'relay_repair',
-        'relay_disable',
+        'relay_disable', 'adopt_outbox', 'relay_adopt', 'relay_adopted', 'relay_adopted_problem', 'relay_refuse_adopted',
+        'relay_adopted_rows', 'relay_reader_settings', 'relay_settings_clause', 'relay_reader_source',
+        'relay_sweeper_source', 'relay_check_adopted_columns', 'relay_make_beside',
         'relay_make_function', 'relay_claim_function', 'relay_check_stream', 'relay_capture_mode', 'relay_first_by',
         'relay_trigger_problems', 'relay_function_of', 'relay_function_problem',
         'relay_source', 'relay_capture_source', 'relay_capture_quick', 'relay_capture_first',
@@ -17,13 +19,13 @@ declare
         'backfill', 'relay_begin_backfill', 'relay_backfill_chunk', 'relay_backfill_function', 'relay_backfill_key',
         'relay_backfill_source', 'relay_function_shape', 'relay_say_rows',
         -- The catalog's halves of these: each acts for who has claimed a capture function.
-        'relay_register_outbox', 'relay_transfer_outbox', 'relay_drop_outbox',
+        'relay_register_outbox', 'relay_register_adopted', 'relay_transfer_outbox', 'relay_drop_outbox',
         'relay_register_backfill', 'relay_lock_backfill', 'relay_note_backfill',
         -- What capture functions call, as the owner of their table.
         'relay_is_plain', 'relay_row_expression', 'relay_put', 'relay_is_quick', 'relay_current_rows',
         -- What reads or writes an outbox with its caller's own rights on it.
         'relay_wake', 'outbox_status', 'relay_status', 'outbox_publish', 'relay_publish',
-        'inbox_mark_processed', 'inbox_mark_failed', 'replay_inbox_messages', 'relay_mark_inbox', 'relay_find_inbox'
+        'relay_base_type', 'inbox_mark_processed', 'inbox_mark_failed', 'replay_inbox_messages', 'relay_mark_inbox', 'relay_find_inbox'
     ];
     publisher_functions constant text[] := array['relay_create_stream', 'relay_drop_stream'];
     relay_functions constant text[] := array[
@@ -47,8 +49,8 @@ declare
         -- the fleet
         'relay_report', 'relay_retire', 'relay_fleet', 'relay_readers', 'relay_outbox_sizes',
         -- inboxes, and what runs as the caller inside them
-        'relay_inbox', 'relay_inbox_is_intact', 'create_inbox', 'enable_inbox_tracking', 'disable_inbox_tracking',
-        'drop_inbox', 'inbox_status', 'inbox_health', 'relay_base_type',
+        'relay_inbox', 'relay_inbox_is_intact', 'relay_refuse_deferred', 'create_inbox', 'enable_inbox_tracking', 'disable_inbox_tracking',
+        'drop_inbox', 'inbox_status', 'inbox_health',
         'relay_inbox_parts', 'relay_inbox_problems',
         'relay_build_inbox', 'relay_drop_inbox_parts', 'relay_remove_inbox', 'relay_new_inbox', 'relay_adopted_inbox',
         -- definer halves of these, which look before they act

@@ -29,7 +29,8 @@ create table @schema@.pgt_outbox_config (
     last_drained_at timestamptz,
     last_drained_count bigint not null,
     swept_created_at timestamptz,
-    had_rows boolean not null default false
+    had_rows boolean not null default false,
+    adopted jsonb
 );
 
 comment on table @schema@.pgt_outbox_config is
@@ -56,6 +57,8 @@ comment on column @schema@.pgt_outbox_config.snapshot_through is
     'Of a stream table of pg_trickle: its newest refresh without triggers that the outbox tells.';
 comment on column @schema@.pgt_outbox_config.last_drained_count is
     'Rows that the last sweep deleted.';
+comment on column @schema@.pgt_outbox_config.adopted is
+    'Of an outbox that is a table of somebody else: ids_drawn_by_insert, as its owner declared, and delete_delivered. Which table, and which of its columns, is not stored: the functions beside it say it.';
 comment on column @schema@.pgt_outbox_config.had_rows is
     'The table had rows when the outbox was enabled, which have no event until they are backfilled.';
 

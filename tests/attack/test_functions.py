@@ -27,7 +27,7 @@ WITHOUT_SEARCH_PATH = {
     "outbox_publish", "enable_outbox", "repair_outbox", "disable_outbox", "set_relay_outbox",
     "create_consumer_group", "enable_inbox_tracking", "set_relay_inbox", "create_inbox",
     "disable_inbox_tracking", "drop_inbox", "get_relay_config", "enable_relay", "disable_relay",
-    "delete_relay", "relay_dlq_retry_all", "backfill", "relay_seek",
+    "delete_relay", "relay_dlq_retry_all", "backfill", "relay_seek", "adopt_outbox",
 }  # fmt: skip
 
 # Options are given with the sign of an operator, but call none.

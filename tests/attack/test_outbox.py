@@ -222,7 +222,7 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
     drop = "select pgtrickle.relay_drop_outbox('outbox_orders', '{}'::regprocedure)"
     stream = (
         "row('outbox_s', null, 's', 'outbox_delta_rows_s', null, null, 'none', null, null, null,"
-        " true, 1, 1, 24, 0, 0, now(), null, 0, null, false)::pgtrickle.pgt_outbox_config"
+        " true, 1, 1, 24, 0, 0, now(), null, 0, null, false, null)::pgtrickle.pgt_outbox_config"
     )
     with scene.as_role("mallory") as mallory:
         mallory.run("create table m.t (id int); select pgtrickle.enable_outbox('m.t')")
@@ -244,7 +244,7 @@ def test_claims_serve_one_operation_in_one_transaction_for_one_function(scene: S
              f"'outbox_orders', 'al.orders'::regclass, '{mine}'::regprocedure)"),
             (claim.format(mine, "enable outbox_orders"), "select pgtrickle.relay_register_outbox("
              "row('outbox_x', 'al', 'orders', 'outbox_delta_rows_x', 's', null, 'auto', null, null,"
-             " null, true, 1, 1, 24, 0, 0, now(), null, 0, null, false)"
+             " null, true, 1, 1, 24, 0, 0, now(), null, 0, null, false, null)"
              "::pgtrickle.pgt_outbox_config,"
              f" 'al.orders'::regclass, '{mine}'::regprocedure)"),
             # A stream without a table is made by publishers only, however right the function is.

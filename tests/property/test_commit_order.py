@@ -50,6 +50,7 @@ _PLAIN_INSERT = (
     " is_claim_check, payload) values (gen_random_uuid(), gen_random_uuid(), 1, 0, false,"
     " jsonb_build_object('v', 1, 'inserted', $1::jsonb, 'deleted', '[]'::jsonb))"
 )
+_ADOPTED_INSERT = "insert into public.written (who, event)"
 _CONNECTION_LOST = (
     asyncpg.OperatorInterventionError,
     asyncpg.PostgresConnectionError,
@@ -171,6 +172,34 @@ class Writing:
 
 
 @dataclass
+class AdoptedWriting(Writing):
+    """The same writers, of an application that has an outbox table of its own."""
+
+    async def change(self, connection: Connection, key: int) -> str:
+        tag = self.tag()
+        version = await connection.fetchval(
+            "update public.uncaptured set version = version + 1 where id = $1 returning version",
+            key,
+        )
+        row = msgspec.json.encode({"id": key, "version": version, "note": tag}).decode()
+        way = self.dice.random()
+        if way < 0.4:
+            await connection.execute(f"{_ADOPTED_INSERT} values ($1, $2)", str(key), row)
+        elif way < 0.7:
+            # The second row is as good as rolled back, and the third is another key's.
+            await connection.execute(
+                f"{_ADOPTED_INSERT} select $1, $2 from generate_series(1, 2) as g where g = 1",
+                str(key),
+                row,
+            )
+        else:
+            await connection.copy_records_to_table(
+                "written", schema_name="public", columns=["who", "event"], records=[(str(key), row)]
+            )
+        return tag
+
+
+@dataclass
 class Reading:
     """The relay's side: a source that is replaced now and then, with batches still out."""
 
@@ -273,11 +302,15 @@ def late_by(writing: Writing, deliveries: Deliveries) -> list[float]:
 
 
 async def run(
-    world: OutboxWorld, seed: int, *, during: Callable[[Deliveries], object] | None = None
+    world: OutboxWorld,
+    seed: int,
+    *,
+    during: Callable[[Deliveries], object] | None = None,
+    writing_of: type[Writing] = Writing,
 ) -> tuple[Writing, Deliveries]:
     """Writers and reader side by side, until all is written and the reader finds no more."""
     deliveries = Deliveries()
-    writing = Writing(world, random.Random(seed))
+    writing = writing_of(world, random.Random(seed))
     reading = Reading(
         random.Random(seed + 1),
         # Small batches are read ahead of each other all the time, large ones hardly ever.
@@ -328,6 +361,48 @@ async def test_every_committed_event_arrives_once_in_order_and_in_time_beside_an
         assert not deliveries.repeated_without_restart
         assert_order(deliveries)
         assert latencies[-1] < SETTLED_WITHIN_S
+
+
+async def test_a_table_that_an_application_has_already_is_read_in_commit_order_too(
+    any_migrated_database: Database,
+) -> None:
+    async with outbox_world(any_migrated_database.dsn) as world:
+        await prepare_world(world)
+        await world.publisher.execute("select pgtrickle.disable_outbox('orders')")
+        await world.publisher.execute(
+            "create table public.written (who text, event text,"
+            " seq bigint generated always as identity primary key)"
+        )
+        await world.publisher.execute(
+            "select pgtrickle.adopt_outbox('orders', 'public.written', id => 'seq',"
+            " payload => 'event', key => 'who')"
+        )
+        open_one = await world.connect_publisher()
+        await open_one.execute("begin")
+        await open_one.execute(
+            f'{_ADOPTED_INSERT} values (\'-1\', \'{{"id": -1, "version": 0, "note": "open"}}\')'
+        )
+
+        writing, deliveries = await run(world, RANDOM_SEED, writing_of=AdoptedWriting)
+        rows = await world.publisher.fetch("select seq from public.written")
+        arrived = set(map(place_of, deliveries.order))
+        await open_one.execute("commit")
+        await open_one.close()
+        last = world.source()
+        await last.connect()
+        late = messages_of(await rest_of(last))
+        await last.aclose()
+
+        print(
+            f"seed {RANDOM_SEED}: {len(arrived)} events, {writing.prepared} prepared,"
+            f" {deliveries.restarts} readers"
+        )
+        assert arrived == {f"outbox_orders:{row['seq']}:0" for row in rows}
+        assert {message.key for message in deliveries.order} == set(map(str, range(KEYS)))
+        assert [row_of(message)["note"] for message in late] == ["open"]
+        assert not deliveries.repeated_without_restart
+        assert_order(deliveries)
+        assert late_by(writing, deliveries)[-1] < SETTLED_WITHIN_S
 
 
 async def test_a_restart_of_the_server_changes_nothing(

@@ -16,6 +16,7 @@ MESSAGE = RelayMessage(
     stream_table="orders",
     outbox_id=7,
     refresh_id="r-1",
+    headers={"event_type": "order.created", "subject": "orders"},
 )
 
 

@@ -128,7 +128,8 @@ class OutboxDecoder:
         shape: Shape | None = None,
         partition: Partition = WHOLE,
     ) -> None:
-        self._prefix = f"{namespace}:{outbox_table}:" if namespace else f"{outbox_table}:"
+        self._namespace = f"{namespace}:" if namespace else ""
+        self._prefix = f"{self._namespace}{outbox_table}:"
         self._stream_table = stream_table
         self._pipeline = pipeline
         self._keys = _KeyReader(tuple(key_columns))
@@ -172,7 +173,7 @@ class OutboxDecoder:
                 for message in self._row_alone(event, op, row, index, aside.rejected)
             ]
             return self._shaped(alone, aside)
-        prefix, history = f"{self._prefix}{event.outbox_id}:", _history(event.refresh_id)
+        prefix, history = f"{self._prefix}{event.outbox_id}:", history_of(event.refresh_id)
         stream_table = self._stream_table
         outbox_id, refresh_id, created_at, headers, is_full_refresh = (
             event.outbox_id,
@@ -261,7 +262,7 @@ class OutboxDecoder:
         prefix, stream_table = self._prefix, self._stream_table
         return [
             RelayMessage(
-                dedup_key=f"{prefix}{outbox_id}:0{_history(refresh_id)}",
+                dedup_key=f"{prefix}{outbox_id}:0{history_of(refresh_id)}",
                 payload=row,
                 key=key,
                 op="insert",
@@ -269,7 +270,7 @@ class OutboxDecoder:
                 outbox_id=outbox_id,
                 refresh_id=refresh_id,
                 created_at=created_at,
-                headers=NO_HEADERS if headers is None else _headers(headers),
+                headers=NO_HEADERS if headers is None else headers_of(headers),
                 is_json=True,
             )
             for outbox_id, refresh_id, created_at, headers, row, key in self._own(
@@ -314,7 +315,7 @@ class OutboxDecoder:
             outbox_id=outbox_id,
             refresh_id=refresh_id,
             created_at=created_at,
-            headers=NO_HEADERS if headers is None else _headers(headers),
+            headers=NO_HEADERS if headers is None else headers_of(headers),
             is_full_refresh=False,
             key_columns=None if key_columns is None else tuple(key_columns),
         )
@@ -425,7 +426,7 @@ class OutboxDecoder:
         self, event: OutboxEvent, suffix: str, op: Op, payload: bytes, *, key: str | None = None
     ) -> RelayMessage:
         return RelayMessage(
-            dedup_key=f"{self._prefix}{event.outbox_id}:{suffix}{_history(event.refresh_id)}",
+            dedup_key=f"{self._prefix}{event.outbox_id}:{suffix}{history_of(event.refresh_id)}",
             payload=payload,
             key=key,
             op=op,
@@ -449,7 +450,7 @@ class OutboxDecoder:
         return Rejected(self._message(event, str(index), op, payload), error)
 
 
-def _history(refresh_id: str | None) -> str:
+def history_of(refresh_id: str | None) -> str:
     """The last part of a dedup key: the CRC-32 of the row's refresh id; nothing where it has none.
 
     After a failover to a standby that lacked the last commits, or a restore, ids are drawn again
@@ -486,7 +487,7 @@ def _collapsed(removed: list[RelayMessage], added: list[RelayMessage]) -> list[R
     ]
 
 
-def _headers(raw: bytes) -> Mapping[str, str]:
+def headers_of(raw: bytes) -> Mapping[str, str]:
     """The publisher's headers; what is not text goes as its JSON, what is null not at all."""
     if raw == b"{}":
         return NO_HEADERS

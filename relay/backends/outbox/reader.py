@@ -55,7 +55,7 @@ with lock as materialized (
             (
                 l.locktype = 'relation'
                 and l.mode = 'RowExclusiveLock'
-                and l.relation = pg_catalog.to_regclass($1)
+                and l.relation = $1::oid
                 and l.database = (
                     select d.oid from pg_catalog.pg_database as d
                     where d.datname = pg_catalog.current_database()
@@ -98,6 +98,22 @@ select
     pg_catalog.pg_is_in_recovery() as is_standby
 from holder as h
 """
+
+
+# Above a position, with these ids, and above it or in gaps: of an adopted outbox by one call each,
+# since two calls would see two snapshots.
+_ADOPTED_COLUMNS: Final = (
+    "select o.id, null::uuid as refresh_id, o.created_at, o.inserted_count, o.deleted_count,"
+    " o.is_claim_check, o.payload, o.headers, o.fields as key_columns"
+)
+_ADOPTED_BOUNDS: Final = (
+    "above => $1, max_rows => $2, with_payload => true",
+    "above => null, max_rows => $2, with_payload => true,"
+    " firsts => array(select i from unnest($4::bigint[]) as i where i > $1),"
+    " lasts => array(select i from unnest($4::bigint[]) as i where i > $1)",
+    "above => $1, max_rows => $2, with_payload => true,"
+    " firsts => $4::bigint[] || $5::bigint[], lasts => $4::bigint[] || $6::bigint[]",
+)
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +163,12 @@ class RowFetcher:
             f"select o.* from (({at_ids}) union all ({in_ranges}) union all ({above})) as o"
             " order by o.id limit $2"
         )
+        if outbox.is_adopted:
+            above, above_of_ids, in_gaps_too = (
+                f"{_ADOPTED_COLUMNS} from {outbox.rows(bounds)} as o order by o.id limit $2"
+                for bounds in _ADOPTED_BOUNDS
+            )
+        self._packs = not outbox.is_adopted
         self.above = _Statement(_bounded(above), _packed(above))
         self.above_and_in_gaps = _Statement(_bounded(in_gaps_too), _packed(in_gaps_too))
         self.above_of_ids = _Statement(_bounded(above_of_ids), _packed(above_of_ids))
@@ -158,7 +180,7 @@ class RowFetcher:
         self, connection: PooledConnection, statement: _Statement, above: int, *ids: Sequence[int]
     ) -> Round:
         """At least one row where there is one. Raises as PostgreSQL does."""
-        if self._rounds_before_packing == 0:
+        if self._packs and self._rounds_before_packing == 0:
             read = await self._fetch_packed(connection, statement.packed, above, ids)
             if read is not None:
                 return read
@@ -225,7 +247,7 @@ class CommitOrderReader:
         batch_bytes: int,
     ) -> None:
         self._database = database
-        self._outbox_relation = outbox.outbox_relation
+        self._outbox_oid = outbox.outbox_oid
         self._rows = RowFetcher(outbox, batch_size, batch_bytes)
         self._book = GapBook(0)
         self._server_started_at = ""
@@ -322,7 +344,7 @@ class CommitOrderReader:
         self._recovered = _recovered(locks)
 
     async def _look(self, connection: PooledConnection) -> LockView:
-        row = await connection.fetchrow(_LOCK_VIEW, self._outbox_relation)
+        row = await connection.fetchrow(_LOCK_VIEW, self._outbox_oid)
         if row is None:
             raise CatalogError("the server said nothing of its locks")
         if row["is_standby"]:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from relay.backends.outbox.adopted import AdoptedDecoder
 from relay.backends.outbox.claim_check import PAGE_ROWS, ClaimCheckReader, Page
 from relay.backends.outbox.decoder import PART_ROWS, ROW_ID, Decoded, OutboxDecoder
 from relay.backends.outbox.lookout import Lookout
@@ -158,7 +159,8 @@ class Unpacker:
         key_columns = reading.key_columns or tuple(outbox.key_columns or ())
         if context.shape is not None and key_columns != (ROW_ID,):
             context.shape.refuse_hidden(key_columns, "key")
-        self._decoder = OutboxDecoder(
+        decoder = AdoptedDecoder if outbox.is_adopted else OutboxDecoder
+        self._decoder = decoder(
             outbox_table=outbox.outbox_table,
             stream_table=outbox.stream_table,
             pipeline=pipeline_of(context.pipeline),
@@ -245,7 +247,7 @@ async def refuse_unsafe(database: Database, outbox: OutboxDescription) -> None:
     """Raises `OutboxUnsafe` where reading could lose an event, and `Outage`."""
     if outbox.sequence_cache != 1:
         raise OutboxUnsafe(
-            f"the sequence of {outbox.outbox_relation} has cache {outbox.sequence_cache}:"
+            f"the sequence of {outbox.outbox_table} has cache {outbox.sequence_cache}:"
             " sessions would draw ids long before they write them",
             remedy="alter sequence … cache 1",
         )

@@ -160,7 +160,7 @@ class OutboxSource(NothingExpires):
             session = self._session = await self._begin_session(session.outbox)
         current, reader = session, session.reader
         if session.is_idle and not await self._watch.rest(
-            session.outbox.outbox_relation, reader.position
+            session.outbox.rows(f"above => {reader.position}, max_rows => 1"), reader.position
         ):
             return Batch(is_end_of_backlog=not self._may_be_moved)
         batch = await self._watch.first(lambda: self._next(current), lambda: current.has_more)
@@ -341,7 +341,7 @@ class OutboxSource(NothingExpires):
     ) -> tuple[int, list[tuple[int, int]]]:
         """The outbox was recreated: start where the pipeline says."""
         found = (
-            f"the position {claim.last_change_id} lies beyond the outbox {outbox.outbox_relation},"
+            f"the position {claim.last_change_id} lies beyond the outbox {outbox.outbox_table},"
             f" whose highest id is {outbox.last_id}: it was recreated or restored"
         )
         if self._reading.on_reset == "fail":
@@ -378,7 +378,7 @@ class OutboxSource(NothingExpires):
 
     def _swept(self, outbox: OutboxDescription, position: int) -> PositionLost:
         return PositionLost(
-            f"the rows {position + 1} to {outbox.swept_through} of {outbox.outbox_relation} were"
+            f"the rows {position + 1} to {outbox.swept_through} of {outbox.outbox_table} were"
             f" swept before pipeline {self._context.pipeline} had read all of them",
             remedy="relay_seek to earliest goes on with what is there",
         )
