@@ -25,8 +25,8 @@ class Flight:
     Messages are sent in order, except that with ``is_strict`` a message waits while another of its
     key is unsettled. ``window`` messages may be in flight, and ``window_bytes`` bytes and the one
     message that reaches them. After the first transient failure nothing more is sent, and what was
-    not sent fails for the same reason. Settling one message frees at most one that waited for it,
-    so that a sender which takes again after each leaves none behind.
+    not sent fails for the same reason. Settling a message frees at most one that waited for it: a
+    sender that takes one more after each settled one leaves none behind.
     """
 
     def __init__(

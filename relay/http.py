@@ -40,7 +40,8 @@ _WAIT_MS = 10_000
 _MOST_WAIT_MS = 600_000
 _MOST_ID = 2**63 - 1
 _MOST_DIGITS = 20
-# Between two looks at a delivery: short for who has just committed, and never many a second.
+# The pause between two looks at a delivery doubles from the first to the most: short for those who
+# have just committed, and not many looks a second for those who wait long.
 _FIRST_PAUSE_S = 0.02
 _MOST_PAUSE_S = 0.5
 

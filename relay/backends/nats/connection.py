@@ -309,7 +309,7 @@ async def _connect_to(
                         **_authentication(options, server, path),
                     )
             except ClientError:
-                # What keeps a server from being reached is reported on the side only.
+                # Why a server can't be reached the client says to its error callback only.
                 raise connection.reported_last or NotConnected(doing) from None
             if not client.is_connected:
                 raise NotConnected(f"{doing}: the server ended the handshake")

@@ -17,14 +17,15 @@ ASLEEP_FOR_S: Final = 60
 RENEW_BEFORE_S: Final = 20.0
 LONGEST_PAUSE_S: Final = 1.0
 
-# Busy is who found something so often within so long, or found that much without a pause. Empty
-# polls between do not count: publishers that notify are slow enough to be caught up with each time.
+# A source is busy after so many polls within `BUSY_S` that found something, or after so many in a
+# row that filled a batch. Empty polls in between do not count: publishers that notify are so slow
+# that the source catches up with them each time.
 BUSY_POLLS: Final = 16
 BUSY_FULL_POLLS: Final = 3
 BUSY_S: Final = 0.1
 # A busy source lets a batch gather before it looks again: each poll costs the publishers' server.
 GATHER_S: Final = 0.005
-# A busy source that finds nothing looks again soon and so often before it goes to sleep.
+# A busy source that finds nothing looks again after so long, so many times, before it sleeps.
 LINGER_S: Final = 0.005
 LINGER_POLLS: Final = 10
 

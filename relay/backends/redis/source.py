@@ -36,10 +36,10 @@ from relay.options import parse_options
 
 _CLOSE_TIMEOUT_S = 2.0
 _FROM_THE_START = b"0-0"
-# Redis bounds a read by entries, not by bytes: how many to ask for is felt out.
+# Redis bounds a read by entries, not by bytes: how many to ask for is learnt from what came.
 _FIRST_COUNT = 64
 _GROWTH = 4
-# An age that every other consumer's claim_idle_ms is below: it may claim at once.
+# An idle time above every consumer's claim_idle_ms, so that another may claim at once.
 _RELEASED = (b"IDLE", b"86400000")
 
 _GENERATION = b"pgtrickle:generation"
