@@ -199,7 +199,7 @@ class Renderer:
         )
 
     def _heading(self, scene: Scene, lines: Sequence[PipelineLine], width: int) -> list[Text]:
-        heading = [_about(scene), _summary(scene.fleet, lines)]
+        heading = [_about(scene), _summary(scene, lines)]
         for relay in scene.fleet.relays:
             if relay.blocked or not relay.database_connected:
                 heading += wrapped(relay.trouble, width, "bold red", most=_MOST_TROUBLE)
@@ -229,7 +229,7 @@ class Renderer:
             with_reasons=not is_open,
         )
         if not lines:
-            body.append(Text(f"  {_why_empty(scene.view)}", "dim"))
+            body.append(Text(f"  {_why_empty(scene)}", "dim"))
         if is_open and chosen is not None:
             body.append(self._rule(chosen.name, width))
             letters = scene.dead_letters.get(chosen.name, ())
@@ -299,8 +299,8 @@ def _about(scene: Scene) -> Text:
     return about
 
 
-def _summary(fleet: Fleet, lines: Sequence[PipelineLine]) -> Text:
-    """Whether all is well, and how much is done."""
+def _summary(scene: Scene, lines: Sequence[PipelineLine]) -> Text:
+    """Whether all is well, as far as it is known, and how much is done."""
     count = len({line.name for line in lines})
     unwell = len({line.name for line in lines if is_unwell(line)})
     retrying = len({line.name for line in lines if line.state == "retrying"})
@@ -311,8 +311,10 @@ def _summary(fleet: Fleet, lines: Sequence[PipelineLine]) -> Text:
     elif retrying:
         summary.append(f"{retrying} of {pipelines} retrying", "yellow")
     else:
-        summary.append(pipelines).append("  all well", "green")
-    total = delivered(fleet)
+        summary.append(pipelines)
+        if not scene.stale and not any(relay.trouble for relay in scene.fleet.relays):
+            summary.append("  all well", "green")
+    total = delivered(scene.fleet)
     return summary.append(
         f"  {sum(line.rate_per_s for line in lines):,.0f}/s"
         f"  published {total.get('forward', 0):,}  consumed {total.get('reverse', 0):,}"
@@ -343,7 +345,10 @@ def _log_lines(log: Sequence[LogLine], width: int, rows: int) -> list[Text]:
     return lines or [Text(" nothing so far", "dim")][: max(0, rows)]
 
 
-def _why_empty(view: ViewState) -> str:
-    if view.filter:
+def _why_empty(scene: Scene) -> str:
+    relays = scene.fleet.relays
+    if scene.view.filter:
         return "no pipeline matches the filter"
+    if any(not relay.is_ready or relay.members > len(relays) for relay in relays):
+        return "nothing runs here at the moment"
     return "no pipelines yet: select pgtrickle.set_relay_outbox(...) makes one"

@@ -411,6 +411,23 @@ def test_an_empty_catalog_says_how_to_begin(renderer: Renderer) -> None:
     assert "set_relay_outbox" in _drawn_of(renderer, ViewState(), [])
 
 
+def test_what_is_lost_or_old_is_not_called_well(renderer: Renderer) -> None:
+    well = scene(fleet=fleet_of(HEALTHY))
+    lost = msgspec.structs.replace(
+        well.fleet.relays[0], database_connected=False, database_reason="no route", pipelines=[]
+    )
+    without = msgspec.structs.replace(well, fleet=Fleet(relays=[lost]))
+    old = msgspec.structs.replace(well, stale="not refreshed since 12:00:00: no route")
+
+    drawn = [
+        "\n".join(line.plain for line in renderer.draw(one, 80, 24)) for one in (well, without, old)
+    ]
+
+    assert ["all well" in screen for screen in drawn] == [True, False, False]
+    assert "nothing runs here at the moment" in drawn[1]
+    assert "not refreshed since 12:00:00: no route" in drawn[2]
+
+
 def _drawn(renderer: Renderer, view: ViewState, width: int, height: int) -> str:
     lines = renderer.draw(scene(view), width, height)
     return "".join(f"{line.plain.rstrip()}\n" for line in lines)
