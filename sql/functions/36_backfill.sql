@@ -351,7 +351,8 @@ comment on function @schema@.relay_backfill_function(text, oid) is
     'The backfill function of an outbox as it stands at this moment: what it is called, and what is wrong with it.';
 
 create or replace function @schema@.relay_backfill_chunk(
-    token uuid, filter text, chunk_rows integer, out is_finished boolean, out is_blocked boolean
+    token uuid, filter text, chunk_rows integer, out is_finished boolean,
+    out pause_s double precision
 )
 language plpgsql volatile security invoker set search_path = pg_catalog, pg_temp as $$
 declare
@@ -359,6 +360,7 @@ declare
     captured constant oid := @schema@.relay_captured_table(run.outbox_table_name);
     made record;
     answer jsonb := '{}';
+    is_blocked boolean := false;
 begin
     if (@schema@.relay_backfill_key(captured)).columns is distinct from run.key_columns then
         raise exception using
@@ -374,7 +376,6 @@ begin
                 coalesce(made.problem, 'the backfill function is missing')),
             hint = format('select %I.repair_outbox(%L)', @schema_name@, captured::regclass);
     end if;
-    is_blocked := false;
     begin
         execute format('select %s($1, $2, $3, $4)', made.name)
         into answer
@@ -392,10 +393,17 @@ begin
     perform @schema@.relay_note_backfill(token, coalesce((answer ->> 'rows')::bigint, 0),
         case when answer ->> 'through' is not null then array(select jsonb_array_elements_text(answer -> 'through')) end,
         is_finished);
+    if not is_finished then
+        -- Writers wait while the disk takes what a chunk wrote. A crash that takes a chunk takes its
+        -- progress, too; and no position behind it can reach the disk before it does.
+        perform set_config('synchronous_commit', 'off', true);
+    end if;
+    -- Of the time that chunks take, so much again is the writers' alone.
+    pause_s := case when is_blocked then 0.02 else extract(epoch from clock_timestamp() - now()) / 3 end;
 end
 $$;
 comment on function @schema@.relay_backfill_chunk(uuid, text, integer) is
-    'One chunk of a backfill by the function beside the table, which only the owner of the table and who has the owner''s rights may execute. It is compared with what the generator makes before and behind the call, so that nothing else runs for the caller.';
+    'One chunk of a backfill by the function beside the table, which only the owner of the table and who has the owner''s rights may execute. It is compared with what the generator makes before and behind the call, so that nothing else runs for the caller. Returns how long the next one is to wait.';
 
 -- No search_path of its own: the name means what it means to the caller, and it commits.
 create or replace procedure @schema@.backfill(
@@ -424,9 +432,7 @@ begin
         select c.* into chunk from @schema@.relay_backfill_chunk(token, filter, chunk_rows) as c;
         commit;
         exit when chunk.is_finished;
-        if chunk.is_blocked then
-            perform pg_catalog.pg_sleep(0.02);
-        end if;
+        perform pg_catalog.pg_sleep(chunk.pause_s);
     end loop;
 end
 $$;
