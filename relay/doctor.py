@@ -24,6 +24,7 @@ from relay.contracts import Sink, Source
 from relay.endpoint import parse_address
 from relay.errors import ConfigurationError, DestinationMissing, Outage, RelayError
 from relay.overview import PAUSED, WAITING, Overview, PipelineOverview, overview
+from relay.partition import KEYLESS, KEYLESS_REMEDY
 from relay.postgres import Database
 from relay.profiles import check_profiles, row_to_try
 from relay.registry import missing_extras
@@ -229,6 +230,8 @@ class _Look:
             self._checks.append(check)
             if not one.enabled and one.lag_rows:
                 self._checks.append(self._held(one, rows[one.name].pipeline))
+            if one.outbox and rows[one.name].partition.number == 1 < rows[one.name].partition.of:
+                self._checks.extend(await self._keys(rows[one.name], one.outbox))
             if one.dead_letters:
                 pipeline = rows[one.name].pipeline
                 error = await self._catalog.oldest_dead_letter_error(pipeline)
@@ -239,6 +242,11 @@ class _Look:
                         f"mend the cause, then {self._call('relay_dlq_retry_all', pipeline)}",
                     )
                 )
+
+    async def _keys(self, row: PipelineRow, outbox: str) -> list[Check]:
+        """Whether several readers have something to share."""
+        keys = row.config.get("key_columns") or (await self._catalog.outbox(outbox)).key_columns
+        return [] if keys else [_bad(f"keys of {row.pipeline}", f"it {KEYLESS}", KEYLESS_REMEDY)]
 
     def _held(self, one: PipelineOverview, pipeline: str) -> Check:
         held = one.outbox_bytes or 0

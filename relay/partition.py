@@ -32,6 +32,9 @@ class Partition(msgspec.Struct, frozen=True):
 
 
 WHOLE = Partition()
+# Of a pipeline with partitions.
+KEYLESS = "has several readers, and its messages have no key: all of them go to the first reader"
+KEYLESS_REMEDY = "name key_columns, or leave partitions out"
 
 
 def key_hash(key: str | None) -> int:

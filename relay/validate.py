@@ -21,6 +21,7 @@ from relay.catalog import Catalog, Claim, Lease, PipelineRow
 from relay.errors import ConfigurationError, MessageRejected, RelayError
 from relay.message import RelayMessage
 from relay.overlays import Composed, compose_settings, type_settings
+from relay.partition import KEYLESS, KEYLESS_REMEDY, partitions_of
 from relay.pipeline_config import parse_config
 from relay.postgres import Database, PooledConnection, postgres_errors
 from relay.profiles import check_profiles
@@ -61,13 +62,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All findings, the samples that were asked for, and what pipelines leave out, in words."""
+    """All findings, the samples that were asked for, and what strikes in those of a pipeline."""
 
     is_valid: bool
     findings: Sequence[Finding]
     pipelines: Sequence[str]
     samples: Sequence[Sample]
-    left_out: Mapping[str, str] = {}
+    notes: Mapping[str, str] = {}
 
 
 def settings_of(
@@ -115,7 +116,7 @@ async def validate(
         assembly = access.assembly(database, catalog, worker_id="validate")
         findings: list[Finding] = []
         shown: list[Sample] = []
-        left_out: dict[str, str] = {}
+        notes: dict[str, str] = {}
         for row in rows:
             where = f"pipeline {row.name}"
             _, wrong = _everything_wrong(where, row.config, partial(parse_config, row.direction))
@@ -126,7 +127,7 @@ async def validate(
                     found, summary = await _samples(row, sides, samples)
                     shown += found
                     if summary:
-                        left_out[row.name] = summary
+                        notes[row.name] = summary
             except RelayError as error:
                 if str(error) not in [f"{one.problem}{_aside(one.remedy)}" for one in wrong]:
                     findings.append(_finding(where, error))
@@ -139,7 +140,7 @@ async def validate(
         findings=hidden,
         pipelines=[row.name for row in rows],
         samples=shown,
-        left_out=left_out,
+        notes=notes,
     )
 
 
@@ -153,7 +154,7 @@ def lines_of(validation: Validation) -> Iterator[str]:
         for header, text in sample.headers.items():
             yield f"  {header}: {text}"
         yield f"  {sample.body}"
-    for name, summary in validation.left_out.items():
+    for name, summary in validation.notes.items():
         yield f"{name}: {summary}"
     if validation.is_valid:
         names = ", ".join(validation.pipelines) or "no pipeline yet"
@@ -251,7 +252,7 @@ async def _undone(database: Database) -> AsyncIterator[Database]:
 
 
 async def _samples(row: PipelineRow, sides: Sides, most: int) -> tuple[list[Sample], str]:
-    """The next events that go out, and in words how many do not; of some thousands at most."""
+    """The next events that go out, and in words what strikes; of some thousands at most."""
     type_ = sides.config.sink_type
     stated = str(sides.config.sink.get("format", "envelope"))
     encode = encoder(
@@ -282,8 +283,10 @@ async def _samples(row: PipelineRow, sides: Sides, most: int) -> tuple[list[Samp
                     found.append(_sample(row, out, encoded.headers, body, ""))
             if batch.is_end_of_backlog or not events:
                 break
-    summary = f"ops and where leave out {left_out} of {looked_at} events" if left_out else ""
-    return found[:most], summary
+    notes = [f"ops and where leave out {left_out} of {looked_at} events"] if left_out else []
+    if partitions_of(row.config) > 1 and found and all(one.key is None for one in found):
+        notes.append(f"it {KEYLESS} ({KEYLESS_REMEDY})")
+    return found[:most], "; ".join(notes)
 
 
 @asynccontextmanager

@@ -165,12 +165,15 @@ async def test_a_well_fleet_is_all_marks_and_exit_0(world: RelayWorld) -> None:
     assert status.stdout[-1].startswith(f"backfill of orders to all: finished, {rows} rows sent")
 
 
-async def test_what_sends_again_is_shown_and_a_backfill_that_stands_still_is_unwell(
+async def test_seeks_backfills_that_stand_still_and_partitions_without_keys_are_shown(
     world: RelayWorld,
 ) -> None:
     await world.to_file("out")
     await world.run("call pgtrickle.backfill('orders')")
     await world.run("call pgtrickle.backfill('orders', 'out')")
+    await world.run("create table keyless (a int); select pgtrickle.enable_outbox('keyless')")
+    for table in ("keyless", "orders"):
+        await world.forward(f"{table}-dealt", {"type": "stdout"}, table=table, partitions=2)
     last = await world.value("select max(id) from pgtrickle.outbox_orders")
     await world.run("select pgtrickle.relay_seek('out', 2)")
     await world.run(
@@ -188,6 +191,8 @@ async def test_what_sends_again_is_shown_and_a_backfill_that_stands_still_is_unw
     assert "no progress for 6" in stuck
     assert "→ its next row is locked: end the session that select pg_blocking_pids(" in stuck
     assert "→ call backfill with the same arguments" in interrupted
+    (keys,) = [line for line in doctor.stdout if "keys of" in line]
+    assert keys.startswith("✗ keys of keyless-dealt: it has several readers")
     assert [one["state"] for one in answer["backfills"]] == ["stuck", "interrupted"]
     (seek,) = answer["seeks"]
     assert (seek["pipeline"], seek["reached_id"], seek["through_id"]) == ("out", 1, last)

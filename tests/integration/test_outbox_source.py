@@ -23,6 +23,7 @@ from relay.errors import (
     RelayError,
 )
 from relay.events import ClaimCheckFetched
+from relay.partition import Partition
 from tests.integration.outbox_surroundings import (
     BOUND_S,
     OutboxWorld,
@@ -134,6 +135,30 @@ async def test_headers_and_other_key_columns_travel(world: OutboxWorld) -> None:
     assert message.headers == {"traceparent": "00-1"}
     assert place_of(message) == "eu:outbox_orders:1:0"
     await source.aclose()
+
+
+async def test_readers_of_partitions_whose_messages_have_no_key_say_so_once(
+    world: OutboxWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.publisher.execute("select pgtrickle.enable_outbox('events', capture => 'none')")
+    for number in (1, 2):
+        context = msgspec.structs.replace(
+            world.context(pipeline=f"p/{number}"),
+            partition=Partition(number, 2),
+            partitioning={"partitions": 2},
+        )
+        source = world.source("events", context)
+        await source.connect()
+        for _ in range(2):
+            await world.publisher.execute(
+                """select pgtrickle.outbox_publish('events', '[{"a": 1}]')"""
+            )
+            if number == 1:
+                await polled(source, 1)
+        await source.aclose()
+
+    (warning,) = [one for one in caplog.records if "have no key" in one.message]
+    assert (warning.levelname, vars(warning)["pipeline"]) == ("WARNING", "p/1")
 
 
 async def test_a_claim_check_is_read_in_pages_and_moves_the_offset_with_the_last(

@@ -100,6 +100,9 @@ async def test_a_sample_shows_the_next_events_as_they_would_go_out_and_moves_not
     output = await world.to_file("out")
     await (await world.relay("drain", is_awaited=False)).wait()
     await world.insert(6, 9)
+    await world.run("create table keyless (a int); select pgtrickle.enable_outbox('keyless')")
+    await world.run("insert into keyless values (1)")
+    await world.forward("dealt", {"type": "stdout"}, table="keyless", partitions=2)
     await world.forward("away", {**AWAY, "subject_template": "shop.{op}", "format": "payload"})
     positions = "select array_agg(r::text) from pgtrickle.relay_consumer_offsets as r"
     before = await world.value(positions)
@@ -109,6 +112,8 @@ async def test_a_sample_shows_the_next_events_as_they_would_go_out_and_moves_not
 
     assert answer.returncode == 0, answer.output
     samples = json.loads(answer.stdout[0])["samples"]
+    (note,) = json.loads(answer.stdout[0])["notes"].values()
+    assert "its messages have no key" in note
     away = [sample for sample in samples if sample["pipeline"] == "away"]
     assert [(one["subject"], one["key"]) for one in away] == [
         ("shop.insert", "1"),

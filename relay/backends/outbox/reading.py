@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, Literal
 
@@ -26,8 +27,10 @@ from relay.context import BackendContext
 from relay.contracts import Batch
 from relay.errors import NotConnected, OutboxUnsafe, RelayError
 from relay.events import ClaimCheckFetched
-from relay.partition import pipeline_of
+from relay.partition import KEYLESS, KEYLESS_REMEDY, pipeline_of
 from relay.postgres import Database
+
+_log = logging.getLogger(__name__)
 
 POLL_WAIT_S: Final = 1.0
 REST_S: Final = 5.0
@@ -173,6 +176,8 @@ class Unpacker:
             partition=context.partition,
         )
         self._claim_check: ClaimCheckReader | None = None
+        partition = context.partition
+        self._looks_for_keys = partition.of > 1 and partition.number == 1
 
     @property
     def claim_check_id(self) -> int | None:
@@ -193,6 +198,8 @@ class Unpacker:
             await asyncio.sleep(0)
             if not self._decoder.decode(rows.part(start, start + PART_ROWS), decoded):
                 break
+        if self._looks_for_keys:
+            self._look_for_keys(decoded)
         if decoded.claim_check is not None:
             self._claim_check = ClaimCheckReader(
                 database=self._context.database,
@@ -203,6 +210,20 @@ class Unpacker:
                 page_bytes=self._context.batch_bytes,
             )
         return decoded
+
+    def _look_for_keys(self, decoded: Decoded) -> None:
+        """Say so where the first messages that a key could deal have none."""
+        keys = [message.key for message in decoded.messages if message.op != "truncate"]
+        if not keys:
+            return
+        self._looks_for_keys = False
+        if all(key is None for key in keys):
+            _log.warning(
+                "%s; %s",
+                KEYLESS,
+                KEYLESS_REMEDY,
+                extra={"pipeline": self._context.pipeline, "direction": self._context.direction},
+            )
 
     async def next_page(self) -> Page | None:
         """The next page of the claim check; None where it has none yet. Raises `Outage`."""
