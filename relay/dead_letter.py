@@ -84,10 +84,16 @@ class DeadLetterQueue:
         self._look_again_s = look_again_s
         self._lease_s = lease_s
         self._retry_wanted = asyncio.Event()
+        self._is_ending = False
         self._suspects: list[int] = []
 
     def want_retry(self) -> None:
         """Somebody asked for dead letters to be tried again."""
+        self._retry_wanted.set()
+
+    def end_retrying(self) -> None:
+        """Make `retry` return as soon as what it has in hand is settled."""
+        self._is_ending = True
         self._retry_wanted.set()
 
     def clear_suspects(self) -> None:
@@ -131,14 +137,15 @@ class DeadLetterQueue:
             )
 
     async def retry(self, attempt: Attempt) -> None:
-        """Publish dead letters again whenever somebody asks; runs until cancelled.
+        """Publish dead letters again whenever somebody asks, until `end_retrying`.
 
         They go out after newer events of their key: a retry repeats an event, not a history.
         Raises `ConfigurationError`.
         """
+        self._is_ending = False
         self._retry_wanted.set()
         is_any_left = False
-        while True:
+        while not self._is_ending:
             reraise_cancellation()
             try:
                 async with asyncio.timeout(self._look_again_s):
@@ -158,7 +165,7 @@ class DeadLetterQueue:
     async def _publish_requested(self, attempt: Attempt) -> bool:
         """True when no request is left."""
         is_settled = True
-        while is_settled:
+        while is_settled and not self._is_ending:
             retry = _Retry()
             failures = await attempt(partial(self._take, retry))
             if failures is None:

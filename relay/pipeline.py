@@ -326,15 +326,14 @@ class _Session:
         Raises what the source or the delivery raised, in an exception group.
         """
         async with asyncio.TaskGroup() as tasks:
-            background = [
-                tasks.create_task(self._keep_alive()),
-                tasks.create_task(self._dead_letters.retry(self._delivery.attempt)),
-            ]
+            keeping = tasks.create_task(self._keep_alive())
+            tasks.create_task(self._dead_letters.retry(self._delivery.attempt))
             tasks.create_task(self._poll())
             tasks.create_task(self._publish())
             await tasks.create_task(self._acknowledge())
-            for task in background:
-                task.cancel()
+            keeping.cancel()
+            # Not cancelled: what the sink has accepted meanwhile would be sent again.
+            self._dead_letters.end_retrying()
         for batch in reversed(self._unacknowledged):
             await self._source.reject(batch)
 

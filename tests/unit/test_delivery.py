@@ -37,7 +37,7 @@ from relay.events import (
 from relay.message import RelayMessage
 from relay.pipeline import Ending
 from tests.servers.memory import MemoryChannel, MemorySink
-from tests.unit.in_memory import KeptLetters, Line, message
+from tests.unit.in_memory import BOUND_S, KeptLetters, Line, message
 
 POISON = MessageRejected("not for this sink")
 
@@ -524,6 +524,31 @@ async def test_what_another_relay_had_taken_when_it_died_is_found_without_being_
         await line.heard.until(lambda: bool(line.heard.of(DeadLettersRetried)))
 
     assert line.received == ["0"]
+
+
+async def test_a_stop_lets_the_retry_in_hand_finish_and_repeats_nothing_later() -> None:
+    line = Line()
+    line.write(message("0"))
+    line.faults.refused["0"] = POISON
+    is_stored = asyncio.Event()
+
+    async with line.running():
+        await line.heard.until(lambda: line.acknowledged == 1)
+        line.faults.refused.clear()
+        line.letters.requested = list(line.letters.letters)
+        line.faults.accepting.clear()
+        line.there.wait_on(is_stored)
+        line.pipeline.retry_dead_letters()
+        async with asyncio.timeout(BOUND_S):
+            await is_stored.wait()
+        line.pipeline.stop()
+        # Whoever wants to cut it off has had every chance.
+        for _ in range(100):
+            await asyncio.sleep(0)
+        line.faults.accepting.set()
+
+    assert line.received == ["0"]
+    assert line.letters.requested == []
 
 
 async def test_what_a_batch_had_come_to_is_told_when_a_stop_interrupts_it() -> None:
