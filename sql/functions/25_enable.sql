@@ -210,7 +210,7 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
         -- The key that marks the first row of a statement may have been renamed since.
         when regexp_replace(p.prosrc, '(?n)record_image_eq[(].*', '', 'g') is distinct from
             regexp_replace(@schema@.relay_source(settings, relation, kind), '(?n)record_image_eq[(].*', '', 'g')
-        then format('the %s function is not the one that the relay makes', kind)
+        then format('the %s function is not the one that the relay makes for the table as it is', kind)
         when not (
             p.prosecdef
             and p.provolatile = 'v'
