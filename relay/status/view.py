@@ -388,8 +388,8 @@ def _outcome(name: str, before: DeadLetterSummary, latest: Sequence[DeadLetterSu
     """What became of a dead letter that was tried again; empty as long as nobody can tell."""
     now = next((letter for letter in latest if letter.id == before.id), None)
     if now is not None:
-        is_tried = now.attempts > before.attempts and now.retry_requested_at is None
-        return f"dead letter {now.id} was refused again: {now.error}" if is_tried else ""
+        is_waiting = now.retry_requested_at is not None
+        return "" if is_waiting else f"dead letter {now.id} was refused again: {now.error}"
     if len(latest) >= LATEST_DEAD_LETTERS and latest[-1].id > before.id:
         return ""  # Newer ones have driven it out of the list.
     return f"dead letter {before.id} of {name} is delivered"
