@@ -200,6 +200,7 @@ class RecordingFleet:
         self.told: list[str] = []
         self._paused: set[str] = set()
         self._letters = list(DEAD_LETTERS)
+        self._looks = 0
 
     def fleet(self) -> Fleet:
         rows = [
@@ -218,16 +219,16 @@ class RecordingFleet:
         return fleet_of(*running, catalog=rows)
 
     async def refresh(self) -> None:
-        """There is nothing to fetch."""
-
-    async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
-        letters = list(self._letters)
-        # What was asked for is done when it is looked at the next time.
-        if letters and letters[0].id == DEAD_LETTERS[0].id and letters[0].retry_requested_at:
+        """What was asked for is done a while later: after the looks that follow the request."""
+        if self._letters[0].retry_requested_at:
+            self._looks += 1
+        if self._looks > 2:
             self._letters[0] = msgspec.structs.replace(
                 DEAD_LETTERS[0], attempts=2, error="the total is still -1"
             )
-        return letters if pipeline == TROUBLED.name else ()
+
+    async def dead_letters(self, pipeline: str) -> Sequence[DeadLetterSummary]:
+        return list(self._letters) if pipeline == TROUBLED.name else ()
 
     async def pause(self, pipeline: str) -> None:
         self.told.append(f"pause {pipeline}")
