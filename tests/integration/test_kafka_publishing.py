@@ -311,6 +311,19 @@ async def test_the_limit_of_the_topic_is_found_and_named(kafka_server: KafkaServ
     await broker.drop()
 
 
+async def test_batches_of_records_that_are_mostly_key_keep_within_a_known_limit(
+    kafka_server: KafkaServer,
+) -> None:
+    broker = Broker(kafka_server)
+    await broker.create(configuration={"max.message.bytes": "5000"})
+    messages = [bare(f"{n:0{100 + 5 * n}}", subject=broker.topic) for n in range(100)]
+
+    assert not (await publish(broker, *messages)).failures
+
+    assert dedup_keys(await broker.restored()) == dedup_keys(messages)
+    await broker.drop()
+
+
 async def test_a_limit_that_came_later_is_met_with_smaller_batches(broker: Broker) -> None:
     sink = sink_of(broker.server.brokers, broker.topic)
     await sink.connect()
