@@ -541,7 +541,8 @@ async def test_a_batch_that_was_acknowledged_is_gone_when_that_returns(
 ) -> None:
     proxy = await tcp_proxy(*broker.server.address)
     await broker.feed(numbered(2500))
-    source = source_of(proxy.url(broker.server.url), broker.queue, batch_size=1000)
+    url = proxy.url(broker.server.url)
+    source = source_of(url, broker.queue, batch_size=1000, prefetch_count=2500)
     await source.connect()
     batches: list[Batch] = []
     for batch in await collect(source, 2500):

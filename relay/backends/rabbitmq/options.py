@@ -91,7 +91,7 @@ class RabbitSourceOptions(
     queue: What to consume.
     declare_queue: Make the queue where it is missing, durable.
     prefetch_count: How many messages the broker sends ahead of their acknowledgement; by default
-        four batches and at least 1000.
+        two batches and at least 1000.
     exclusive: Be the queue's only consumer, which keeps its order across a lost connection; `false`
         shares the queue with other consumers.
     """

@@ -26,7 +26,7 @@ from relay.errors import ConfigurationError, NotConnected, TimedOut
 from relay.options import parse_options
 
 MAX_WAIT_S = 1.0
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 2
 _LEAST_PREFETCH = 1000
 # A broker that is behind needs longer each time that we go away with what it has sent.
 _MOST_TIMEOUT_S = 300.0
@@ -49,7 +49,7 @@ class RabbitSource(NothingExpires):
     """Consumes a queue and acknowledges when told to.
 
     The broker sends ahead; what waits here is bounded by ``prefetch_count`` and, since that counts
-    messages of any size, by four batches of bytes, beyond which nothing more is read.
+    messages of any size, by two batches of bytes, beyond which nothing more is read.
     """
 
     def __init__(self, options: RabbitSourceOptions, context: BackendContext) -> None:
