@@ -245,7 +245,9 @@ class _Look:
 
     async def _keys(self, row: PipelineRow, outbox: str) -> list[Check]:
         """Whether several readers have something to share."""
-        keys = row.config.get("key_columns") or (await self._catalog.outbox(outbox)).key_columns
+        described = await self._catalog.outbox(outbox)
+        # An adopted one has a column for the key: that none is in it is for the log to say.
+        keys = described.is_adopted or described.key_columns or row.config.get("key_columns")
         return [] if keys else [_bad(f"keys of {row.pipeline}", f"it {KEYLESS}", KEYLESS_REMEDY)]
 
     def _held(self, one: PipelineOverview, pipeline: str) -> Check:

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import msgspec
 import pytest
 
 from relay.board import RelayStatus
 from relay.partition import key_hash
+from tests.contract.redis_broker import Broker
 from tests.integration.relay_surroundings import RelayWorld, StartProcess, relay_world, until
 from tests.servers.postgres import Database
 from tests.servers.process import RelayProcess
+from tests.servers.redis import RedisServer
 
 SINK = {"type": "pg-inbox", "inbox": "arrived"}
 GOOD, REFUSED, LATER = range(1, 31), range(101, 113), range(31, 51)
@@ -115,3 +118,67 @@ async def test_readers_deliver_count_and_retry_their_own_keys_and_change_without
     await world.run("select pgtrickle.enable_relay('p')")
     await until_shown(world, relay, "state", dict.fromkeys(later, "running"))
     assert await arrived(world) == {*GOOD, *REFUSED, *LATER}
+
+
+async def test_a_seek_moves_four_readers_in_two_relays_and_each_key_comes_again_in_order(
+    world: RelayWorld, redis_server: RedisServer
+) -> None:
+    stream = Broker(redis_server, "sought")
+    await stream.drop()
+
+    async def versions() -> list[tuple[object, object]]:
+        return [
+            (row["id"], row["version"])
+            for one in await stream.restored()
+            for row in [msgspec.json.decode(one.payload, type=dict[str, object])]
+        ]
+
+    async def until_there(expected: int) -> None:
+        async def are_there() -> bool:
+            return len(await versions()) >= expected
+
+        await until(are_there)
+
+    await world.forward(
+        "p",
+        {"type": "redis", "url": stream.server.url, "stream_key": stream.stream},
+        partitions=4,
+        collapse_updates=True,
+    )
+    first, second = [await world.relay(f"relay.worker_id={name}") for name in ("a", "b")]
+
+    async def is_shared() -> bool:
+        owners = await world.value(
+            "select array_agg(worker_id order by worker_id)"
+            " from pgtrickle.relay_lag('default', '{p}')"
+        )
+        return owners == ["a", "a", "b", "b"]
+
+    await until(is_shared)
+    await world.insert(1, 8)
+    for _ in range(3):
+        await world.run("update orders set version = version + 1")
+    await until_there(32)
+    last = int(str(await world.value("select max(id) from pgtrickle.outbox_orders")))
+    late = await asyncpg.connect(world.database.dsn)
+    await late.execute("begin")
+    await late.execute("update orders set version = version + 1 where id in (1, 5)")
+
+    # From the second of the three on; what is open at that moment lies above or below, and comes.
+    assert await world.value("select pgtrickle.relay_seek('p', $1::bigint)", last - 1) == 2
+    await until_there(48)
+    for relay in (first, second):
+        await relay.wait_for_log("relay_seek of p to")
+    await world.run("select pgtrickle.relay_seek('p', 'latest')")
+    await world.run("update orders set version = version + 1 where id = 2")
+    await until_there(49)
+    await late.execute("commit")
+    await late.close()
+    await until_there(51)
+
+    again = (await versions())[32:]
+    for id_ in range(1, 9):
+        came = [version for one, version in again if one == id_]
+        assert came == [2, 3, *([4] if id_ in (1, 2, 5) else [])], id_
+    assert await first.terminate() == await second.terminate() == 0
+    await stream.drop()
