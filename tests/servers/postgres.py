@@ -61,6 +61,12 @@ SETTINGS = {
     "timezone": "UTC",
 }
 
+# Hundreds of databases are made and dropped. On a disk that takes a quarter of the processor time
+# of a run: ext4 passes over inodes that were free a moment ago.
+_MEMORY = Path("/dev", "shm")
+_WANTED_MEMORY_BYTES = 16 * 1024**3
+_WANTED_ROOM_BYTES = 8 * 1024**3
+
 _DOCKER_TAG: dict[Age, str] = {"newest": "18", "oldest": str(OLDEST_SUPPORTED)}
 
 _database_numbers = itertools.count(1)
@@ -292,7 +298,8 @@ class LocalPostgres:
         self._user = unprivileged_user()
         self._directory = Path(tempfile.mkdtemp(prefix="pgt-pg-"))
         self._binaries = _reachable(binaries, self._directory, self._user)
-        self._data = self._directory / "data"
+        self._room = Path(tempfile.mkdtemp(prefix="pgt-pg-", dir=_fast_directory()))
+        self._data = self._room / "data"
         self._log = self._directory / "postgres.log"
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -346,13 +353,14 @@ class LocalPostgres:
     def close(self) -> None:
         """Stop for good and remove the data."""
         self.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        for path in (self._room, self._directory):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _initialise(self) -> None:
         sockets = self._directory / "sockets"
         sockets.mkdir()
         if self._user is not None:
-            for path in (self._directory, sockets):
+            for path in (self._directory, self._room, sockets):
                 os.chown(path, self._user.pw_uid, self._user.pw_gid)
         if self._follows is None:
             self._run(
@@ -567,6 +575,16 @@ def unprivileged_user() -> pwd.struct_passwd | None:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     raise ServerMissing("root needs a user named postgres or nobody to run PostgreSQL")
+
+
+def _fast_directory() -> Path | None:
+    """Where data go: into memory where there is plenty, else to the other temporary files."""
+    with contextlib.suppress(OSError):
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room_bytes = shutil.disk_usage(_MEMORY).free
+        if memory_bytes > _WANTED_MEMORY_BYTES and room_bytes > _WANTED_ROOM_BYTES:
+            return _MEMORY
+    return None
 
 
 def _reachable(binaries: Path, directory: Path, user: pwd.struct_passwd | None) -> Path:
