@@ -8,7 +8,7 @@ import msgspec
 
 from relay.board import Board, RelayStatus
 from relay.catalog import Backfill, Catalog, DeadLetterSummary, Seek, readers_of
-from relay.errors import RelayError
+from relay.errors import ConfigurationError
 from relay.overview import report_of
 from relay.partition import pipeline_of
 from relay.postgres import Database
@@ -131,8 +131,10 @@ class OneRelay:
         raise _by_database(f"select relay_dlq_retry({letter})")
 
 
-def _by_database(call: str) -> RelayError:
-    return RelayError(f"a relay only shows; in the database: {call}, or status without --relay")
+def _by_database(call: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"a relay only shows; in the database: {call}, or status without --relay"
+    )
 
 
 class WholeFleet(_Seen):

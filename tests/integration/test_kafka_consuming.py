@@ -538,6 +538,24 @@ async def _is_set(broker: Broker, offset: int) -> bool:
 # A topic that is deleted and created again
 
 
+async def test_a_client_whose_part_in_the_group_has_ended_is_an_outage(broker: Broker) -> None:
+    await broker.put_all([b'"1"'])
+    source = await connected(broker)
+    await collect(source, 1)
+    (task,) = (
+        one
+        for one in asyncio.all_tasks()
+        if "_coordination_routine" in getattr(one.get_coro(), "__qualname__", "")
+    )
+
+    task.cancel()
+
+    trouble = await trouble_of(source)
+    assert isinstance(trouble, Outage)
+    assert "part in the group ended" in str(trouble)
+    await source.aclose()
+
+
 async def test_every_event_of_a_topic_that_was_created_again_has_a_key_of_its_own(
     broker: Broker,
 ) -> None:

@@ -354,6 +354,13 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
 
     def _fail(self, error: BaseException) -> None:
         """Keep what ends the membership or a fetch, for the next poll."""
+        if _OF_OTHER_TOPICS in str(error):
+            # Who takes a static member's place gets its partitions, of whatever topics.
+            error = Outage(
+                f"the member {self._instance!r} of the group {self._group!r} read other topics",
+                remedy="its place is taken when its session is over",
+                retry_after_s=self._options.session_timeout_ms / 1000 + 1,
+            )
         doing = f"reading from Kafka at {self._server}"
         ours = of_exception(error, doing)
         if ours is None:
@@ -404,10 +411,19 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         """The client, of whose coordination this is the task; nothing more is handed out."""
         if self._consumer is None:
             raise asyncio.CancelledError
-        self._coordination = asyncio.current_task()
+        task = asyncio.current_task()
+        if task is not None and task is not self._coordination:
+            self._coordination = task
+            task.add_done_callback(self._coordination_ended)
         self._state = "rebalancing"
         self._drop_fetched()
         return self._consumer
+
+    def _coordination_ended(self, task: asyncio.Task[Any]) -> None:
+        """Keep that the client's task of the group has ended: it would assign nothing any more."""
+        error = None if task.cancelled() else task.exception()
+        if task is self._coordination:
+            self._fail(error or Outage(f"Kafka at {self._server}: our part in the group ended"))
 
     async def _end_of(
         self, consumer: AIOKafkaConsumer, partitions: set[TopicPartition]
@@ -590,13 +606,6 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped i
         error = task.exception()
         if error is None:
             return task.result()
-        if _OF_OTHER_TOPICS in str(error):
-            # Who takes a static member's place gets its partitions, of whatever topics.
-            error = Outage(
-                f"the member {self._instance!r} of the group {self._group!r} read other topics",
-                remedy="its place is taken when its session is over",
-                retry_after_s=self._options.session_timeout_ms / 1000 + 1,
-            )
         self._fail(error)
         return ()
 
